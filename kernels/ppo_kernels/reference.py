@@ -1,0 +1,404 @@
+"""What each op means: plain PyTorch, one function per op, written for reading.
+
+These functions are the specification. They take float64, are differentiable, and every kernel is
+tested against them. They compute in float32 (float64 for float64 inputs), trust their arguments
+(`checks` guards the public ops), and select real tokens with `torch.where` *before* any
+arithmetic, so that NaN under a mask reaches neither a value nor a gradient.
+
+Shapes: B sequences, T padded tokens, N packed tokens, P pairs, V vocabulary. Token tensors are
+`[B, T]` with an optional boolean `mask` (True is a real token), or `[N]` with `cu_seqlens`
+`[B+1]` and, again, an optional mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # exp(20) is about 5e8: the loss stays finite when policies have parted
+WHITEN_EPS = 1e-8
+IGNORED_TARGET = -100
+
+
+class ShapedGAE(NamedTuple):
+    """Result of `kl_shaped_gae`."""
+
+    advantages: Tensor  # shaped like the log-probs; not whitened
+    returns: Tensor  # advantages + values
+    kl: Tensor  # [B] sum over the sequence of the per-token estimate
+    moments: Tensor  # [3] (count, mean, M2) of the advantages of real tokens
+
+
+class PolicyStats(NamedTuple):
+    """Statistics of `ppo_policy_loss`: 0-dim, detached, over real tokens (0 without any)."""
+
+    approx_kl: Tensor  # mean of (log pi - log pi_old)^2 / 2
+    clip_fraction: Tensor  # share of tokens whose clipped branch is strictly the larger loss
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    kl: Tensor  # mean estimate of KL(pi, pi_ref); 0 without ref_logprobs
+    entropy: Tensor  # mean entropy; 0 without entropy
+
+
+class ValueStats(NamedTuple):
+    """Statistics of `ppo_value_loss`: 0-dim, detached, over real tokens (0 without any)."""
+
+    clip_fraction: Tensor  # share of tokens whose clipped branch is strictly the larger loss
+    value_mean: Tensor
+    return_mean: Tensor
+    error_mean_sq: Tensor  # mean of (V - R)^2
+    return_var: Tensor  # biased variance of R
+
+
+class PairwiseStats(NamedTuple):
+    """Statistics of the preference losses: 0-dim, detached, over pairs (0 without any)."""
+
+    accuracy: Tensor  # share of pairs with chosen > rejected; a tie counts 1/2
+    margin: Tensor  # mean of chosen - rejected
+
+
+# Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 11 to 16):
+#   delta_t = r_t + gamma V_{t+1} - V_t
+#   A_t     = delta_t + gamma lam A_{t+1}
+#   R_t     = A_t + V_t
+# t+1 is the next real token of the sequence; V after the last one is `bootstrap`.
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(advantages, returns)`, shaped like `rewards`; `bootstrap` is `[B]`, default 0."""
+    rewards, values = _accumulated(rewards, values)
+    if cu_seqlens is not None:
+        inside = _inside(cu_seqlens)
+        rewards, values = (_padded(x, cu_seqlens) for x in (rewards, values))
+        mask = inside if mask is None else inside & _padded(mask, cu_seqlens)
+    elif mask is None:
+        mask = torch.ones_like(rewards, dtype=torch.bool)
+    rewards, values = _real(rewards, mask), _real(values, mask)
+
+    next_value = rewards.new_zeros(len(rewards))
+    next_advantage = rewards.new_zeros(len(rewards))
+    if bootstrap is not None:
+        next_value = _real(bootstrap.to(rewards.dtype), mask.any(1))
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        # A masked token is skipped: what comes after it is carried through.
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        columns.append(_real(advantage, mask[:, t]))
+    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
+    returns = _real(advantages + values, mask)
+    if cu_seqlens is not None:
+        return advantages[inside], returns[inside]
+    return advantages, returns
+
+
+# KL-shaped rewards (Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022, arXiv:2203.02155):
+#   r_t = -kl_coef k_t, plus the sequence's score on its last real token; then `gae`.
+def kl_shaped_gae(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    *,
+    kl_coef: float | Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    kl_estimator: str = "k1",
+    mask: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> ShapedGAE:
+    """Rewards from `scores` `[B]` and the KL penalty, then `gae`, with the advantages' moments."""
+    logprobs, ref_logprobs, values, scores = _accumulated(logprobs, ref_logprobs, values, scores)
+    if mask is None:
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+    log_ratio = _real(logprobs, mask) - _real(ref_logprobs, mask)
+    kl = _kl_estimate(log_ratio, kl_estimator)
+
+    has_token = _sequence_sums(mask.long(), cu_seqlens) > 0
+    last = _is_last_real(mask, cu_seqlens)
+    terminal = _real(_per_token(_real(scores, has_token), logprobs, cu_seqlens), last)
+    advantages, returns = gae(
+        terminal - kl_coef * kl, values, gamma=gamma, lam=lam, mask=mask, bootstrap=bootstrap,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+    count = mask.sum().to(advantages.dtype)
+    mean = advantages.sum() / count.clamp(min=1)
+    m2 = _real(advantages - mean, mask).square().sum()
+    return ShapedGAE(
+        advantages, returns, _sequence_sums(kl, cu_seqlens), torch.stack((count, mean, m2))
+    )
+
+
+# log softmax(z / temperature)_y, and the entropy of the same distribution, H = -sum_j p_j log p_j.
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of `targets` `[...]` under `logits` `[..., V]`, and the entropy if wanted.
+
+    A target of -100 is ignored: log-prob and entropy are 0 and its logits are not read.
+    """
+    (logits,) = _accumulated(logits)
+    wanted = targets != IGNORED_TARGET
+    log_p = F.log_softmax(_real(logits, wanted.unsqueeze(-1)) / temperature, dim=-1)
+    index = _real(targets, wanted).long().unsqueeze(-1)
+    logprobs = _real(log_p.gather(-1, index).squeeze(-1), wanted)
+    if not return_entropy:
+        return logprobs
+    # p log p is 0 where p is 0, also for a logit of -inf.
+    finite_log_p = torch.where(log_p == -torch.inf, 0.0, log_p)
+    entropy = -(log_p.exp() * finite_log_p).sum(-1)
+    return logprobs, _real(entropy, wanted)
+
+
+# PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), as a loss:
+#   rho_t = exp(clamp(log pi - log pi_old, -20, 20))
+#   L_t   = max(-A rho, -A clip(rho, 1 - low, 1 + high))
+# with the dual clip (Ye et al. 2020, arXiv:1912.09729, eq. 5): L_t = min(L_t, -c A) where A < 0;
+# then w L_t + kl_coef k(pi, pi_ref) - entropy_coef H, reduced.
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_range: float | tuple[float, float] = 0.2,
+    dual_clip: float | None = None,
+    moments: Tensor | None = None,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    is_weights: Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """Return the loss (0-dim) and its statistics. Differentiable in `logprobs` and `entropy`."""
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if mask is None:
+        mask = torch.ones_like(logprobs, dtype=torch.bool)
+    constants = (old_logprobs, advantages, ref_logprobs, is_weights)
+    constants = (None if x is None else x.detach() for x in constants)
+    logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights = (
+        None if x is None else _real(x, mask) for x in _accumulated(logprobs, entropy, *constants)
+    )
+    if moments is not None:
+        advantages = _real(_whiten(advantages, moments.detach()), mask)
+
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
+    # Not torch.maximum: in a tie the whole gradient is the unclipped branch's.
+    is_clipped = clipped > unclipped
+    loss = torch.where(is_clipped, clipped, unclipped)
+    if dual_clip is not None:
+        bound = -dual_clip * advantages
+        loss = torch.where((advantages < 0) & (bound < loss), bound, loss)
+    if is_weights is not None:
+        loss = loss * is_weights
+
+    kl = torch.zeros_like(loss)
+    if ref_logprobs is not None:
+        kl = _kl_estimate(logprobs - ref_logprobs, kl_estimator)
+        loss = loss + kl_coef * kl
+    if entropy is not None:
+        loss = loss - entropy_coef * entropy
+
+    with torch.no_grad():
+        stats = PolicyStats(
+            approx_kl=_token_mean(log_ratio.square() / 2, mask),
+            clip_fraction=_token_mean(is_clipped.to(loss.dtype), mask),
+            ratio_mean=_token_mean(ratio, mask),
+            ratio_max=_real(ratio, mask).amax() if ratio.numel() else ratio.new_zeros(()),
+            kl=_token_mean(kl, mask),
+            entropy=_token_mean(torch.zeros_like(loss) if entropy is None else entropy, mask),
+        )
+    return _reduce(loss, mask, cu_seqlens, reduction, normalizer), stats
+
+
+# The clipped value loss (Schulman et al. 2017; as in openai/baselines ppo2 and Ouyang et al. 2022):
+#   L_t = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_range: float | None = 0.2,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, ValueStats]:
+    """Return the loss (0-dim) and its statistics. Differentiable in `values`."""
+    if mask is None:
+        mask = torch.ones_like(values, dtype=torch.bool)
+    values, old_values, returns = (
+        _real(x, mask) for x in _accumulated(values, old_values.detach(), returns.detach())
+    )
+    error_sq = (values - returns).square()
+    loss, is_clipped = error_sq / 2, torch.zeros_like(mask)
+    if clip_range is not None:
+        clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
+        clipped_sq = (clipped - returns).square()
+        is_clipped = clipped_sq > error_sq
+        loss = torch.where(is_clipped, clipped_sq, error_sq) / 2
+
+    with torch.no_grad():
+        return_mean = _token_mean(returns, mask)
+        stats = ValueStats(
+            clip_fraction=_token_mean(is_clipped.to(loss.dtype), mask),
+            value_mean=_token_mean(values, mask),
+            return_mean=return_mean,
+            error_mean_sq=_token_mean(error_sq, mask),
+            return_var=_token_mean((returns - return_mean).square(), mask),
+        )
+    return _reduce(loss, mask, cu_seqlens, reduction, normalizer), stats
+
+
+# Bradley-Terry (1952) preference loss, as for reward models in Ouyang et al. 2022, eq. 1, with the
+# margin of Llama 2 (arXiv:2307.09288, eq. 2) and the centering of Eisenstein et al. 2023
+# (arXiv:2312.09244):
+#   mean of -log sigmoid(s+ - s- - margin) + center_coef (s+ + s-)^2
+def pairwise_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: float | Tensor | None = None,
+    center_coef: float = 0.0,
+) -> tuple[Tensor, PairwiseStats]:
+    """Loss (0-dim) of score pairs `[P]`, differentiable in both; `margin` a number or `[P]`."""
+    if isinstance(margin, Tensor):
+        chosen, rejected, margin = _accumulated(chosen, rejected, margin.detach())
+    else:
+        chosen, rejected = _accumulated(chosen, rejected)
+    difference = chosen - rejected
+    loss = -F.logsigmoid(difference - (0.0 if margin is None else margin)) + center_coef * (chosen + rejected).square()
+    with torch.no_grad():
+        pairs = torch.ones_like(loss, dtype=torch.bool)
+        wins = (difference > 0).to(loss.dtype) + (difference == 0).to(loss.dtype) / 2
+        stats = PairwiseStats(_token_mean(wins, pairs), _token_mean(difference, pairs))
+    return _token_mean(loss, pairs), stats
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _accumulated(*tensors: Tensor | None) -> Any:
+    """All of them (a tuple) in float64 if any is, else in float32."""
+    given = [x for x in tensors if x is not None]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+    return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+def _real(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where `mask`, else exactly 0 (in value and in gradient)."""
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+# Estimators of KL(pi, ref) from log pi - log ref (Schulman 2020, joschu.net/blog/kl-approx.html).
+def _kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    if estimator == "k3":
+        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', but is {estimator!r}")
+
+
+def _whiten(x: Tensor, moments: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + eps) with the biased variance of `moments`, (count, mean, M2)."""
+    count, mean, m2 = moments.to(x.dtype).unbind()
+    return (x - mean) * torch.rsqrt(m2 / count.clamp(min=1) + WHITEN_EPS)
+
+
+def _reduce(
+    loss: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """One number from per-token losses that are 0 where masked.
+
+    `normalizer` replaces the denominator. A denominator of 0 (a batch with no real token, whose
+    sum is 0) counts as 1.
+    """
+    if reduction == "token_mean":
+        total, denominator = loss.sum(), mask.sum()
+    elif reduction == "sequence_mean":
+        tokens = _sequence_sums(mask.long(), cu_seqlens)
+        total = (_sequence_sums(loss, cu_seqlens) / tokens.clamp(min=1)).sum()
+        denominator = (tokens > 0).sum()
+    elif reduction == "sum":
+        total, denominator = loss.sum(), mask.new_ones((), dtype=torch.long)
+    else:
+        raise ValueError(
+            f"reduction must be 'token_mean', 'sequence_mean' or 'sum', but is {reduction!r}"
+        )
+    if normalizer is not None:
+        denominator = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    return total / torch.where(denominator == 0, 1, denominator)
+
+
+def _token_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return _real(x, mask).sum() / mask.sum().clamp(min=1)
+
+
+def _sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """`[B]` sums of a token tensor over each sequence."""
+    if cu_seqlens is None:
+        return x.sum(1)
+    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, _sequence_ids(cu_seqlens), x)
+
+
+def _per_token(x_B: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Each sequence's number at each of its tokens."""
+    return x_B[:, None].expand_as(like) if cu_seqlens is None else x_B[_sequence_ids(cu_seqlens)]
+
+
+def _is_last_real(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """True at the last real token of each sequence: real, with no real one after it."""
+    mask_BT = mask if cu_seqlens is None else _padded(mask, cu_seqlens) & _inside(cu_seqlens)
+    last = mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+    return last if cu_seqlens is None else last[_inside(cu_seqlens)]
+
+
+def _sequence_ids(cu_seqlens: Tensor) -> Tensor:
+    """`[N]`: the sequence that each packed token belongs to."""
+    lengths = cu_seqlens.long().diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
+def _inside(cu_seqlens: Tensor) -> Tensor:
+    """`[B, T]`: which places of the padded layout hold a packed token."""
+    lengths = cu_seqlens.long().diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(longest, device=lengths.device) < lengths[:, None]
+
+
+def _padded(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The packed `x_N` as `[B, T]`; places outside a sequence are 0."""
+    inside = _inside(cu_seqlens)
+    return x_N.new_zeros(inside.shape).masked_scatter(inside, x_N)

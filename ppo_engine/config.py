@@ -1,0 +1,178 @@
+"""Every setting of a run: frozen dataclasses, validated when they are made.
+
+One tree per command (`RewardModelConfig`, `PPOConfig`). The same names serve Python
+(`PPOConfig(ppo=PPOSettings(kl_coef=0.02))`), YAML files and dotted overrides on the command line
+(`ppo.kl_coef=0.02`); `config_io` reads and writes them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+_settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+@_settings
+class OptimizerConfig:
+    """AdamW over fp32 weights; the learning rate decays to zero over the run unless constant."""
+
+    learning_rate: PositiveFloat = 1e-5
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: Fraction = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+@_settings
+class LoraConfig:
+    """Low-rank adapters (optional group `lora`); the reference is then the policy without them."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@_settings
+class ModelConfig:
+    """A model that is trained: the policy, the critic, or the reward model in its own training.
+
+    An empty critic path means: start from the reward model, or from the policy where rewards come
+    from a function.
+    """
+
+    path: str = ""
+    trainable_layers: NonNegativeInt | None = None  # the last N decoder layers; None trains all
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+
+@_settings
+class RewardConfig:
+    """What scores a response: a reward model's folder or name, or a Python function."""
+
+    path: str | None = None
+    function: str | None = None  # "file.py:name" or "package.module:name"
+    normalize: bool = False  # shift and scale scores to mean 0, deviation 1 on the first rollouts
+    missing_eos_score: FiniteFloat | None = None  # replaces the score of an unfinished response
+    missing_eos_penalty: NonNegativeFloat = 0.0  # or is subtracted from it
+
+
+@_settings
+class PromptDataConfig:
+    """JSONL with a `prompt` column: text or chat messages; other columns reach the reward."""
+
+    path: str = ""
+    max_prompt_tokens: PositiveInt = 1024
+    on_bad_line: Literal["error", "skip"] = "error"
+
+
+@_settings
+class GenerationConfig:
+    """How responses are sampled; log-probs everywhere use the same temperature."""
+
+    max_new_tokens: PositiveInt = 128
+    temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+@_settings
+class AdaptiveKLConfig:
+    """Proportional controller of the KL coefficient (Ziegler et al. 2019, section 2.2)."""
+
+    target: PositiveFloat = 6.0
+    horizon: PositiveInt = 10_000
+
+
+@_settings
+class PPOSettings:
+    """The algorithm (Schulman et al. 2017; Ouyang et al. 2022)."""
+
+    rollout_batch_size: PositiveInt = 64  # responses per step
+    mini_batch_size: PositiveInt = 32  # responses per optimizer step
+    micro_batch_size: PositiveInt = 8  # responses per forward pass; memory only, not the result
+    epochs: PositiveInt = 1
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    kl_coef: NonNegativeFloat = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    adaptive_kl: AdaptiveKLConfig | None = None
+    clip_range: PositiveFloat = 0.2
+    value_clip_range: PositiveFloat | None = 0.2
+    entropy_coef: NonNegativeFloat = 0.0
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+
+
+@_settings
+class RunConfig:
+    """What every training command has: where results go, and what makes a run repeatable."""
+
+    output_dir: str = ""
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; weights in training: fp32
+    resume: bool = False  # go on from the newest checkpoint in output_dir
+    checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one
+    sample_every: NonNegativeInt = 5  # steps between printed sample responses
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+
+@_settings
+class PPOConfig:
+    """`ppo-engine ppo` and `PPOTrainer`."""
+
+    policy: ModelConfig = Field(default_factory=ModelConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    critic: ModelConfig = Field(default_factory=ModelConfig)
+    data: PromptDataConfig = Field(default_factory=PromptDataConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    ppo: PPOSettings = Field(default_factory=PPOSettings)
+    run: RunConfig = Field(default_factory=RunConfig)
+    steps: PositiveInt = 100  # rollout batches
+
+
+@_settings
+class PreferenceDataConfig:
+    """JSONL of preference pairs; a share of them is held out to measure accuracy."""
+
+    path: str = ""
+    eval_path: str | None = None  # instead of holding out a share
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    max_tokens: PositiveInt = 1024  # prompt and response together; longer prompts lose their start
+    max_pairs: PositiveInt | None = None
+    on_bad_line: Literal["error", "skip"] = "error"
+
+
+@_settings
+class RewardModelSettings:
+    """Bradley-Terry training of the reward model."""
+
+    batch_size: PositiveInt = 16  # pairs per optimizer step
+    micro_batch_size: PositiveInt = 4  # pairs per forward pass
+    epochs: PositiveInt = 1
+    center_coef: NonNegativeFloat = 0.0
+
+
+@_settings
+class RewardModelConfig:
+    """`ppo-engine reward` and `RewardModelTrainer`."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
+    reward: RewardModelSettings = Field(default_factory=RewardModelSettings)
+    run: RunConfig = Field(default_factory=RunConfig)

@@ -1,0 +1,5 @@
+"""The one exception that means "the user can mend this": the CLI prints its text, no traceback."""
+
+
+class UserError(Exception):
+    """Wrong input, configuration or environment; the message says what, where, and what to do."""

@@ -1,0 +1,189 @@
+"""What every model here needs: tokenizer with a pad token of its own, device, dtype, freezing.
+
+`policy.py` and `value_model.py` build on this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine.config import ModelConfig
+from ppo_engine.errors import UserError
+
+# Special tokens that models ship for padding or leave unused, tried when pad is missing or is EOS.
+_PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>")
+
+
+def load_model_config(path: str) -> Any:
+    """The Hugging Face configuration at `path` (folder or name), or a UserError that says why not."""
+    if not path:
+        raise UserError("No model was given: set its path to a Hugging Face name or folder.")
+    if (path.startswith((".", "/", "~")) or Path(path).exists()) and not Path(path).is_dir():
+        raise UserError(f"Model folder {path!r} does not exist or is not a folder.")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Could not load a model from {path!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, padding on the left and with a pad token apart from EOS.
+
+    A pad token equal to EOS makes the end of a response invisible to every model that finds the
+    last token by its id, so another special token takes its place. Where a model has none, one is
+    added: `resize_embeddings` makes room for it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Could not load a tokenizer from {path!r}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {path!r} has no EOS token, so a response could never end; set one "
+            "in its tokenizer_config.json."
+        )
+    separate_pad_from_eos(tokenizer)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def separate_pad_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+        return
+    vocabulary = tokenizer.get_vocab()
+    known = [token for token in _PAD_CANDIDATES if token in vocabulary]
+    unknown = [tokenizer.unk_token] if tokenizer.unk_token_id not in taken | {None} else []
+    tokenizer.add_special_tokens({"pad_token": (known + unknown + ["<|pad|>"])[0]})
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make room for tokens that were added to the tokenizer; set the ids the model pads with."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of compute. `auto` is bf16 where the hardware multiplies it faster than fp32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def compute(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to `dtype` over fp32 weights; nothing where compute is fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout makes two passes over the same tokens differ, and the ratio with them."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        if getattr(config, name, 0.0):
+            setattr(config, name, 0.0)
+    for module in model.modules():  # attention layers keep a copy of the configured probability
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face model, whatever its family calls it."""
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == _layer_count(model):
+            return module
+    raise UserError(
+        f"{type(model).__name__}: no list of decoder layers was found, so trainable_layers cannot "
+        "be used with it; leave it unset."
+    )
+
+
+def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) -> None:
+    """Train only the last `trainable_layers` decoder layers, the final norm and an untied head.
+
+    The usual economy of RLHF on small machines (trlX's `num_layers_unfrozen`): no gradient, no
+    optimizer state and no backward pass below.
+    """
+    if trainable_layers is None:
+        return
+    layers = decoder_layers(model)
+    if trainable_layers > len(layers):
+        raise UserError(
+            f"trainable_layers is {trainable_layers}, but {type(model).__name__} has "
+            f"{len(layers)} decoder layers."
+        )
+    model.get_input_embeddings().requires_grad_(False)
+    for name, module in model.base_model.named_children():
+        if "embed" in name or name in ("wte", "wpe"):
+            module.requires_grad_(False)
+    for layer in layers[: len(layers) - trainable_layers]:
+        layer.requires_grad_(False)
+
+
+def share_frozen_parameters(model: nn.Module, source: nn.Module) -> None:
+    """Let `model` use the very tensors of `source` where both are frozen and hold equal values."""
+    theirs = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        twin = theirs.get(name)
+        if twin is None or twin.requires_grad or parameter.requires_grad:
+            continue
+        if twin.dtype == parameter.dtype and torch.equal(twin, parameter):
+            parameter.data = twin.data
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
+    """Wrap `model` with low-rank adapters (package `peft`); only they are trained."""
+    assert config.lora is not None
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError(
+            "LoRA needs the package peft: pip install 'ppo-engine[lora]', or leave lora unset."
+        ) from error
+    adapter = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=config.lora.target_modules,
+        lora_dropout=0.0,
+        task_type=task,
+    )
+    return get_peft_model(model, adapter)
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens only, so that left padding changes nothing. [B, L] long."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def _layer_count(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
