@@ -196,11 +196,10 @@ def ppo_policy_loss(
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
-    constants = (old_logprobs, advantages, ref_logprobs, is_weights)
-    constants = (None if x is None else x.detach() for x in constants)
-    logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights = (
-        None if x is None else _real(x, mask) for x in _accumulated(logprobs, entropy, *constants)
-    )
+    inputs: Any = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)
+    inputs = _accumulated(*inputs[:2], *(None if x is None else x.detach() for x in inputs[2:]))
+    inputs = (None if x is None else _real(x, mask) for x in inputs)
+    logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights = inputs
     if moments is not None:
         advantages = _real(_whiten(advantages, moments.detach()), mask)
 
@@ -292,7 +291,10 @@ def pairwise_loss(
     else:
         chosen, rejected = _accumulated(chosen, rejected)
     difference = chosen - rejected
-    loss = -F.logsigmoid(difference - (0.0 if margin is None else margin)) + center_coef * (chosen + rejected).square()
+    loss = (
+        -F.logsigmoid(difference - (0.0 if margin is None else margin))
+        + center_coef * (chosen + rejected).square()
+    )
     with torch.no_grad():
         pairs = torch.ones_like(loss, dtype=torch.bool)
         wins = (difference > 0).to(loss.dtype) + (difference == 0).to(loss.dtype) / 2
