@@ -1,0 +1,248 @@
+"""Models that put a number on text: the reward model (a sequence's score) and the critic (a value
+at each of its tokens).
+
+Both are `AutoModelForSequenceClassification` with one label. The classes of the library pool their
+logits at the last token that is not padding; here the head is applied to the base model's hidden
+states directly, at every token that is asked for. `check_value_head` proves on a probe batch that
+the two agree, and whatever is saved loads elsewhere with `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ppo_engine import models
+from ppo_engine.config import ModelConfig
+from ppo_engine.errors import UserError
+
+_HEAD_NAMES = ("score", "classifier")
+_PROBE = ("A short one.", "A longer text, so that the two are not equally long.")
+_PROBE_TOLERANCE = 1e-3
+
+
+def load_value_model(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    require_head: bool = False,
+) -> PreTrainedModel:
+    """A sequence-classification model with one label from `path` (folder or name), in fp32.
+
+    A checkpoint without a head (a causal language model) gets a new one, made from `seed`; with
+    `require_head` (a model that is to score without being trained) that is a UserError, as is a
+    checkpoint with another number of labels, or one from which no per-token values can be made.
+    """
+    config = models.load_model_config(path)
+    if is_classifier(config) and config.num_labels != 1:
+        raise UserError(
+            f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
+            "has exactly one (num_labels=1)."
+        )
+    try:
+        with _quiet():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"Could not load a value model from {path!r}: {reason}") from error
+
+    head_name, head = _find_head(model)
+    missing = {name for name in info["missing_keys"] if not name.startswith(f"{head_name}.")}
+    if missing:
+        raise UserError(f"The checkpoint {path!r} lacks the weights {_some(missing)}.")
+    if info["missing_keys"]:
+        if require_head:
+            raise UserError(
+                f"{path!r} has no score head, so it cannot score responses: train a reward model "
+                "from it first (`ppo-engine reward`)."
+            )
+        init_head(head, seed)
+    models.resize_embeddings(model, tokenizer)
+    models.disable_dropout(model)
+    model.to(device)
+    check_value_head(model, tokenizer)
+    return model.eval()
+
+
+def make_critic(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device,
+    policy_path: str,
+    reward_model: PreTrainedModel | None = None,
+    seed: int = 0,
+) -> Any:
+    """The critic, ready to be trained: from its own path, else a copy of the reward model (head
+    included), else the policy's checkpoint with a new head.
+
+    `tokenizer` is the policy's, whose tokens the critic reads: hand in a reward model only where
+    it shares them (`rewards.same_tokenizer`).
+    """
+    if not config.path and reward_model is not None:
+        critic = copy.deepcopy(reward_model).requires_grad_(True)
+    else:
+        path = config.path or policy_path
+        critic = load_value_model(path, tokenizer, device=device, seed=seed)
+    return prepare_for_training(critic, config)
+
+
+def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> Any:
+    """Freeze, wrap and checkpoint as configured, in training mode; the head is always trained."""
+    if config.lora is not None:
+        if config.trainable_layers is not None:
+            raise UserError(
+                "Set either lora or trainable_layers: adapters need a frozen model."
+            )
+        model = models.add_lora(model, config, "SEQ_CLS")
+    else:
+        models.freeze_lower_layers(model, config.trainable_layers)
+    if config.gradient_checkpointing:
+        inner = unwrap(model)
+        # Renamed in transformers 5.2x; older ones have the second name only.
+        enable = getattr(inner, "activation_checkpointing_enable", None)
+        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model.train()
+
+
+def init_head(head: nn.Linear, seed: int) -> None:
+    """Weights from a normal distribution with standard deviation 1/sqrt(H+1), bias 0.
+
+    As in Stiennon et al. 2020 (arXiv:2009.01325): scores start small, with unit-scale inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std = 1 / math.sqrt(head.in_features + 1)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a model's configuration says that its checkpoint has a classification head."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The Hugging Face model under an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def score_head(model: Any) -> nn.Linear:
+    """The linear layer from hidden states to the one score."""
+    return _find_head(unwrap(model))[1]
+
+
+def token_values(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, start: int | Tensor = 0
+) -> Tensor:
+    """Values at the positions from `start` on: `[B, L - start]`, fp32, differentiable.
+
+    `input_ids` and `attention_mask` are `[B, L]`, padded on either side. The value at a position
+    has seen that token and those before it. Values at padding are meaningless.
+    """
+    return _apply_head(model, _hidden_states(model, input_ids, attention_mask)[:, start:])
+
+
+def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The score of each sequence, at its last real token by the mask: `[B]`, fp32.
+
+    By the mask, not by the pad token's id: a pad token inside the text changes nothing.
+    """
+    hidden = _hidden_states(model, input_ids, attention_mask)
+    last = attention_mask.shape[1] - 1 - attention_mask.long().flip(1).argmax(1)
+    return _apply_head(model, hidden[torch.arange(len(hidden), device=hidden.device), last])
+
+
+def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a UserError unless `sequence_scores` equals the model's own pooled logits."""
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE]
+    pad, width = tokenizer.pad_token_id, max(map(len, rows))
+    device = model.device
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
+        ours = sequence_scores(model, ids, mask)
+    # `own` has another shape where the model does not pool at the last token.
+    if own.shape != ours.shape or not torch.allclose(own, ours, _PROBE_TOLERANCE, _PROBE_TOLERANCE):
+        raise UserError(
+            f"Per-token values cannot be made from {type(model).__name__}: its score is not a "
+            "linear layer on the last token's hidden state. Use a decoder model, such as a causal "
+            "language model."
+        )
+
+
+def save_value_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()  # the trained model keeps its adapters
+    with _quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The base model's last hidden states, `[B, L, H]`."""
+    base = unwrap(model).base_model
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    # Models with relative positions alone (ALiBi) take no position ids, and need none.
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        inputs["position_ids"] = models.position_ids(attention_mask)
+    return base(**inputs).last_hidden_state
+
+
+def _apply_head(model: Any, hidden: Tensor) -> Tensor:
+    # Outside autocast: bf16 has 8 bits, too few for scores whose differences are the signal.
+    head = score_head(model)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def _find_head(model: PreTrainedModel) -> tuple[str, Any]:
+    for name in _HEAD_NAMES:
+        head = getattr(model, name, None)
+        if getattr(head, "out_features", None) == 1:
+            return name, head
+    raise UserError(
+        f"Per-token values cannot be made from {type(model).__name__}: it has no linear layer "
+        f"named {' or '.join(_HEAD_NAMES)} with one output."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's progress bars, and its report that the head is new (it is meant to)."""
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
