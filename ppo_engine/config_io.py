@@ -1,0 +1,236 @@
+"""YAML files and dotted overrides to validated settings, and back.
+
+The keys are those of the dataclasses in `config`; every problem is found and told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ppo_engine.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def load_config(
+    cls: type[Config], file: str | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Settings of class `cls`: its defaults, then the YAML `file`, then `key.key=value` overrides.
+
+    Values are YAML: `null` is None, `1e-5` a number, `[a, b]` a list. An override of a key in a
+    section that is None by default (`ppo.adaptive_kl.target=3`) switches the section on. Raises
+    one `UserError` that lists every problem.
+    """
+    data = _read_file(file) if file is not None else {}
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            _set(data, *_parse_override(override))
+        except UserError as error:
+            problems.append(str(error))
+    known = list(_keys(cls))
+    _drop_unknown(cls, data, "", known, problems)
+    try:
+        # Strict JSON takes no "yes" for a number, yet 1 for 1.0 and a mapping for a section.
+        config = TypeAdapter(cls).validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        problems.extend(_explain(error, known))
+    if problems:
+        source = f" in {file}" if file is not None else ""
+        raise UserError(f"Bad settings{source}:\n" + "\n".join(f"  - {line}" for line in problems))
+    return config
+
+
+def dump_config(config: Any) -> str:
+    """YAML text that `load_config` reads back to an equal object."""
+    return yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Settings as nested dictionaries of plain values."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-5` is a number, and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
+    """A whole number such as 1e4 is an int, so that it serves integer settings too."""
+    number = float(node.value.replace("_", ""))
+    return int(number) if number.is_integer() else number
+
+
+# YAML 1.1 wants a dot in the mantissa and a sign in the exponent: 1e-5 and 1.5e4 would be strings.
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
+_Loader.add_constructor("!exponent", _construct_number)
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    if not Path(file).is_file():
+        raise UserError(f"Settings file {file!r} does not exist or is not a file.")
+    try:
+        data = _parse_yaml(Path(file).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{_place(file, error)}: not valid YAML: {_what(error)}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: settings must be `key: value` lines, got {type(data).__name__}.")
+    return data
+
+
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r}: an override is written key=value, such as run.seed=1")
+    try:
+        value = _parse_yaml(text) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {_what(error)}") from error
+    return key.strip().split("."), value
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
+def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set `value` at `path`; a section that is absent, or was null, comes into being."""
+    for name in path[:-1]:
+        if not isinstance(data.get(name), dict):
+            data[name] = {}
+        data = data[name]
+    data[path[-1]] = value
+
+
+def _keys(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a settings class, sections included, and the type of each."""
+    keys: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        keys[prefix + name] = kind
+        section = _section(kind)
+        if section is not None:
+            keys.update(_keys(section, f"{prefix}{name}."))
+    return keys
+
+
+def _section(kind: Any) -> Any:
+    """The dataclass behind a field's type, also when it is optional; None for plain values."""
+    if dataclasses.is_dataclass(kind):
+        return kind
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next(filter(dataclasses.is_dataclass, typing.get_args(kind)), None)
+    return None
+
+
+def _drop_unknown(
+    cls: Any, data: dict[str, Any], prefix: str, known: list[str], problems: list[str]
+) -> None:
+    """Take unknown keys out of `data`, each with a problem that names the nearest known one."""
+    kinds = typing.get_type_hints(cls)
+    for name in list(data):
+        kind = kinds.get(name)
+        if kind is None:
+            for key in flatten({name: data.pop(name)}, prefix):
+                problems.append(f"{key}: unknown key{_nearest(key, known)}")
+            continue
+        section = _section(kind)
+        if section is None:
+            continue
+        if data[name] is None and kind is section:
+            data[name] = {}  # a section whose every line is commented out
+        if isinstance(data[name], dict):
+            _drop_unknown(section, data[name], f"{prefix}{name}.", known, problems)
+
+
+def _nearest(unknown: str, known: list[str]) -> str:
+    if unknown in known:  # a dotted key inside a YAML file
+        section, _, name = unknown.rpartition(".")
+        return f": write {name!r} inside the section {section!r}"
+    last = unknown.rpartition(".")[2]
+    by_name: dict[str, list[str]] = {}
+    for key in known:
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    meant = by_name.get(last) or difflib.get_close_matches(unknown, known, n=1)
+    if not meant:
+        names = difflib.get_close_matches(last, list(by_name), n=1)
+        meant = by_name[names[0]] if names else []
+    if not meant:
+        return f"; the sections are {', '.join(key for key in known if '.' not in key)}"
+    return f"; did you mean {' or '.join(meant[:3])}?"
+
+
+def _explain(error: ValidationError, known: list[str]) -> list[str]:
+    """One line per wrong key: what was expected and what came."""
+    expected: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    for problem in error.errors(include_url=False):
+        parts = [str(part) for part in problem["loc"]]
+        # Pydantic adds the members of a union and the indices of a list behind the key.
+        while parts and ".".join(parts) not in known:
+            parts.pop()
+        key = ".".join(parts) or "settings"
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if problem["type"].endswith("dataclass_type"):
+            message = "should be a section of keys"
+        if message not in expected.setdefault(key, []):
+            expected[key].append(message)
+        given.setdefault(key, problem["input"])
+    return [
+        f"{key}: {' or '.join(messages)}, got {json.dumps(given[key], default=str)}"
+        for key, messages in expected.items()
+    ]
+
+
+def _place(file: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    return f"{file}:{mark.line + 1}" if mark is not None else file
+
+
+def _what(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).split("\n")[0]

@@ -1,0 +1,209 @@
+"""Settings: YAML and overrides in, validated dataclasses out; every mistake told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppo_engine.config import AdaptiveKLConfig, PPOConfig, RewardModelConfig
+from ppo_engine.config_io import as_dict, dump_config, flatten, load_config
+from ppo_engine.errors import UserError
+
+
+def write(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def test_defaults_without_file_or_overrides() -> None:
+    assert load_config(PPOConfig) == PPOConfig()
+    assert load_config(RewardModelConfig) == RewardModelConfig()
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "ppo: {kl_coef: 0.5, gamma: 0.9}\nsteps: 7\n")
+    config = load_config(PPOConfig, file, ["ppo.kl_coef=0.02"])
+    assert (config.ppo.kl_coef, config.ppo.gamma, config.steps) == (0.02, 0.9, 7)
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "1E-05", "+1e-5"])
+def test_scientific_notation_is_a_number(tmp_path: Path, text: str) -> None:
+    # YAML 1.1 reads 1e-5 as a string.
+    by_override = load_config(PPOConfig, None, [f"policy.optimizer.learning_rate={text}"])
+    by_file = load_config(
+        PPOConfig, write(tmp_path, f"policy: {{optimizer: {{learning_rate: {text}}}}}")
+    )
+    assert by_override.policy.optimizer.learning_rate == 1e-5
+    assert by_file.policy.optimizer.learning_rate == 1e-5
+
+
+def test_whole_number_in_scientific_notation_serves_an_integer() -> None:
+    assert load_config(PPOConfig, None, ["ppo.adaptive_kl.horizon=2e4"]).ppo.adaptive_kl == (
+        AdaptiveKLConfig(horizon=20_000)
+    )
+
+
+def test_null_lists_and_empty_text() -> None:
+    config = load_config(
+        PPOConfig,
+        None,
+        [
+            "ppo.value_clip_range=null",
+            "run.trackers=[wandb, tensorboard]",
+            "run.output_dir=",
+            "policy.lora.target_modules=[q_proj, v_proj]",
+            "reward.function=rewards.py:score",
+        ],
+    )
+    assert config.ppo.value_clip_range is None
+    assert config.run.trackers == ["wandb", "tensorboard"]
+    assert config.run.output_dir == ""
+    assert config.policy.lora is not None
+    assert config.policy.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.reward.function == "rewards.py:score"
+
+
+def test_optional_section_comes_and_goes(tmp_path: Path) -> None:
+    assert PPOConfig().ppo.adaptive_kl is None
+    on = load_config(PPOConfig, None, ["ppo.adaptive_kl.target=3"])
+    assert on.ppo.adaptive_kl == AdaptiveKLConfig(target=3.0)
+    file = write(tmp_path, "ppo: {adaptive_kl: {target: 3}}")
+    assert load_config(PPOConfig, file, ["ppo.adaptive_kl=null"]).ppo.adaptive_kl is None
+
+
+def test_section_with_every_line_commented_out(tmp_path: Path) -> None:
+    assert load_config(PPOConfig, write(tmp_path, "ppo:\n  # kl_coef: 0.1\n")) == PPOConfig()
+    assert load_config(PPOConfig, write(tmp_path, "")) == PPOConfig()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [
+            "ppo.adaptive_kl.target=3.25",
+            "policy.lora.rank=4",
+            "policy.optimizer.learning_rate=3e-7",
+            "run.output_dir='1e-5'",  # text that looks like a number
+            'data.path="a: b # ü \\u2028"',
+            "run.trackers=[wandb]",
+            "reward.missing_eos_score=-1",
+        ],
+    ],
+)
+def test_dumped_settings_read_back_equal(tmp_path: Path, overrides: list[str]) -> None:
+    config = load_config(PPOConfig, None, overrides)
+    assert load_config(PPOConfig, write(tmp_path, dump_config(config))) == config
+
+
+def test_flatten_names_every_leaf() -> None:
+    flat = flatten(as_dict(PPOConfig()))
+    assert flat["policy.optimizer.learning_rate"] == PPOConfig().policy.optimizer.learning_rate
+    assert flat["ppo.adaptive_kl"] is None and "ppo" not in flat
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("ppo.kl_coeff=0.1", "ppo.kl_coef"),
+        ("kl_coef=0.1", "ppo.kl_coef"),
+        ("policy.learning_rate=1", "policy.optimizer.learning_rate"),
+        ("klcoef=0.1", "ppo.kl_coef"),
+        ("stepz=1", "steps"),
+        ("ppo.adaptive_kl.targett=1", "ppo.adaptive_kl.target"),
+        ("pppo.kl_coef=1", "ppo.kl_coef"),
+        ("xyzzy.plugh=1", "policy, reward, critic"),
+        ("xyzzy={}", "policy, reward, critic"),
+    ],
+)
+def test_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(PPOConfig, None, [override])
+    message = str(caught.value)
+    assert override.split("=")[0] in message and "unknown key" in message and nearest in message
+
+
+def test_dotted_key_in_a_file_says_how_to_write_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'kl_coef' inside the section 'ppo'"):
+        load_config(PPOConfig, write(tmp_path, "ppo.kl_coef: 0.1"))
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(
+            PPOConfig,
+            None,
+            [
+                "ppo.gamma=1.5",
+                "ppo.epochs=0",
+                "ppo.kl_coef=yes",
+                "policy.optimizer.schedule=step",
+                "policy.lora.target_modules=3",
+                "nonsense",
+                "ppo=3",
+                "run.sed=1",
+                "steps=2.5",
+            ],
+        )
+    text = str(caught.value)
+    assert "nonsense" in text and "key=value" in text
+    assert "ppo: should be a section of keys, got 3" in text
+    assert "policy.optimizer.schedule: should be 'linear', 'cosine' or 'constant', got" in text
+    assert text.count("policy.lora.target_modules") == 1
+    assert "run.sed: unknown key; did you mean run.seed?" in text
+    assert "steps: should be a valid integer" in text
+
+    with pytest.raises(UserError) as caught:
+        load_config(PPOConfig, None, ["ppo.gamma=1.5", "ppo.epochs=0", "ppo.kl_coef=yes"])
+    lines = str(caught.value).split("\n")[1:]
+    assert [line.split(":")[0].strip(" -") for line in lines] == [
+        "ppo.epochs",
+        "ppo.gamma",
+        "ppo.kl_coef",
+    ]
+    assert lines[1].endswith("should be less than or equal to 1, got 1.5")
+    assert lines[2].endswith("got true")
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-1", "null", "text", "[1]"])
+def test_bad_number_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"ppo\.kl_coef: "):
+        load_config(PPOConfig, None, [f"ppo.kl_coef={value}"])
+
+
+def test_broken_file_names_file_and_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "steps: 1\nppo:\n  kl_coef: [1\n")
+    with pytest.raises(UserError, match=r"settings\.yaml:\d+: not valid YAML"):
+        load_config(PPOConfig, file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n- 2\n", "settings must be"),
+        ("steps: 1\nsteps: 2\n", r"settings\.yaml:2: .*'steps' is given twice"),
+        ("steps: !!python/object/apply:os.system [id]\n", r"settings\.yaml:1"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_other_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(PPOConfig, write(tmp_path, text))
+
+
+def test_missing_file_folder_and_binary(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(PPOConfig, str(tmp_path / "absent.yaml"))
+    with pytest.raises(UserError, match="not a file"):
+        load_config(PPOConfig, str(tmp_path))
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_config(PPOConfig, str(binary))
+
+
+def test_override_with_broken_yaml() -> None:
+    with pytest.raises(UserError, match=r"run\.trackers=\[wandb.*not valid YAML"):
+        load_config(PPOConfig, None, ["run.trackers=[wandb"])
