@@ -1,0 +1,102 @@
+// What crosses between the bindings and the kernels: plain data, no code.
+//
+// The kernels are compiled once per instruction set, so an inline function here would be merged by
+// the linker and might run AVX-512 code on a machine without it. Code that kernels share is in
+// tokens.h and simd.h, inside an anonymous namespace.
+#pragma once
+
+#include <cstdint>
+
+namespace ppo {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// B sequences of tokens: padded [B, T] where `cu_seqlens` is null and `length` is T, or packed [N]
+// where sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1] and `length` is N.
+struct Rows {
+  int64_t count;
+  int64_t length;
+  const int64_t* cu_seqlens;
+};
+
+// One tensor over those rows, strides in elements. Packed: row_stride 0. One number per sequence,
+// [B]: stride 0. An absent tensor: data null.
+struct Tokens {
+  void* data;
+  int64_t row_stride;
+  int64_t stride;
+};
+
+// Count, mean and sum of squared deviations from the mean, of some numbers.
+struct Moments {
+  double count, mean, m2;
+};
+
+enum class KL : int { none = 0, k1 = 1, k2 = 2, k3 = 3 };
+
+// gae (kl_estimator none, rewards given) and kl_shaped_gae (rewards made of the other tensors).
+// Outputs are in the accumulation dtype: float64 where dtype is f64, else float32.
+struct GaeArgs {
+  DType dtype;  // of every input
+  Rows rows;
+  Tokens mask;  // bool
+  Tokens values, bootstrap;
+  Tokens rewards;
+  Tokens scores, logprobs, ref_logprobs;
+  KL kl_estimator;
+  double kl_coef, gamma, lam;
+  Tokens advantages, returns;  // out
+  Tokens kl;                   // out, one per sequence, or absent
+  int64_t rows_per_block;      // one thread does a block; blocks do not depend on their number
+  Moments* moments;            // scratch, one per block, or null; out: the first is all of them
+  int threads;
+};
+
+// N rows of logits, last dimension contiguous; the leading dimensions may be strided at will.
+struct LogitRows {
+  void* data;
+  DType dtype;
+  int64_t vocab;
+  int dims;                // leading dimensions
+  const int64_t* shape;    // [dims]
+  const int64_t* strides;  // [dims], in elements
+};
+
+// What the backward pass needs of each row, in the accumulation dtype, each [N] contiguous.
+struct LogprobState {
+  void* max;       // largest logit apart from the target's
+  void* log_norm;  // log p_j = (z_j - max) / temperature - log_norm
+  void* entropy;   // or null
+};
+
+struct LogprobForward {
+  LogitRows logits;
+  int64_t count;           // N
+  const int64_t* targets;  // [N]
+  double temperature;
+  void* logprobs;  // out, [N], accumulation dtype
+  LogprobState state;  // out
+  int threads;
+};
+
+struct LogprobBackward {
+  LogitRows logits;
+  int64_t count;
+  const int64_t* targets;
+  double temperature;
+  const void* grad_logprobs;  // [N] or null
+  const void* grad_entropy;   // [N] or null
+  const void* logprobs;
+  LogprobState state;
+  void* grad_logits;  // out, [N, V] contiguous, dtype of the logits
+  int threads;
+};
+
+// The entry points of one instruction set: kernels.cpp fills one in for each.
+struct Kernels {
+  void (*gae)(const GaeArgs&);
+  void (*token_logprobs)(const LogprobForward&);
+  void (*token_logprobs_backward)(const LogprobBackward&);
+};
+
+}  // namespace ppo

@@ -1,0 +1,171 @@
+"""Which implementation of an op runs, and why; and how tensors are handed to the compiled ones."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IMPLS = ("reference", "cpp", "triton", "cuda")
+OPS = (
+    "gae",
+    "kl_shaped_gae",
+    "token_logprobs",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "pairwise_loss",
+)
+
+
+class Availability(NamedTuple):
+    """Whether an implementation can run here, and how it was built or why it cannot."""
+
+    available: bool
+    reason: str
+
+
+def _why_not_built() -> str:
+    """What setup.py recorded when it could not build the extension."""
+    info = Path(__file__).with_name("_build_info.json")
+    if not info.exists():
+        return (
+            "the compiled extension ppo_kernels._cpu is not there: install the package, or build "
+            "it in place with `python setup.py build_ext --inplace`"
+        )
+    recorded = json.loads(info.read_text())
+    return str(recorded.get("reason", "the compiled extension was built for another Python"))
+
+
+def _load_extension() -> tuple[object | None, Availability]:
+    try:
+        from ppo_kernels import _cpu
+    except ModuleNotFoundError:
+        return None, Availability(False, f"{_why_not_built()} (needs a C++17 compiler)")
+    except ImportError as error:
+        return None, Availability(False, f"the compiled extension does not load: {error}")
+    # Raises where PPO_KERNELS_ISA names an instruction set that cannot run here.
+    return _cpu, Availability(True, f"{_cpu.isa()} of {', '.join(_cpu.supported_isas())}")
+
+
+# The compiled module, None where it is missing.
+cpu, _CPP = _load_extension()
+
+_AVAILABILITY = {
+    "reference": Availability(True, "plain PyTorch, any device"),
+    "cpp": _CPP,
+    "triton": Availability(False, "not written yet"),
+    "cuda": Availability(False, "not written yet"),
+}
+
+
+def implementations() -> dict[str, dict[str, Availability]]:
+    """What can run here: `{op: {impl: Availability(available, reason)}}`."""
+    return {op: dict(_AVAILABILITY) for op in OPS}
+
+
+def resolve(op: str, impl: str, device: torch.device) -> str:
+    """The implementation to run for `impl`, which may be "auto", on tensors of `device`.
+
+    Raises ValueError where `impl` is no implementation's name, and RuntimeError, with the reason,
+    where one is named that cannot run.
+    """
+    if impl == "auto":
+        if device.type != "cpu":
+            return "reference"
+        if cpu is not None:
+            return "cpp"
+        _warn_once(_CPP.reason)
+        return "reference"
+    if impl not in IMPLS:
+        raise ValueError(
+            f"{op}: impl must be 'auto' or one of {', '.join(map(repr, IMPLS))}, but is {impl!r}"
+        )
+    if not _AVAILABILITY[impl].available:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {_AVAILABILITY[impl].reason}")
+    if impl == "cpp" and device.type != "cpu":
+        raise RuntimeError(f"{op}: impl='cpp' runs on CPU tensors, but these are on {device}")
+    return impl
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"ppo_kernels runs in plain PyTorch, several times slower than its compiled kernels: "
+        f"{reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether the kernels may be called directly on these tensors.
+
+    Not while a graph is traced, and not on tensors without memory of their own (fake, functional,
+    other subclasses): these go through `torch.ops.ppo_kernels`, at some microseconds a call.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return all(x is None or type(x) in _PLAIN for x in tensors)
+
+
+# --- Tensors as csrc/bindings.cpp takes them ------------------------------------------------------
+# Addresses keep nothing alive: whoever passes one holds the tensor until the call returns.
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+TokensArg = tuple[int, int, int]
+ABSENT: TokensArg = (0, 0, 0)
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    return _DTYPE_CODES[dtype]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an op computes in and returns, for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that all of them fit in."""
+    return functools.reduce(torch.promote_types, {x.dtype for x in tensors if x is not None})
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def tokens(x: Tensor | None) -> TokensArg:
+    """(address, row stride, token stride) of a token tensor, `[B, T]` or packed `[N]`."""
+    if x is None:
+        return ABSENT
+    return (x.data_ptr(), *x.stride()) if x.dim() == 2 else (x.data_ptr(), 0, x.stride(0))
+
+
+def per_sequence(x: Tensor | None) -> TokensArg:
+    """The same of one number for each sequence, `[B]`."""
+    return ABSENT if x is None else (x.data_ptr(), x.stride(0), 0)
+
+
+def rows(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """(sequences, length, address of cu_seqlens); `cu_seqlens` contiguous int64, see `offsets`."""
+    if cu_seqlens is None:
+        return (shape[0], shape[1], 0)
+    return (cu_seqlens.shape[0] - 1, shape[0], cu_seqlens.data_ptr())
+
+
+def offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    """`cu_seqlens` as the kernels read it."""
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

@@ -1,0 +1,253 @@
+"""Generalized advantage estimation, with given rewards or with KL-shaped ones.
+
+Advantages are constants of the PPO losses: the results carry no gradient, whatever runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import checks, dispatch, reference
+from ppo_kernels.reference import ShapedGAE
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    mask: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of each token (Schulman et al. 2016, arXiv:1506.02438).
+
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1},  returns = A + V,
+    where t+1 is the next real token of the same sequence. lam=1 is Monte Carlo, lam=0 one-step TD.
+
+    Args:
+        rewards, values: `[B, T]`, or packed `[N]` with `cu_seqlens`; any floating dtype and strides.
+        gamma, lam: discount and GAE's decay, each in [0, 1].
+        mask: bool, shaped like `rewards`; True is a real token. Padding may be on either side and
+            masked tokens may lie in the middle: they are skipped and never read.
+        bootstrap: `[B]`, the value after each sequence's last real token; default 0.
+        cu_seqlens: `[B + 1]` int32 or int64, where each packed sequence starts; first 0, last N.
+        impl: "auto", or one of `implementations()["gae"]`.
+
+    Returns:
+        (advantages, returns), shaped like `rewards`, float32 (float64 for float64 inputs); 0 where
+        masked; without gradient.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+        RuntimeError: for an `impl` that cannot run, with the reason.
+    """
+    checks.tokens("gae", mask, cu_seqlens, rewards=rewards, values=values)
+    if bootstrap is not None:
+        checks.per_sequence("gae", "bootstrap", bootstrap, cu_seqlens, "rewards", rewards)
+    impl = dispatch.resolve("gae", impl, rewards.device)
+    with torch.no_grad():
+        if impl == "reference":
+            if not torch.compiler.is_compiling():
+                _check_values("gae", gamma, lam, cu_seqlens, rewards)
+            return reference.gae(
+                rewards, values, gamma=gamma, lam=lam, mask=mask, bootstrap=bootstrap,
+                cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+        run = _gae if dispatch.eager(rewards, values, mask, bootstrap, cu_seqlens) else _gae_op
+        return run(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
+
+
+def kl_shaped_gae(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    *,
+    kl_coef: float | Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    kl_estimator: str = "k1",
+    mask: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> ShapedGAE:
+    """GAE of RLHF's rewards, in one pass (Ziegler et al. 2019; Ouyang et al. 2022).
+
+    r_t = -kl_coef k_t, plus the sequence's score on its last real token; then `gae`. With
+    x = log pi - log pi_ref, k_t is `k1` x, `k2` x^2 / 2, or `k3` exp(-x) - 1 + x (x within +-20).
+
+    Args:
+        scores: `[B]`, one for each sequence; not read where a sequence has no real token.
+        logprobs, ref_logprobs, values: `[B, T]`, or packed `[N]` with `cu_seqlens`.
+        kl_coef: a number, or a 0-dim tensor, so that an adaptive one costs neither a
+            synchronization nor a recompilation.
+        kl_estimator: "k1", "k2" or "k3".
+        gamma, lam, mask, bootstrap, cu_seqlens, impl: as for `gae`.
+
+    Returns:
+        `ShapedGAE`: advantages and returns as `gae` gives them; `kl` `[B]`, each sequence's sum of
+        k_t; `moments` `[3]`, (count, mean, M2) of the advantages of real tokens, which
+        `ppo_policy_loss` whitens with and which ranks can merge.
+
+    Raises:
+        As `gae`.
+    """
+    op = "kl_shaped_gae"
+    checks.tokens(
+        op, mask, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values
+    )
+    checks.per_sequence(op, "scores", scores, cu_seqlens, "logprobs", logprobs)
+    if bootstrap is not None:
+        checks.per_sequence(op, "bootstrap", bootstrap, cu_seqlens, "logprobs", logprobs)
+    checks.choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    impl = dispatch.resolve(op, impl, logprobs.device)
+    with torch.no_grad():
+        if impl == "reference":
+            if not torch.compiler.is_compiling():
+                checks.scalar(op, "kl_coef", kl_coef)
+                _check_values(op, gamma, lam, cu_seqlens, logprobs)
+            return reference.kl_shaped_gae(
+                scores, logprobs, ref_logprobs, values, kl_coef=kl_coef, gamma=gamma, lam=lam,
+                kl_estimator=kl_estimator, mask=mask, bootstrap=bootstrap, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+        rest = (gamma, lam, kl_estimator, mask, bootstrap, cu_seqlens)
+        if dispatch.eager(scores, logprobs, ref_logprobs, values, mask, bootstrap, cu_seqlens):
+            return ShapedGAE(
+                *_kl_shaped_gae(scores, logprobs, ref_logprobs, values, kl_coef, *rest)
+            )
+        # As a tensor, for a number would be part of the compiled graph.
+        coef = torch.as_tensor(kl_coef, dtype=torch.float64)
+        return ShapedGAE(*_kl_shaped_gae_op(scores, logprobs, ref_logprobs, values, coef, *rest))
+
+
+def _check_values(
+    op: str, gamma: float, lam: float, cu_seqlens: Tensor | None, tokens: Tensor
+) -> None:
+    checks.number(op, "gamma", gamma, ge=0.0, le=1.0)
+    checks.number(op, "lam", lam, ge=0.0, le=1.0)
+    checks.boundaries(op, cu_seqlens, tokens.shape[0])
+
+
+# --- C++ on the CPU: csrc/cpu/gae.cpp -------------------------------------------------------------
+
+
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float,
+    lam: float,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _check_values("gae", gamma, lam, cu_seqlens, rewards)
+    dtype = dispatch.common_dtype(rewards, values, bootstrap)
+    rewards, values, bootstrap = (dispatch.cast(x, dtype) for x in (rewards, values, bootstrap))
+    cu_seqlens = dispatch.offsets(cu_seqlens)
+    advantages = rewards.new_empty(rewards.shape, dtype=dispatch.accumulator(dtype))
+    returns = torch.empty_like(advantages)
+    dispatch.cpu.gae(
+        dispatch.dtype_code(dtype), dispatch.rows(rewards.shape, cu_seqlens),
+        dispatch.tokens(mask), dispatch.tokens(values), dispatch.per_sequence(bootstrap),
+        dispatch.tokens(rewards), dispatch.ABSENT, dispatch.ABSENT, dispatch.ABSENT, 0, 0.0,
+        gamma, lam, dispatch.tokens(advantages), dispatch.tokens(returns), dispatch.ABSENT, False,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return advantages, returns
+
+
+def _kl_shaped_gae(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    kl_coef: float | Tensor,
+    gamma: float,
+    lam: float,
+    kl_estimator: str,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "kl_shaped_gae"
+    coef = float(checks.scalar(op, "kl_coef", kl_coef))
+    _check_values(op, gamma, lam, cu_seqlens, logprobs)
+    inputs = (scores, logprobs, ref_logprobs, values, bootstrap)
+    dtype = dispatch.common_dtype(*inputs)
+    scores, logprobs, ref_logprobs, values, bootstrap = (dispatch.cast(x, dtype) for x in inputs)
+    cu_seqlens = dispatch.offsets(cu_seqlens)
+    advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
+    returns = torch.empty_like(advantages)
+    kl = advantages.new_empty(scores.shape)
+    moments = dispatch.cpu.gae(
+        dispatch.dtype_code(dtype), dispatch.rows(logprobs.shape, cu_seqlens),
+        dispatch.tokens(mask), dispatch.tokens(values), dispatch.per_sequence(bootstrap),
+        dispatch.ABSENT, dispatch.per_sequence(scores), dispatch.tokens(logprobs),
+        dispatch.tokens(ref_logprobs), 1 + KL_ESTIMATORS.index(kl_estimator), coef,
+        gamma, lam, dispatch.tokens(advantages), dispatch.tokens(returns),
+        dispatch.per_sequence(kl), True, torch.get_num_threads(),
+    )  # fmt: skip
+    return advantages, returns, kl, advantages.new_tensor(moments)
+
+
+# --- The same under torch.compile -----------------------------------------------------------------
+
+
+@torch.library.custom_op("ppo_kernels::gae", mutates_args=(), device_types="cpu")
+def _gae_op(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float,
+    lam: float,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _gae(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
+
+
+@_gae_op.register_fake
+def _(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens):  # type: ignore[no-untyped-def]
+    dtype = dispatch.accumulator(dispatch.common_dtype(rewards, values, bootstrap))
+    advantages = rewards.new_empty(rewards.shape, dtype=dtype)
+    return advantages, torch.empty_like(advantages)
+
+
+@torch.library.custom_op("ppo_kernels::kl_shaped_gae", mutates_args=(), device_types="cpu")
+def _kl_shaped_gae_op(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    kl_coef: Tensor,
+    gamma: float,
+    lam: float,
+    kl_estimator: str,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _kl_shaped_gae(
+        scores, logprobs, ref_logprobs, values, kl_coef, gamma, lam, kl_estimator, mask, bootstrap,
+        cu_seqlens,
+    )  # fmt: skip
+
+
+@_kl_shaped_gae_op.register_fake
+def _(scores, logprobs, ref_logprobs, values, kl_coef, gamma, lam, kl_estimator, mask,
+      bootstrap, cu_seqlens):  # type: ignore[no-untyped-def]  # fmt: skip
+    dtype = dispatch.common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
+    advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
+    return (
+        advantages,
+        torch.empty_like(advantages),
+        advantages.new_empty(scores.shape),
+        advantages.new_empty(3),
+    )
