@@ -105,14 +105,15 @@ LogitRows logit_rows(int dtype, uintptr_t data, const Strides& shape, const Stri
 // Returns the place of the first target that is no class (-1 where all are), computing nothing.
 int64_t token_logprobs(int dtype, uintptr_t logits, const Strides& shape, const Strides& strides,
                        int64_t count, uintptr_t targets, double temperature, uintptr_t logprobs,
-                       uintptr_t max, uintptr_t log_norm, uintptr_t entropy, int threads) {
+                       uintptr_t entropy, uintptr_t state, int threads) {
   LogprobForward args{};
   args.logits = logit_rows(dtype, logits, shape, strides);
   args.count = count;
   args.targets = static_cast<const int64_t*>(pointer(targets));
   args.temperature = temperature;
   args.logprobs = pointer(logprobs);
-  args.state = {pointer(max), pointer(log_norm), pointer(entropy)};
+  args.entropy = pointer(entropy);
+  args.state = pointer(state);
   args.threads = threads_for(count * args.logits.vocab, threads);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t y = args.targets[i];
@@ -125,8 +126,8 @@ int64_t token_logprobs(int dtype, uintptr_t logits, const Strides& shape, const 
 void token_logprobs_backward(int dtype, uintptr_t logits, const Strides& shape,
                              const Strides& strides, int64_t count, uintptr_t targets,
                              double temperature, uintptr_t grad_logprobs, uintptr_t grad_entropy,
-                             uintptr_t logprobs, uintptr_t max, uintptr_t log_norm,
-                             uintptr_t entropy, uintptr_t grad_logits, int threads) {
+                             uintptr_t logprobs, uintptr_t entropy, uintptr_t state,
+                             uintptr_t grad_logits, int threads) {
   LogprobBackward args{};
   args.logits = logit_rows(dtype, logits, shape, strides);
   args.count = count;
@@ -135,7 +136,8 @@ void token_logprobs_backward(int dtype, uintptr_t logits, const Strides& shape,
   args.grad_logprobs = pointer(grad_logprobs);
   args.grad_entropy = pointer(grad_entropy);
   args.logprobs = pointer(logprobs);
-  args.state = {pointer(max), pointer(log_norm), pointer(entropy)};
+  args.entropy = pointer(entropy);
+  args.state = pointer(state);
   args.grad_logits = pointer(grad_logits);
   args.threads = threads_for(count * args.logits.vocab, threads);
   active_isa().kernels->token_logprobs_backward(args);

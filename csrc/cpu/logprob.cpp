@@ -113,9 +113,9 @@ template <class T, bool kEntropy>
 void forward(const LogprobForward& args) {
   using A = Accumulator<T>;
   A* logprobs = static_cast<A*>(args.logprobs);
-  A* maxima = static_cast<A*>(args.state.max);
-  A* log_norms = static_cast<A*>(args.state.log_norm);
-  A* entropies = static_cast<A*>(args.state.entropy);
+  A* maxima = static_cast<A*>(args.state);
+  A* log_norms = maxima + args.count;
+  A* entropies = static_cast<A*>(args.entropy);
 
   parallel_for(args.count, args.threads, [&](int64_t i) {
     const int64_t y = args.targets[i];
@@ -150,9 +150,9 @@ void backward(const LogprobBackward& args) {
   const A* grad_logprobs = static_cast<const A*>(args.grad_logprobs);
   const A* grad_entropy = static_cast<const A*>(args.grad_entropy);
   const A* logprobs = static_cast<const A*>(args.logprobs);
-  const A* maxima = static_cast<const A*>(args.state.max);
-  const A* log_norms = static_cast<const A*>(args.state.log_norm);
-  const A* entropies = static_cast<const A*>(args.state.entropy);
+  const A* maxima = static_cast<const A*>(args.state);
+  const A* log_norms = maxima + args.count;
+  const A* entropies = static_cast<const A*>(args.entropy);
   const int64_t vocab = args.logits.vocab;
   const A inv_temperature = A(1 / args.temperature);
 
@@ -191,7 +191,7 @@ void backward(const LogprobBackward& args) {
 void token_logprobs(const LogprobForward& args) {
   with_dtype(args.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return args.state.entropy ? forward<T, true>(args) : forward<T, false>(args);
+    return args.entropy ? forward<T, true>(args) : forward<T, false>(args);
   });
 }
 

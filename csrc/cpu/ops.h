@@ -62,12 +62,10 @@ struct LogitRows {
   const int64_t* strides;  // [dims], in elements
 };
 
-// What the backward pass needs of each row, in the accumulation dtype, each [N] contiguous.
-struct LogprobState {
-  void* max;       // largest logit apart from the target's
-  void* log_norm;  // log p_j = (z_j - max) / temperature - log_norm
-  void* entropy;   // or null
-};
+// What the backward pass needs of each row beside its log-prob: two arrays [N], one after the
+// other, in the accumulation dtype.
+//   max       largest logit apart from the target's
+//   log_norm  log p_j = (z_j - max) / temperature - log_norm
 
 struct LogprobForward {
   LogitRows logits;
@@ -75,7 +73,8 @@ struct LogprobForward {
   const int64_t* targets;  // [N]
   double temperature;
   void* logprobs;  // out, [N], accumulation dtype
-  LogprobState state;  // out
+  void* entropy;   // out, [N], or null
+  void* state;     // out, [2, N]
   int threads;
 };
 
@@ -87,7 +86,8 @@ struct LogprobBackward {
   const void* grad_logprobs;  // [N] or null
   const void* grad_entropy;   // [N] or null
   const void* logprobs;
-  LogprobState state;
+  const void* entropy;  // or null, as grad_entropy then is
+  const void* state;
   void* grad_logits;  // out, [N, V] contiguous, dtype of the logits
   int threads;
 };

@@ -1,0 +1,244 @@
+"""Log-probs of chosen tokens, and the entropy, from logits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ppo_kernels import checks, dispatch, reference
+from ppo_kernels.reference import IGNORED_TARGET
+
+OP = "token_logprobs"
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
+
+    log p_y = z_y / T - log sum_j exp(z_j / T),  H = -sum_j p_j log p_j; one read of the logits.
+    Both are differentiable in the logits, which are kept for the backward pass (one read of them
+    and one write of their gradient). A row whose incoming gradients are all 0 gets a gradient of 0
+    without being read.
+
+    Args:
+        logits: `[..., V]`, any floating dtype. Read where they lie if the last dimension is
+            contiguous, whatever the strides of the others; copied if it is not. -inf is allowed
+            (a masked vocabulary): probability 0.
+        targets: `[...]` int32 or int64, 0 to V - 1; or -100, which is ignored: its row is not
+            read, its log-prob and entropy are 0.
+        temperature: positive.
+        return_entropy: whether to return the entropy too, in nats.
+        impl: "auto", or one of `implementations()["token_logprobs"]`.
+
+    Returns:
+        logprobs, or (logprobs, entropy), shaped like the targets, float32 (float64 for float64
+        logits).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit, and, on the
+            CPU, for a target that is no class.
+        RuntimeError: for an `impl` that cannot run, with the reason.
+    """
+    checks.tensor(OP, "logits", logits)
+    if logits.dim() == 0:
+        raise ValueError(f"{OP}: logits must be [..., V], but has no dimension")
+    checks.tensor(
+        OP, "targets", targets, checks.INDEX_DTYPES, shape=tuple(logits.shape[:-1]),
+        like=("logits", logits),
+    )  # fmt: skip
+    impl = dispatch.resolve(OP, impl, logits.device)
+    if impl == "reference":
+        if not torch.compiler.is_compiling():
+            _check_values(temperature, targets, logits.shape[-1])
+        return reference.token_logprobs(
+            logits, targets, temperature=temperature, return_entropy=return_entropy
+        )
+    if not dispatch.eager(logits, targets):
+        logprobs, entropy, _ = _forward_op(logits, targets, temperature, return_entropy)
+    elif logits.requires_grad and torch.is_grad_enabled():
+        logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, return_entropy)
+    else:
+        logprobs, entropy, _ = _forward(logits, targets, temperature, return_entropy)
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _check_values(temperature: float, targets: Tensor, vocab: int) -> None:
+    checks.number(OP, "temperature", temperature, gt=0.0)
+    if targets.device.type == "cpu":
+        wrong = ((targets < 0) & (targets != IGNORED_TARGET)) | (targets >= vocab)
+        if wrong.any():
+            raise _no_class(targets, int(wrong.flatten().int().argmax()), vocab)
+
+
+def _no_class(targets: Tensor, at: int, vocab: int) -> ValueError:
+    place = [int(i) for i in torch.unravel_index(torch.tensor(at), targets.shape)]
+    value = int(targets.flatten()[at])
+    return ValueError(
+        f"{OP}: targets{place or ''} is {value}, but must be a class, 0 to {vocab - 1}, or -100 "
+        "to be ignored"
+    )
+
+
+# --- C++ on the CPU: csrc/cpu/logprob.cpp ---------------------------------------------------------
+
+
+def _forward(
+    logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, state): entropy is empty where not wanted, state for `_backward`."""
+    checks.number(OP, "temperature", temperature, gt=0.0)
+    logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
+    dtype = dispatch.accumulator(logits.dtype)
+    logprobs = logits.new_empty(targets.shape, dtype=dtype)
+    entropy = logits.new_empty(targets.shape if want_entropy else (0,), dtype=dtype)
+    state = logits.new_empty((2, *targets.shape), dtype=dtype)
+    wrong = dispatch.cpu.token_logprobs(
+        dispatch.dtype_code(logits.dtype), logits.data_ptr(), logits.shape, logits.stride(),
+        targets.numel(), targets.data_ptr(), temperature, logprobs.data_ptr(),
+        entropy.data_ptr() if want_entropy else 0, state.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if wrong >= 0:
+        raise _no_class(targets, wrong, logits.shape[-1])
+    return logprobs, entropy, state
+
+
+def _backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    temperature: float,
+) -> Tensor:
+    """The gradient of the logits, contiguous."""
+    logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
+    if grad_logprobs is not None:
+        grad_logprobs = grad_logprobs.contiguous()
+    if grad_entropy is not None:
+        grad_entropy = grad_entropy.contiguous()
+    grad_logits = logits.new_empty(logits.shape)
+    dispatch.cpu.token_logprobs_backward(
+        dispatch.dtype_code(logits.dtype), logits.data_ptr(), logits.shape, logits.stride(),
+        targets.numel(), targets.data_ptr(), temperature, dispatch.address(grad_logprobs),
+        dispatch.address(grad_entropy), logprobs.data_ptr(), entropy.data_ptr(), state.data_ptr(),
+        grad_logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_logits
+
+
+def _row_contiguous(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy)
+        ctx.save_for_backward(logits, targets, logprobs, entropy, state)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
+        grad = _backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature)
+        return grad, None, None, None
+
+
+# --- The same under torch.compile -----------------------------------------------------------------
+
+
+@torch.library.custom_op("ppo_kernels::token_logprobs", mutates_args=(), device_types="cpu")
+def _forward_op(
+    logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(logits, targets, temperature, want_entropy)
+
+
+@_forward_op.register_fake
+def _(logits, targets, temperature, want_entropy):  # type: ignore[no-untyped-def]
+    dtype = dispatch.accumulator(logits.dtype)
+    return (
+        logits.new_empty(targets.shape, dtype=dtype),
+        logits.new_empty(targets.shape if want_entropy else (0,), dtype=dtype),
+        logits.new_empty((2, *targets.shape), dtype=dtype),
+    )
+
+
+@torch.library.custom_op(
+    "ppo_kernels::token_logprobs_backward", mutates_args=(), device_types="cpu"
+)
+def _backward_op(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    temperature: float,
+) -> Tensor:
+    return _backward(
+        grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, temperature
+    )
+
+
+@_backward_op.register_fake
+def _(grad_logprobs, grad_entropy, logits, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, targets, ctx.temperature, ctx.want_entropy = inputs
+    ctx.save_for_backward(logits, targets, *output)
+
+
+def _backward_of_op(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, None, None, None]:
+    grad_entropy = grad_entropy if ctx.want_entropy else None
+    grad = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature)
+    return grad, None, None, None
+
+
+_forward_op.register_autograd(_backward_of_op, setup_context=_save)
