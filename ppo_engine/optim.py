@@ -1,0 +1,69 @@
+"""AdamW, the learning-rate schedule and gradient clipping, the same for every model that learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from ppo_engine.config import OptimizerConfig
+from ppo_engine.errors import UserError
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over the parameters that require gradients; biases and norms are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise UserError(f"{type(model).__name__} has no parameter to train: all are frozen.")
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=all(p.device.type in ("cpu", "cuda") for p in trained),
+    )
+
+
+def make_scheduler(optimizer: AdamW, config: OptimizerConfig, total_steps: int) -> LambdaLR:
+    """Warm-up over `warmup_fraction` of the steps, then decay to 0 at `total_steps`, or constant.
+
+    Every step has a learning rate above 0 (the usual library schedules waste the first one).
+    """
+    warmup = int(config.warmup_fraction * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if config.schedule == "linear":
+            return 1.0 - progress
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, where: str = "") -> Tensor:
+    """Scale the gradients to a joint norm of at most `max_norm`; returns the norm before, 0-dim.
+
+    A norm that is not finite raises a UserError before any weight has changed: neither a step
+    with it nor a step skipped in silence would leave a model that can be trusted. `where` names
+    the model and step in the message.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not torch.isfinite(norm):
+        raise UserError(
+            f"The gradient{f' of {where}' if where else ''} is not finite (its norm is "
+            f"{norm.item()}). The step was not taken. Try a lower learning rate, float32 compute "
+            "(run.dtype=float32), or look for extreme rewards in the data."
+        )
+    return norm

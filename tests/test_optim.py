@@ -1,0 +1,81 @@
+"""Optimizer groups, learning-rate schedules, gradient clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ppo_engine.config import OptimizerConfig
+from ppo_engine.errors import UserError
+from ppo_engine.optim import clip_gradients, make_optimizer, make_scheduler
+
+
+def small_model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> list[float]:
+    optimizer = make_optimizer(small_model(), config)
+    scheduler = make_scheduler(optimizer, config, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert (optimizer.param_groups[0]["lr"] == 0) == (config.schedule != "constant")
+    return rates
+
+
+def test_only_matrices_decay_and_frozen_weights_are_left_out():
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if name == "2.weight" else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+def test_epsilon_and_betas_reach_the_optimizer():
+    optimizer = make_optimizer(small_model(), OptimizerConfig(beta1=0.8, beta2=0.9, eps=1e-5))
+    assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-5 for g in optimizer.param_groups)
+
+
+def test_a_wholly_frozen_model_is_an_error():
+    with pytest.raises(UserError, match="no parameter to train"):
+        make_optimizer(small_model().requires_grad_(False), OptimizerConfig())
+
+
+def test_linear_schedule_falls_to_zero_after_the_last_step():
+    rates = learning_rates(OptimizerConfig(learning_rate=1.0), 4)
+    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_cosine_schedule():
+    rates = learning_rates(OptimizerConfig(learning_rate=1.0, schedule="cosine"), 4)
+    assert rates == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
+
+
+def test_warmup_rises_from_above_zero():
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_fraction=0.4)
+    assert learning_rates(config, 10) == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 6)
+
+
+def test_gradients_are_clipped_to_the_norm():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients([parameter], 1.0).item() == pytest.approx(5.0)
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_says_where(bad):
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([bad, 1.0])
+    with pytest.raises(UserError, match="gradient of the policy, step 7 is not finite"):
+        clip_gradients([parameter], 1.0, "the policy, step 7")
