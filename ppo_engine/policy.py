@@ -1,0 +1,257 @@
+"""The language model that writes responses: loading, sampling, and log-probs of what it wrote."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from ppo_kernels import token_logprobs
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine import models
+from ppo_engine.config import GenerationConfig, ModelConfig
+from ppo_engine.errors import UserError
+from ppo_engine.rollout import Rollout
+from ppo_engine.text import Prompt, encode_prompt, pad_left
+
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice."
+
+
+class Policy:
+    """A causal language model with its tokenizer, device and dtype of compute.
+
+    Weights are fp32 and `dtype` is that of compute (autocast), so that the optimizer works on fp32.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model.to(device)
+        self.tokenizer = tokenizer
+        self.device = device
+        self.dtype = dtype
+        models.resize_embeddings(model, tokenizer)
+        models.disable_dropout(model)
+        self.eos_ids = _eos_ids(model, tokenizer)
+        # The checkpoint's own sampling habits (repetition penalties, top-k) would make the sampled
+        # distribution another than the one whose log-probs are taken; they return when it is saved.
+        self._shipped_generation_config = model.generation_config
+        self._head = _find_head(model, tokenizer, device)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | PreTrainedModel,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Policy:
+        """A policy ready to be trained, from a Hugging Face name or folder (`config.path` where
+        `model` is empty) or from a loaded model with its tokenizer."""
+        if isinstance(model, str):
+            path = model or config.path
+            models.load_model_config(path)
+            tokenizer = tokenizer or models.load_tokenizer(path)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise UserError(
+                    f"Could not load a language model from {path!r}: {reason}"
+                ) from error
+        elif tokenizer is None:
+            raise UserError("A policy that is handed in loaded needs its tokenizer as well.")
+        else:
+            models.separate_pad_from_eos(tokenizer)
+            model = model.float()
+        policy = cls(model, tokenizer, device=device, dtype=dtype)
+        policy.prepare_training(config)
+        return policy
+
+    def prepare_training(self, config: ModelConfig) -> None:
+        """Freeze or adapt the weights as configured; the model stays in evaluation mode (no dropout)."""
+        models.freeze_lower_layers(self.model, config.trainable_layers)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.lora is not None:
+            self.model = models.add_lora(self.model, config, "CAUSAL_LM")
+
+    @property
+    def says_own_logits(self) -> bool:
+        """True where log-probs must come from the model's own logits (see `_find_head`)."""
+        return self._head is None
+
+    def reference(self) -> Policy | None:
+        """A frozen copy; layers that the policy never trains are shared with it.
+
+        None with adapters: the policy without them is the reference (`without_adapter`).
+        """
+        if hasattr(self.model, "peft_config"):
+            return None
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).requires_grad_(False)
+        models.share_frozen_parameters(twin.model, self.model)
+        return twin
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """The weights as they were loaded, while the context lasts."""
+        return self.model.disable_adapter()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationConfig,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> Rollout:
+        """Sample one response to each prompt from softmax(logits / temperature).
+
+        Top-k and top-p are off unless `settings` says otherwise: with them, the log-probs of the
+        full distribution are not those of the sampler.
+        """
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        for index, ids in enumerate(encoded):
+            if not ids:
+                raise UserError(f"Prompt {index} is empty; a response needs something to answer.")
+        ids, mask = pad_left(encoded, self.tokenizer.pad_token_id)
+        prompt_ids = torch.tensor(ids, device=self.device)
+        prompt_mask = torch.tensor(mask, device=self.device)
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        base.generation_config = transformers.GenerationConfig(
+            eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id
+        )
+        sampling = transformers.GenerationConfig(
+            do_sample=True,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        try:
+            with models.compute(self.device, self.dtype):
+                output = self.model.generate(
+                    input_ids=prompt_ids,
+                    attention_mask=prompt_mask.long(),
+                    generation_config=sampling,
+                )
+        finally:
+            base.generation_config = self._shipped_generation_config
+        response_ids = output[:, prompt_ids.shape[1] :]
+        is_eos = torch.isin(response_ids, torch.tensor(self.eos_ids, device=self.device))
+        # Real up to and including the first EOS: by position, never by comparing with the pad id.
+        response_mask = is_eos.long().cumsum(1) - is_eos.long() == 0
+        return Rollout(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids,
+            mask=response_mask,
+            finished=is_eos.any(1),
+            prompts=list(prompts),
+            responses=[
+                self.tokenizer.decode(row[keep], skip_special_tokens=True)
+                for row, keep in zip(response_ids.cpu(), response_mask.cpu(), strict=True)
+            ],
+            columns=columns or {},
+        )
+
+    def response_logprobs(self, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the response tokens, each [B, T] fp32, 0 at padding.
+
+        Logits are made at response positions only, one position before the token they predict.
+        """
+        ids, mask = rollout.sequences()
+        start = rollout.prompt_ids.shape[1] - 1
+        # The last token predicts nothing that is needed.
+        inputs = {
+            "input_ids": ids[:, :-1],
+            "attention_mask": mask[:, :-1].long(),
+            "position_ids": models.position_ids(mask[:, :-1]),
+            "use_cache": False,
+        }
+        with models.compute(self.device, self.dtype):
+            if self._head is None:
+                logits = self.model(**inputs).logits[:, start:][rollout.mask]
+            else:
+                base = _base_model(self.model)
+                hidden = base(**inputs).last_hidden_state[:, start:][rollout.mask]
+                logits = self._head(self.model, hidden)
+        logprobs, entropy = token_logprobs(
+            logits,
+            rollout.response_ids[rollout.mask],
+            temperature=temperature,
+            return_entropy=True,
+        )
+        shape = rollout.mask.shape
+        return (
+            logprobs.new_zeros(shape).masked_scatter(rollout.mask, logprobs),
+            entropy.new_zeros(shape).masked_scatter(rollout.mask, entropy),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write model and tokenizer in Hugging Face format; adapters are merged into the weights."""
+        model = self.model
+        if hasattr(model, "peft_config"):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+Head = Callable[[PreTrainedModel, Tensor], Tensor]
+
+
+def _base_model(model: PreTrainedModel) -> nn.Module:
+    """The transformer below the output embedding, adapters included."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return inner.base_model
+
+
+def _find_head(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Head | None:
+    """How last hidden states become logits, or None where only the model itself knows.
+
+    Families scale or cap their logits under different names; rather than trust a name, a probe
+    text must give the model's own logits.
+    """
+    if model.get_output_embeddings() is None:
+        return None
+    text = model.config.get_text_config()
+    cap = getattr(text, "final_logit_softcapping", None)
+    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1)
+
+    def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    ids = tokenizer(_PROBE_TEXT, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = ids.to(device)
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits
+        output = model.base_model(input_ids=ids, use_cache=False)
+        made = head(model, output.last_hidden_state) if hasattr(output, "last_hidden_state") else own[:, :0]
+    same = made.shape == own.shape and torch.allclose(made, own, rtol=1e-4, atol=1e-4)
+    return head if same else None
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those the checkpoint names."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    extra = named if isinstance(named, list) else [] if named is None else [named]
+    return sorted({tokenizer.eos_token_id, *extra} - {tokenizer.pad_token_id})

@@ -1,0 +1,96 @@
+"""The two batch types of the engine: what the policy wrote, and what it learns from.
+
+Prompts are padded on the left and responses on the right, so that every response starts at the
+same column. Response tokens are the unit of work: prompts get no log-probs, values or loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_engine.text import Prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses sampled from the policy. B responses, prompts of at most P tokens, T new tokens."""
+
+    prompt_ids: Tensor  # [B, P] long, padded on the left
+    prompt_mask: Tensor  # [B, P] bool, True is a real token
+    response_ids: Tensor  # [B, T] long, padded on the right
+    mask: Tensor  # [B, T] bool, True is a real response token, its EOS included
+    finished: Tensor  # [B] bool, the response ended with EOS
+    prompts: Sequence[Prompt]  # as given
+    responses: Sequence[str]  # decoded, without special tokens
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each response, [B] long."""
+        return self.mask.sum(1)
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Prompt and response joined: ids [B, P+T] long and attention mask [B, P+T] bool."""
+        return (
+            torch.cat((self.prompt_ids, self.response_ids), 1),
+            torch.cat((self.prompt_mask, self.mask), 1),
+        )
+
+    def select(self, rows: Tensor) -> Rollout:
+        """The given rows, without the padding columns that none of them needs."""
+        prompt = self.prompt_mask[rows].sum(1).max()
+        start, stop = self.prompt_ids.shape[1] - int(prompt), int(self.lengths[rows].max())
+        picked = rows.tolist()
+        return Rollout(
+            prompt_ids=self.prompt_ids[rows, start:],
+            prompt_mask=self.prompt_mask[rows, start:],
+            response_ids=self.response_ids[rows, :stop],
+            mask=self.mask[rows, :stop],
+            finished=self.finished[rows],
+            prompts=[self.prompts[i] for i in picked],
+            responses=[self.responses[i] for i in picked],
+            columns={name: [column[i] for i in picked] for name, column in self.columns.items()},
+        )
+
+
+_OF_THE_WHOLE = {"moments", "kl_coef"}
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with everything that an update needs; token tensors are [B, T] fp32."""
+
+    rollout: Rollout
+    scores: Tensor  # [B] what the reward says, after normalization and the missing-EOS rule
+    logprobs: Tensor  # of the policy that sampled, at the sampling temperature
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor  # not whitened: the loss whitens with `moments`
+    returns: Tensor
+    kl: Tensor  # [B] sum over the response
+    kl_coef: Tensor  # 0-dim, the weight of the KL penalty in the rewards
+    moments: Tensor  # [3] (count, mean, M2) of the advantages
+    entropy: Tensor  # of the policy at each token
+    policy_version: int  # optimizer steps the policy had taken when it was measured
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    def select(self, rows: Tensor) -> Experience:
+        """The given rows, trimmed like `Rollout.select`; whitening stays that of the whole."""
+        rollout = self.rollout.select(rows)
+        width = rollout.mask.shape[1]
+        picked: dict[str, Tensor] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name not in _OF_THE_WHOLE and isinstance(value, Tensor):
+                picked[entry.name] = value[rows, :width] if value.ndim == 2 else value[rows]
+        return replace(self, rollout=rollout, **picked)
