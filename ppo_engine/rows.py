@@ -1,0 +1,226 @@
+"""Rows of data files, each with the place it came from: JSONL, gzipped or not, and data sets.
+
+`json.loads` alone accepts NaN, Infinity, duplicate keys and lone surrogates; each of them breaks
+something later and far away, so here they are errors that name the file and the line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Literal
+
+from ppo_engine.errors import UserError
+
+OnBadLine = Literal["error", "skip"]
+Row = dict[str, Any]
+MAX_EXAMPLES = 3
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass
+class SkippedLines:
+    """What was left out of the data, and why; `str` of it is one line for people."""
+
+    total: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, place: str, reason: str, detail: str = "") -> None:
+        self.total += 1
+        self.reasons[reason] += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(f"{place}: {reason}{detail}")
+
+    def __str__(self) -> str:
+        if not self.total:
+            return "no lines skipped"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        return f"{self.total} skipped ({reasons}), for instance {'; '.join(self.examples)}"
+
+
+class BadLines:
+    """What to do with a line that cannot be used: stop at it, or count it and go on."""
+
+    def __init__(self, on_bad_line: OnBadLine) -> None:
+        self.skip = on_bad_line == "skip"
+        self.skipped = SkippedLines()
+
+    def add(self, place: str, reason: str, detail: str = "", hint: str = "") -> None:
+        if not self.skip:
+            hint = hint or "Mend it, or leave such lines out with on_bad_line=skip."
+            raise UserError(f"{place}: {reason}{detail}. {hint}")
+        self.skipped.add(place, reason, detail)
+
+
+class BadLineError(Exception):
+    """One line's problem: `reason` is the same for all lines with it, `detail` is this line's."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason + detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def read_jsonl(path: str | Path, bad_lines: BadLines | None = None) -> Iterator[tuple[int, Row]]:
+    """`(line number, object)` of each line of a .jsonl or .jsonl.gz file, streamed.
+
+    Blank lines are passed over. A line that is not one JSON object goes to `bad_lines`, by default
+    a `UserError` that names `file:line`; so is a file that cannot be read or has no lines at all.
+    """
+    bad_lines = bad_lines or BadLines("error")
+    found = False
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        found = True
+        try:
+            row = _parse(line)
+        except BadLineError as error:
+            bad_lines.add(f"{path}:{number}", error.reason, error.detail)
+            continue
+        yield number, row
+    if not found:
+        raise UserError(f"{path} is empty: it has no lines of data.")
+
+
+def read_rows(
+    source: str | Path | Iterable[Any], name: str, bad_lines: BadLines
+) -> Iterator[tuple[str, Any]]:
+    """`(place, row)` of a file (JSONL, parquet), a saved data set's folder, or a sequence.
+
+    A place is `file:line`, or `name[index]` where rows come from Python.
+    """
+    if not isinstance(source, str | Path):
+        for index, row in enumerate(source):
+            yield f"{name}[{index}]", row
+        return
+    if not str(source):
+        raise UserError(f"No {name} were given: set data.path to a JSONL file.")
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    if path.is_dir() or path.suffix == ".parquet":
+        for index, row in enumerate(_open_data_set(path)):
+            yield f"{path} row {index}", row
+        return
+    for number, row in read_jsonl(path, bad_lines):
+        yield f"{path}:{number}", row
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Half of a surrogate pair is valid JSON, but no tokenizer and no file can take it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _lines(path: str | Path) -> Iterator[bytes]:
+    """Lines split at newlines only: text may hold U+2028, which `str.splitlines` would split at."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; a JSONL file was expected.")
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file):
+                yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: broken gzip file ({error}); make or fetch it again.") from error
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _open(path: str | Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+
+
+def _parse(line: bytes) -> Row:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLineError("not valid UTF-8", f" (byte {error.start + 1})") from None
+    try:
+        row = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+        if "\\u" in text:
+            _refuse_surrogates(row)
+    except RecursionError:
+        raise BadLineError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadLineError("not valid JSON", f" ({error.msg} at column {error.colno})") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadLineError("not valid JSON", f" ({error})") from None
+    if not isinstance(row, dict):
+        raise BadLineError("not a JSON object", f" but {type(row).__name__}")
+    return row
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise BadLineError("duplicate key", f" {twice!r}")
+    return row
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadLineError("number that is not finite", f" ({name})")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise BadLineError("number that is not finite", f" ({text[:20]})")
+    return number
+
+
+def _refuse_surrogates(value: Any) -> None:
+    if isinstance(value, str) and has_lone_surrogate(value):
+        raise BadLineError("lone surrogate in the text (half of an emoji or the like)")
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _refuse_surrogates(item)
+
+
+def _open_data_set(path: Path) -> Iterable[Any]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path}: parquet files and saved data sets need the package datasets: "
+            "pip install 'ppo-engine[data]'; or convert the data to JSONL."
+        ) from None
+    try:
+        if path.is_dir():
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # pyarrow and datasets have no common class of their own
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} cannot be read as a data set: {first}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if "train" not in loaded:
+            raise UserError(
+                f"{path} holds the splits {', '.join(loaded)}, and no 'train'; give the folder of "
+                "one split."
+            )
+        loaded = loaded["train"]
+    if len(loaded) == 0:
+        raise UserError(f"{path} is empty: it has no rows.")
+    return loaded
