@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -41,9 +42,9 @@ def _why_not_built() -> str:
     return str(recorded.get("reason", "the compiled extension was built for another Python"))
 
 
-def _load_extension() -> tuple[object | None, Availability]:
+def _load_extension() -> tuple[Any, Availability]:
     try:
-        from ppo_kernels import _cpu
+        _cpu = importlib.import_module("ppo_kernels._cpu")
     except ModuleNotFoundError:
         return None, Availability(False, f"{_why_not_built()} (needs a C++17 compiler)")
     except ImportError as error:
@@ -116,6 +117,15 @@ def eager(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) in _PLAIN for x in tensors)
 
 
+def traced(value: float | Tensor) -> Tensor:
+    """`value` as a 0-dim float64 tensor, for a custom op while a graph is traced.
+
+    A number given to a custom op would be a constant of the graph, compiled anew for each value
+    (so would be `torch.as_tensor` of it); a product stays symbolic.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
 # --- Tensors as csrc/bindings.cpp takes them ------------------------------------------------------
 # Addresses keep nothing alive: whoever passes one holds the tensor until the call returns.
 
@@ -139,7 +149,12 @@ def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     return functools.reduce(torch.promote_types, {x.dtype for x in tensors if x is not None})
 
 
+@overload
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`x` in `dtype`; itself where it is."""
     return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
@@ -151,7 +166,7 @@ def tokens(x: Tensor | None) -> TokensArg:
     """(address, row stride, token stride) of a token tensor, `[B, T]` or packed `[N]`."""
     if x is None:
         return ABSENT
-    return (x.data_ptr(), *x.stride()) if x.dim() == 2 else (x.data_ptr(), 0, x.stride(0))
+    return (x.data_ptr(), x.stride(0) if x.dim() == 2 else 0, x.stride(-1))
 
 
 def per_sequence(x: Tensor | None) -> TokensArg:

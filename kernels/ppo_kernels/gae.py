@@ -31,7 +31,7 @@ def gae(
     where t+1 is the next real token of the same sequence. lam=1 is Monte Carlo, lam=0 one-step TD.
 
     Args:
-        rewards, values: `[B, T]`, or packed `[N]` with `cu_seqlens`; any floating dtype and strides.
+        rewards, values: `[B, T]`, or packed `[N]` with `cu_seqlens`; any floating dtype.
         gamma, lam: discount and GAE's decay, each in [0, 1].
         mask: bool, shaped like `rewards`; True is a real token. Padding may be on either side and
             masked tokens may lie in the middle: they are skipped and never read.
@@ -100,9 +100,7 @@ def kl_shaped_gae(
         As `gae`.
     """
     op = "kl_shaped_gae"
-    checks.tokens(
-        op, mask, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values
-    )
+    checks.tokens(op, mask, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
     checks.per_sequence(op, "scores", scores, cu_seqlens, "logprobs", logprobs)
     if bootstrap is not None:
         checks.per_sequence(op, "bootstrap", bootstrap, cu_seqlens, "logprobs", logprobs)
@@ -122,8 +120,7 @@ def kl_shaped_gae(
             return ShapedGAE(
                 *_kl_shaped_gae(scores, logprobs, ref_logprobs, values, kl_coef, *rest)
             )
-        # As a tensor, for a number would be part of the compiled graph.
-        coef = torch.as_tensor(kl_coef, dtype=torch.float64)
+        coef = dispatch.traced(kl_coef)
         return ShapedGAE(*_kl_shaped_gae_op(scores, logprobs, ref_logprobs, values, coef, *rest))
 
 
@@ -149,7 +146,8 @@ def _gae(
 ) -> tuple[Tensor, Tensor]:
     _check_values("gae", gamma, lam, cu_seqlens, rewards)
     dtype = dispatch.common_dtype(rewards, values, bootstrap)
-    rewards, values, bootstrap = (dispatch.cast(x, dtype) for x in (rewards, values, bootstrap))
+    rewards, values = dispatch.cast(rewards, dtype), dispatch.cast(values, dtype)
+    bootstrap = dispatch.cast(bootstrap, dtype)
     cu_seqlens = dispatch.offsets(cu_seqlens)
     advantages = rewards.new_empty(rewards.shape, dtype=dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)
@@ -179,9 +177,10 @@ def _kl_shaped_gae(
     op = "kl_shaped_gae"
     coef = float(checks.scalar(op, "kl_coef", kl_coef))
     _check_values(op, gamma, lam, cu_seqlens, logprobs)
-    inputs = (scores, logprobs, ref_logprobs, values, bootstrap)
-    dtype = dispatch.common_dtype(*inputs)
-    scores, logprobs, ref_logprobs, values, bootstrap = (dispatch.cast(x, dtype) for x in inputs)
+    dtype = dispatch.common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
+    scores, logprobs = dispatch.cast(scores, dtype), dispatch.cast(logprobs, dtype)
+    ref_logprobs, values = dispatch.cast(ref_logprobs, dtype), dispatch.cast(values, dtype)
+    bootstrap = dispatch.cast(bootstrap, dtype)
     cu_seqlens = dispatch.offsets(cu_seqlens)
     advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)
@@ -241,8 +240,8 @@ def _kl_shaped_gae_op(
 
 
 @_kl_shaped_gae_op.register_fake
-def _(scores, logprobs, ref_logprobs, values, kl_coef, gamma, lam, kl_estimator, mask,
-      bootstrap, cu_seqlens):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(scores, logprobs, ref_logprobs, values, *rest):  # type: ignore[no-untyped-def]
+    bootstrap = rest[-2]
     dtype = dispatch.common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
     advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
     return (

@@ -85,7 +85,9 @@ def token_logprobs(
             logits, targets, temperature=temperature, return_entropy=return_entropy
         )
     if not dispatch.eager(logits, targets):
-        logprobs, entropy, _ = _forward_op(logits, targets, temperature, return_entropy)
+        logprobs, entropy, _ = _forward_op(
+            logits, targets, dispatch.traced(temperature), return_entropy
+        )
     elif logits.requires_grad and torch.is_grad_enabled():
         logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, return_entropy)
     else:
@@ -181,7 +183,10 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None, None]:
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
-        grad = _backward(grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature)
+        logits, targets, logprobs, entropy, state = ctx.saved_tensors
+        grad = _backward(
+            grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, ctx.temperature
+        )
         return grad, None, None, None
 
 
@@ -190,9 +195,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
 @torch.library.custom_op("ppo_kernels::token_logprobs", mutates_args=(), device_types="cpu")
 def _forward_op(
-    logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool
+    logits: Tensor, targets: Tensor, temperature: Tensor, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(logits, targets, temperature, want_entropy)
+    return _forward(logits, targets, temperature.item(), want_entropy)
 
 
 @_forward_op.register_fake
@@ -216,10 +221,10 @@ def _backward_op(
     logprobs: Tensor,
     entropy: Tensor,
     state: Tensor,
-    temperature: float,
+    temperature: Tensor,
 ) -> Tensor:
     return _backward(
-        grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, temperature
+        grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, temperature.item()
     )
 
 
@@ -229,15 +234,15 @@ def _(grad_logprobs, grad_entropy, logits, *rest):  # type: ignore[no-untyped-de
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, targets, ctx.temperature, ctx.want_entropy = inputs
-    ctx.save_for_backward(logits, targets, *output)
+    logits, targets, temperature, ctx.want_entropy = inputs
+    ctx.save_for_backward(logits, targets, *output, temperature)
 
 
 def _backward_of_op(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, None, None, None]:
     grad_entropy = grad_entropy if ctx.want_entropy else None
-    grad = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature)
+    grad = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors)
     return grad, None, None, None
 
 
