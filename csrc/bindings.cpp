@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -143,6 +144,145 @@ void token_logprobs_backward(int dtype, uintptr_t logits, const Strides& shape,
   active_isa().kernels->token_logprobs_backward(args);
 }
 
+// The token tensors of a loss. Where nothing hangs on the sequences and the rows of every tensor
+// follow one another in memory, they are taken as one long row.
+LossTokens loss_tokens(int dtype, const RowsTuple& rows_, int reduction, double normalizer,
+                       int threads, const std::vector<Tokens*>& tensors,
+                       std::vector<double>& row_weights) {
+  LossTokens t{};
+  t.dtype = DType(dtype);
+  t.rows = rows(rows_);
+  t.reduction = Reduction(reduction);
+  t.normalizer = normalizer;
+  t.threads = threads_for(token_count(t.rows), threads);
+  if (t.reduction == Reduction::sequence_mean) {
+    row_weights.resize(size_t(t.rows.count));
+    t.row_weights = row_weights.data();
+  } else if (t.rows.cu_seqlens != nullptr) {
+    t.rows = {1, t.rows.length, nullptr};
+  } else {
+    const int64_t length = t.rows.length;
+    const bool one_row = std::all_of(tensors.begin(), tensors.end(), [&](const Tokens* x) {
+      return x->data == nullptr || length == 1 || x->row_stride == length * x->stride;
+    });
+    if (one_row) {
+      for (Tokens* x : tensors) x->stride = length == 1 ? x->row_stride : x->stride;
+      t.rows = {1, token_count(t.rows), nullptr};
+    }
+  }
+  return t;
+}
+
+size_t loss_blocks(int64_t count) {
+  return size_t((count + kTokensPerBlock - 1) / kTokensPerBlock);
+}
+
+// `loss` and `stats` are outputs in the accumulation dtype, one number and the rest of `results`.
+void store_results(int dtype, const double* results, size_t count, uintptr_t loss,
+                   uintptr_t stats) {
+  for (size_t i = 0; i < count; ++i) {
+    const uintptr_t to = i == 0 ? loss : stats;
+    const size_t at = i == 0 ? 0 : i - 1;
+    if (DType(dtype) == DType::f64) {
+      static_cast<double*>(pointer(to))[at] = results[i];
+    } else {
+      static_cast<float*>(pointer(to))[at] = float(results[i]);
+    }
+  }
+}
+
+using Advantages = std::tuple<TokensTuple, double, double>;       // A, to become (A - mean) * scale
+using Clips = std::tuple<double, double, double>;                 // low, high, dual clip
+using EntropyTerm = std::tuple<TokensTuple, double>;              // entropy, its coefficient
+using KLTerm = std::tuple<TokensTuple, double, int>;              // reference, coefficient, KL
+using Reducing = std::tuple<int, double>;                         // Reduction, normalizer
+
+void ppo_policy_loss(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
+                     const TokensTuple& logprobs, const TokensTuple& old_logprobs,
+                     const Advantages& advantages, const TokensTuple& is_weights,
+                     const Clips& clips, const EntropyTerm& entropy, const KLTerm& kl,
+                     const Reducing& reducing, uintptr_t loss, uintptr_t stats,
+                     const TokensTuple& grad_logprobs, const TokensTuple& grad_entropy,
+                     int threads) {
+  PolicyLossArgs args{};
+  Tokens mask_tokens = tokens(mask);
+  args.logprobs = tokens(logprobs);
+  args.old_logprobs = tokens(old_logprobs);
+  args.advantages = tokens(std::get<0>(advantages));
+  args.advantage_mean = std::get<1>(advantages);
+  args.advantage_scale = std::get<2>(advantages);
+  args.is_weights = tokens(is_weights);
+  args.clip_low = std::get<0>(clips);
+  args.clip_high = std::get<1>(clips);
+  args.dual_clip = std::get<2>(clips);
+  args.entropy = tokens(std::get<0>(entropy));
+  args.entropy_coef = std::get<1>(entropy);
+  args.ref_logprobs = tokens(std::get<0>(kl));
+  args.kl_coef = std::get<1>(kl);
+  args.kl_estimator = KL(std::get<2>(kl));
+  args.grad_logprobs = tokens(grad_logprobs);
+  args.grad_entropy = tokens(grad_entropy);
+  std::vector<double> row_weights;
+  args.tokens = loss_tokens(dtype, rows_, std::get<0>(reducing), std::get<1>(reducing), threads,
+                            {&mask_tokens, &args.logprobs, &args.old_logprobs, &args.advantages,
+                             &args.is_weights, &args.entropy, &args.ref_logprobs,
+                             &args.grad_logprobs, &args.grad_entropy}, row_weights);
+  args.tokens.mask = mask_tokens;
+  std::vector<PolicySums> sums(loss_blocks(token_count(args.tokens.rows)));
+  args.sums = sums.data();
+  double results[7];
+  args.results = results;
+  active_isa().kernels->ppo_policy_loss(args);
+  store_results(dtype, results, 7, loss, stats);
+}
+
+void ppo_value_loss(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
+                    const TokensTuple& values, const TokensTuple& old_values,
+                    const TokensTuple& returns, double clip_range, const Reducing& reducing,
+                    uintptr_t loss, uintptr_t stats, const TokensTuple& grad_values, int threads) {
+  ValueLossArgs args{};
+  Tokens mask_tokens = tokens(mask);
+  args.values = tokens(values);
+  args.old_values = tokens(old_values);
+  args.returns = tokens(returns);
+  args.clip_range = clip_range;
+  args.grad_values = tokens(grad_values);
+  std::vector<double> row_weights;
+  args.tokens = loss_tokens(dtype, rows_, std::get<0>(reducing), std::get<1>(reducing), threads,
+                            {&mask_tokens, &args.values, &args.old_values, &args.returns,
+                             &args.grad_values}, row_weights);
+  args.tokens.mask = mask_tokens;
+  std::vector<ValueSums> sums(loss_blocks(token_count(args.tokens.rows)));
+  args.sums = sums.data();
+  double results[6];
+  args.results = results;
+  active_isa().kernels->ppo_value_loss(args);
+  store_results(dtype, results, 6, loss, stats);
+}
+
+void pairwise_loss(int dtype, int64_t count, const TokensTuple& chosen, const TokensTuple& rejected,
+                   const TokensTuple& margins, double margin, double center_coef, uintptr_t loss,
+                   uintptr_t stats, const TokensTuple& grad_chosen,
+                   const TokensTuple& grad_rejected, int threads) {
+  PairwiseLossArgs args{};
+  args.dtype = DType(dtype);
+  args.count = count;
+  args.chosen = tokens(chosen);
+  args.rejected = tokens(rejected);
+  args.margins = tokens(margins);
+  args.margin = margin;
+  args.center_coef = center_coef;
+  args.grad_chosen = tokens(grad_chosen);
+  args.grad_rejected = tokens(grad_rejected);
+  args.threads = threads_for(count, threads);
+  std::vector<PairwiseSums> sums(loss_blocks(count));
+  args.sums = sums.data();
+  double results[3];
+  args.results = results;
+  active_isa().kernels->pairwise_loss(args);
+  store_results(dtype, results, 3, loss, stats);
+}
+
 }  // namespace
 }  // namespace ppo
 
@@ -158,4 +298,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gae", &ppo::gae, release_gil());
   m.def("token_logprobs", &ppo::token_logprobs, release_gil());
   m.def("token_logprobs_backward", &ppo::token_logprobs_backward, release_gil());
+  m.def("ppo_policy_loss", &ppo::ppo_policy_loss, release_gil());
+  m.def("ppo_value_loss", &ppo::ppo_value_loss, release_gil());
+  m.def("pairwise_loss", &ppo::pairwise_loss, release_gil());
 }

@@ -6,8 +6,12 @@ namespace ppo::PPO_ISA {
 void gae(const GaeArgs&);
 void token_logprobs(const LogprobForward&);
 void token_logprobs_backward(const LogprobBackward&);
+void ppo_policy_loss(const PolicyLossArgs&);
+void ppo_value_loss(const ValueLossArgs&);
+void pairwise_loss(const PairwiseLossArgs&);
 
 extern const Kernels kernels;
-const Kernels kernels = {gae, token_logprobs, token_logprobs_backward};
+const Kernels kernels = {gae,           token_logprobs, token_logprobs_backward, ppo_policy_loss,
+                         ppo_value_loss, pairwise_loss};
 
 }  // namespace ppo::PPO_ISA

@@ -92,11 +92,79 @@ struct LogprobBackward {
   int threads;
 };
 
+enum class Reduction : int { token_mean = 0, sequence_mean = 1, sum = 2 };
+
+// What the token losses share. They go through the tokens in blocks of kTokensPerBlock, in order.
+constexpr int64_t kTokensPerBlock = 8192;
+
+struct LossTokens {
+  DType dtype;  // of every input
+  Rows rows;    // sequence_mean: the sequences; else any rows that hold the tokens
+  Tokens mask;  // bool
+  Reduction reduction;
+  double normalizer;     // replaces the denominator; negative: none given
+  double* row_weights;   // scratch, [rows.count] for sequence_mean, else null
+  int threads;
+};
+
+// Sums over the real tokens of a block.
+struct PolicySums {
+  double count, loss, log_ratio_sq, clipped, ratio, ratio_max, kl, entropy;
+};
+
+struct PolicyLossArgs {
+  LossTokens tokens;
+  Tokens logprobs, old_logprobs, advantages;
+  Tokens entropy, ref_logprobs, is_weights;  // or absent
+  double advantage_mean, advantage_scale;    // A becomes (A - mean) * scale
+  double clip_low, clip_high;
+  double dual_clip;  // infinite: none
+  double entropy_coef, kl_coef;
+  KL kl_estimator;
+  PolicySums* sums;                    // scratch, one per block
+  Tokens grad_logprobs, grad_entropy;  // out, accumulation dtype, or absent
+  double* results;                     // out: loss, then the fields of PolicyStats
+};
+
+struct ValueSums {
+  double count, loss, clipped, value, error_sq;
+  Moments returns;
+};
+
+struct ValueLossArgs {
+  LossTokens tokens;
+  Tokens values, old_values, returns;
+  double clip_range;   // infinite: none
+  ValueSums* sums;     // scratch, one per block
+  Tokens grad_values;  // out, accumulation dtype, or absent
+  double* results;     // out: loss, then the fields of ValueStats
+};
+
+struct PairwiseSums {
+  double loss, wins, difference;
+};
+
+struct PairwiseLossArgs {
+  DType dtype;
+  int64_t count;
+  Tokens chosen, rejected;
+  Tokens margins;  // or absent
+  double margin;   // where they are absent
+  double center_coef;
+  PairwiseSums* sums;                   // scratch, one per block
+  Tokens grad_chosen, grad_rejected;    // out, accumulation dtype, or absent
+  double* results;                      // out: loss, accuracy, margin
+  int threads;
+};
+
 // The entry points of one instruction set: kernels.cpp fills one in for each.
 struct Kernels {
   void (*gae)(const GaeArgs&);
   void (*token_logprobs)(const LogprobForward&);
   void (*token_logprobs_backward)(const LogprobBackward&);
+  void (*ppo_policy_loss)(const PolicyLossArgs&);
+  void (*ppo_value_loss)(const ValueLossArgs&);
+  void (*pairwise_loss)(const PairwiseLossArgs&);
 };
 
 }  // namespace ppo

@@ -22,11 +22,15 @@ template <> struct VectorTypes<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  typedef double Doubles __attribute__((vector_size(kVectorBytes * 2)));
 };
 template <> struct VectorTypes<double> {
   static constexpr int kLanes = kVectorBytes / 8;
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
+  typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 };
 template <class A> using Vec = typename VectorTypes<A>::Vec;
 template <class A> using Bits = typename VectorTypes<A>::Bits;
@@ -125,20 +129,37 @@ template <> struct ExpConstants<double> {
 // The largest x of exp_bounded; at its negative, the result is exactly 0.
 template <class A> constexpr A kExpMax = ExpConstants<A>::kMax;
 
-// e^x for |x| <= kExpMax (or NaN, which stays), to 1 ulp; results below the normal numbers are 0.
 // x = n ln 2 + r, e^x = 2^n e^r. Adding kRound leaves n in the lowest bits of the sum.
 template <class A>
+struct ExpParts {
+  Vec<A> tail;   // e^r - 1
+  Vec<A> scale;  // 2^n
+
+  explicit ExpParts(Vec<A> x) {
+    using C = ExpConstants<A>;
+    const Vec<A> shifted = x * A(1.4426950408889634) + C::kRound;
+    const Vec<A> n = shifted - C::kRound;
+    const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;
+    constexpr int degree = sizeof(C::kPolynomial) / sizeof(A) - 1;
+    Vec<A> p = splat(C::kPolynomial[degree]);
+    for (int i = degree - 1; i >= 0; --i) p = p * r + C::kPolynomial[i];
+    tail = (p * r) * r + r;
+    scale = bit_cast<Vec<A>>((bit_cast<Bits<A>>(shifted) + C::kBias) << C::kMantissa);
+  }
+};
+
+// e^x for |x| <= kExpMax (or NaN, which stays), to 1 ulp; results below the normal numbers are 0.
+template <class A>
 inline Vec<A> exp_bounded(Vec<A> x) {
-  using C = ExpConstants<A>;
-  const Vec<A> shifted = x * A(1.4426950408889634) + C::kRound;
-  const Vec<A> n = shifted - C::kRound;
-  const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;
-  constexpr int degree = sizeof(C::kPolynomial) / sizeof(A) - 1;
-  Vec<A> p = splat(C::kPolynomial[degree]);
-  for (int i = degree - 1; i >= 0; --i) p = p * r + C::kPolynomial[i];
-  p = (p * r) * r + r + A(1);
-  const Vec<A> scale = bit_cast<Vec<A>>((bit_cast<Bits<A>>(shifted) + C::kBias) << C::kMantissa);
-  return p * scale;
+  const ExpParts<A> e(x);
+  return (e.tail + A(1)) * e.scale;
+}
+
+// e^x - 1 for the same x, without cancellation near 0.
+template <class A>
+inline Vec<A> expm1_bounded(Vec<A> x) {
+  const ExpParts<A> e(x);
+  return e.tail * e.scale + (e.scale - A(1));
 }
 
 // max(x, -kExpMax), where exp_bounded is 0; NaN stays.

@@ -3,11 +3,19 @@
 from ppo_kernels.dispatch import implementations
 from ppo_kernels.gae import ShapedGAE, gae, kl_shaped_gae
 from ppo_kernels.logprob import token_logprobs
+from ppo_kernels.pairwise_loss import PairwiseStats, pairwise_loss
+from ppo_kernels.ppo_loss import PolicyStats, ValueStats, ppo_policy_loss, ppo_value_loss
 
 __all__ = [
+    "PairwiseStats",
+    "PolicyStats",
     "ShapedGAE",
+    "ValueStats",
     "gae",
     "implementations",
     "kl_shaped_gae",
+    "pairwise_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
     "token_logprobs",
 ]

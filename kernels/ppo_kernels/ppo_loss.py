@@ -1,0 +1,440 @@
+"""PPO's clipped losses: of the policy and of the value function.
+
+Loss, statistics and the gradient of each token come out of one sweep; the backward pass only
+multiplies that gradient by the one that comes in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ppo_kernels import checks, dispatch, reference
+from ppo_kernels.reference import WHITEN_EPS, PolicyStats, ValueStats
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+POLICY, VALUE = "ppo_policy_loss", "ppo_value_loss"
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_range: float | tuple[float, float] = 0.2,
+    dual_clip: float | None = None,
+    moments: Tensor | None = None,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    is_weights: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, PolicyStats]:
+    """PPO's clipped policy loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
+
+    Per token w max(-A rho, -A clip(rho, 1 - low, 1 + high)) + kl_coef k(pi, pi_ref) - entropy_coef
+    H, with rho = exp(log pi - log pi_old), the log-ratio clamped to +-20. Differentiable, once, in
+    `logprobs` and `entropy`; all else is constant. In a tie of the two branches the gradient is the
+    unclipped one's, so it is -A where pi = pi_old.
+
+    Args:
+        logprobs, old_logprobs, advantages: `[B, T]`, or packed `[N]`; any floating dtypes and
+            strides.
+        mask: bool, shaped like `logprobs`; True is a real token. Others are never read.
+        cu_seqlens: `[B + 1]` int32 or int64, where each packed sequence starts; first 0, last N.
+            A packed batch needs it for "sequence_mean" only.
+        clip_range: epsilon, or (low, high), with 0 <= low < 1 and high >= 0.
+        dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al. 2020, arXiv:1912.09729).
+        moments: `[3]` (count, mean, M2) of the advantages, as `kl_shaped_gae` gives them: whitens
+            them, (A - mean) / sqrt(M2 / count + 1e-8).
+        reduction: "token_mean", "sequence_mean" (mean over the sequences that have a real token of
+            each one's token mean), or "sum".
+        normalizer: number or 0-dim tensor that replaces the denominator (of "sum": 1), so that the
+            losses of micro-batches add up to that of the batch. A denominator of 0, as of a
+            batch without any real token, counts as 1.
+        entropy, entropy_coef: the entropy bonus; shaped like `logprobs`.
+        ref_logprobs, kl_coef, kl_estimator: the KL penalty, by "k1", "k2" or "k3".
+        is_weights: shaped like `logprobs`, multiplies each token's policy term.
+        impl: "auto", or one of `implementations()["ppo_policy_loss"]`.
+
+    Returns:
+        (loss, statistics): 0-dim, float32 (float64 where an input is). The statistics are means
+        over real tokens, whatever the reduction, and carry no gradient.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
+        RuntimeError: for an `impl` that cannot run, with the reason.
+    """
+    checks.choice(POLICY, "reduction", reduction, REDUCTIONS)
+    checks.choice(POLICY, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    checks.tokens(
+        POLICY, mask, cu_seqlens, needs_sequences=reduction == "sequence_mean", logprobs=logprobs,
+        old_logprobs=old_logprobs, advantages=advantages, entropy=entropy,
+        ref_logprobs=ref_logprobs, is_weights=is_weights,
+    )  # fmt: skip
+    if moments is not None:
+        checks.tensor(POLICY, "moments", moments, shape=(3,), like=("logprobs", logprobs))
+    numbers = (clip_range, dual_clip, normalizer, entropy_coef, kl_coef)
+    if dispatch.resolve(POLICY, impl, logprobs.device) == "reference":
+        if not torch.compiler.is_compiling():
+            _policy_numbers(*numbers)
+            checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
+        return reference.ppo_policy_loss(
+            logprobs, old_logprobs, advantages, mask=mask, cu_seqlens=cu_seqlens,
+            clip_range=clip_range, dual_clip=dual_clip, moments=moments, reduction=reduction,
+            normalizer=normalizer, entropy=entropy, entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator,
+            is_weights=is_weights,
+        )  # fmt: skip
+
+    tensors = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask,
+               cu_seqlens, moments)  # fmt: skip
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:2]]
+    if not dispatch.eager(*tensors):
+        low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+        traced = _traced(low, high, dual_clip, normalizer, entropy_coef, kl_coef)
+        loss, stats, *_ = _policy_op(*tensors, traced, reduction, kl_estimator, *wanted)
+    elif any(wanted):
+        rest = (_policy_numbers(*numbers), reduction, kl_estimator, *wanted)
+        loss, stats = _PolicyLoss.apply(*tensors, *rest)
+    else:
+        rest = (_policy_numbers(*numbers), reduction, kl_estimator, False, False)
+        loss, stats, *_ = _policy_loss(*tensors, *rest)
+    return loss, PolicyStats(*stats.detach().unbind())
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_range: float | None = 0.2,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, ValueStats]:
+    """PPO's clipped value loss (as in openai/baselines ppo2; Ouyang et al. 2022).
+
+    Per token max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2. Differentiable, once, in
+    `values`; in a tie the gradient is the unclipped branch's.
+
+    Args:
+        values, old_values, returns: `[B, T]`, or packed `[N]`; any floating dtypes and strides.
+        clip_range: c >= 0, in the units of the values; None turns the clip off.
+        mask, cu_seqlens, reduction, normalizer, impl: as for `ppo_policy_loss`.
+
+    Returns:
+        (loss, statistics), as `ppo_policy_loss`.
+
+    Raises:
+        As `ppo_policy_loss`.
+    """
+    checks.choice(VALUE, "reduction", reduction, REDUCTIONS)
+    checks.tokens(
+        VALUE, mask, cu_seqlens, needs_sequences=reduction == "sequence_mean", values=values,
+        old_values=old_values, returns=returns,
+    )  # fmt: skip
+    if dispatch.resolve(VALUE, impl, values.device) == "reference":
+        if not torch.compiler.is_compiling():
+            _value_numbers(clip_range, normalizer)
+            checks.boundaries(VALUE, cu_seqlens, values.shape[0])
+        return reference.ppo_value_loss(
+            values, old_values, returns, mask=mask, cu_seqlens=cu_seqlens, clip_range=clip_range,
+            reduction=reduction, normalizer=normalizer,
+        )  # fmt: skip
+
+    tensors = (values, old_values, returns, mask, cu_seqlens)
+    wanted = torch.is_grad_enabled() and values.requires_grad
+    if not dispatch.eager(*tensors):
+        loss, stats, _ = _value_op(*tensors, _traced(clip_range, normalizer), reduction, wanted)
+    elif wanted:
+        numbers = _value_numbers(clip_range, normalizer)
+        loss, stats = _ValueLoss.apply(*tensors, numbers, reduction, True)
+    else:
+        numbers = _value_numbers(clip_range, normalizer)
+        loss, stats, _ = _value_loss(*tensors, numbers, reduction, False)
+    return loss, ValueStats(*stats.detach().unbind())
+
+
+# Checked, and as the kernels take them: infinite stands for None, as also in `_traced`.
+
+
+def _policy_numbers(
+    clip_range: float | tuple[float, float],
+    dual_clip: float | None,
+    normalizer: float | Tensor | None,
+    entropy_coef: float,
+    kl_coef: float,
+) -> tuple[float, ...]:
+    """(low, high, dual_clip, normalizer, entropy_coef, kl_coef)."""
+    return (
+        *checks.clip_bounds(POLICY, clip_range),
+        math.inf if dual_clip is None else checks.number(POLICY, "dual_clip", dual_clip, gt=1.0),
+        _normalizer(POLICY, normalizer),
+        checks.number(POLICY, "entropy_coef", entropy_coef),
+        checks.number(POLICY, "kl_coef", kl_coef),
+    )
+
+
+def _value_numbers(
+    clip_range: float | None, normalizer: float | Tensor | None
+) -> tuple[float, float]:
+    if clip_range is not None:
+        clip_range = checks.number(VALUE, "clip_range", clip_range, ge=0.0)
+    return (math.inf if clip_range is None else clip_range), _normalizer(VALUE, normalizer)
+
+
+def _normalizer(op: str, normalizer: float | Tensor | None) -> float:
+    if normalizer is None:
+        return math.inf
+    value = checks.scalar(op, "normalizer", normalizer, ge=0.0)
+    # Only the kernels of the CPU need the value itself; a GPU's tensor is not waited for.
+    on_cpu = not isinstance(value, Tensor) or value.device.type == "cpu"
+    return float(value) if on_cpu else math.inf
+
+
+def _traced(*numbers: float | Tensor | None) -> Tensor:
+    """The numbers as one tensor, for a custom op while a graph is traced."""
+    return torch.stack([dispatch.traced(math.inf if x is None else x) for x in numbers])
+
+
+def _untraced(x: float) -> float | None:
+    return None if x == math.inf else x
+
+
+# --- C++ on the CPU: csrc/cpu/ppo_loss.cpp --------------------------------------------------------
+
+
+def _policy_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    moments: Tensor | None,
+    numbers: tuple[float, ...],
+    reduction: str,
+    kl_estimator: str,
+    want_logprobs: bool,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, gradient of logprobs, of entropy); a gradient not wanted is empty."""
+    checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
+    low, high, dual_clip, normalizer, entropy_coef, kl_coef = numbers
+    inputs = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)
+    dtype = dispatch.common_dtype(*inputs)
+    # A list, which holds the tensors until the call returns.
+    cast = [dispatch.cast(x, dtype) for x in inputs]
+    policy, entropies, old, advantage, ref, weights = (dispatch.tokens(x) for x in cast)
+    mean, scale = 0.0, 1.0
+    if moments is not None:
+        count, mean, m2 = moments.tolist()
+        scale = 1 / math.sqrt(m2 / max(count, 1.0) + WHITEN_EPS)
+    cu_seqlens = dispatch.offsets(cu_seqlens)
+    loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
+    grad_logprobs = _gradient(loss, logprobs.shape, want_logprobs)
+    grad_entropy = _gradient(loss, logprobs.shape, want_entropy)
+    dispatch.cpu.ppo_policy_loss(
+        dispatch.dtype_code(dtype), _rows(logprobs.shape, cu_seqlens), dispatch.tokens(mask),
+        policy, old, (advantage, mean, scale), weights, (low, high, dual_clip),
+        (entropies, entropy_coef), (ref, kl_coef, 1 + KL_ESTIMATORS.index(kl_estimator)),
+        _reducing(reduction, normalizer), loss.data_ptr(), stats.data_ptr(),
+        dispatch.tokens(grad_logprobs if want_logprobs else None),
+        dispatch.tokens(grad_entropy if want_entropy else None), torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, stats, grad_logprobs, grad_entropy
+
+
+def _value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    numbers: tuple[float, float],
+    reduction: str,
+    want_values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, statistics, gradient of values); a gradient not wanted is empty."""
+    checks.boundaries(VALUE, cu_seqlens, values.shape[0])
+    clip_range, normalizer = numbers
+    dtype = dispatch.common_dtype(values, old_values, returns)
+    cast = [dispatch.cast(x, dtype) for x in (values, old_values, returns)]
+    cu_seqlens = dispatch.offsets(cu_seqlens)
+    loss, stats = _outputs(values, dtype, len(ValueStats._fields))
+    grad_values = _gradient(loss, values.shape, want_values)
+    dispatch.cpu.ppo_value_loss(
+        dispatch.dtype_code(dtype), _rows(values.shape, cu_seqlens), dispatch.tokens(mask),
+        *(dispatch.tokens(x) for x in cast), clip_range, _reducing(reduction, normalizer),
+        loss.data_ptr(), stats.data_ptr(), dispatch.tokens(grad_values if want_values else None),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, stats, grad_values
+
+
+def _rows(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """As `dispatch.rows`; tokens without boundaries are one row."""
+    return (1, shape[0], 0) if len(shape) == 1 and cu_seqlens is None else dispatch.rows(
+        shape, cu_seqlens
+    )  # fmt: skip
+
+
+def _reducing(reduction: str, normalizer: float) -> tuple[int, float]:
+    return REDUCTIONS.index(reduction), -1.0 if normalizer == math.inf else normalizer
+
+
+def _outputs(like: Tensor, dtype: torch.dtype, stats: int) -> tuple[Tensor, Tensor]:
+    loss = like.new_empty((), dtype=dispatch.accumulator(dtype))
+    return loss, loss.new_empty(stats)
+
+
+def _gradient(loss: Tensor, shape: torch.Size, wanted: bool) -> Tensor:
+    """Room for a gradient, in the accumulation dtype: float16 might lose what scaling restores."""
+    return loss.new_empty(shape if wanted else (0,))
+
+
+def _chain(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """The chain rule; None for a gradient that was not wanted."""
+    return None if dtype is None else (gradient * grad_loss).to(dtype)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        loss, stats, *gradients = _policy_loss(*inputs)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = _dtypes(inputs[:2], inputs[-2:])
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 14
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(_chain(grad_loss, x, dtype) for x, dtype in gradients), *(None,) * 12
+
+
+class _ValueLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+        loss, stats, gradient = _value_loss(values, *inputs)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = values.dtype
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 8
+        return _chain(grad_loss, ctx.saved_tensors[0], ctx.dtype), *(None,) * 7
+
+
+def _dtypes(inputs: tuple[Any, ...], wanted: tuple[bool, ...]) -> list[torch.dtype | None]:
+    return [x.dtype if want else None for x, want in zip(inputs, wanted, strict=True)]
+
+
+# --- The same under torch.compile -----------------------------------------------------------------
+
+
+@torch.library.custom_op("ppo_kernels::ppo_policy_loss", mutates_args=(), device_types="cpu")
+def _policy_op(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    moments: Tensor | None,
+    numbers: Tensor,
+    reduction: str,
+    kl_estimator: str,
+    want_logprobs: bool,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    low, high, dual_clip, normalizer, entropy_coef, kl_coef = numbers.tolist()
+    checked = _policy_numbers(
+        (low, high), _untraced(dual_clip), _untraced(normalizer), entropy_coef, kl_coef
+    )
+    return _policy_loss(
+        logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
+        moments, checked, reduction, kl_estimator, want_logprobs, want_entropy,
+    )  # fmt: skip
+
+
+@_policy_op.register_fake
+def _(logprobs, *rest):  # type: ignore[no-untyped-def]
+    dtype = dispatch.common_dtype(logprobs, *rest[:5])
+    loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
+    return loss, stats, *(_gradient(loss, logprobs.shape, want) for want in rest[-2:])
+
+
+@torch.library.custom_op("ppo_kernels::ppo_value_loss", mutates_args=(), device_types="cpu")
+def _value_op(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    numbers: Tensor,
+    reduction: str,
+    want_values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    clip_range, normalizer = numbers.tolist()
+    checked = _value_numbers(_untraced(clip_range), _untraced(normalizer))
+    return _value_loss(
+        values, old_values, returns, mask, cu_seqlens, checked, reduction, want_values
+    )
+
+
+@_value_op.register_fake
+def _(values, old_values, returns, *rest):  # type: ignore[no-untyped-def]
+    dtype = dispatch.common_dtype(values, old_values, returns)
+    loss, stats = _outputs(values, dtype, len(ValueStats._fields))
+    return loss, stats, _gradient(loss, values.shape, rest[-1])
+
+
+def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = _dtypes(inputs[:2], inputs[-2:])
+
+
+def _policy_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return *(_chain(grad_loss, x, dtype) for x, dtype in gradients), *(None,) * 12
+
+
+def _save_value(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.dtypes = _dtypes(inputs[:1], inputs[-1:])
+
+
+def _value_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _chain(grad_loss, *ctx.saved_tensors, *ctx.dtypes), *(None,) * 7
+
+
+_policy_op.register_autograd(_policy_backward, setup_context=_save_policy)
+_value_op.register_autograd(_value_backward, setup_context=_save_value)
