@@ -5,7 +5,9 @@
 //   A_t     = delta_t + gamma lam A_{t+1}
 //   R_t     = A_t + V_t
 //
-// where t+1 is the next real token; masked ones are skipped, and nothing of theirs is read.
+// where t+1 is the next real token; masked ones are skipped, and nothing of theirs is read. The
+// recursion runs in double for every dtype: it costs no time beside the memory, and the rounding
+// errors of a long sequence do not pile up.
 #include <cmath>
 
 #include "threads.h"
@@ -15,43 +17,43 @@ namespace ppo::PPO_ISA {
 namespace {
 
 // r_t as given.
-template <class T, class A>
+template <class T>
 struct GivenRewards {
   Row<const T> rewards;
 
   GivenRewards(const GaeArgs& args, int64_t b)
       : rewards(row_of<const T>(args.rewards, args.rows, b)) {}
 
-  A operator()(int64_t t, bool) { return widen(rewards[t]); }
+  double operator()(int64_t t, bool) { return widen(rewards[t]); }
   double kl() const { return 0; }
 };
 
 // r_t = -kl_coef k_t, plus the sequence's score on its last real token (the first one met).
-template <class T, class A, KL kEstimator>
+template <class T, KL kEstimator>
 struct ShapedRewards {
   Row<const T> scores, logprobs, ref_logprobs;
-  A kl_coef;
+  double kl_coef;
   double kl_sum = 0;
 
   ShapedRewards(const GaeArgs& args, int64_t b)
       : scores(row_of<const T>(args.scores, args.rows, b)),
         logprobs(row_of<const T>(args.logprobs, args.rows, b)),
         ref_logprobs(row_of<const T>(args.ref_logprobs, args.rows, b)),
-        kl_coef(A(args.kl_coef)) {}
+        kl_coef(args.kl_coef) {}
 
-  A operator()(int64_t t, bool is_last) {
-    const A k = estimate(widen(logprobs[t]) - widen(ref_logprobs[t]));
+  double operator()(int64_t t, bool is_last) {
+    const double k = estimate(double(widen(logprobs[t])) - double(widen(ref_logprobs[t])));
     kl_sum += k;
-    return -kl_coef * k + (is_last ? widen(scores[0]) : A(0));
+    return -kl_coef * k + (is_last ? double(widen(scores[0])) : 0.0);
   }
   double kl() const { return kl_sum; }
 
  private:
   // Schulman 2020, joschu.net/blog/kl-approx.html; k3 with the log-ratio clamped as in the loss.
-  static A estimate(A log_ratio) {
+  static double estimate(double log_ratio) {
     if (kEstimator == KL::k1) return log_ratio;
     if (kEstimator == KL::k2) return log_ratio * log_ratio / 2;
-    const A bounded = log_ratio < -20 ? A(-20) : log_ratio > 20 ? A(20) : log_ratio;
+    const double bounded = log_ratio < -20 ? -20 : log_ratio > 20 ? 20 : log_ratio;
     return std::expm1(-bounded) + bounded;
   }
 };
@@ -65,11 +67,11 @@ void gae_row(const GaeArgs& args, int64_t b, MomentSums& sums) {
   const Row<const T> bootstrap = row_of<const T>(args.bootstrap, args.rows, b);
   const Row<A> advantages = row_of<A>(args.advantages, args.rows, b);
   const Row<A> returns = row_of<A>(args.returns, args.rows, b);
-  const A gamma = A(args.gamma), gamma_lam = A(args.gamma * args.lam);
+  const double gamma = args.gamma, gamma_lam = args.gamma * args.lam;
   const bool want_moments = args.moments != nullptr;
 
   Rewards rewards(args, b);
-  A next_value = 0, next_advantage = 0;
+  double next_value = 0, next_advantage = 0;
   bool is_last = true;
   for (int64_t t = row_size(args.rows, b) - 1; t >= 0; --t) {
     if (mask && !mask[t]) {
@@ -77,11 +79,11 @@ void gae_row(const GaeArgs& args, int64_t b, MomentSums& sums) {
       continue;
     }
     if (is_last && bootstrap) next_value = widen(bootstrap[0]);
-    const A value = widen(values[t]);
-    const A delta = rewards(t, is_last) + gamma * next_value - value;
-    const A advantage = delta + gamma_lam * next_advantage;
-    advantages[t] = advantage;
-    returns[t] = advantage + value;
+    const double value = widen(values[t]);
+    const double delta = rewards(t, is_last) + gamma * next_value - value;
+    const double advantage = delta + gamma_lam * next_advantage;
+    advantages[t] = A(advantage);
+    returns[t] = A(advantage + value);
     if (want_moments) sums.add(advantage);
     next_value = value;
     next_advantage = advantage;
@@ -115,12 +117,11 @@ void gae_rows(const GaeArgs& args) {
 void gae(const GaeArgs& args) {
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    using A = Accumulator<T>;
     switch (args.kl_estimator) {
-      case KL::none: return gae_rows<T, GivenRewards<T, A>>(args);
-      case KL::k1: return gae_rows<T, ShapedRewards<T, A, KL::k1>>(args);
-      case KL::k2: return gae_rows<T, ShapedRewards<T, A, KL::k2>>(args);
-      case KL::k3: return gae_rows<T, ShapedRewards<T, A, KL::k3>>(args);
+      case KL::none: return gae_rows<T, GivenRewards<T>>(args);
+      case KL::k1: return gae_rows<T, ShapedRewards<T, KL::k1>>(args);
+      case KL::k2: return gae_rows<T, ShapedRewards<T, KL::k2>>(args);
+      case KL::k3: return gae_rows<T, ShapedRewards<T, KL::k3>>(args);
     }
   });
 }
