@@ -166,7 +166,8 @@ def split_preferences(
         if len(held_out) + len(group) <= target:
             held_out.update(group)
     if not held_out:
-        held_out.update(min(shuffled, key=lambda group: len(group)))
+        smallest = min(shuffled, key=len)
+        held_out.update(smallest)
     if len(held_out) == len(pairs):
         raise UserError(
             f"{len(pairs)} preference pairs over {len(groups)} prompts are too few to hold some "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_tokenizer
 
 from ppo_engine.data import (
     Preference,
@@ -20,7 +21,6 @@ from ppo_engine.data import (
 )
 from ppo_engine.errors import UserError
 from ppo_engine.rows import read_jsonl
-from tiny import tiny_tokenizer
 
 HH_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "preferences.jsonl.gz"
 CHAT = tiny_tokenizer()

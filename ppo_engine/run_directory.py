@@ -1,0 +1,176 @@
+"""The folder of a run: settings, metrics, samples, checkpoints, the result.
+
+config.yaml            resolved settings
+metrics.jsonl          one line a step
+samples.jsonl          some responses of some steps
+checkpoints/step-…/    what a resumed run goes on from
+policy/                the result, Hugging Face format
+report.png             the curves
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ppo_engine.config_io import as_dict, dump_config, flatten, load_config
+from ppo_engine.errors import UserError
+
+# A resumed run may differ in these: how long it goes on, where it is, and what it shows.
+_FREE_KEYS = {
+    "steps",
+    "run.resume",
+    "run.output_dir",
+    "run.device",
+    "run.checkpoint_every",
+    "run.sample_every",
+    "run.trackers",
+}
+
+
+class RunDirectory:
+    """Makes the folder of a new run, or takes up that of a run to be resumed.
+
+    Everything that can be wrong is found before anything is written. An empty `path` means
+    `runs/<command>-<time>`.
+    """
+
+    def __init__(
+        self, path: str | Path, config: Any, resume: bool = False, *, command: str = "run"
+    ) -> None:
+        if resume and not str(path):
+            raise UserError("run.resume needs run.output_dir: the folder of the run to go on with.")
+        self.path = Path(path).expanduser() if str(path) else _default_path(command)
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.samples_file = self.path / "samples.jsonl"
+        if resume:
+            self._check_resumable(config)
+        else:
+            self._check_free()
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.path / "config.yaml", dump_config(config))
+        except OSError as error:
+            raise UserError(
+                f"Run folder {self.path} cannot be written: {error.strerror}."
+            ) from error
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:06d}"
+
+    def newest_checkpoint(self) -> tuple[int, Path] | None:
+        """Step and folder of the last complete checkpoint."""
+        found = (
+            (int(folder.name.removeprefix("step-")), folder)
+            for folder in (self.path / "checkpoints").glob("step-[0-9]*")
+            if folder.name.removeprefix("step-").isdecimal()
+        )
+        return max(found, default=None)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line; a number that is not finite becomes null, as JSON has no NaN."""
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        _append(self.metrics_file, [{"step": step, **row}])
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        _append(self.samples_file, [{"step": step, **sample} for sample in samples])
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines of steps after `step`, and one that a crash left unfinished."""
+        for file in (self.metrics_file, self.samples_file):
+            if file.exists():
+                _write_atomically(file, "".join(_lines_until(file, step)))
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"Run folder {self.path} is a file; choose another run.output_dir.")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            hint = "go on with that run (run.resume=true), " if self._config_file().exists() else ""
+            raise UserError(
+                f"Run folder {self.path} is not empty: {hint}choose another run.output_dir, or "
+                "remove the folder."
+            )
+
+    def _check_resumable(self, config: Any) -> None:
+        file = self._config_file()
+        if not file.is_file():
+            raise UserError(
+                f"{self.path} holds no run to go on with ({file.name} is not there): correct "
+                "run.output_dir, or start anew with run.resume=false."
+            )
+        before = flatten(as_dict(load_config(type(config), str(file))))
+        now = flatten(as_dict(config))
+        changed = [
+            f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+            for key in sorted({*before, *now} - _FREE_KEYS)
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"The run in {self.path} was made with other settings; resume it with the same "
+                "ones, or start a new run:\n" + "\n".join(f"  - {line}" for line in changed)
+            )
+
+    def _config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears at `path` whole or not at all, in place of what was there.
+
+    Yields an empty sibling to write into; it is renamed on success and removed on failure.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    replaced = path.with_name(f".{path.name}.replaced")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        partial.rename(path)
+    except BaseException:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _default_path(command: str) -> Path:
+    started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{command}-{started}"
+
+
+def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    with open(file, "a", encoding="utf-8", newline="\n") as out:
+        out.write("".join(lines))
+
+
+def _lines_until(file: Path, step: int) -> Iterator[str]:
+    with open(file, encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    yield line
+            except (ValueError, KeyError, TypeError):
+                continue
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, file)
