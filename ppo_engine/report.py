@@ -1,0 +1,154 @@
+"""One picture of a run: `report.png`, the curves of its metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ppo_engine.errors import UserError
+from ppo_engine.rows import BadLines, read_jsonl
+
+_COLORS = ("#2a6fbb", "#d1602b", "#3b8f5a", "#8457a8", "#b08a1e", "#7a7a7a")
+_MANY_POINTS = 40  # from here on the points fade behind their running mean
+_PANEL_INCHES = (3.6, 2.6)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A metric over the steps, `band` its half-width where there is one."""
+
+    metric: str
+    title: str
+    unit: str
+    band: str = ""
+    percent: bool = False
+
+
+_PANELS = (
+    Panel("objective/scores", "Score", "mean ± SD of responses", band="objective/scores_std"),
+    Panel("objective/kl", "KL to the reference", "nats per response"),
+    Panel("objective/entropy", "Entropy of the policy", "nats per token"),
+    Panel("objective/response_length", "Response length", "tokens"),
+    Panel("policy/loss", "Policy loss", "mean per token"),
+    Panel("value/loss", "Value loss", "mean per token"),
+    Panel("value/explained_variance", "Explained variance of the critic", "1 is perfect"),
+    Panel("reward/loss", "Pairwise loss", "nats per pair"),
+    Panel("reward/accuracy", "Accuracy on training pairs", "of a batch", percent=True),
+    Panel("eval/accuracy", "Held-out accuracy", "± SE", band="eval/accuracy_se", percent=True),
+    Panel("reward/margin", "Score margin", "chosen minus rejected"),
+)
+
+
+def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
+    """Draw the curves of `run`, a run folder or its metrics.jsonl, as a PNG at `path`.
+
+    Metrics that the run does not have are left out; a run without any is a `UserError`.
+    """
+    file = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
+    rows = [row for _, row in read_jsonl(file, BadLines("skip"))]
+    panels = [_drawing(panel) for panel in _PANELS if _points(rows, panel.metric)[0].size]
+    phases = sorted({name for row in rows for name in row if name.startswith("time/")})
+    if phases:
+        panels.append(lambda axes, rows: _draw_times(axes, rows, phases))
+    if not panels:
+        raise UserError(f"{file} has no metrics to draw.")
+    columns = min(4, math.ceil(len(panels) / 2))
+    steps = [row["step"] for row in rows if "step" in row]
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(
+        figsize=(columns * _PANEL_INCHES[0], lines * _PANEL_INCHES[1] + 0.4),
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
+    )
+    figure.suptitle(title or file.parent.name, fontsize=12, fontweight="bold")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for place, draw in zip(axes, panels, strict=False):
+        draw(place, rows)
+        place.tick_params(labelsize=8)
+        place.spines[["top", "right"]].set_visible(False)
+        place.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+        place.set_axisbelow(True)
+        place.set_xlim(min(steps) - 0.6, max(steps) + 0.6)
+        place.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        place.yaxis.set_major_locator(MaxNLocator(5))
+        place.set_xlabel("step", fontsize=8)
+    for place in axes[len(panels) :]:
+        place.set_axis_off()
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=130)
+    os.replace(partial, path)
+
+
+def _points(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that have a number for `metric`."""
+    found = [
+        (row["step"], row[metric])
+        for row in rows
+        if isinstance(row.get(metric), int | float) and "step" in row
+    ]
+    steps, values = zip(*found, strict=True) if found else ((), ())
+    return np.array(steps), np.array(values, dtype=float)
+
+
+def _drawing(panel: Panel) -> Callable[[Axes, list[dict]], None]:
+    def draw(axes: Axes, rows: list[dict]) -> None:
+        steps, values = _points(rows, panel.metric)
+        color = _COLORS[0]
+        if panel.band:
+            _draw_band(axes, rows, panel, color)
+        if len(steps) > _MANY_POINTS:
+            axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+            axes.plot(steps, _running_mean(values), color=color, linewidth=1.8)
+        else:
+            axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=2.5)
+        if panel.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+        _label(axes, panel.title, panel.unit)
+
+    return draw
+
+
+def _draw_band(axes: Axes, rows: list[dict], panel: Panel, color: str) -> None:
+    both = [row for row in rows if isinstance(row.get(panel.band), int | float)]
+    steps, values = _points(both, panel.metric)
+    _, half = _points([row for row in both if row.get(panel.metric) is not None], panel.band)
+    if len(steps) == 1:
+        axes.errorbar(steps, values, half, color=color, capsize=4)
+    else:
+        axes.fill_between(steps, values - half, values + half, color=color, alpha=0.15, lw=0)
+
+
+def _draw_times(axes: Axes, rows: list[dict], phases: list[str]) -> None:
+    timed = [row for row in rows if "step" in row and any(phase in row for phase in phases)]
+    steps = np.array([row["step"] for row in timed])
+    seconds = np.array([[row.get(phase) or 0.0 for row in timed] for phase in phases])
+    order = np.argsort(-seconds.sum(axis=1))
+    below = np.zeros(len(steps))
+    for color, index in zip(_COLORS * len(phases), order, strict=False):
+        share = seconds[index].sum() / max(seconds.sum(), 1e-12)
+        label = f"{phases[index].removeprefix('time/')} {share:.0%}"
+        axes.bar(steps, seconds[index], width=1.0, bottom=below, color=color, label=label, lw=0)
+        below += seconds[index]
+    axes.set_ylim(0, max(below.max() * 1.35, 1e-9))  # room for the legend
+    axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", handlelength=1.0)
+    _label(axes, "Time of a step", "seconds")
+
+
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=9.5, loc="left")
+    axes.set_ylabel(unit, fontsize=8)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a centered window of a twentieth of the run, narrower at its ends."""
+    half = max(2, len(values) // 40)
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
