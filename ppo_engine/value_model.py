@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +75,18 @@ def load_value_model(
                 "from it first (`ppo-engine reward`)."
             )
         init_head(head, seed)
+    return ready_value_model(model, tokenizer, device)
+
+
+def ready_value_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel:
+    """A model on its device, without dropout, padding as `tokenizer` does, its head checked."""
     models.resize_embeddings(model, tokenizer)
     models.disable_dropout(model)
     model.to(device)
     check_value_head(model, tokenizer)
-    return model.eval()
+    return cast(PreTrainedModel, model.eval())
 
 
 def make_critic(
@@ -87,31 +94,44 @@ def make_critic(
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device,
-    policy_path: str,
+    policy: PreTrainedModel,
     reward_model: PreTrainedModel | None = None,
     seed: int = 0,
 ) -> Any:
     """The critic, ready to be trained: from its own path, else a copy of the reward model (head
-    included), else the policy's checkpoint with a new head.
+    included), else the policy's weights with a new head.
 
     `tokenizer` is the policy's, whose tokens the critic reads: hand in a reward model only where
     it shares them (`rewards.same_tokenizer`).
     """
-    if not config.path and reward_model is not None:
+    if config.path:
+        critic = load_value_model(config.path, tokenizer, device=device, seed=seed)
+    elif reward_model is not None:
         critic = copy.deepcopy(reward_model).requires_grad_(True)
     else:
-        path = config.path or policy_path
-        critic = load_value_model(path, tokenizer, device=device, seed=seed)
+        critic = value_model_from_policy(policy, tokenizer, seed)
     return prepare_for_training(critic, config)
+
+
+def value_model_from_policy(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """The policy's transformer, copied (adapters merged), under a new head."""
+    policy = merged(policy)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with _quiet():
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    init_head(_find_head(model)[1], seed)
+    return ready_value_model(model, tokenizer, policy.device)
 
 
 def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> Any:
     """Freeze, wrap and checkpoint as configured, in training mode; the head is always trained."""
     if config.lora is not None:
         if config.trainable_layers is not None:
-            raise UserError(
-                "Set either lora or trainable_layers: adapters need a frozen model."
-            )
+            raise UserError("Set either lora or trainable_layers: adapters need a frozen model.")
         model = models.add_lora(model, config, "SEQ_CLS")
     else:
         models.freeze_lower_layers(model, config.trainable_layers)
@@ -144,6 +164,13 @@ def is_classifier(config: Any) -> bool:
 def unwrap(model: Any) -> PreTrainedModel:
     """The Hugging Face model under an adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """A copy with its adapters in the weights, or the model itself where it has none."""
+    if not hasattr(model, "merge_and_unload"):
+        return cast(PreTrainedModel, model)
+    return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())
 
 
 def score_head(model: Any) -> nn.Linear:
@@ -193,10 +220,8 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def save_value_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()  # the trained model keeps its adapters
     with _quiet():
-        model.save_pretrained(folder)
+        merged(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

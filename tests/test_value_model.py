@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model_folder, tiny_tokenizer
+from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -15,7 +15,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from ppo_engine.config import ModelConfig
+from ppo_engine.config import LoraConfig, ModelConfig
 from ppo_engine.errors import UserError
 from ppo_engine.value_model import (
     init_head,
@@ -81,6 +81,23 @@ def test_saved_model_gives_the_same_scores_in_plain_transformers(folder, tmp_pat
         assert torch.equal(sequence_scores(again, *batch("right")), scores)
 
 
+def test_adapters_are_merged_where_the_model_is_saved(folder, tmp_path):
+    pytest.importorskip("peft", reason="the optional package peft is not installed")
+    model = load_value_model(folder, tiny_tokenizer(), device=CPU)
+    model = prepare_for_training(model, ModelConfig(lora=LoraConfig(rank=2)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 if "lora" in name else 1.0)
+        expected = sequence_scores(model, *batch("right"))
+    save_value_model(model, tiny_tokenizer(), tmp_path / "saved")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    ids, mask = batch("right")
+    with torch.no_grad():
+        scores = plain(input_ids=ids, attention_mask=mask.long()).logits[:, 0]
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("side", "extra"), [("left", 0), ("left", 11), ("right", 11)])
 def test_padding_changes_no_score(model, side, extra):
     with torch.no_grad():
@@ -142,11 +159,12 @@ def test_scores_stay_fp32_under_autocast(model):
     assert not torch.equal(scores, scores.bfloat16().float())  # not rounded to bf16 on the way
 
 
-def test_critic_starts_as_the_reward_model_and_leaves_it_alone(folder, model):
+def test_critic_starts_as_the_reward_model_and_leaves_it_alone(folder):
+    policy = tiny_model()
     reward_model = load_value_model(folder, tiny_tokenizer(), device=CPU, seed=7)
     reward_model.requires_grad_(False)
     critic = make_critic(
-        ModelConfig(), tiny_tokenizer(), device=CPU, policy_path="", reward_model=reward_model
+        ModelConfig(), tiny_tokenizer(), device=CPU, policy=policy, reward_model=reward_model
     )
     before = score_head(reward_model).weight.clone()
     assert torch.equal(score_head(critic).weight, before)
@@ -156,8 +174,17 @@ def test_critic_starts_as_the_reward_model_and_leaves_it_alone(folder, model):
     assert torch.equal(score_head(reward_model).weight, before)
     assert not torch.equal(score_head(critic).weight, before)
 
-    fresh = make_critic(ModelConfig(), tiny_tokenizer(), device=CPU, policy_path=folder, seed=0)
-    assert torch.equal(score_head(fresh).weight, score_head(model).weight)
+
+def test_critic_without_a_reward_model_is_the_policy_under_a_new_head(model):
+    policy = tiny_model()  # the weights of the folder that `model` was loaded from
+    critic = make_critic(ModelConfig(), tiny_tokenizer(), device=CPU, policy=policy, seed=0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            sequence_scores(critic, *batch("left")), sequence_scores(model, *batch("left"))
+        )
+    theirs = dict(policy.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+    mine = dict(critic.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+    assert mine.requires_grad and mine.data_ptr() != theirs.data_ptr()
 
 
 def test_only_the_upper_layers_and_the_head_are_trained(folder):

@@ -1,0 +1,247 @@
+"""Reward model training: it learns a planted preference, adds up exactly, resumes, and refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_model_folder, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ppo_engine.config import (
+    ModelConfig,
+    OptimizerConfig,
+    PreferenceDataConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RunConfig,
+)
+from ppo_engine.errors import UserError
+from ppo_engine.reward_trainer import RewardModelTrainer
+
+HH = Path(__file__).parent.parent / "../shared/data/hh-rlhf/preferences.jsonl.gz"
+GOOD, BAD = ("fine", "nice", "good", "kind"), ("vile", "poor", "sour", "grim")
+
+
+def planted_pairs(count: int) -> list[dict[str, str]]:
+    """Responses of random letters around one good or one bad word: only the word tells."""
+    rng = random.Random(0)
+    pairs = []
+    for index in range(count):
+        filler = ["".join(rng.choices("abcdefgh ", k=rng.randrange(1, 6))) for _ in range(2)]
+        pairs.append(
+            {
+                "prompt": f"How is it, case {index}?",
+                "chosen": f"{filler[0]} {rng.choice(GOOD)}",
+                "rejected": f"{filler[1]} {rng.choice(BAD)}",
+            }
+        )
+    return pairs
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Several threads only wait for each other on models this small."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def trainer(folder, output_dir="", pairs=None, *, rate=1e-3, reward=None, data=None, **run):
+    config = RewardModelConfig(
+        model=ModelConfig(path=folder, optimizer=OptimizerConfig(learning_rate=rate)),
+        data=PreferenceDataConfig(**{"eval_fraction": 0.25, **(data or {})}),
+        reward=RewardModelSettings(**{"batch_size": 8, "micro_batch_size": 4, **(reward or {})}),
+        run=RunConfig(output_dir=str(output_dir), device="cpu", dtype="float32", **run),
+    )
+    quiet = Console(file=io.StringIO())
+    return RewardModelTrainer(None, pairs or planted_pairs(32), config, console=quiet)
+
+
+def test_a_planted_preference_is_learned_and_saved(folder, tmp_path):
+    found = trainer(
+        folder, tmp_path / "run", planted_pairs(160), rate=1e-2, reward={"epochs": 2}
+    ).train()
+    assert 0.2 < found["eval_before/accuracy"] < 0.8
+    assert found["eval/accuracy"] > 0.9
+    p = found["eval/accuracy"]
+    assert found["eval/accuracy_se"] == pytest.approx(math.sqrt(p * (1 - p) / 40))
+    assert found["reward/loss"] < math.log(2)
+
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == list(range(2 * 15 + 1))
+    assert {"reward/loss", "reward/accuracy", "reward/margin", "reward/grad_norm",
+            "reward/learning_rate", "tokens_per_second"} <= set(lines[1])  # fmt: skip
+    assert lines[-1]["eval/accuracy"] == p
+
+    # The folder alone, in plain transformers, judges as the trainer did.
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/reward_model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/reward_model")
+    texts = [f"How is it, case 999?abc {word}{tokenizer.eos_token}" for word in ("good", "vile")]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        better, worse = model(**inputs).logits[:, 0]
+    assert better > worse
+
+
+def test_micro_batches_add_up_to_the_same_gradient(folder):
+    gradients, metrics = [], []
+    for size in (8, 3, 1):
+        made = trainer(folder, reward={"micro_batch_size": size, "center_coef": 0.1})
+        made.optimizer.zero_grad = lambda set_to_none: None  # keeps the gradients
+        metrics.append(made.train_step(made.mini_batch(0)))
+        gradients.append([p.grad for p in made.model.parameters()])
+    for other, found in zip(gradients[1:], metrics[1:], strict=True):
+        for name in ("reward/loss", "reward/accuracy", "reward/margin", "reward/grad_norm"):
+            assert found[name] == pytest.approx(metrics[0][name], rel=1e-4, abs=1e-6)
+        for whole, parts in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_each_epoch_sees_every_pair_once_in_another_order(folder):
+    made = trainer(folder, reward={"batch_size": 5, "epochs": 2})
+    steps = made.steps_per_epoch
+    assert steps == 5 and made.total_steps == 10  # 24 pairs
+    epochs = [
+        [tuple(pair.chosen) for step in range(start, start + steps)
+         for pair in made.mini_batch(step)]
+        for start in (0, steps)
+    ]  # fmt: skip
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(tuple(p.chosen) for p in made.training)
+
+
+def test_a_resumed_run_ends_with_the_very_same_weights(folder, tmp_path):
+    whole = trainer(folder, tmp_path / "whole", reward={"epochs": 2})
+    expected = whole.train()
+
+    class Killed(Exception):
+        pass
+
+    killed = trainer(folder, tmp_path / "cut", reward={"epochs": 2}, checkpoint_every=2)
+    train_step = killed.train_step
+
+    def dies_at_step_4(pairs):
+        if killed.step == 3:
+            raise Killed
+        return train_step(pairs)
+
+    killed.train_step = dies_at_step_4
+    with pytest.raises(Killed):
+        killed.train()
+    assert not (tmp_path / "cut/reward_model").exists()
+
+    torch.manual_seed(123)  # another process would stand elsewhere
+    resumed = trainer(
+        folder, tmp_path / "cut", reward={"epochs": 2}, checkpoint_every=2, resume=True
+    )
+    found = resumed.train()
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert found["eval/accuracy"] == expected["eval/accuracy"]
+    assert found["eval_before/loss"] == expected["eval_before/loss"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/metrics.jsonl").open()]
+    assert steps == list(range(7))
+
+
+def test_ties_count_half(folder):
+    made = trainer(folder)
+    with torch.no_grad():
+        made.model.score.weight.zero_()
+    found = made.evaluate()
+    assert found["eval/accuracy"] == 0.5 and found["eval/loss"] == pytest.approx(math.log(2))
+
+
+def test_margins_reach_the_loss(folder):
+    plain = planted_pairs(32)
+    with_margin = [pair | {"margin": 3.0} for pair in plain]
+    losses = [trainer(folder, pairs=pairs).evaluate()["eval/loss"]
+              for pairs in (plain, with_margin)]  # fmt: skip
+    assert losses[1] > losses[0] + 1
+
+
+def test_long_pairs_are_cut_and_counted(folder):
+    pairs = planted_pairs(32)
+    pairs[0]["prompt"] = "long " * 100
+    pairs[1] = {"prompt": "Same start?", "chosen": "y" * 300 + "a", "rejected": "y" * 300 + "b"}
+    made = trainer(folder, pairs=pairs, data={"max_tokens": 64})
+    notes = " ".join(made.notes)
+    assert "were cut to data.max_tokens=64" in notes and "equal as tokens" in notes
+    encoded = [*made.training, *made.held_out]
+    assert len(encoded) == 31
+    assert max(map(len, encoded)) == 64
+    eos = tiny_tokenizer().eos_token_id
+    assert all(pair.chosen[-1] == pair.rejected[-1] == eos for pair in encoded)
+
+
+def test_training_with_only_upper_layers_leaves_the_lower_ones_alone(folder):
+    made = trainer(folder)
+    config = replace(made.config, model=replace(made.config.model, trainable_layers=1))
+    made = RewardModelTrainer(None, planted_pairs(32), config)
+    before = [p.clone() for p in made.model.parameters()]
+    made.train_step(made.mini_batch(0))
+    moved = {
+        name
+        for (name, p), old in zip(made.model.named_parameters(), before, strict=True)
+        if not torch.equal(p, old)
+    }
+    assert "score.weight" in moved
+    assert {name.split(".")[2] for name in moved if ".layers." in name} == {"1"}
+    assert "model.embed_tokens.weight" not in moved
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"folder": "/no/such/model"}, "/no/such/model"),
+        ({"folder": ""}, "No model was given"),
+        ({"pairs": [{"prompt": "a", "chosen": "b", "rejected": "b"}]}, "are the same"),
+        ({"pairs": [{"prompt": "a", "chosen": "b"}]}, "'rejected'"),
+        (
+            {
+                "pairs": [{"prompt": "a", "chosen": "yyyyya", "rejected": "yyyyyb"}],
+                "data": {"max_tokens": 4, "eval_fraction": 0.0},
+            },
+            "the same within the limit",
+        ),
+        ({"trackers": ["wandb"]}, "wandb"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(folder, tmp_path, changes, message):
+    arguments = {"folder": folder, "pairs": None, **changes}
+    with pytest.raises(UserError, match=message):
+        trainer(output_dir=tmp_path / "run", **arguments).train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_without_held_out_pairs_says_how_to_get_some(folder, tmp_path):
+    made = trainer(folder, tmp_path / "run", data={"eval_fraction": 0.0})
+    with pytest.raises(UserError, match="eval_fraction"):
+        made.evaluate()
+    assert "eval/accuracy" not in made.train()
+
+
+def test_a_model_object_needs_its_tokenizer(folder):
+    model = trainer(folder).model
+    with pytest.raises(UserError, match="tokenizer"):
+        RewardModelTrainer(model, planted_pairs(32))
+    made = RewardModelTrainer(model, planted_pairs(32), tokenizer=tiny_tokenizer())
+    assert made.model is model
+
+
+@pytest.mark.skipif(not HH.exists(), reason="shared/data/hh-rlhf is not beside the checkout")
+def test_real_preferences_train_a_step(folder):
+    data = {"max_pairs": 40, "max_tokens": 128, "on_bad_line": "skip"}
+    made = trainer(folder, pairs=str(HH), data=data)
+    assert 0 < made.train_step(made.mini_batch(0))["reward/grad_norm"] < 1e3
+    assert len(made.held_out) == 10
