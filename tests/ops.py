@@ -10,10 +10,22 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from ppo_kernels import implementations
+
 MASKS = ("none", "full", "empty", "left", "right", "interior")
+
+
+def implementations_of(op: str) -> list[Any]:
+    """Parameters for `impl`: those that are written; skipped, with the reason, if not runnable."""
+    return [
+        pytest.param(impl, marks=[] if a.available else pytest.mark.skip(reason=a.reason))
+        for impl, a in implementations()[op].items()
+        if a.reason != "not written yet"
+    ]
 
 
 def make_mask(kind: str, shape: tuple[int, int], seed: int = 0) -> Tensor | None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ppo_kernels import checks, dispatch, reference
+from ppo_kernels import checks, dispatch, fused_loss, reference
+from ppo_kernels.fused_loss import FusedLoss, gradient_like
 from ppo_kernels.reference import PairwiseStats
 
 OP = "pairwise_loss"
@@ -57,15 +57,17 @@ def pairwise_loss(
         return reference.pairwise_loss(chosen, rejected, margin=margin, center_coef=center_coef)
 
     tensors = (chosen, rejected, margins)
-    want = torch.is_grad_enabled() and (chosen.requires_grad or rejected.requires_grad)
+    wanted = fused_loss.wanted(chosen, rejected)
     if not dispatch.eager(*tensors):
-        same = 0.0 if margin is None or margins is not None else margin
-        traced = torch.stack((dispatch.traced(same), dispatch.traced(center_coef)))
-        loss, stats, *_ = _op(*tensors, traced, want)
-    elif want:
-        loss, stats = _PairwiseLoss.apply(*tensors, _numbers(margin, center_coef), True)
+        shared = 0.0 if margin is None or margins is not None else margin
+        traced = torch.stack((dispatch.traced(shared), dispatch.traced(center_coef)))
+        loss, stats, *_ = _pairwise_op(*tensors, traced, *wanted)
     else:
-        loss, stats, *_ = _pairwise_loss(*tensors, _numbers(margin, center_coef), False)
+        inputs: Any = (*tensors, _numbers(margin, center_coef), *wanted)
+        if any(wanted):
+            loss, stats = FusedLoss.apply(_pairwise_loss, 2, *inputs)
+        else:
+            loss, stats, *_ = _pairwise_loss(*inputs)
     return loss, PairwiseStats(*stats.detach().unbind())
 
 
@@ -86,78 +88,48 @@ def _pairwise_loss(
     rejected: Tensor,
     margins: Tensor | None,
     numbers: tuple[float, float],
-    want_gradients: bool,
+    want_chosen: bool,
+    want_rejected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, gradient of chosen, of rejected); gradients not wanted are empty."""
+    """(loss, statistics, gradient of chosen, of rejected); a gradient not wanted is empty."""
     dtype = dispatch.common_dtype(chosen, rejected, margins)
     # A list, which holds the tensors until the call returns.
     cast = [dispatch.cast(x, dtype) for x in (chosen, rejected, margins)]
     loss = chosen.new_empty((), dtype=dispatch.accumulator(dtype))
     stats = loss.new_empty(len(PairwiseStats._fields))
-    grad_chosen = loss.new_empty(chosen.shape if want_gradients else (0,))
-    grad_rejected = torch.empty_like(grad_chosen)
+    grad_chosen = gradient_like(loss, chosen.shape, want_chosen)
+    grad_rejected = gradient_like(loss, chosen.shape, want_rejected)
     dispatch.cpu.pairwise_loss(
         dispatch.dtype_code(dtype), chosen.shape[0], *(dispatch.tokens(x) for x in cast), *numbers,
         loss.data_ptr(), stats.data_ptr(),
-        dispatch.tokens(grad_chosen if want_gradients else None),
-        dispatch.tokens(grad_rejected if want_gradients else None), torch.get_num_threads(),
+        dispatch.tokens(grad_chosen if want_chosen else None),
+        dispatch.tokens(grad_rejected if want_rejected else None), torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_chosen, grad_rejected
-
-
-def _chain(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None or not ctx.want_gradients:
-        return None, None, None, None, None
-    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((x * grad_loss).to(dtype) for x, dtype in gradients), None, None, None
-
-
-class _PairwiseLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        outputs = _pairwise_loss(*inputs)
-        _save(ctx, inputs, outputs)
-        ctx.mark_non_differentiable(outputs[1])
-        ctx.set_materialize_grads(False)
-        return outputs[:2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return _chain(ctx, grad_loss)
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
 
 
 @torch.library.custom_op("ppo_kernels::pairwise_loss", mutates_args=(), device_types="cpu")
-def _op(
+def _pairwise_op(
     chosen: Tensor,
     rejected: Tensor,
     margins: Tensor | None,
     numbers: Tensor,
-    want_gradients: bool,
+    want_chosen: bool,
+    want_rejected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checked = _numbers(*numbers.tolist())
-    return _pairwise_loss(chosen, rejected, margins, checked, want_gradients)
+    return _pairwise_loss(chosen, rejected, margins, checked, want_chosen, want_rejected)
 
 
-@_op.register_fake
-def _(chosen, rejected, margins, numbers, want_gradients):  # type: ignore[no-untyped-def]
+@_pairwise_op.register_fake
+def _(chosen, rejected, margins, numbers, *wanted):  # type: ignore[no-untyped-def]
     dtype = dispatch.accumulator(dispatch.common_dtype(chosen, rejected, margins))
     loss = chosen.new_empty((), dtype=dtype)
-    gradients = (loss.new_empty(chosen.shape if want_gradients else (0,)) for _ in range(2))
-    return loss, loss.new_empty(len(PairwiseStats._fields)), *gradients
+    stats = loss.new_empty(len(PairwiseStats._fields))
+    return loss, stats, *(gradient_like(loss, chosen.shape, want) for want in wanted)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
-    ctx.dtypes = [x.dtype for x in inputs[:2]]
-    ctx.want_gradients = inputs[-1]
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _chain(ctx, grad_loss)
-
-
-_op.register_autograd(_backward, setup_context=_save)
+fused_loss.register(_pairwise_op, trained=2)

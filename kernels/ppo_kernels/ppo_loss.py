@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ppo_kernels import checks, dispatch, reference
+from ppo_kernels import checks, dispatch, fused_loss, reference
+from ppo_kernels.fused_loss import FusedLoss, gradient_like
 from ppo_kernels.reference import WHITEN_EPS, PolicyStats, ValueStats
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
@@ -100,17 +100,17 @@ def ppo_policy_loss(
 
     tensors = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask,
                cu_seqlens, moments)  # fmt: skip
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:2]]
+    wanted = fused_loss.wanted(logprobs, entropy)
     if not dispatch.eager(*tensors):
         low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
         traced = _traced(low, high, dual_clip, normalizer, entropy_coef, kl_coef)
         loss, stats, *_ = _policy_op(*tensors, traced, reduction, kl_estimator, *wanted)
-    elif any(wanted):
-        rest = (_policy_numbers(*numbers), reduction, kl_estimator, *wanted)
-        loss, stats = _PolicyLoss.apply(*tensors, *rest)
     else:
-        rest = (_policy_numbers(*numbers), reduction, kl_estimator, False, False)
-        loss, stats, *_ = _policy_loss(*tensors, *rest)
+        inputs: Any = (*tensors, _policy_numbers(*numbers), reduction, kl_estimator, *wanted)
+        if any(wanted):
+            loss, stats = FusedLoss.apply(_policy_loss, 2, *inputs)
+        else:
+            loss, stats, *_ = _policy_loss(*inputs)
     return loss, PolicyStats(*stats.detach().unbind())
 
 
@@ -157,15 +157,15 @@ def ppo_value_loss(
         )  # fmt: skip
 
     tensors = (values, old_values, returns, mask, cu_seqlens)
-    wanted = torch.is_grad_enabled() and values.requires_grad
+    wanted = fused_loss.wanted(values)
     if not dispatch.eager(*tensors):
-        loss, stats, _ = _value_op(*tensors, _traced(clip_range, normalizer), reduction, wanted)
-    elif wanted:
-        numbers = _value_numbers(clip_range, normalizer)
-        loss, stats = _ValueLoss.apply(*tensors, numbers, reduction, True)
+        loss, stats, _ = _value_op(*tensors, _traced(clip_range, normalizer), reduction, *wanted)
     else:
-        numbers = _value_numbers(clip_range, normalizer)
-        loss, stats, _ = _value_loss(*tensors, numbers, reduction, False)
+        inputs: Any = (*tensors, _value_numbers(clip_range, normalizer), reduction, *wanted)
+        if any(wanted):
+            loss, stats = FusedLoss.apply(_value_loss, 1, *inputs)
+        else:
+            loss, stats, _ = _value_loss(*inputs)
     return loss, ValueStats(*stats.detach().unbind())
 
 
@@ -248,8 +248,8 @@ def _policy_loss(
         scale = 1 / math.sqrt(m2 / max(count, 1.0) + WHITEN_EPS)
     cu_seqlens = dispatch.offsets(cu_seqlens)
     loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
-    grad_logprobs = _gradient(loss, logprobs.shape, want_logprobs)
-    grad_entropy = _gradient(loss, logprobs.shape, want_entropy)
+    grad_logprobs = gradient_like(loss, logprobs.shape, want_logprobs)
+    grad_entropy = gradient_like(loss, logprobs.shape, want_entropy)
     dispatch.cpu.ppo_policy_loss(
         dispatch.dtype_code(dtype), _rows(logprobs.shape, cu_seqlens), dispatch.tokens(mask),
         policy, old, (advantage, mean, scale), weights, (low, high, dual_clip),
@@ -278,7 +278,7 @@ def _value_loss(
     cast = [dispatch.cast(x, dtype) for x in (values, old_values, returns)]
     cu_seqlens = dispatch.offsets(cu_seqlens)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
-    grad_values = _gradient(loss, values.shape, want_values)
+    grad_values = gradient_like(loss, values.shape, want_values)
     dispatch.cpu.ppo_value_loss(
         dispatch.dtype_code(dtype), _rows(values.shape, cu_seqlens), dispatch.tokens(mask),
         *(dispatch.tokens(x) for x in cast), clip_range, _reducing(reduction, normalizer),
@@ -290,9 +290,9 @@ def _value_loss(
 
 def _rows(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     """As `dispatch.rows`; tokens without boundaries are one row."""
-    return (1, shape[0], 0) if len(shape) == 1 and cu_seqlens is None else dispatch.rows(
-        shape, cu_seqlens
-    )  # fmt: skip
+    if len(shape) == 1 and cu_seqlens is None:
+        return (1, shape[0], 0)
+    return dispatch.rows(shape, cu_seqlens)
 
 
 def _reducing(reduction: str, normalizer: float) -> tuple[int, float]:
@@ -302,57 +302,6 @@ def _reducing(reduction: str, normalizer: float) -> tuple[int, float]:
 def _outputs(like: Tensor, dtype: torch.dtype, stats: int) -> tuple[Tensor, Tensor]:
     loss = like.new_empty((), dtype=dispatch.accumulator(dtype))
     return loss, loss.new_empty(stats)
-
-
-def _gradient(loss: Tensor, shape: torch.Size, wanted: bool) -> Tensor:
-    """Room for a gradient, in the accumulation dtype: float16 might lose what scaling restores."""
-    return loss.new_empty(shape if wanted else (0,))
-
-
-def _chain(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """The chain rule; None for a gradient that was not wanted."""
-    return None if dtype is None else (gradient * grad_loss).to(dtype)
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        loss, stats, *gradients = _policy_loss(*inputs)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = _dtypes(inputs[:2], inputs[-2:])
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 14
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(_chain(grad_loss, x, dtype) for x, dtype in gradients), *(None,) * 12
-
-
-class _ValueLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-        loss, stats, gradient = _value_loss(values, *inputs)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = values.dtype
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 8
-        return _chain(grad_loss, ctx.saved_tensors[0], ctx.dtype), *(None,) * 7
-
-
-def _dtypes(inputs: tuple[Any, ...], wanted: tuple[bool, ...]) -> list[torch.dtype | None]:
-    return [x.dtype if want else None for x, want in zip(inputs, wanted, strict=True)]
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
@@ -389,7 +338,7 @@ def _policy_op(
 def _(logprobs, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(logprobs, *rest[:5])
     loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
-    return loss, stats, *(_gradient(loss, logprobs.shape, want) for want in rest[-2:])
+    return loss, stats, *(gradient_like(loss, logprobs.shape, want) for want in rest[-2:])
 
 
 @torch.library.custom_op("ppo_kernels::ppo_value_loss", mutates_args=(), device_types="cpu")
@@ -414,27 +363,8 @@ def _value_op(
 def _(values, old_values, returns, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(values, old_values, returns)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
-    return loss, stats, _gradient(loss, values.shape, rest[-1])
+    return loss, stats, gradient_like(loss, values.shape, rest[-1])
 
 
-def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
-    ctx.dtypes = _dtypes(inputs[:2], inputs[-2:])
-
-
-def _policy_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *(_chain(grad_loss, x, dtype) for x, dtype in gradients), *(None,) * 12
-
-
-def _save_value(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.dtypes = _dtypes(inputs[:1], inputs[-1:])
-
-
-def _value_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _chain(grad_loss, *ctx.saved_tensors, *ctx.dtypes), *(None,) * 7
-
-
-_policy_op.register_autograd(_policy_backward, setup_context=_save_policy)
-_value_op.register_autograd(_value_backward, setup_context=_save_value)
+fused_loss.register(_policy_op, trained=2)
+fused_loss.register(_value_op, trained=1)

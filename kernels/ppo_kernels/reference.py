@@ -290,11 +290,9 @@ def pairwise_loss(
         chosen, rejected, margin = _accumulated(chosen, rejected, margin.detach())
     else:
         chosen, rejected = _accumulated(chosen, rejected)
-    difference = chosen - rejected
-    loss = (
-        -F.logsigmoid(difference - (0.0 if margin is None else margin))
-        + center_coef * (chosen + rejected).square()
-    )
+    difference, total = chosen - rejected, chosen + rejected
+    loss = -F.logsigmoid(difference - (0.0 if margin is None else margin))
+    loss = loss + center_coef * total * total
     with torch.no_grad():
         pairs = torch.ones_like(loss, dtype=torch.bool)
         wins = (difference > 0).to(loss.dtype) + (difference == 0).to(loss.dtype) / 2
@@ -336,12 +334,9 @@ def _whiten(x: Tensor, moments: Tensor) -> Tensor:
 
 
 def _reduce(
-    loss: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    reduction: str,
+    loss: Tensor, mask: Tensor, cu_seqlens: Tensor | None, reduction: str,
     normalizer: float | Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One number from per-token losses that are 0 where masked.
 
     `normalizer` replaces the denominator. A denominator of 0 (a batch with no real token, whose
