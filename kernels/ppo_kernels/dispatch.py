@@ -80,7 +80,7 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
             return "reference"
         if cpu is not None:
             return "cpp"
-        _warn_once(_CPP.reason)
+        _warn_missing(_CPP.reason)
         return "reference"
     if impl not in IMPLS:
         raise ValueError(
@@ -101,6 +101,11 @@ def _warn_once(reason: str) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
+
+
+if cpu is None:
+    # torch.compile cannot trace a warning, but calls a function of constant result as it traces.
+    _warn_missing = torch.compiler.assume_constant_result(lambda reason: _warn_once(reason))
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,174 @@
+"""Which implementation runs, and that each one that was compiled is right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ppo_kernels
+from ppo_kernels import dispatch
+
+TESTS = Path(__file__).parent
+CPU = torch.device("cpu")
+
+
+def needs_extension() -> None:
+    if dispatch.cpu is None:
+        pytest.skip(ppo_kernels.implementations()["gae"]["cpp"].reason)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_implementations_say_what_can_run_and_why_not() -> None:
+    for op, table in ppo_kernels.implementations().items():
+        assert callable(getattr(ppo_kernels, op))
+        assert tuple(table) == dispatch.IMPLS
+        assert table["reference"].available
+        for availability in table.values():
+            assert availability.reason
+    assert dispatch.cpu is None or dispatch.cpu.isa() in (table["cpp"].reason)
+
+
+def test_auto_takes_the_compiled_one_on_the_cpu_and_plain_pytorch_elsewhere() -> None:
+    needs_extension()
+    assert dispatch.resolve("gae", "auto", CPU) == "cpp"
+    assert dispatch.resolve("gae", "auto", torch.device("cuda")) == "reference"
+
+
+def test_an_implementation_that_cannot_run_says_why() -> None:
+    needs_extension()
+    with pytest.raises(RuntimeError, match=r"gae: impl='cpp' runs on CPU tensors, .* on cuda"):
+        dispatch.resolve("gae", "cpp", torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: "):
+        dispatch.resolve("gae", "triton", CPU)
+
+
+WITHOUT_EXTENSION = """
+import sys, warnings
+sys.modules["ppo_kernels._cpu"] = None
+import torch, ppo_kernels
+x = torch.randn(2, 3)
+compiled = torch.compile(ppo_kernels.gae, fullgraph=True, backend="aot_eager")
+for gae in (compiled, ppo_kernels.gae) if "compiled" in sys.argv else (ppo_kernels.gae, compiled):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = gae(x, x)
+        gae(x, x)
+    print(len(caught), *[f"{w.category.__name__}: {w.message}" for w in caught])
+    torch.testing.assert_close(result, ppo_kernels.gae(x, x, impl="reference"))
+try:
+    ppo_kernels.gae(x, x, impl="cpp")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("first", ["eager", "compiled"])
+def test_without_the_extension_auto_warns_once_and_goes_on(first: str) -> None:
+    result = python("-c", WITHOUT_EXTENSION, first)
+    assert result.returncode == 0, result.stderr
+    first_call, second_call, explicit = result.stdout.splitlines()
+    assert first_call.startswith("1 RuntimeWarning: ppo_kernels runs in plain PyTorch, several ")
+    assert second_call == "0"
+    assert explicit.startswith("gae: impl='cpp' cannot run: ")
+
+
+def test_fake_tensors_do_not_reach_the_kernels() -> None:
+    needs_extension()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.randn(3, 5)
+        advantages, _ = ppo_kernels.gae(x, x)
+        logprobs = ppo_kernels.token_logprobs(x, torch.zeros(3, dtype=torch.int64))
+    assert advantages.shape == (3, 5) and logprobs.shape == (3,)
+
+
+def test_a_default_device_elsewhere_changes_nothing() -> None:
+    x = torch.randn(3, 5)
+    with torch.device("meta"):
+        advantages, _ = ppo_kernels.gae(x, x)
+    assert advantages.device == CPU
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_obeys_the_error_rule(isa: str) -> None:
+    needs_extension()
+    if isa not in dispatch.cpu.supported_isas():
+        pytest.skip(f"this machine runs {', '.join(dispatch.cpu.supported_isas())}")
+    if isa == dispatch.cpu.isa():
+        pytest.skip("the rest of the tests run on it")
+    files = [
+        str(path) for path in sorted(TESTS.glob("test_*.py")) if "float64_rule" in path.read_text()
+    ]
+    result = python(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "float64_rule or every_half",
+        *files, PPO_KERNELS_ISA=isa,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+def test_the_instruction_set_can_be_forced() -> None:
+    needs_extension()
+    code = "from ppo_kernels import _cpu; print(_cpu.isa())"
+    for isa in dispatch.cpu.supported_isas():
+        assert python("-c", code, PPO_KERNELS_ISA=isa).stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    needs_extension()
+    result = python("-c", "import ppo_kernels", PPO_KERNELS_ISA="sse9")
+    assert result.returncode != 0
+    assert "PPO_KERNELS_ISA is 'sse9', but this machine and build have: baseline" in result.stderr
+
+
+FORK = """
+import os, torch, ppo_kernels
+torch.set_num_threads(2)
+x = torch.randn(64, 4096)
+expected, _ = ppo_kernels.gae(x, x, impl="cpp")   # starts the threads
+child = os.fork()
+advantages, _ = ppo_kernels.gae(x, x, impl="cpp")
+assert torch.equal(advantages, expected)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_threads_survive_a_fork() -> None:
+    needs_extension()
+    result = python("-W", "ignore", "-c", FORK)
+    assert result.returncode == 0, result.stderr
+
+
+def test_calls_from_several_python_threads() -> None:
+    needs_extension()
+    from concurrent.futures import ThreadPoolExecutor
+
+    torch.set_num_threads(3)
+    x = torch.randn(64, 1024)
+    expected, _ = ppo_kernels.gae(x, x)
+
+    def call(_: int) -> Any:
+        return ppo_kernels.gae(x, x)[0]
+
+    with ThreadPoolExecutor(4) as executor:
+        for advantages in executor.map(call, range(200)):
+            assert torch.equal(advantages, expected)
