@@ -31,6 +31,7 @@ from ppo_engine.data import Preference, load_preferences, split_preferences
 from ppo_engine.errors import UserError
 from ppo_engine.optim import clip_gradients, make_optimizer, make_scheduler
 from ppo_engine.progress import Progress
+from ppo_engine.report import write_curves
 from ppo_engine.run_directory import RunDirectory, atomic_folder
 from ppo_engine.text import encode_dialogue, pad_left
 from ppo_engine.trackers import Trackers, check_trackers
@@ -111,16 +112,19 @@ class RewardModelTrainer:
         if config.resume:
             self._restore(run)
         trackers = Trackers(config.trackers, run.path, flatten(as_dict(self.config)))
-        title = f"Reward model, {len(self.training)} pairs"
+        pairs = f"{len(self.training)} pairs, {len(self.held_out)} held out"
+        if not self.before and self.held_out:
+            # Apart from the training's progress, whose estimate of the time left it would spoil.
+            with Progress(1, "Held-out pairs before training", console=self.console) as progress:
+                self.before = self.evaluate(progress)
+                run.log_metrics(0, self.before)
+                progress.step(1, self.before)
         metrics: dict[str, float] = {}
-        with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
+        with Progress(
+            self.total_steps, f"Reward model, {pairs}", start=self.step, console=self.console
+        ) as progress:
             for note in self.notes:
                 progress.note(note)
-            if not self.before and self.held_out:
-                with progress.phase("evaluate"):
-                    self.before = self.evaluate(progress)
-                run.log_metrics(0, self.before)
-                progress.note(f"Before training: {_accuracy(self.before, len(self.held_out))}")
             while self.step < self.total_steps:
                 with progress.phase("update"):
                     metrics = self.train_step(self.mini_batch(self.step))
@@ -135,12 +139,16 @@ class RewardModelTrainer:
                 every = config.checkpoint_every
                 if last or (every and self.step % every == 0):
                     self._save_checkpoint(run)
+            if not metrics and self.held_out:  # resumed at its end
+                metrics = self.evaluate(progress)
             with atomic_folder(run.path / "reward_model") as folder:
                 value_model.save_value_model(self.model, self.tokenizer, folder)
-            if "eval/accuracy" in metrics:
-                progress.note(f"After training: {_accuracy(metrics, len(self.held_out))}")
+            if self.before and metrics:
+                progress.note(f"Before training: {_accuracy(self.before, len(self.held_out))}")
+                progress.note(f"After training:  {_accuracy(metrics, len(self.held_out))}")
             progress.note(f"The reward model is in {run.path / 'reward_model'}")
         trackers.close()
+        write_curves(run.path, run.path / "report.png", "Reward model")
         before = {name.replace("eval/", "eval_before/"): x for name, x in self.before.items()}
         return {**metrics, **before}
 

@@ -22,7 +22,7 @@ from ppo_engine import models
 from ppo_engine.config import RewardConfig
 from ppo_engine.errors import UserError
 from ppo_engine.text import Prompt, encode_dialogue, pad_left
-from ppo_engine.value_model import load_value_model, sequence_scores
+from ppo_engine.value_model import load_value_model, ready_value_model, sequence_scores
 
 _PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
 
@@ -56,8 +56,7 @@ class RewardModel:
         max_tokens: int | None = None,
     ) -> None:
         """`max_tokens` of prompt and response together; the model's own limit unless given."""
-        self.model: Any = model.requires_grad_(False).eval()
-        self.model.to(device)
+        self.model = ready_value_model(model, tokenizer, device).requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = device
         self.dtype = dtype

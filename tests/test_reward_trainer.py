@@ -153,6 +153,9 @@ def test_a_resumed_run_ends_with_the_very_same_weights(folder, tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut/metrics.jsonl").open()]
     assert steps == list(range(7))
 
+    again = trainer(folder, tmp_path / "cut", reward={"epochs": 2}, resume=True)  # at its end
+    assert again.train()["eval/accuracy"] == expected["eval/accuracy"]
+
 
 def test_ties_count_half(folder):
     made = trainer(folder)
