@@ -1,0 +1,267 @@
+"""The command line: `ppo-engine demo | reward | ppo | generate | doctor`.
+
+Settings come from --config, then from the flags, then from `key=value`. torch and transformers are
+imported by the commands that need them, so that help and mistakes in settings are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ppo_engine.errors import UserError
+
+DEBUG_VARIABLE = "PPO_ENGINE_DEBUG"
+_FUNCTION = re.compile(r"^(?:.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 (doctor: broken), 2 (user error), 130."""
+    parser = _parser()
+    # `key=value` may stand between options, where argparse's own positionals cannot.
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [text for text in rest if text.startswith("-") or "=" not in text]
+    if wrong:
+        options.parser.error(
+            f"unknown argument {wrong[0]!r}; settings are written key=value, such as run.seed=1"
+        )
+    try:
+        return int(options.run(options, rest) or 0)
+    except UserError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A command-line option that sets the key of the same meaning."""
+
+    name: str
+    key: str
+    help: str
+    metavar: str = "PATH"
+
+
+_MODEL_HELP = "Hugging Face name or folder"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ppo-engine",
+        description="RLHF: train a reward model on ranked answers, then a language model with PPO.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ppo-engine {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _add(
+        commands,
+        "demo",
+        _demo,
+        "the whole method on an embedded model",
+        [Flag("--model", "model", f"{_MODEL_HELP} in place of the embedded one")],
+    )
+    demo.add_argument("--smoke", action="store_true", help="every stage, tiny, within a minute")
+    _add(
+        commands,
+        "reward",
+        _reward,
+        "train a reward model on preference pairs",
+        [
+            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--data", "data.path", "preference pairs: JSONL, parquet, a saved data set"),
+        ],
+    )
+    ppo = _add(
+        commands,
+        "ppo",
+        _ppo,
+        "fine-tune a language model against a reward with PPO",
+        [
+            Flag("--model", "policy.path", f"{_MODEL_HELP} of the policy"),
+            Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
+        ],
+    )
+    ppo.add_argument(
+        "--reward", metavar="PATH", help="a reward model's name or folder, or file.py:function"
+    )
+    generate = _add(
+        commands,
+        "generate",
+        _generate,
+        "write a model's responses to prompts as JSON lines",
+        [
+            Flag("--model", "model", _MODEL_HELP),
+            Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
+            Flag("--prompt", "prompt", "one prompt, in place of --data", "TEXT"),
+            Flag("--out", "output", "file to write; default: standard output", "FILE"),
+        ],
+    )
+    generate.add_argument("--n", metavar="K", help="responses to each prompt")
+
+    doctor = commands.add_parser(
+        "doctor", help="what is installed, what runs, what is missing and what that costs"
+    )
+    doctor.set_defaults(run=_doctor, parser=doctor)
+    return parser
+
+
+def _add(
+    commands: Any, name: str, run: Callable[..., Any], summary: str, flags: Sequence[Flag]
+) -> argparse.ArgumentParser:
+    """A command that trains or writes, with the options that all of them share."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"Any setting can be given as key=value; see them all: ppo-engine {name} --dry-run",
+        usage=f"ppo-engine {name} [options] [key=value ...]",
+        allow_abbrev=False,
+    )
+    for flag in flags:
+        parser.add_argument(flag.name, metavar=flag.metavar, help=flag.help)
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings")
+    parser.add_argument("--output-dir", metavar="DIR", help="where results go; must be new")
+    parser.add_argument("--seed", metavar="N", help="what makes a run repeatable")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved settings and stop"
+    )
+    parser.set_defaults(run=run, parser=parser, flags=flags)
+    return parser
+
+
+def _overrides(options: argparse.Namespace, rest: list[str], **keys: str) -> list[str]:
+    """Flags as overrides, ahead of the `key=value` ones; `keys` names those of shared flags."""
+    found = []
+    for flag in options.flags:
+        value = getattr(options, flag.name.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            found.append(f"{flag.key}={json.dumps(value)}")  # JSON is YAML: taken literally
+    if options.output_dir is not None:
+        found.append(f"{keys.get('output_dir', 'run.output_dir')}={json.dumps(options.output_dir)}")
+    if options.seed is not None:
+        found.append(f"{keys.get('seed', 'run.seed')}={options.seed}")
+    return found + rest
+
+
+def _load(cls: Any, options: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """The command's settings; None when a dry run has printed them."""
+    from ppo_engine.config_io import dump_config, load_config
+
+    config = load_config(cls, options.config, overrides)
+    if options.dry_run:
+        print(dump_config(config), end="")
+        return None
+    return config
+
+
+def _demo(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.demo import DemoConfig, run_demo
+
+    overrides = _overrides(options, rest, output_dir="output_dir", seed="seed")
+    if options.smoke:
+        overrides.insert(0, "smoke=true")
+    config = _load(DemoConfig, options, overrides)
+    if config is not None:
+        _quiet_libraries()
+        run_demo(config)
+
+
+def _reward(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.config import RewardModelConfig
+
+    config = _load(RewardModelConfig, options, _overrides(options, rest))
+    if config is None:
+        return
+    if not config.data.path:
+        raise UserError("No preference pairs were given: --data FILE.jsonl, or data.path=FILE.")
+    _quiet_libraries()
+    if not config.model.path:
+        from ppo_engine.demo.model import model_path
+
+        config = replace(config, model=replace(config.model, path=model_path()))
+    from ppo_engine.reward_trainer import RewardModelTrainer
+
+    RewardModelTrainer(config=config).train()
+
+
+def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.config import PPOConfig
+
+    overrides = _overrides(options, rest)
+    if options.reward is not None:
+        function = _FUNCTION.match(options.reward) and not Path(options.reward).exists()
+        key = "reward.function" if function else "reward.path"
+        overrides.insert(0, f"{key}={json.dumps(options.reward)}")
+    config = _load(PPOConfig, options, overrides)
+    if config is None:
+        return
+    for value, what in (
+        (config.policy.path, "policy was given: --model NAME_OR_FOLDER, or policy.path=…"),
+        (config.data.path, "prompts were given: --data FILE.jsonl, or data.path=FILE"),
+        (
+            config.reward.path or config.reward.function,
+            "reward was given: --reward FOLDER or --reward file.py:function",
+        ),
+    ):
+        if not value:
+            raise UserError(f"No {what}.")
+    _quiet_libraries()
+    from ppo_engine.ppo_trainer import PPOTrainer
+
+    PPOTrainer(config=config).train()
+
+
+def _generate(options: argparse.Namespace, rest: list[str]) -> None:
+    _quiet_libraries()
+    from ppo_engine.generate import GenerateConfig, generate
+
+    if options.output_dir is not None:
+        options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
+        options.output_dir = None
+    overrides = _overrides(options, rest, seed="seed")
+    if options.n is not None:
+        overrides.insert(0, f"responses={options.n}")
+    config = _load(GenerateConfig, options, overrides)
+    if config is not None:
+        generate(config)
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        raise UserError("doctor takes no settings.")
+    from ppo_engine.doctor import examine
+
+    return examine()
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would break the live display; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ppo-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: running from a checkout)"

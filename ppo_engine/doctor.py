@@ -1,0 +1,204 @@
+"""`ppo-engine doctor`: what is installed, what runs, what is missing, and what that costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+import ppo_kernels
+from ppo_engine import models
+from ppo_engine.errors import UserError
+from ppo_kernels import dispatch
+
+_PACKAGES = ("torch", "transformers", "triton", "pydantic", "safetensors", "ppo-engine")
+_OPTIONAL = {
+    "peft": "LoRA: pip install 'ppo-engine[lora]'",
+    "datasets": "parquet files and saved data sets: pip install 'ppo-engine[data]'",
+    "tensorboard": "run.trackers=[tensorboard]: pip install 'ppo-engine[tensorboard]'",
+    "wandb": "run.trackers=[wandb]: pip install 'ppo-engine[wandb]'",
+    "vaderSentiment": "the demo: pip install 'ppo-engine[demo]'",
+    "gguf": "reading the demo's model: pip install 'ppo-engine[demo]'",
+    "accelerate": "reading the demo's model: pip install 'ppo-engine[demo]'",
+}
+_COST = {
+    "cpp": "ops on the CPU run in plain PyTorch, several times slower and with more memory",
+    "triton": "ops on a GPU run in plain PyTorch",
+    "cuda": "ops on a GPU run in plain PyTorch",
+}
+_TOLERANCE = 1e-4  # absolute and relative, fp32 against fp32
+
+
+@dataclass
+class Report:
+    """Prints findings one by one and remembers whether something that should work does not."""
+
+    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    broken: list[str] = field(default_factory=list)
+
+    def title(self, text: str) -> None:
+        self.console.print(f"\n[bold]{text}[/bold]")
+
+    def line(self, state: str, name: str, text: str) -> None:
+        """`state` is ok, info, missing (optional) or BROKEN (makes the exit status 1)."""
+        style = {"ok": "green", "missing": "yellow", "BROKEN": "bold red"}.get(state, "dim")
+        self.console.print(f"  [{style}]{state:<8}[/{style}]{name:<24} {escape(text)}".rstrip())
+        if state == "BROKEN":
+            self.broken.append(name)
+
+
+def examine(report: Report | None = None) -> int:
+    """Print everything; 1 where something that should work is broken, 0 otherwise."""
+    report = report or Report()
+    _versions(report)
+    _machine(report)
+    _operations(report)
+    _optional(report)
+    if report.broken:
+        report.console.print(f"\nBroken: {', '.join(report.broken)}.", style="bold red")
+        return 1
+    report.console.print("\nEverything that should work here does.", style="bold green")
+    return 0
+
+
+def _versions(report: Report) -> None:
+    report.title("Versions")
+    report.line("info", "python", f"{platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        version = _version(package)
+        report.line("info", package, version or "not installed")
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler:
+        report.line("info", "C++ compiler", compiler)
+    else:
+        report.line("missing", "C++ compiler", "none found; needed only to build the kernels")
+
+
+def _machine(report: Report) -> None:
+    report.title("Machine")
+    threads = f"{torch.get_num_threads()} torch threads, {os.cpu_count()} cores"
+    report.line("info", "CPU", f"{torch.backends.cpu.get_cpu_capability()}, {threads}")
+    compute = models.choose_dtype("auto", torch.device("cpu"))
+    report.line("info", "CPU compute", f"{str(compute).removeprefix('torch.')} by default")
+    if not torch.cuda.is_available():
+        report.line("info", "GPU", "none that torch can use")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.cuda.get_device_properties(index)
+        report.line("info", f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
+
+
+def _operations(report: Report) -> None:
+    report.title("Ops: what can run, and one small check of each against the reference")
+    table = ppo_kernels.implementations()
+    gpu = torch.cuda.is_available()
+    for impl in dispatch.IMPLS:
+        found = {table[op][impl] for op in table}
+        for availability in found:
+            if availability.available:
+                report.line("ok", impl, availability.reason)
+            elif impl == "cpp" and importlib.util.find_spec("ppo_kernels._cpu"):
+                report.line("BROKEN", impl, f"{availability.reason}; cost: {_COST[impl]}")
+            else:
+                needed = impl == "cpp" or gpu
+                cost = f"cost: {_COST[impl]}" if needed else "no cost here: there is no GPU"
+                report.line("missing", impl, f"{availability.reason}; {cost}")
+    for op in table:
+        for impl in (impl for impl in dispatch.IMPLS if table[op][impl].available):
+            if impl != "reference":
+                _check(report, op, impl)
+        if op not in _EXAMPLES:
+            report.line("info", op, "has no quick check")
+
+
+def _check(report: Report, op: str, impl: str) -> None:
+    """The op by `impl` against the reference, on a small input of fixed random numbers."""
+    if op not in _EXAMPLES:
+        return
+    name = f"{op} ({impl})"
+    device = torch.device("cpu" if impl == "cpp" else "cuda")
+    generator = torch.Generator().manual_seed(0)
+    arguments, options = _EXAMPLES[op](generator)
+    moved = [argument.to(device) for argument in arguments]
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    function = getattr(ppo_kernels, op)
+    try:
+        got = _tensors(function(*moved, **options, impl=impl))
+        expected = _tensors(function(*moved, **options, impl="reference"))
+    except Exception as error:  # whatever it is, the op is broken and the others want their check
+        report.line("BROKEN", name, f"{type(error).__name__}: {error}")
+        return
+    worst = max(
+        float(((a - b).abs() / (1 + b.abs())).max()) for a, b in zip(got, expected, strict=True)
+    )
+    if worst <= _TOLERANCE:  # False for NaN
+        report.line("ok", name, f"agrees with the reference within {worst:.0e}")
+    else:
+        report.line("BROKEN", name, f"differs from the reference by {worst:.1e} (limit 1e-4)")
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for item in result if item is not None for tensor in _tensors(item)]
+
+
+Example = tuple[list[torch.Tensor], dict[str, Any]]
+_SHAPE = (3, 17)
+
+
+def _tokens(generator: torch.Generator, count: int) -> list[torch.Tensor]:
+    return list(torch.randn((count, *_SHAPE), generator=generator))
+
+
+def _mask() -> torch.Tensor:
+    return torch.arange(_SHAPE[1]) < torch.tensor([[17], [9], [0]])
+
+
+def _shaped_example(generator: torch.Generator) -> Example:
+    scores = torch.randn(_SHAPE[0], generator=generator)
+    return [scores, *_tokens(generator, 3)], {"mask": _mask(), "kl_coef": 0.1, "gamma": 0.99}
+
+
+def _logprob_example(generator: torch.Generator) -> Example:
+    logits = 5 * torch.randn((7, 1001), generator=generator)
+    targets = torch.randint(1001, (7,), generator=generator)
+    return [logits, targets], {"return_entropy": True, "temperature": 0.7}
+
+
+_EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
+    "gae": lambda g: (_tokens(g, 2), {"mask": _mask()}),
+    "kl_shaped_gae": _shaped_example,
+    "token_logprobs": _logprob_example,
+    "ppo_policy_loss": lambda g: (_tokens(g, 3), {"mask": _mask()}),
+    "ppo_value_loss": lambda g: (_tokens(g, 3), {"mask": _mask()}),
+    "pairwise_loss": lambda g: (list(torch.randn((2, 33), generator=g)), {"center_coef": 0.01}),
+}
+
+
+def _optional(report: Report) -> None:
+    report.title("Optional packages")
+    for package, use in _OPTIONAL.items():
+        version = _version(package)
+        report.line("ok" if version else "missing", package, version or f"needed for {use}")
+    from ppo_engine.demo.model import find_gguf
+
+    try:
+        report.line("ok", "demo model", str(find_gguf()))
+    except UserError as error:
+        report.line("missing", "demo model", str(error))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,126 @@
+"""`ppo-engine generate`: responses of a model to prompts, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, TextIO
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+
+from ppo_engine import models
+from ppo_engine.config import GenerationConfig, ModelConfig, PositiveInt, PromptDataConfig
+from ppo_engine.data import PromptExample, limit_prompts, load_prompts, prompts_from_sequence
+from ppo_engine.errors import UserError
+from ppo_engine.policy import Policy
+from ppo_engine.progress import Progress
+from ppo_engine.rows import SkippedLines
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class GenerateConfig:
+    """What `ppo-engine generate` takes: prompts from `data.path`, or the one in `prompt`."""
+
+    model: str = ""
+    prompt: str = ""  # a question; chat models get it as the user's message
+    data: PromptDataConfig = Field(default_factory=PromptDataConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    responses: PositiveInt = 1  # to each prompt
+    batch_size: PositiveInt = 16  # responses sampled at a time
+    output: str = ""  # a file; empty writes to standard output
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def generate(config: GenerateConfig) -> None:
+    """Write `{"prompt", "responses", "finished"}` for each prompt, its other columns kept.
+
+    `finished` says of each response whether it ended by itself. A file appears when it is whole.
+    """
+    if bool(config.prompt) == bool(config.data.path):
+        raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
+    if config.output and Path(config.output).exists():
+        raise UserError(f"{config.output} exists; remove it or choose another --out.")
+    device = models.choose_device(config.device)
+    models.load_model_config(config.model)
+    tokenizer = models.load_tokenizer(config.model)
+    data = config.data
+    if config.prompt:
+        text = config.prompt
+        chat = [{"role": "user", "content": text}]
+        examples, _ = prompts_from_sequence([chat if tokenizer.chat_template else text])
+        skipped = SkippedLines()
+    else:
+        examples, skipped = load_prompts(data.path, on_bad_line=data.on_bad_line)
+    examples, too_long = limit_prompts(
+        examples, tokenizer, data.max_prompt_tokens, on_bad_line=data.on_bad_line
+    )
+    policy = Policy.open(
+        config.model,
+        ModelConfig(),
+        device=device,
+        dtype=models.choose_dtype(config.dtype, device),
+        tokenizer=tokenizer,
+    )
+    torch.manual_seed(config.seed)
+    size = max(1, config.batch_size // config.responses)
+    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+    with (
+        _output(config.output) as out,
+        Progress(len(batches), "generate", console=Console(stderr=True)) as progress,
+    ):
+        for report in (skipped, too_long):
+            if report.total:
+                progress.note(f"Prompts: {report}.")
+        for step, batch in enumerate(batches, start=1):
+            with progress.phase("generate"):
+                rows = _respond(policy, batch, config)
+            out.writelines(rows)
+            out.flush()
+            progress.step(step, {})
+
+
+def _respond(policy: Policy, batch: list[PromptExample], config: GenerateConfig) -> list[str]:
+    prompts = [example.prompt for example in batch for _ in range(config.responses)]
+    responses: list[str] = []
+    finished: list[bool] = []
+    for start in range(0, len(prompts), config.batch_size):
+        part = prompts[start : start + config.batch_size]
+        rollout = policy.generate(part, config.generation)
+        responses += rollout.responses
+        finished += rollout.finished.tolist()
+    rows = []
+    for index, example in enumerate(batch):
+        own = slice(index * config.responses, (index + 1) * config.responses)
+        row = {"prompt": example.prompt, "responses": responses[own], "finished": finished[own]}
+        others = {name: value for name, value in example.columns.items() if name not in row}
+        rows.append(json.dumps({**row, **others}, ensure_ascii=False, default=str) + "\n")
+    return rows
+
+
+@contextmanager
+def _output(name: str) -> Iterator[TextIO]:
+    if not name:
+        yield sys.stdout
+        return
+    path = Path(name).expanduser()
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
