@@ -1,0 +1,248 @@
+"""The command line: settings from every side, errors without tracebacks, results where they go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model_folder
+from transformers import AutoModelForSequenceClassification
+
+from ppo_engine import cli
+from ppo_engine.config import PPOConfig, RewardModelConfig
+from ppo_engine.config_io import load_config
+
+ROOT = Path(__file__).parents[1]
+PAIRS = [
+    {"prompt": f"Question {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(8)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+
+
+def write(name: str, *rows: object) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return name
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
+    """What --dry-run prints, read back."""
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    Path("resolved.yaml").write_text(capsys.readouterr().out)
+    return load_config(cls, "resolved.yaml")
+
+
+def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "1e-5", "--data", "p.jsonl", "--output-dir", "out: 1", "--seed", "7"]
+    config = resolved(PPOConfig, capsys, "ppo", *flags, "--reward", "my reward/")
+    assert isinstance(config, PPOConfig)
+    assert (config.policy.path, config.data.path) == ("1e-5", "p.jsonl")  # taken literally
+    assert (config.run.output_dir, config.run.seed) == ("out: 1", 7)
+    assert (config.reward.path, config.reward.function) == ("my reward/", None)
+    config = resolved(RewardModelConfig, capsys, "reward", *flags)
+    assert isinstance(config, RewardModelConfig)
+    assert (config.model.path, config.data.path) == ("1e-5", "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("reward", "function"),
+    [
+        ("rewards.py:score", True),
+        ("some/folder/my.py:f", True),
+        ("package.module:name", True),
+        ("organization/model-7b", False),
+        ("runs/reward/model", False),
+    ],
+)
+def test_reward_is_a_model_or_a_function(
+    reward: str, function: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = resolved(PPOConfig, capsys, "ppo", "--reward", reward)
+    assert isinstance(config, PPOConfig)
+    found = (config.reward.path, config.reward.function)
+    assert found == ((None, reward) if function else (reward, None))
+
+
+def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("settings.yaml").write_text("run: {seed: 1}\nsteps: 5\nppo: {kl_coef: 0.3}\n")
+    config = resolved(
+        PPOConfig, capsys, "ppo", "steps=6", "--config", "settings.yaml", "--seed", "2", "ppo.lam=1"
+    )
+    assert isinstance(config, PPOConfig)
+    assert (config.steps, config.run.seed) == (6, 2)
+    assert (config.ppo.kl_coef, config.ppo.lam) == (0.3, 1.0)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reward", "--output-dir", "out", "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ppo", "kl_coef=1"], "did you mean ppo.kl_coef?"),
+        (["ppo", "--seed", "x"], "run.seed: should be a valid integer"),
+        (["ppo", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
+        (["ppo"], "No policy was given: --model"),
+        (["ppo", "--model", "m"], "No prompts were given: --data"),
+        (["ppo", "--model", "m", "--data", "d"], "No reward was given: --reward"),
+        (["reward"], "No preference pairs were given: --data"),
+        (["reward", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
+        (["generate", "--model", "m"], "prompts (--data FILE) or one prompt (--prompt TEXT)"),
+        (["generate", "--model", "./absent", "--prompt", "x"], "'./absent' does not exist"),
+        (["generate", "--n", "0", "--prompt", "x"], "responses: should be greater than 0"),
+        (["doctor", "a=1"], "no settings"),
+    ],
+)
+def test_mistakes_are_one_message_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and message in shown.err
+    assert "Traceback" not in shown.err and shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", ["--learning-rate=1", "stray", "--dry", "-x"])
+def test_unknown_arguments(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["ppo", "steps=1", argument])
+    assert stopped.value.code == 2 and argument in capsys.readouterr().err
+
+
+def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    with pytest.raises(cli.UserError):
+        cli.main(["ppo"])
+
+
+def test_interruption_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ppo_engine.config_io.load_config", interrupted)
+    assert cli.main(["ppo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_and_settings_load_no_torch() -> None:
+    code = (
+        "import sys; from ppo_engine.cli import main\n"
+        "for line in (['--help'], ['ppo', '--help'], ['--version']):\n"
+        "    try: main(line)\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
+        "assert main(['ppo', '--dry-run']) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kl_coef: 0.05" in done.stdout
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_engine", "ppo", "stepz=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == ("error: Bad settings:\n  - stepz: unknown key; did you mean steps?\n")
+
+
+# Commands, for real
+
+
+def test_generate_writes_responses(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write("prompts.jsonl", {"prompt": "One", "k": 1}, {"prompt": "Two", "responses": "old"})
+    flags = ["--model", model, "--data", data, "--n", "3", "generation.max_new_tokens=4"]
+    assert cli.main(["generate", *flags, "batch_size=2", "--out", "deep/out.jsonl"]) == 0
+    rows = read("deep/out.jsonl")
+    assert [row["prompt"] for row in rows] == ["One", "Two"]
+    assert all(len(row["responses"]) == len(row["finished"]) == 3 for row in rows)
+    assert rows[0]["k"] == 1 and capsys.readouterr().out == ""
+    assert [file.name for file in Path("deep").iterdir()] == ["out.jsonl"]
+
+    assert cli.main(["generate", *flags, "--out", "deep/out.jsonl"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+    assert cli.main(["generate", *flags, "batch_size=2"]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert again == rows  # the same seed
+    assert cli.main(["generate", *flags, "batch_size=2", "--seed", "1", "--output-dir", "d"]) == 0
+    assert read("d/responses.jsonl") != rows
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": "x"', "prompts.jsonl:2: not valid JSON"),
+        ({"text": "x"}, "prompts.jsonl:2: no column 'prompt'"),
+        ({"prompt": " "}, "prompts.jsonl:2: empty prompt"),
+        ({"prompt": "x" * 2000}, "prompts.jsonl:2: prompt too long: 2000 tokens"),
+    ],
+)
+def test_bad_prompts_stop_before_anything_is_written(
+    model: str, row: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("prompts.jsonl", {"prompt": "fine"}, row)
+    flags = ["generate", "--model", model, "--data", data, "generation.max_new_tokens=2"]
+    assert cli.main([*flags, "--output-dir", "out"]) == 2
+    assert message in capsys.readouterr().err and not Path("out").exists()
+    assert cli.main([*flags, "data.on_bad_line=skip"]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.strip().split("\n")) == 1 and "Prompts: 1 skipped" in shown.err
+
+
+def test_reward_trains_on_pairs_and_saves(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write("pairs.jsonl", *PAIRS)
+    flags = ["reward", "--model", model, "--data", data, "reward.batch_size=4"]
+    assert cli.main([*flags, "data.eval_fraction=0.25", "--output-dir", "run"]) == 0
+    metrics = read("run/metrics.jsonl")
+    assert {"reward/loss", "eval/accuracy", "eval/accuracy_se"} <= {*metrics[0], *metrics[-1]}
+    saved = [folder.parent for folder in Path("run").glob("*/config.json")]
+    loaded = AutoModelForSequenceClassification.from_pretrained(saved[0])
+    assert loaded.config.num_labels == 1
+    assert (Path("run") / "config.yaml").exists() and (Path("run") / "report.png").exists()
+    capsys.readouterr()
+    assert cli.main([*flags, "--output-dir", "run"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ({"prompt": "Q", "chosen": "a"}, "no column 'rejected'"),
+        ("not json", "not valid JSON"),
+    ],
+)
+def test_bad_pairs_stop_before_anything_is_written(
+    model: str, row: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("pairs.jsonl", *PAIRS, row)
+    assert cli.main(["reward", "--model", model, "--data", data, "--output-dir", "run"]) == 2
+    assert f"pairs.jsonl:9: {message}" in capsys.readouterr().err
+    assert not Path("run").exists()
