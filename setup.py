@@ -88,7 +88,7 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         # A cache made by another environment's cmake or ninja would be reused with their paths.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        run(configure, "CMake found no working C++17 compiler, or another part is missing")
+        run(configure, "CMake could not set up the build")
         run([cmake, "--build", str(build)], "The C++ compiler failed")
         (module,) = build.glob("_cpu*" + (".pyd" if os.name == "nt" else ".so"))
         return module, json.loads((build / "compiler.json").read_text())
@@ -108,14 +108,15 @@ class BuildError(Exception):
 
 
 def run(command: list[str], failure: str) -> None:
-    """Run `command`; if it fails, raise with the last lines of its output that name an error."""
+    """Run `command`; if it fails, print its output and raise with the first error in it."""
     result = subprocess.run(command, capture_output=True, text=True)
-    sys.stdout.write(result.stdout)
-    if result.returncode != 0:
-        output = (result.stdout + result.stderr).strip()
-        print(output, file=sys.stderr)
-        lines = [line.strip() for line in output.splitlines() if "error" in line.lower()]
-        raise BuildError(f"{failure}: {' '.join(lines[:2]) or output[-300:]}")
+    print(result.stdout, end="")
+    if result.returncode == 0:
+        return
+    print(result.stderr, file=sys.stderr, end="")
+    lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+    raise BuildError(f"{failure}: {' '.join(lines[first : first + 2])}")
 
 
 setup(

@@ -39,14 +39,16 @@ def _why_not_built() -> str:
             "it in place with `python setup.py build_ext --inplace`"
         )
     recorded = json.loads(info.read_text())
-    return str(recorded.get("reason", "the compiled extension was built for another Python"))
+    if recorded["built"]:
+        return "the compiled extension was built for another Python: install the package again"
+    return f"{recorded['reason']} (install a C++17 compiler, then the package again)"
 
 
 def _load_extension() -> tuple[Any, Availability]:
     try:
         _cpu = importlib.import_module("ppo_kernels._cpu")
     except ModuleNotFoundError:
-        return None, Availability(False, f"{_why_not_built()} (needs a C++17 compiler)")
+        return None, Availability(False, _why_not_built())
     except ImportError as error:
         return None, Availability(False, f"the compiled extension does not load: {error}")
     # Raises where PPO_KERNELS_ISA names an instruction set that cannot run here.
@@ -99,7 +101,7 @@ def _warn_once(reason: str) -> None:
         f"ppo_kernels runs in plain PyTorch, several times slower than its compiled kernels: "
         f"{reason}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
