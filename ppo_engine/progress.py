@@ -67,7 +67,7 @@ class Progress:
             )
             self._live.start()
         else:
-            self._print(f"{self.title}: {self.total_steps} steps")
+            self._print(f"{self.title}: {self.total_steps} step{'s' * (self.total_steps != 1)}")
         return self
 
     def __exit__(
