@@ -246,3 +246,33 @@ def test_bad_pairs_stop_before_anything_is_written(
     assert cli.main(["reward", "--model", model, "--data", data, "--output-dir", "run"]) == 2
     assert f"pairs.jsonl:9: {message}" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+PPO_FLAGS = [
+    "steps=1",
+    "ppo.rollout_batch_size=2",
+    "ppo.mini_batch_size=2",
+    "ppo.micro_batch_size=2",
+    "generation.max_new_tokens=4",
+]
+
+
+def test_ppo_trains_against_a_function_in_a_file(model: str) -> None:
+    data = write("prompts.jsonl", {"prompt": "One"}, {"prompt": "Two"})
+    write("reward.py", "def score(prompts, responses): return [len(r) / 10 for r in responses]")
+    flags = ["ppo", "--model", model, "--data", data, "--reward", "reward.py:score"]
+    assert cli.main([*flags, *PPO_FLAGS, "--output-dir", "run"]) == 0
+    [metrics] = read("run/metrics.jsonl")
+    assert metrics["step"] == 1 and metrics["objective/kl"] == 0.0
+    assert {"config.yaml", "policy", "report.png"} <= {file.name for file in Path("run").iterdir()}
+
+
+@pytest.mark.parametrize("scores", ["[1.0]", "[float('nan')] * 2", "None", "['a', 'b']"])
+def test_reward_function_with_wrong_scores_leaves_nothing(
+    model: str, scores: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("prompts.jsonl", {"prompt": "One"}, {"prompt": "Two"})
+    write("reward.py", f"def score(prompts, responses): return {scores}")
+    flags = ["ppo", "--model", model, "--data", data, "--reward", "reward.py:score"]
+    assert cli.main([*flags, *PPO_FLAGS, "--output-dir", "run"]) == 2
+    assert "error: " in capsys.readouterr().err and not Path("run").exists()
