@@ -1,0 +1,229 @@
+"""The PPO training loop: prompts in, a trained policy and its critic in a folder out."""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine import value_model
+from ppo_engine.checkpoint import (
+    load_training_state,
+    random_states,
+    restore_random_states,
+    save_training_state,
+)
+from ppo_engine.config import PPOConfig
+from ppo_engine.config_io import as_dict, flatten
+from ppo_engine.data import (
+    PromptExample,
+    SkippedLines,
+    limit_prompts,
+    load_prompts,
+    prompts_from_sequence,
+)
+from ppo_engine.engine import PPOEngine
+from ppo_engine.errors import UserError
+from ppo_engine.progress import Progress
+from ppo_engine.report import write_curves
+from ppo_engine.rewards import Reward
+from ppo_engine.rollout import Rollout
+from ppo_engine.run_directory import RunDirectory, atomic_folder
+from ppo_engine.text import show_prompt
+from ppo_engine.trackers import Trackers, check_trackers
+
+_SAMPLES_LOGGED = 4  # responses of each sampled step that go to samples.jsonl
+
+
+class PPOTrainer:
+    """Runs `PPOEngine` over a set of prompts.
+
+    Models, reward and prompts are loaded and checked here; `train` writes nothing before the first
+    responses have been scored.
+    """
+
+    def __init__(
+        self,
+        policy: str | PreTrainedModel = "",
+        reward: str | Callable[..., Sequence[float]] | Reward | None = None,
+        prompts: str | Path | Iterable[Any] | None = None,
+        *,
+        config: PPOConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """`policy`, `reward` and `tokenizer` are as `PPOEngine` takes them; `prompts` a file, or
+        texts, lists of chat messages, or dictionaries with `prompt` and further columns. What is
+        not given comes from `config`. Progress goes to `console`, by default the terminal."""
+        config = config or PPOConfig()
+        self.config = config
+        self.console = console
+        check_trackers(config.run.trackers)
+        self.notes: list[str] = []
+        examples = self._read(config.data.path if prompts is None else prompts)
+        self.engine = PPOEngine(policy, reward, config=config, tokenizer=tokenizer)
+        self.examples, skipped = limit_prompts(
+            examples,
+            self.engine.policy.tokenizer,
+            config.data.max_prompt_tokens,
+            on_bad_line=config.data.on_bad_line,
+        )
+        self._note_skipped(skipped)
+        self.step = 0
+
+    def train(self) -> dict[str, float]:
+        """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
+
+        Writes the run's folder: the policy in `policy/`, the critic in `critic/`, both in Hugging
+        Face format, with curves in `report.png`.
+        """
+        config = self.config.run
+        run: RunDirectory | None = None
+        trackers: Trackers | None = None
+        metrics: dict[str, float] = {}
+        if config.resume:
+            run = self._open_run()
+            self._restore(run)
+        title = f"PPO, {len(self.examples)} prompts"
+        with Progress(
+            self.config.steps, title, start=self.step, console=self.console
+        ) as progress:
+            for note in self.notes:
+                progress.note(note)
+            while self.step < self.config.steps:
+                started = time.perf_counter()
+                rollout, scores = self._sample(progress)
+                # Only now: a reward that fails on its first responses leaves nothing behind.
+                run = run or self._open_run()
+                trackers = trackers or self._open_trackers(run)
+                with progress.phase("advantages"):
+                    experience = self.engine.estimate_advantages(rollout, scores)
+                with progress.phase("update"):
+                    metrics = self.engine.update(experience)
+                self.step += 1
+                tokens = int(rollout.mask.sum())
+                metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+                metrics["memory/peak"] = peak_memory(self.engine.device)
+                metrics |= progress.times
+                run.log_metrics(self.step, metrics)
+                trackers.log(self.step, metrics)
+                progress.step(self.step, metrics)
+                self._show_samples(run, progress, rollout, scores)
+                last = self.step == self.config.steps
+                every = config.checkpoint_every
+                if last or (every and self.step % every == 0):
+                    self._save_checkpoint(run)
+            run = run or self._open_run()
+            self._save_models(run)
+            progress.note(f"The policy is in {run.path / 'policy'}")
+        if trackers is not None:
+            trackers.close()
+        write_curves(run.path, run.path / "report.png", "PPO")
+        return metrics
+
+    def batch(self, step: int) -> list[PromptExample]:
+        """The prompts of step 0, 1, …: each pass over the data is a fresh permutation, known from
+        the seed; a batch larger than the data goes on into the next pass."""
+        size, total = self.config.ppo.rollout_batch_size, len(self.examples)
+        places = range(step * size, (step + 1) * size)
+        orders = {
+            epoch: random.Random(f"{self.config.run.seed}/{epoch}").sample(range(total), total)
+            for epoch in {place // total for place in places}
+        }
+        return [self.examples[orders[place // total][place % total]] for place in places]
+
+    def _sample(self, progress: Progress) -> tuple[Rollout, Tensor]:
+        examples = self.batch(self.step)
+        with progress.phase("generate"):
+            rollout = self.engine.generate([e.prompt for e in examples], _columns(examples))
+        with progress.phase("score"):
+            scores = self.engine.score(rollout)
+        return rollout, scores
+
+    def _show_samples(
+        self, run: RunDirectory, progress: Progress, rollout: Rollout, scores: Tensor
+    ) -> None:
+        every = self.config.run.sample_every
+        if not every or (self.step - 1) % every:
+            return
+        samples = [
+            {
+                "prompt": rollout.prompts[i],
+                "response": rollout.responses[i],
+                "score": float(scores[i]),
+                "finished": bool(rollout.finished[i]),
+            }
+            for i in range(min(_SAMPLES_LOGGED, len(rollout)))
+        ]
+        run.log_samples(self.step, samples)
+        progress.sample(show_prompt(rollout.prompts[0]), rollout.responses[0], float(scores[0]))
+
+    def _open_run(self) -> RunDirectory:
+        config = self.config.run
+        return RunDirectory(config.output_dir, self.config, config.resume, command="ppo")
+
+    def _open_trackers(self, run: RunDirectory) -> Trackers:
+        return Trackers(self.config.run.trackers, run.path, flatten(as_dict(self.config)))
+
+    def _save_checkpoint(self, run: RunDirectory) -> None:
+        with atomic_folder(run.checkpoint(self.step)) as folder:
+            save_training_state(
+                folder,
+                {
+                    "step": self.step,  # the data's position too: see `batch`
+                    "engine": self.engine.state_dict(),
+                    "random": random_states(),
+                },
+            )
+
+    def _restore(self, run: RunDirectory) -> None:
+        newest = run.newest_checkpoint()
+        if newest is None:
+            run.rewind(0)
+            return
+        state = load_training_state(newest[1], self.engine.device)
+        self.engine.load_state_dict(state["engine"])
+        restore_random_states(state["random"])
+        self.step = state["step"]
+        run.rewind(self.step)
+
+    def _save_models(self, run: RunDirectory) -> None:
+        with atomic_folder(run.path / "policy") as folder:
+            self.engine.policy.save(folder)
+        with atomic_folder(run.path / "critic") as folder:
+            value_model.save_value_model(self.engine.critic, self.engine.policy.tokenizer, folder)
+
+    def _read(self, source: str | Path | Iterable[Any]) -> list[PromptExample]:
+        if source == "":
+            raise UserError("No prompts were given: pass prompts=…, or set data.path.")
+        read = load_prompts if isinstance(source, str | Path) else prompts_from_sequence
+        examples, skipped = read(source, on_bad_line=self.config.data.on_bad_line)  # type: ignore[operator]
+        self._note_skipped(skipped)
+        return examples
+
+    def _note_skipped(self, skipped: SkippedLines) -> None:
+        if skipped.total:
+            self.notes.append(f"Prompts: {skipped}.")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in GiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _columns(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
+    """The other columns of the data as lists; one that some rows lack holds None there."""
+    names = {name for example in examples for name in example.columns}
+    return {name: [example.columns.get(name) for example in examples] for name in sorted(names)}

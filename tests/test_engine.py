@@ -1,0 +1,363 @@
+"""The invariants of a PPO step that design section 4 asks for, on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
+
+from ppo_engine.config import (
+    AdaptiveKLConfig,
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    RewardConfig,
+    RunConfig,
+)
+from ppo_engine.engine import PPOEngine
+from ppo_engine.errors import UserError
+from ppo_engine.kl_control import KLController
+from ppo_engine.rollout import Experience, Rollout
+
+PROMPTS = ["Hello", "A longer prompt", "Hi", "Once upon a time", "a", "Tell me", "x y z", "Why?"]
+
+
+def vowels(prompts: list[str], responses: list[str]) -> list[float]:
+    return [sum(c in "aeiou" for c in response) / 10 for response in responses]
+
+
+def make_engine(reward=vowels, *, lr: float = 1e-3, **settings) -> PPOEngine:
+    sections = {"ppo": {"rollout_batch_size": 8, "mini_batch_size": 8, "micro_batch_size": 8}}
+    sections["ppo"] |= settings.pop("ppo", {})
+    optimizer = OptimizerConfig(learning_rate=lr, schedule="constant")
+    config = PPOConfig(
+        policy=settings.pop("policy", ModelConfig(optimizer=optimizer)),
+        critic=settings.pop("critic", ModelConfig(optimizer=optimizer)),
+        generation=settings.pop("generation", GenerationConfig(max_new_tokens=12)),
+        ppo=PPOSettings(**sections["ppo"]),
+        run=RunConfig(dtype="float32"),
+        **settings,
+    )
+    return PPOEngine(tiny_model(), reward, config=config, tokenizer=tiny_tokenizer())
+
+
+def experience_of(engine: PPOEngine) -> Experience:
+    rollout = engine.generate(PROMPTS)
+    return engine.estimate_advantages(rollout, engine.score(rollout))
+
+
+def test_first_kl_is_exactly_zero():
+    experience = experience_of(make_engine())
+    assert torch.equal(experience.kl, torch.zeros(8))
+    assert torch.equal(experience.logprobs, experience.ref_logprobs)
+
+
+def test_first_mini_batch_has_ratio_one():
+    engine = make_engine(ppo={"micro_batch_size": 3})
+    metrics = engine.update(experience_of(engine))
+    assert metrics["policy/ratio_max"] == 1.0
+    assert metrics["policy/clip_fraction"] == 0.0
+    assert metrics["policy/approx_kl"] == 0.0
+
+
+def test_later_epochs_move_the_ratio():
+    engine = make_engine(ppo={"epochs": 3, "mini_batch_size": 4})
+    metrics = engine.update(experience_of(engine))
+    assert metrics["policy/ratio_max"] > 1.001
+    assert metrics["policy/approx_kl"] > 0
+    assert engine.policy_version == 6
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_add_up_to_the_mini_batch(size):
+    found = {}
+    for micro in (8, size):
+        engine = make_engine(ppo={"micro_batch_size": micro, "entropy_coef": 0.1})
+        experience = experience_of(engine)
+        engine.update(experience)
+        found[micro] = (
+            [p.detach().clone() for p in engine.policy.model.parameters()]
+            + [p.detach().clone() for p in engine.critic.parameters()]
+        )
+    start = [p.detach() for p in make_engine().policy.model.parameters()]
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(found[8], start, strict=False))
+    for a, b in zip(found[8], found[size], strict=True):
+        # Adam divides by the gradient's size: where that is about eps, rounding shows.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def pad_more(rollout: Rollout, left: int, right: int, pad: int) -> Rollout:
+    def padded(x: torch.Tensor, amount: tuple[int, int], value: float) -> torch.Tensor:
+        return torch.nn.functional.pad(x, amount, value=value)
+
+    return dataclasses.replace(
+        rollout,
+        prompt_ids=padded(rollout.prompt_ids, (left, 0), pad),
+        prompt_mask=padded(rollout.prompt_mask, (left, 0), False),
+        response_ids=padded(rollout.response_ids, (0, right), pad),
+        mask=padded(rollout.mask, (0, right), False),
+    )
+
+
+def test_more_padding_changes_nothing():
+    engine = make_engine(critic=ModelConfig())
+    rollout = engine.generate(PROMPTS)
+    wide = pad_more(rollout, 5, 7, engine.policy.tokenizer.pad_token_id)
+    width = rollout.mask.shape[1]
+    narrow_logprobs, narrow_entropy = engine.policy.response_logprobs(rollout, 1.0)
+    wide_logprobs, wide_entropy = engine.policy.response_logprobs(wide, 1.0)
+    torch.testing.assert_close(wide_logprobs[:, :width], narrow_logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(wide_entropy[:, :width], narrow_entropy, rtol=1e-5, atol=1e-5)
+    assert not wide_logprobs[:, width:].any()
+    scores = torch.arange(8.0)
+    one = engine.estimate_advantages(rollout, scores)
+    two = engine.estimate_advantages(wide, scores)
+    torch.testing.assert_close(two.advantages[:, :width], one.advantages, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two.values[:, :width], one.values, rtol=1e-4, atol=1e-5)
+
+
+def test_logprobs_are_those_of_the_models_own_logits():
+    engine = make_engine()
+    rollout = engine.generate(["Hello there"])
+    assert rollout.prompt_mask.all()
+    ids, _ = rollout.sequences()
+    logits = engine.policy.model(ids).logits / 0.7
+    start = rollout.prompt_ids.shape[1]
+    expected = logits.log_softmax(-1)[:, start - 1 : -1].gather(2, ids[:, start:, None])[..., 0]
+    logprobs, entropy = engine.policy.response_logprobs(rollout, 0.7)
+    torch.testing.assert_close(logprobs, expected * rollout.mask, rtol=1e-5, atol=1e-5)
+    probabilities = logits[:, start - 1 : -1].softmax(-1)
+    torch.testing.assert_close(
+        entropy,
+        -(probabilities * probabilities.log()).sum(-1) * rollout.mask,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_sampling_follows_the_temperature():
+    """The sampler's frequencies are those of softmax(logits / temperature)."""
+    engine = make_engine(generation=GenerationConfig(max_new_tokens=1, temperature=0.5))
+    torch.manual_seed(0)
+    tokens = torch.cat(
+        [engine.generate(["Hello"] * 512).response_ids[:, 0] for _ in range(8)]
+    )
+    ids = torch.tensor([engine.policy.tokenizer("Hello")["input_ids"]])
+    expected = (engine.policy.model(ids).logits[0, -1] / 0.5).softmax(-1)
+    found = torch.bincount(tokens, minlength=len(expected)) / len(tokens)
+    error = (found - expected).abs() / (expected * (1 - expected) / len(tokens)).sqrt()
+    assert error.max() < 5
+
+
+def test_response_ends_with_its_first_eos_and_pad_is_apart():
+    engine = make_engine(generation=GenerationConfig(max_new_tokens=60, temperature=3.0))
+    tokenizer = engine.policy.tokenizer
+    torch.manual_seed(1)
+    rollout = engine.generate(PROMPTS * 8)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert rollout.finished.any() and not rollout.finished.all()
+    for row in range(len(rollout)):
+        real = rollout.response_ids[row][rollout.mask[row]].tolist()
+        assert real.count(tokenizer.eos_token_id) == int(rollout.finished[row])
+        assert rollout.finished[row] == (real[-1] == tokenizer.eos_token_id)
+
+
+def test_advantages_come_from_the_score_on_the_last_token():
+    """With gamma = lam = 1 and no KL every return is the score (Monte Carlo)."""
+    engine = make_engine(ppo={"lam": 1.0, "kl_coef": 0.0})
+    rollout = engine.generate(PROMPTS)
+    scores = torch.arange(8.0)
+    experience = engine.estimate_advantages(rollout, scores)
+    expected = scores[:, None] * rollout.mask
+    torch.testing.assert_close(experience.returns, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_missing_eos_and_normalization():
+    reward = RewardConfig(missing_eos_score=-9.0, normalize=True)
+    engine = make_engine(reward=vowels, **{"generation": GenerationConfig(max_new_tokens=3)})
+    config = dataclasses.replace(engine.config, reward=reward)
+    engine = PPOEngine(tiny_model(), vowels, config=config, tokenizer=tiny_tokenizer())
+    rollout = engine.generate(PROMPTS)
+    experience = engine.estimate_advantages(rollout, torch.arange(8.0))
+    unfinished = ~rollout.finished
+    assert unfinished.any()
+    assert (experience.scores[unfinished] == -9.0).all()
+
+
+def test_reward_whitening_scales_and_does_not_shift():
+    plain = make_engine(ppo={"lam": 1.0, "kl_coef": 0.0})
+    white = make_engine(ppo={"lam": 1.0, "kl_coef": 0.0, "whiten_rewards": True})
+    rollout = plain.generate(PROMPTS)
+    scores = torch.arange(8.0) - 2
+    before = plain.estimate_advantages(rollout, scores).returns
+    after = white.estimate_advantages(rollout, scores).returns
+    rewards = torch.zeros_like(before)
+    rewards[torch.arange(8), rollout.lengths - 1] = scores
+    scale = rewards[rollout.mask].std(unbiased=False)
+    torch.testing.assert_close(after, before / scale, rtol=1e-4, atol=1e-4)
+
+
+def test_kl_moves_once_the_policy_has_and_the_reference_stays():
+    engine = make_engine(ppo={"kl_coef": 0.1}, lr=1e-2)
+    reference = [p.clone() for p in engine.reference.model.parameters()]
+    engine.update(experience_of(engine))
+    experience = experience_of(engine)
+    assert experience.kl.abs().sum() > 1e-3
+    for a, b in zip(reference, engine.reference.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adaptive_kl_follows_its_rule():
+    control = KLController(0.2, AdaptiveKLConfig(target=6.0, horizon=100), torch.device("cpu"))
+    control.update(torch.tensor(60.0), 10)  # error clipped to 0.2
+    assert control.coef.item() == pytest.approx(0.2 * (1 + 0.2 * 10 / 100))
+    control.update(torch.tensor(6.6), 10)
+    assert control.coef.item() == pytest.approx(0.2 * 1.02 * (1 + 0.1 * 10 / 100))
+    fixed = KLController(0.2, None, torch.device("cpu"))
+    fixed.update(torch.tensor(60.0), 10)
+    assert fixed.coef.item() == pytest.approx(0.2)
+
+
+def test_frozen_layers_stay_and_are_shared_with_the_reference():
+    policy = ModelConfig(trainable_layers=1, optimizer=OptimizerConfig(learning_rate=1e-2))
+    engine = make_engine(policy=policy)
+    before = {n: p.detach().clone() for n, p in engine.policy.model.named_parameters()}
+    twins = dict(engine.reference.model.named_parameters())
+    engine.update(experience_of(engine))
+    changed = {
+        n for n, p in engine.policy.model.named_parameters() if not torch.equal(p, before[n])
+    }
+    assert changed == {n for n in before if "layers.1." in n or n.endswith("norm.weight")
+                       and "layers.0." not in n}
+    frozen = set(before) - changed
+    params = dict(engine.policy.model.named_parameters())
+    assert all(params[n].data_ptr() == twins[n].data_ptr() for n in frozen)
+    assert experience_of(make_engine(policy=policy)).kl.abs().max() == 0
+
+
+def test_learning_rate_decays_to_zero():
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    engine = make_engine(policy=ModelConfig(optimizer=optimizer), steps=2)
+    engine.update(experience_of(engine))
+    assert engine.policy_scheduler.get_last_lr()[0] == pytest.approx(5e-4)
+    engine.update(experience_of(engine))
+    assert engine.policy_scheduler.get_last_lr()[0] == 0.0
+
+
+def test_update_of_a_half_precision_run_keeps_fp32_weights():
+    config = PPOConfig(
+        ppo=PPOSettings(rollout_batch_size=8, mini_batch_size=8),
+        generation=GenerationConfig(max_new_tokens=6),
+        run=RunConfig(dtype="bfloat16"),
+    )
+    engine = PPOEngine(tiny_model(), vowels, config=config, tokenizer=tiny_tokenizer())
+    experience = experience_of(engine)
+    assert experience.kl.abs().max() == 0
+    engine.update(experience)
+    assert {p.dtype for p in engine.policy.model.parameters()} == {torch.float32}
+    states = engine.policy_optimizer.state.values()
+    assert {s["exp_avg"].dtype for s in states} == {torch.float32}
+
+
+def test_bandit_converges_to_the_closed_form_optimum():
+    """One token, fixed rewards: pi* is proportional to pi_ref exp(r / beta)."""
+    beta, actions = 0.5, 8
+    rewards = torch.linspace(-0.5, 0.5, actions)
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    allowed = torch.tensor(tokenizer("abcdefgh")["input_ids"])
+    assert len(allowed) == actions
+
+    # Only eight tokens can be drawn: a bias on the output makes the others impossible.
+    head = torch.nn.Linear(32, len(tokenizer))
+    head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
+    bias = torch.full((len(tokenizer),), -1e4)
+    bias[allowed] = torch.randn(actions, generator=torch.Generator().manual_seed(3)) * 0.5
+    head.bias = torch.nn.Parameter(bias)
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(head)
+
+    scores = {tokenizer.decode([t]): r.item() for t, r in zip(allowed, rewards, strict=True)}
+    config = PPOConfig(
+        policy=ModelConfig(optimizer=OptimizerConfig(learning_rate=0.03)),
+        critic=ModelConfig(optimizer=OptimizerConfig(learning_rate=0.01)),
+        generation=GenerationConfig(max_new_tokens=1),
+        ppo=PPOSettings(
+            rollout_batch_size=512,
+            mini_batch_size=128,
+            micro_batch_size=128,
+            epochs=2,
+            kl_coef=beta,
+            whiten_advantages=False,
+        ),
+        run=RunConfig(dtype="float32"),
+        steps=80,
+    )
+    engine = PPOEngine(
+        model, lambda prompts, responses: [scores[r] for r in responses],
+        config=config, tokenizer=tokenizer,
+    )  # fmt: skip
+    for name, parameter in engine.policy.model.named_parameters():
+        parameter.requires_grad_(name == "lm_head.bias")  # the bandit's own logits, nothing else
+    for _ in range(config.steps):
+        rollout = engine.generate(["go"] * 512)
+        engine.update(engine.estimate_advantages(rollout, engine.score(rollout)))
+
+    found = engine.policy.model.lm_head.bias[allowed].softmax(0)
+    best = (bias[allowed].log_softmax(0) + rewards / beta).softmax(0)
+    start = bias[allowed].softmax(0)
+    assert (start - best).abs().sum() > 0.3  # there is something to learn
+    assert (found - best).abs().sum() < 0.1
+
+
+def test_lora_reference_is_the_policy_without_adapter():
+    pytest.importorskip("peft")
+    from ppo_engine.config import LoraConfig
+
+    policy = ModelConfig(lora=LoraConfig(rank=4), optimizer=OptimizerConfig(learning_rate=1e-2))
+    engine = make_engine(policy=policy)
+    experience = experience_of(engine)
+    assert experience.kl.abs().max() == 0
+    engine.update(experience)
+    assert experience_of(engine).kl.abs().sum() > 0
+
+
+def test_state_restores_to_the_same_bits():
+    one = make_engine(ppo={"adaptive_kl": AdaptiveKLConfig(), "mini_batch_size": 4})
+    one.update(experience_of(one))
+    state = {k: v for k, v in one.state_dict().items()}
+    two = make_engine(ppo={"adaptive_kl": AdaptiveKLConfig(), "mini_batch_size": 4})
+    import copy
+
+    two.load_state_dict(copy.deepcopy(state))
+    torch.manual_seed(7)
+    first = one.update(experience_of(one))
+    torch.manual_seed(7)
+    second = two.update(experience_of(two))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompts, responses: [1.0], "1 scores for 8"),
+        (lambda prompts, responses: [math.nan] * 8, "finite number"),
+    ],
+)
+def test_bad_rewards_are_named(reward, message):
+    engine = make_engine(reward)
+    with pytest.raises(UserError, match=message):
+        engine.score(engine.generate(PROMPTS))
+
+
+def test_chat_prompts_need_a_chat_template(tmp_path):
+    folder = tiny_model_folder(tmp_path, chat_template=False)
+    engine = PPOEngine(folder, vowels, config=PPOConfig(run=RunConfig(dtype="float32")))
+    with pytest.raises(UserError, match="no chat template"):
+        engine.generate([[{"role": "user", "content": "hi"}]])
+    with pytest.raises(UserError, match="empty"):
+        engine.generate([""])
