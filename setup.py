@@ -39,8 +39,8 @@ class CMakeBuild(build_ext):
             info = {"built": False, "reason": str(error)}
             print(
                 f"\nppo-engine: the compiled CPU kernels were NOT built.\n  {error}\n"
-                "  The installation goes on without them; every op then runs in plain PyTorch,\n"
-                "  several times slower. Install a C++17 compiler and install again.\n",
+                "  Without them every op runs in plain PyTorch, several times slower. Mend that\n"
+                "  (it takes a C++17 compiler) and install again.\n",
                 file=sys.stderr,
                 flush=True,
             )
@@ -57,28 +57,35 @@ class CMakeBuild(build_ext):
         return dict(self.in_place_files()) if self.inplace else {}
 
     def copy_extensions_to_source(self) -> None:
+        if not CMakeBuild.built:
+            if not self.editable_mode:
+                raise SystemExit("Nothing was built.")
+            # An older build would run in place of the sources that do not compile.
+            for module in Path(self.package_source()).glob("_cpu*"):
+                module.unlink()
         for built, place in self.in_place_files():
             self.copy_file(built, place)
 
+    def package_source(self) -> str:
+        return str(self.get_finalized_command("build_py").get_package_dir("ppo_kernels"))
+
     def in_place_files(self) -> list[tuple[str, str]]:
-        package = Path(self.get_finalized_command("build_py").get_package_dir("ppo_kernels"))
-        package_built = Path(self.build_lib) / "ppo_kernels"
-        module = Path(self.get_ext_filename("_cpu"))
-        names = [module.name] * CMakeBuild.built + [INFO]
-        return [(str(package_built / name), str(package / name)) for name in names]
+        built, package = Path(self.build_lib) / "ppo_kernels", Path(self.package_source())
+        names = [Path(self.get_ext_filename("_cpu")).name] * CMakeBuild.built + [INFO]
+        return [(str(built / name), str(package / name)) for name in names]
 
     def run_cmake(self, build: Path) -> tuple[Path, dict[str, object]]:
         """Return the compiled module and what `compiler.json` says about it."""
         try:
             import pybind11
         except ImportError:
-            raise BuildError("The Python package pybind11 is missing.") from None
+            raise BuildError("the Python package pybind11 is missing") from None
         # Beside the interpreter too: a virtual environment need not be activated.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
         if cmake is None or ninja is None:
             missing = "cmake" if cmake is None else "ninja"
-            raise BuildError(f"{missing} is missing (a Python package of that name has it).")
+            raise BuildError(f"{missing} is missing (the Python package of that name has it)")
         configure = [
             cmake, "-S", str(SOURCES), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -88,8 +95,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         # A cache made by another environment's cmake or ninja would be reused with their paths.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        run(configure, "CMake could not set up the build")
-        run([cmake, "--build", str(build)], "The C++ compiler failed")
+        run(configure, "CMake could not set up a C++17 build")
+        run([cmake, "--build", str(build)], "the C++ compiler failed")
         (module,) = build.glob("_cpu*" + (".pyd" if os.name == "nt" else ".so"))
         return module, json.loads((build / "compiler.json").read_text())
 

@@ -41,7 +41,7 @@ def _why_not_built() -> str:
     recorded = json.loads(info.read_text())
     if recorded["built"]:
         return "the compiled extension was built for another Python: install the package again"
-    return f"{recorded['reason']} (install a C++17 compiler, then the package again)"
+    return f"{recorded['reason']} (mend that, then install the package again)"
 
 
 def _load_extension() -> tuple[Any, Availability]:
