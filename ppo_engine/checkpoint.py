@@ -57,10 +57,11 @@ def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators."""
-    kind, keys, *rest = numpy.random.get_state()
+    generator: Any = numpy.random.get_state(legacy=False)
+    generator["state"]["key"] = generator["state"]["key"].tolist()
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": generator,
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -70,8 +71,7 @@ def random_states() -> dict[str, Any]:
 
 def restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+    numpy.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"].cpu())
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -172,7 +172,7 @@ def _load(cls: Any, options: argparse.Namespace, overrides: Sequence[str]) -> An
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.demo import DemoConfig, run_demo
+    from ppo_engine.config import DemoConfig
 
     overrides = _overrides(options, rest, output_dir="output_dir", seed="seed")
     if options.smoke:
@@ -180,6 +180,8 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
     config = _load(DemoConfig, options, overrides)
     if config is not None:
         _quiet_libraries()
+        from ppo_engine.demo import run_demo
+
         run_demo(config)
 
 

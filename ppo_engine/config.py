@@ -7,7 +7,7 @@ One tree per command (`RewardModelConfig`, `PPOConfig`). The same names serve Py
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -19,7 +19,13 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
-_settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def _settings(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are validated, and which refuses unknown ones."""
+    return cast(type[T], dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls))
 
 
 @_settings
@@ -41,7 +47,7 @@ class LoraConfig:
     """Low-rank adapters (optional group `lora`); the reference is then the policy without them."""
 
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
+    alpha: PositiveInt = 32
     target_modules: str | list[str] = "all-linear"
 
 
@@ -176,3 +182,13 @@ class RewardModelConfig:
     data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
     reward: RewardModelSettings = Field(default_factory=RewardModelSettings)
     run: RunConfig = Field(default_factory=RunConfig)
+
+
+@_settings
+class DemoConfig:
+    """`ppo-engine demo`."""
+
+    model: str = ""  # Hugging Face name or folder; empty is the embedded SmolLM2-135M-Instruct
+    smoke: bool = False  # every stage with a tiny random model, within a minute
+    output_dir: str = ""
+    seed: int = 0

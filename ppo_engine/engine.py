@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from ppo_kernels import gae, kl_shaped_gae, ppo_policy_loss, ppo_value_loss
-from ppo_kernels.reference import ShapedGAE
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models, value_model
@@ -37,6 +36,8 @@ from ppo_engine.rewards import (
 )
 from ppo_engine.rollout import Experience, Rollout
 from ppo_engine.text import Prompt
+from ppo_kernels import gae, kl_shaped_gae, ppo_policy_loss, ppo_value_loss
+from ppo_kernels.reference import ShapedGAE
 
 
 class PPOEngine:
@@ -118,35 +119,14 @@ class PPOEngine:
 
     def estimate_advantages(self, rollout: Rollout, scores: Tensor) -> Experience:
         """KL to the reference, values, and generalized advantages; `scores` is [B]."""
-        settings = self.config.ppo
         if self.normalizer is not None:
             scores = self.normalizer(scores)
         scores = apply_missing_eos(scores, rollout.finished, self.config.reward)
 
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        width = rollout.mask.shape[1]
         with torch.no_grad():
-            for rows in torch.arange(len(rollout)).split(settings.micro_batch_size):
-                part = rollout.select(rows)
-                logprobs, entropy = self._logprobs(self.policy, part)
-                ref_logprobs, _ = self._reference_logprobs(part)
-                found = {
-                    "logprobs": logprobs,
-                    "entropy": entropy,
-                    "ref_logprobs": ref_logprobs,
-                    "values": self._values(part),
-                }
-                for name, value in found.items():
-                    missing = width - value.shape[1]
-                    parts[name].append(torch.nn.functional.pad(value, (0, missing)))
-        measured = {name: torch.cat(values) for name, values in parts.items()}
-        shaped = self._shaped_gae(
-            scores,
-            measured["logprobs"],
-            measured["ref_logprobs"],
-            measured["values"],
-            rollout.mask,
-        )
+            logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
+            (values,) = self._over(rollout, lambda part: (self._values(part),))
+        shaped = self._shaped_gae(scores, logprobs, ref_logprobs, values, rollout.mask)
         kl_coef = self.kl.coef.clone()
         self.kl.update(shaped.kl.mean(), len(rollout))
         return Experience(
@@ -158,8 +138,19 @@ class PPOEngine:
             kl_coef=kl_coef,
             moments=shaped.moments,
             policy_version=self.policy_version,
-            **measured,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            entropy=entropy,
         )
+
+    @torch.no_grad()
+    def compare_with_reference(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of policy and reference, and the policy's entropies: each [B, T] fp32, 0 at
+        padding. Their difference, summed over a response, estimates the KL divergence."""
+        logprobs, entropy = self._over(rollout, lambda part: self._logprobs(self.policy, part))
+        ref_logprobs, _ = self._over(rollout, self._reference_logprobs)
+        return logprobs, ref_logprobs, entropy
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
@@ -175,7 +166,9 @@ class PPOEngine:
                     for name, value in found.items():
                         records[name].append(value)
         metrics = {
-            name: float(torch.stack(values).max() if name.endswith("max") else torch.stack(values).mean())
+            name: float(
+                torch.stack(values).max() if name.endswith("max") else torch.stack(values).mean()
+            )
             for name, values in records.items()
         }
         return {**self._objective_metrics(experience), **metrics}
@@ -303,9 +296,7 @@ class PPOEngine:
         count, _, m2 = rewards.moments
         # Reward whitening scales and does not shift: a shift would pay for every token written.
         scaled = rewards.returns * torch.rsqrt(m2 / count + 1e-8)
-        advantages, returns = gae(
-            scaled, values, gamma=settings.gamma, lam=settings.lam, mask=mask
-        )
+        advantages, returns = gae(scaled, values, gamma=settings.gamma, lam=settings.lam, mask=mask)
         real = advantages[mask]
         mean = real.mean()
         moments = torch.stack((count, mean, (real - mean).square().sum()))
@@ -319,6 +310,18 @@ class PPOEngine:
             with self.policy.without_adapter():
                 return self._logprobs(self.policy, rollout)
         return self._logprobs(self.reference, rollout)
+
+    def _over(
+        self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """`measure` in micro-batches, its [b, t] results put together as [B, T]."""
+        width = rollout.mask.shape[1]
+        rows = torch.arange(len(rollout)).split(self.config.ppo.micro_batch_size)
+        found = [measure(rollout.select(part)) for part in rows]
+        return tuple(
+            torch.cat([pad(x, (0, width - x.shape[1])) for x in column])
+            for column in zip(*found, strict=True)
+        )
 
     def _values(self, rollout: Rollout) -> Tensor:
         """The critic's value before each response token, [B, T] fp32."""

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine.config import ModelConfig
+from ppo_engine.config import LoraConfig, ModelConfig
 from ppo_engine.errors import UserError
 
 # Special tokens that models ship for padding or leave unused, tried when pad is missing or is EOS.
@@ -21,7 +23,7 @@ _PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|
 
 
 def load_model_config(path: str) -> Any:
-    """The Hugging Face configuration at `path` (folder or name), or a UserError that says why not."""
+    """The Hugging Face configuration at `path`, a folder or name; a UserError says why not."""
     if not path:
         raise UserError("No model was given: set its path to a Hugging Face name or folder.")
     if (path.startswith((".", "/", "~")) or Path(path).exists()) and not Path(path).is_dir():
@@ -29,7 +31,7 @@ def load_model_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"Could not load a model from {path!r}: {_first_line(error)}") from error
+        raise UserError(f"Could not load a model from {path!r}: {first_line(error)}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -42,7 +44,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"Could not load a tokenizer from {path!r}: {_first_line(error)}") from error
+        raise UserError(f"Could not load a tokenizer from {path!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"The tokenizer of {path!r} has no EOS token, so a response could never end; set one "
@@ -63,7 +65,7 @@ def separate_pad_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"pad_token": (known + unknown + ["<|pad|>"])[0]})
 
 
-def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make room for tokens that were added to the tokenizer; set the ids the model pads with."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -78,7 +80,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Device {name!r} cannot be used: {_first_line(error)}") from error
+        raise UserError(f"Device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -110,7 +112,7 @@ def disable_dropout(model: nn.Module) -> None:
             setattr(config, name, 0.0)
     for module in model.modules():  # attention layers keep a copy of the configured probability
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -157,33 +159,70 @@ def share_frozen_parameters(model: nn.Module, source: nn.Module) -> None:
             parameter.data = twin.data
 
 
-def add_lora(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
-    """Wrap `model` with low-rank adapters (package `peft`); only they are trained."""
-    assert config.lora is not None
+def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
+    """Freeze, wrap and checkpoint as configured, in training mode; a score head is always trained.
+
+    `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
+    """
+    if config.lora is not None:
+        if config.trainable_layers is not None:
+            raise UserError("Set either lora or trainable_layers: adapters need a frozen model.")
+        model = _add_lora(model, config.lora, task)
+    else:
+        freeze_lower_layers(model, config.trainable_layers)
+    if config.gradient_checkpointing:
+        inner = unwrap(model)
+        # Renamed in transformers 5.2x; older ones have the second name only.
+        enable = getattr(inner, "activation_checkpointing_enable", None)
+        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model.train()
+
+
+def _add_lora(model: PreTrainedModel, config: LoraConfig, task: str) -> Any:
+    """Low-rank adapters around `model` (package `peft`); only they, and a head, are trained."""
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
         raise UserError(
             "LoRA needs the package peft: pip install 'ppo-engine[lora]', or leave lora unset."
         ) from error
-    adapter = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=config.lora.target_modules,
+    adapter = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
         lora_dropout=0.0,
         task_type=task,
     )
-    return get_peft_model(model, adapter)
+    return peft.get_peft_model(model, adapter)
 
 
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count real tokens only, so that left padding changes nothing. [B, L] long."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model under an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def merged(model: Any) -> Any:
+    """A copy with its adapters in the weights, or the model itself where it has none."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return copy.deepcopy(model).merge_and_unload()  # the trained model keeps its adapters
+
+
+def base_inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """Arguments for one pass of a base model over `[B, L]` tokens padded on either side.
+
+    Positions count real tokens only, so that padding changes nothing. Models with relative
+    positions alone (ALiBi) take none, and need none.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    return inputs
 
 
 def _layer_count(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

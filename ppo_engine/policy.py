@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from ppo_kernels import token_logprobs
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models
@@ -19,6 +18,7 @@ from ppo_engine.config import GenerationConfig, ModelConfig
 from ppo_engine.errors import UserError
 from ppo_engine.rollout import Rollout
 from ppo_engine.text import Prompt, encode_prompt, pad_left
+from ppo_kernels import token_logprobs
 
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice."
 
@@ -31,7 +31,7 @@ class Policy:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
         *,
         device: torch.device,
@@ -52,7 +52,7 @@ class Policy:
     @classmethod
     def open(
         cls,
-        model: str | PreTrainedModel,
+        model: str | Any,
         config: ModelConfig,
         *,
         device: torch.device,
@@ -68,7 +68,7 @@ class Policy:
             try:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
             except (OSError, ValueError, RuntimeError) as error:
-                reason = str(error).strip().split("\n")[0]
+                reason = models.first_line(error)
                 raise UserError(
                     f"Could not load a language model from {path!r}: {reason}"
                 ) from error
@@ -78,19 +78,11 @@ class Policy:
             models.separate_pad_from_eos(tokenizer)
             model = model.float()
         policy = cls(model, tokenizer, device=device, dtype=dtype)
-        policy.prepare_training(config)
+        policy.model = models.prepare_for_training(model, config, "CAUSAL_LM").eval()
         return policy
 
-    def prepare_training(self, config: ModelConfig) -> None:
-        """Freeze or adapt the weights as configured; the model stays in evaluation mode (no dropout)."""
-        models.freeze_lower_layers(self.model, config.trainable_layers)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora is not None:
-            self.model = models.add_lora(self.model, config, "CAUSAL_LM")
-
     @property
-    def says_own_logits(self) -> bool:
+    def uses_own_logits(self) -> bool:
         """True where log-probs must come from the model's own logits (see `_find_head`)."""
         return self._head is None
 
@@ -126,10 +118,10 @@ class Policy:
         for index, ids in enumerate(encoded):
             if not ids:
                 raise UserError(f"Prompt {index} is empty; a response needs something to answer.")
-        ids, mask = pad_left(encoded, self.tokenizer.pad_token_id)
-        prompt_ids = torch.tensor(ids, device=self.device)
+        rows, mask = pad_left(encoded, self.tokenizer.pad_token_id)
+        prompt_ids = torch.tensor(rows, device=self.device)
         prompt_mask = torch.tensor(mask, device=self.device)
-        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        base = models.unwrap(self.model)
         base.generation_config = transformers.GenerationConfig(
             eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id
         )
@@ -163,7 +155,7 @@ class Policy:
             finished=is_eos.any(1),
             prompts=list(prompts),
             responses=[
-                self.tokenizer.decode(row[keep], skip_special_tokens=True)
+                str(self.tokenizer.decode(row[keep], skip_special_tokens=True))
                 for row, keep in zip(response_ids.cpu(), response_mask.cpu(), strict=True)
             ],
             columns=columns or {},
@@ -176,20 +168,15 @@ class Policy:
         """
         ids, mask = rollout.sequences()
         start = rollout.prompt_ids.shape[1] - 1
+        base = models.unwrap(self.model).base_model
         # The last token predicts nothing that is needed.
-        inputs = {
-            "input_ids": ids[:, :-1],
-            "attention_mask": mask[:, :-1].long(),
-            "position_ids": models.position_ids(mask[:, :-1]),
-            "use_cache": False,
-        }
+        inputs = models.base_inputs(base, ids[:, :-1], mask[:, :-1])
         with models.compute(self.device, self.dtype):
             if self._head is None:
                 logits = self.model(**inputs).logits[:, start:][rollout.mask]
             else:
-                base = _base_model(self.model)
                 hidden = base(**inputs).last_hidden_state[:, start:][rollout.mask]
-                logits = self._head(self.model, hidden)
+                logits = self._head(models.unwrap(self.model), hidden)
         logprobs, entropy = token_logprobs(
             logits,
             rollout.response_ids[rollout.mask],
@@ -203,21 +190,12 @@ class Policy:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write model and tokenizer in Hugging Face format; adapters are merged into the weights."""
-        model = self.model
-        if hasattr(model, "peft_config"):
-            model = copy.deepcopy(model).merge_and_unload()
-        model.save_pretrained(folder)
+        """Write model and tokenizer in Hugging Face format, adapters merged into the weights."""
+        models.merged(self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
 Head = Callable[[PreTrainedModel, Tensor], Tensor]
-
-
-def _base_model(model: PreTrainedModel) -> nn.Module:
-    """The transformer below the output embedding, adapters included."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return inner.base_model
 
 
 def _find_head(
@@ -245,7 +223,11 @@ def _find_head(
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits
         output = model.base_model(input_ids=ids, use_cache=False)
-        made = head(model, output.last_hidden_state) if hasattr(output, "last_hidden_state") else own[:, :0]
+        made = (
+            head(model, output.last_hidden_state)
+            if hasattr(output, "last_hidden_state")
+            else own[:, :0]
+        )
     same = made.shape == own.shape and torch.allclose(made, own, rtol=1e-4, atol=1e-4)
     return head if same else None
 

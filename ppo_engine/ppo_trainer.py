@@ -78,6 +78,11 @@ class PPOTrainer:
             on_bad_line=config.data.on_bad_line,
         )
         self._note_skipped(skipped)
+        if self.engine.policy.uses_own_logits:
+            self.notes.append(
+                "Logits are the model's own, for every position: its output layer could not be "
+                "reproduced from its hidden states. More memory and time, the same results."
+            )
         self.step = 0
 
     def train(self) -> dict[str, float]:
@@ -94,9 +99,7 @@ class PPOTrainer:
             run = self._open_run()
             self._restore(run)
         title = f"PPO, {len(self.examples)} prompts"
-        with Progress(
-            self.config.steps, title, start=self.step, console=self.console
-        ) as progress:
+        with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in self.notes:
                 progress.note(note)
             while self.step < self.config.steps:
@@ -205,8 +208,11 @@ class PPOTrainer:
     def _read(self, source: str | Path | Iterable[Any]) -> list[PromptExample]:
         if source == "":
             raise UserError("No prompts were given: pass prompts=…, or set data.path.")
-        read = load_prompts if isinstance(source, str | Path) else prompts_from_sequence
-        examples, skipped = read(source, on_bad_line=self.config.data.on_bad_line)  # type: ignore[operator]
+        on_bad_line = self.config.data.on_bad_line
+        if isinstance(source, str | Path):
+            examples, skipped = load_prompts(source, on_bad_line=on_bad_line)
+        else:
+            examples, skipped = prompts_from_sequence(source, on_bad_line=on_bad_line)
         self._note_skipped(skipped)
         return examples
 

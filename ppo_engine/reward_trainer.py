@@ -93,7 +93,7 @@ class RewardModelTrainer:
             model = value_model.load_value_model(
                 config.model.path, tokenizer, device=self.device, seed=config.run.seed
             )
-        self.model = value_model.prepare_for_training(model, config.model)
+        self.model = models.prepare_for_training(model, config.model, "SEQ_CLS")
         self.steps_per_epoch = math.ceil(len(self.training) / config.reward.batch_size)
         self.total_steps = self.steps_per_epoch * config.reward.epochs
         self.optimizer = make_optimizer(self.model, config.model.optimizer)

@@ -88,7 +88,7 @@ class Experience:
         """The given rows, trimmed like `Rollout.select`; whitening stays that of the whole."""
         rollout = self.rollout.select(rows)
         width = rollout.mask.shape[1]
-        picked: dict[str, Tensor] = {}
+        picked: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.name not in _OF_THE_WHOLE and isinstance(value, Tensor):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +60,7 @@ def load_value_model(
                 path, num_labels=1, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = models.first_line(error)
         raise UserError(f"Could not load a value model from {path!r}: {reason}") from error
 
     head_name, head = _find_head(model)
@@ -110,14 +109,14 @@ def make_critic(
         critic = copy.deepcopy(reward_model).requires_grad_(True)
     else:
         critic = value_model_from_policy(policy, tokenizer, seed)
-    return prepare_for_training(critic, config)
+    return models.prepare_for_training(critic, config, "SEQ_CLS")
 
 
 def value_model_from_policy(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
     """The policy's transformer, copied (adapters merged), under a new head."""
-    policy = merged(policy)
+    policy = models.merged(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with _quiet():
@@ -125,22 +124,6 @@ def value_model_from_policy(
     model.base_model.load_state_dict(policy.base_model.state_dict())
     init_head(_find_head(model)[1], seed)
     return ready_value_model(model, tokenizer, policy.device)
-
-
-def prepare_for_training(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Freeze, wrap and checkpoint as configured, in training mode; the head is always trained."""
-    if config.lora is not None:
-        if config.trainable_layers is not None:
-            raise UserError("Set either lora or trainable_layers: adapters need a frozen model.")
-        model = models.add_lora(model, config, "SEQ_CLS")
-    else:
-        models.freeze_lower_layers(model, config.trainable_layers)
-    if config.gradient_checkpointing:
-        inner = unwrap(model)
-        # Renamed in transformers 5.2x; older ones have the second name only.
-        enable = getattr(inner, "activation_checkpointing_enable", None)
-        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model.train()
 
 
 def init_head(head: nn.Linear, seed: int) -> None:
@@ -161,21 +144,9 @@ def is_classifier(config: Any) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
-def unwrap(model: Any) -> PreTrainedModel:
-    """The Hugging Face model under an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def merged(model: Any) -> PreTrainedModel:
-    """A copy with its adapters in the weights, or the model itself where it has none."""
-    if not hasattr(model, "merge_and_unload"):
-        return cast(PreTrainedModel, model)
-    return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())
-
-
 def score_head(model: Any) -> nn.Linear:
     """The linear layer from hidden states to the one score."""
-    return _find_head(unwrap(model))[1]
+    return _find_head(models.unwrap(model))[1]
 
 
 def token_values(
@@ -221,18 +192,14 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def save_value_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
     with _quiet():
-        merged(model).save_pretrained(folder)
+        models.merged(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The base model's last hidden states, `[B, L, H]`."""
-    base = unwrap(model).base_model
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-    # Models with relative positions alone (ALiBi) take no position ids, and need none.
-    if "position_ids" in inspect.signature(base.forward).parameters:
-        inputs["position_ids"] = models.position_ids(attention_mask)
-    return base(**inputs).last_hidden_state
+    base = models.unwrap(model).base_model
+    return base(**models.base_inputs(base, input_ids, attention_mask)).last_hidden_state
 
 
 def _apply_head(model: Any, hidden: Tensor) -> Tensor:

@@ -80,10 +80,9 @@ def test_micro_batches_add_up_to_the_mini_batch(size):
         engine = make_engine(ppo={"micro_batch_size": micro, "entropy_coef": 0.1})
         experience = experience_of(engine)
         engine.update(experience)
-        found[micro] = (
-            [p.detach().clone() for p in engine.policy.model.parameters()]
-            + [p.detach().clone() for p in engine.critic.parameters()]
-        )
+        found[micro] = [p.detach().clone() for p in engine.policy.model.parameters()] + [
+            p.detach().clone() for p in engine.critic.parameters()
+        ]
     start = [p.detach() for p in make_engine().policy.model.parameters()]
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(found[8], start, strict=False))
     for a, b in zip(found[8], found[size], strict=True):
@@ -144,9 +143,7 @@ def test_sampling_follows_the_temperature():
     """The sampler's frequencies are those of softmax(logits / temperature)."""
     engine = make_engine(generation=GenerationConfig(max_new_tokens=1, temperature=0.5))
     torch.manual_seed(0)
-    tokens = torch.cat(
-        [engine.generate(["Hello"] * 512).response_ids[:, 0] for _ in range(8)]
-    )
+    tokens = torch.cat([engine.generate(["Hello"] * 512).response_ids[:, 0] for _ in range(8)])
     ids = torch.tensor([engine.policy.tokenizer("Hello")["input_ids"]])
     expected = (engine.policy.model(ids).logits[0, -1] / 0.5).softmax(-1)
     found = torch.bincount(tokens, minlength=len(expected)) / len(tokens)
@@ -232,8 +229,11 @@ def test_frozen_layers_stay_and_are_shared_with_the_reference():
     changed = {
         n for n, p in engine.policy.model.named_parameters() if not torch.equal(p, before[n])
     }
-    assert changed == {n for n in before if "layers.1." in n or n.endswith("norm.weight")
-                       and "layers.0." not in n}
+    assert changed == {
+        n
+        for n in before
+        if "layers.1." in n or (n.endswith("norm.weight") and "layers.0." not in n)
+    }
     frozen = set(before) - changed
     params = dict(engine.policy.model.named_parameters())
     assert all(params[n].data_ptr() == twins[n].data_ptr() for n in frozen)

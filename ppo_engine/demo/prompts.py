@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from ppo_engine.text import Message
+from ppo_engine.text import Prompt
 
-_SYSTEM = "Answer in one sentence."
-
-_TOPICS = """
+_TRAINING = """
 rain; a chair; the city bus; breakfast; the moon; a door; winter; the library; a bicycle; the office
 a river; the neighbor; shoes; a map; the kitchen; a letter; the harbor; a train; school; the garden
 a clock; bread; the road; a dog; the window; a hat; coffee; the market; a bridge; paper; the sea
@@ -16,10 +14,11 @@ a teacher; wool; the elevator; a fence; soup; the airport; a notebook; sand; the
 glass; the newspaper; a mirror; a parking lot; the evening; a horse; salt; the basement; a radio
 a bench; wood; the corridor; a cat; the post office; a ladder; iron; the hill; a driver; a cup
 the supermarket; fog; a blanket; the dentist; a tunnel; rice; the factory; a ticket; a pond
-the laundry; a neighbor's car; dust; the balcony; a screwdriver; the suburbs; an onion; a waiter; a stone
+the laundry; a neighbor's car; dust; the balcony; a screwdriver; the suburbs; an onion; a waiter
+a stone
 """
 
-_HELD_OUT_TOPICS = """
+_HELD_OUT = """
 snow; a table; the subway; dinner; the sun; a gate; autumn; the museum; a boat; the hospital
 a lake; the landlord; gloves; a calendar; the bathroom; a postcard; the beach; an airplane; homework
 the park; a watch; cheese; the highway; a bird; the curtain; a scarf; tea; the bakery; a tower
@@ -30,16 +29,20 @@ clay; the chimney; a fisherman; plastic; the magazine; a pillow; the morning; a 
 """
 
 
-def _messages(topics: str) -> list[list[Message]]:
-    names = [name.strip() for name in topics.replace("\n", ";").split(";") if name.strip()]
-    return [
-        [
-            {"role": "system", "content": _SYSTEM},
-            {"role": "user", "content": f"Write one sentence about {name}."},
-        ]
-        for name in names
-    ]
+def _topics(text: str) -> list[str]:
+    return [topic.strip() for topic in text.replace("\n", ";").split(";") if topic.strip()]
 
 
-TRAIN_PROMPTS = _messages(_TOPICS)
-HELD_OUT_PROMPTS = _messages(_HELD_OUT_TOPICS)
+TRAINING_TOPICS = _topics(_TRAINING)
+HELD_OUT_TOPICS = _topics(_HELD_OUT)
+
+
+def prompt_about(topic: str, tone: str = "", chat: bool = True) -> Prompt:
+    """ "Write one sentence about …", or "Write one joyful sentence about …" for a tone; as a chat
+    message, or as plain text for models without a chat template."""
+    request = (
+        f"Write one {tone} sentence about {topic}."
+        if tone
+        else (f"Write one sentence about {topic}.")
+    )
+    return [{"role": "user", "content": request}] if chat else request + "\n"

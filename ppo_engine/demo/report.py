@@ -1,0 +1,77 @@
+"""What the demo tells at its end: figures before and after, and answers side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ppo_engine.progress import duration, printable
+
+_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Responses to held-out prompts, one each, measured. `_se` are standard errors of means."""
+
+    vader: float  # compound score, -1 to 1
+    vader_se: float
+    reward: float  # the reward model's score
+    reward_se: float
+    kl: float  # to the reference, nats per response
+    kl_se: float
+    perplexity: float  # under the reference: low is fluent, as the reference sees it
+    distinct: float  # share of different responses
+    length: float  # tokens
+    prompts: list[str]
+    responses: list[str]
+
+
+def show_result(
+    console: Console, summary: dict[str, Any], before: Evaluation, after: Evaluation
+) -> None:
+    """Print the table of figures, the verdict, and the samples."""
+    table = Table(title=f"{len(after.prompts)} held-out prompts", title_justify="left")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = (
+        ("VADER (independent), mean ± SE", "vader", "{:+.3f} ± {:.3f}"),
+        ("reward model, mean ± SE", "reward", "{:+.2f} ± {:.2f}"),
+        ("KL to the reference, nats per response", "kl", "{:.2f} ± {:.2f}"),
+        ("perplexity under the reference", "perplexity", "{:.1f}"),
+        ("distinct responses", "distinct", "{:.0%}"),
+        ("response length, tokens", "length", "{:.1f}"),
+    )
+    for label, name, form in rows:
+        cells = [
+            form.format(*(getattr(x, n) for n in (name, f"{name}_se") if hasattr(x, n)))
+            for x in (before, after)
+        ]
+        table.add_row(label, *cells)
+    console.print()
+    console.print(table)
+
+    rise, error = summary["rise"], summary["rise_se"]
+    console.print(
+        f"VADER rose by {rise:+.3f} ± {error:.3f}: {rise / error:.1f} standard errors."
+        if error
+        else f"VADER rose by {rise:+.3f}."
+    )
+    console.print(
+        f"Reward model: {summary['reward_accuracy']:.0%} ± {summary['reward_accuracy_se']:.0%} of "
+        f"held-out rankings right. Took {duration(summary['seconds'])} min, at most "
+        f"{summary['peak_memory_gib']:.1f} GiB of memory."
+    )
+
+    samples = Table(title="Samples, not chosen", title_justify="left", show_lines=True)
+    for name in ("prompt", "before", "after"):
+        samples.add_column(name, ratio=1 if name == "prompt" else 2)
+    for row in range(min(_SAMPLES, len(after.prompts))):
+        shown = (after.prompts[row], before.responses[row], after.responses[row])
+        samples.add_row(*(Text(" ".join(printable(cell).split())) for cell in shown))
+    console.print()
+    console.print(samples)

@@ -1,0 +1,323 @@
+"""The whole method of RLHF on real text, in minutes on a laptop's CPU.
+
+prompts ─▶ candidate responses ─▶ rankings ─▶ reward model ─▶ PPO ─▶ before and after
+
+VADER's compound score (Hutto and Gilbert 2014), a word-list measure of sentiment from -1 to 1,
+stands in for the people who would rank the candidates. PPO never sees it: it sees the reward model
+alone. That is why VADER on held-out prompts is an independent measure of what was learned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from ppo_engine import models
+from ppo_engine.config import (
+    DemoConfig,
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    PreferenceDataConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RunConfig,
+)
+from ppo_engine.demo.model import model_path
+from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
+from ppo_engine.demo.report import Evaluation, show_result
+from ppo_engine.demo.tiny import save_tiny_model
+from ppo_engine.engine import PPOEngine
+from ppo_engine.errors import UserError
+from ppo_engine.policy import Policy
+from ppo_engine.ppo_trainer import PPOTrainer, peak_memory
+from ppo_engine.progress import Progress
+from ppo_engine.reward_trainer import RewardModelTrainer
+from ppo_engine.run_directory import RunDirectory
+from ppo_engine.text import Prompt, show_prompt
+
+# Candidates are asked for in several tones and ranked as answers to the neutral prompt: rankings
+# of clearly different answers teach more than those of near ties (compare RLCD, Yang et al. 2023,
+# arXiv:2307.12950).
+_TONES = ("", "joyful", "gloomy", "angry")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: the real demo, and the smoke test of its stages."""
+
+    topics: int
+    held_out: int
+    new_tokens: int
+    reward_depth: int  # layers of the reward model and the critic: the policy's lower ones
+    layers: int  # trained, of each model
+    reward_learning_rate: float
+    reward_epochs: int
+    learning_rate: float
+    steps: int
+    responses: int  # a step
+    kl_coef: float
+
+
+FULL = Scale(
+    topics=64,
+    held_out=48,
+    new_tokens=24,
+    reward_depth=15,
+    layers=8,
+    reward_learning_rate=8e-4,
+    reward_epochs=2,
+    learning_rate=1e-4,
+    steps=10,
+    responses=32,
+    kl_coef=0.03,
+)
+SMOKE = Scale(
+    topics=16,
+    held_out=16,
+    new_tokens=8,
+    reward_depth=2,
+    layers=2,
+    reward_learning_rate=3e-3,
+    reward_epochs=4,
+    learning_rate=1e-2,
+    steps=4,
+    responses=16,
+    kl_coef=0.01,
+)
+
+
+def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
+    """Run every stage; returns the figures of `summary.json`."""
+    console = console or Console(highlight=False)
+    sentiment = _load_vader()
+    scale = SMOKE if config.smoke else FULL
+    started = time.perf_counter()
+    with _model_folder(config, console) as model:
+        run = RunDirectory(config.output_dir, config, command="demo")
+        console.print(
+            "VADER, a word-list measure of sentiment from -1 to 1, stands in for the people who "
+            "would rank the answers. PPO sees only the reward model trained on those rankings."
+        )
+        rankings = _rank_candidates(model, scale, config, sentiment, console)
+        run.log_samples(0, rankings)
+
+        with _shallow_model(model, scale.reward_depth) as shallow:
+            reward_trainer = RewardModelTrainer(
+                preferences=_pairs(rankings),
+                config=_reward_config(shallow, scale, config, run.path),
+                console=console,
+            )
+            reward_metrics = reward_trainer.train()
+        chat = bool(reward_trainer.tokenizer.chat_template)
+        del reward_trainer  # its optimizer's memory
+
+        trainer = PPOTrainer(
+            config=_ppo_config(model, scale, config, run.path),
+            prompts=[prompt_about(topic, chat=chat) for topic in TRAINING_TOPICS[: scale.topics]],
+            console=console,
+        )
+        held_out = [prompt_about(topic, chat=chat) for topic in HELD_OUT_TOPICS[: scale.held_out]]
+        before = _evaluate(trainer.engine, held_out, sentiment, config.seed)
+        trainer.train()
+        after = _evaluate(trainer.engine, held_out, sentiment, config.seed)
+
+    rise = after.vader - before.vader
+    standard_error = math.hypot(before.vader_se, after.vader_se)
+    summary = {
+        "rise": rise,
+        "rise_se": standard_error,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_gib": peak_memory(trainer.engine.device),
+        "reward_accuracy": reward_metrics.get("eval/accuracy"),
+        "reward_accuracy_se": reward_metrics.get("eval/accuracy_se"),
+        "before": asdict(before),
+        "after": asdict(after),
+    }
+    (run.path / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False))
+    show_result(console, summary, before, after)
+    console.print(
+        f"\nEverything is in {run.path}: the reward model in reward/reward_model, the policy in "
+        "ppo/policy, the curves in ppo/report.png and reward/report.png."
+    )
+    return summary
+
+
+def _rank_candidates(
+    model: str,
+    scale: Scale,
+    config: DemoConfig,
+    sentiment: Callable[[str], float],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Several candidate responses to each training prompt, and their ranks: 0 is best."""
+    device = models.choose_device("auto")
+    policy = Policy.open(
+        model, ModelConfig(), device=device, dtype=models.choose_dtype("auto", device)
+    )
+    torch.manual_seed(config.seed)
+    chat = bool(policy.tokenizer.chat_template)
+    generation = GenerationConfig(max_new_tokens=scale.new_tokens)
+    topics = TRAINING_TOPICS[: scale.topics]
+    batches = [topics[i : i + 16] for i in range(0, len(topics), 16)]
+    rankings: list[dict[str, Any]] = []
+    with Progress(len(batches), "Candidates to be ranked", console=console) as progress:
+        for step, batch in enumerate(batches, start=1):
+            with progress.phase("generate"):
+                asked = [prompt_about(t, tone, chat) for t in batch for tone in _TONES]
+                responses = policy.generate(asked, generation).responses
+            for index, topic in enumerate(batch):
+                candidates = list(responses[index * len(_TONES) : (index + 1) * len(_TONES)])
+                scores = [sentiment(text) for text in candidates]
+                distinct = sorted(set(scores), reverse=True)
+                rankings.append(
+                    {
+                        "prompt": prompt_about(topic, chat=chat),
+                        "responses": candidates,
+                        "ranks": [distinct.index(score) for score in scores],
+                    }
+                )
+            progress.step(step, {})
+        best = rankings[0]
+        progress.note(f"For example, ranked answers to {_ask(best['prompt'])!r}:")
+        for rank, text in sorted(zip(best["ranks"], best["responses"], strict=True)):
+            progress.note(f"  {rank + 1}. {' '.join(text.split())}")
+    return rankings
+
+
+@torch.no_grad()
+def _evaluate(
+    engine: PPOEngine, prompts: list[Prompt], sentiment: Callable[[str], float], seed: int
+) -> Evaluation:
+    """One response to each held-out prompt, measured."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rollout = engine.generate(prompts)
+    vader = torch.tensor([sentiment(text) for text in rollout.responses])
+    scores = engine.score(rollout).cpu()
+    logprobs, ref_logprobs, _ = engine.compare_with_reference(rollout)
+    kl = (logprobs - ref_logprobs).sum(1).cpu()
+    return Evaluation(
+        vader=float(vader.mean()),
+        vader_se=_standard_error(vader),
+        reward=float(scores.mean()),
+        reward_se=_standard_error(scores),
+        kl=float(kl.mean()),
+        kl_se=_standard_error(kl),
+        perplexity=float((-ref_logprobs[rollout.mask].mean()).exp()),
+        distinct=len(set(rollout.responses)) / len(rollout),
+        length=float(rollout.lengths.float().mean()),
+        prompts=[_ask(prompt) for prompt in prompts],
+        responses=list(rollout.responses),
+    )
+
+
+def _pairs(rankings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Best against third, second against last: each response in one pair, so that no forward pass
+    is spent on it twice. Ties are no pair."""
+    pairs = []
+    for ranking in rankings:
+        order = sorted(range(len(_TONES)), key=lambda i: ranking["ranks"][i])
+        for better, worse in zip(order[:2], order[2:], strict=True):
+            if ranking["ranks"][better] < ranking["ranks"][worse]:
+                chosen, rejected = ranking["responses"][better], ranking["responses"][worse]
+                pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
+                pairs.append(pair)
+    return pairs
+
+
+@contextlib.contextmanager
+def _shallow_model(model: str, depth: int) -> Iterator[str]:
+    """A folder with the lower `depth` layers of `model`, from which the reward model starts.
+
+    Half the layers score and estimate values in half the time, and the middle of a language model
+    tells the tone of a text at least as well as its top, which is busy with the next word.
+    """
+    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    layers = models.decoder_layers(language_model)
+    del layers[depth:]
+    language_model.config.num_hidden_layers = len(layers)
+    with tempfile.TemporaryDirectory(prefix="ppo-engine-") as folder:
+        language_model.save_pretrained(folder)
+        models.load_tokenizer(model).save_pretrained(folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def _model_folder(config: DemoConfig, console: Console) -> Iterator[str]:
+    """The folder or name of the language model to be tuned."""
+    if config.model:
+        yield config.model
+    elif config.smoke:
+        with tempfile.TemporaryDirectory(prefix="ppo-engine-") as folder:
+            save_tiny_model(Path(folder), config.seed)
+            yield folder
+    else:
+        with console.status("Preparing the model SmolLM2-135M-Instruct …"):
+            folder = model_path()
+        yield folder
+
+
+def _load_vader() -> Callable[[str], float]:
+    """VADER's compound score of a text, from -1 (negative) to 1 (positive)."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise UserError(
+            "The demo needs the package vaderSentiment: pip install 'ppo-engine[demo]'"
+        ) from error
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda text: float(analyzer.polarity_scores(text)["compound"])
+
+
+def _ask(prompt: Prompt) -> str:
+    return show_prompt(prompt).strip()
+
+
+def _standard_error(values: torch.Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values)))
+
+
+def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -> Any:
+    return RewardModelConfig(
+        model=ModelConfig(
+            path=model,
+            trainable_layers=scale.layers,
+            optimizer=OptimizerConfig(learning_rate=scale.reward_learning_rate),
+        ),
+        data=PreferenceDataConfig(eval_fraction=0.15),
+        reward=RewardModelSettings(batch_size=8, micro_batch_size=8, epochs=scale.reward_epochs),
+        run=RunConfig(output_dir=str(folder / "reward"), seed=config.seed),
+    )
+
+
+def _ppo_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -> Any:
+    optimizer = OptimizerConfig(learning_rate=scale.learning_rate)
+    return PPOConfig(
+        policy=ModelConfig(path=model, trainable_layers=scale.layers, optimizer=optimizer),
+        critic=ModelConfig(trainable_layers=scale.layers, optimizer=optimizer),
+        reward=RewardConfig(path=str(folder / "reward" / "reward_model"), normalize=True),
+        generation=GenerationConfig(max_new_tokens=scale.new_tokens),
+        ppo=PPOSettings(
+            rollout_batch_size=scale.responses,
+            mini_batch_size=scale.responses // 2,
+            micro_batch_size=16,
+            kl_coef=scale.kl_coef,
+        ),
+        run=RunConfig(output_dir=str(folder / "ppo"), seed=config.seed, sample_every=2),
+        steps=scale.steps,
+    )
