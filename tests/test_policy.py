@@ -1,0 +1,168 @@
+"""Loading and sampling: heads that scale or cap, models without a pad token, saved results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from ppo_engine import models
+from ppo_engine.config import GenerationConfig as Sampling
+from ppo_engine.config import ModelConfig
+from ppo_engine.errors import UserError
+from ppo_engine.policy import Policy
+
+CPU = torch.device("cpu")
+
+
+def open_policy(model, config: ModelConfig | None = None, tokenizer=None) -> Policy:
+    return Policy.open(
+        model,
+        config or ModelConfig(),
+        device=CPU,
+        dtype=torch.float32,
+        tokenizer=tokenizer or tiny_tokenizer(),
+    )
+
+
+def own_logprobs(policy: Policy, rollout) -> torch.Tensor:
+    ids, mask = rollout.sequences()
+    start = rollout.prompt_ids.shape[1]
+    positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    logits = policy.model(ids, attention_mask=mask.long(), position_ids=positions).logits
+    logprobs = logits.log_softmax(-1)[:, start - 1 : -1]
+    return logprobs.gather(2, ids[:, start:, None])[..., 0] * rollout.mask
+
+
+def capped_model() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.3,
+            pad_token_id=0, eos_token_id=258, bos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_positions=256, n_embd=32, n_layer=2, n_head=4)
+    config.eos_token_id = config.bos_token_id = 258
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_model, capped_model, gpt2])
+def test_logprobs_equal_those_of_the_models_own_logits(make):
+    policy = open_policy(make())
+    assert not policy.uses_own_logits
+    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    found, _ = policy.response_logprobs(rollout, 1.0)
+    torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_cannot_be_reproduced_uses_the_models_own_logits():
+    model = tiny_model()
+    inner = model.forward
+
+    def shifted(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        output.logits = output.logits * 3 + torch.arange(output.logits.shape[-1]) / 100
+        return output
+
+    model.forward = shifted
+    policy = open_policy(model)
+    assert policy.uses_own_logits
+    rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
+    found, _ = policy.response_logprobs(rollout, 1.0)
+    torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_pad_token_is_added_apart_from_eos():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    policy = open_policy(gpt2(), tokenizer=tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert policy.model.get_input_embeddings().num_embeddings >= len(tokenizer)
+    rollout = policy.generate(["Hello", "Hi there"], Sampling(max_new_tokens=4))
+    assert rollout.mask[:, 0].all()
+
+
+def test_the_checkpoints_own_sampling_habits_are_off_and_come_back(tmp_path):
+    model = tiny_model()
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=258
+    )
+    policy = open_policy(model)
+    rollout = policy.generate(["Hello"] * 64, Sampling(max_new_tokens=1))
+    assert len(set(rollout.response_ids[:, 0].tolist())) > 20  # top_k=1 would give one
+    policy.save(tmp_path / "saved")
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").top_k == 1
+
+
+def test_dropout_is_off_in_every_model():
+    policy = open_policy(gpt2())  # its configuration has dropout 0.1
+    rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
+    policy.model.train()
+    first, _ = policy.response_logprobs(rollout, 1.0)
+    second, _ = policy.response_logprobs(rollout, 1.0)
+    assert torch.equal(first, second)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
+        torch.manual_seed(0)
+        rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
+        policy.model.train()
+        policy.response_logprobs(rollout, 1.0)[0].sum().backward()
+        gradients.append([p.grad.clone() for p in policy.model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):
+    pytest.importorskip("peft")
+    from ppo_engine.config import LoraConfig
+
+    policy = open_policy(tiny_model(), ModelConfig(lora=LoraConfig(rank=2)))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
+    found, _ = policy.response_logprobs(rollout, 1.0)
+    policy.save(tmp_path / "saved")
+    again = open_policy(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    torch.testing.assert_close(
+        again.response_logprobs(rollout, 1.0)[0], found, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_saved_policy_brings_its_tokenizer(tmp_path):
+    policy = open_policy(tiny_model_folder(tmp_path))
+    policy.save(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == "<|pad|>"
+
+
+def test_trainable_layers_beyond_the_model_are_refused():
+    with pytest.raises(UserError, match="2 decoder layers"):
+        open_policy(tiny_model(), ModelConfig(trainable_layers=3))
+
+
+def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert models.choose_dtype("auto", CPU) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert models.choose_dtype("auto", CPU) == torch.bfloat16

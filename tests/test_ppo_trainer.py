@@ -1,0 +1,145 @@
+"""The PPO loop: what it writes, what it refuses, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model_folder
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ppo_engine.config import (
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    PromptDataConfig,
+    RewardConfig,
+    RunConfig,
+)
+from ppo_engine.errors import UserError
+from ppo_engine.ppo_trainer import PPOTrainer
+
+PROMPTS = [f"Prompt {i}" for i in range(6)]
+
+
+def length_reward(prompts, responses):
+    return [len(response) / 10 for response in responses]
+
+
+def config(output: Path, *, steps: int = 2, resume: bool = False, **run) -> PPOConfig:
+    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant")
+    return PPOConfig(
+        policy=ModelConfig(optimizer=optimizer),
+        critic=ModelConfig(optimizer=optimizer),
+        reward=RewardConfig(normalize=True),
+        generation=GenerationConfig(max_new_tokens=6),
+        ppo=PPOSettings(rollout_batch_size=4, mini_batch_size=2, micro_batch_size=2),
+        run=RunConfig(output_dir=str(output), resume=resume, dtype="float32", **run),
+        steps=steps,
+    )
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_a_run_leaves_its_folder(model, tmp_path):
+    metrics = PPOTrainer(
+        model, length_reward, PROMPTS, config=config(tmp_path / "run", sample_every=1)
+    ).train()
+    run = tmp_path / "run"
+    logged = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in logged] == [1, 2]
+    for name in (
+        "objective/kl", "objective/scores", "objective/entropy", "policy/approx_kl",
+        "policy/clip_fraction", "policy/ratio_max", "value/loss", "value/explained_variance",
+        "time/generate", "time/score", "time/advantages", "time/update", "tokens_per_second",
+        "memory/peak",
+    ):  # fmt: skip
+        assert name in logged[0] and name in metrics
+    assert logged[0]["objective/kl"] == 0.0
+    samples = rows(run / "samples.jsonl")
+    assert {"step", "prompt", "response", "score", "finished"} <= samples[0].keys()
+    assert (run / "config.yaml").exists() and (run / "report.png").exists()
+    policy = AutoModelForCausalLM.from_pretrained(run / "policy")
+    start = AutoModelForCausalLM.from_pretrained(model)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters(), strict=True)
+    )
+    critic = AutoModelForSequenceClassification.from_pretrained(run / "critic")
+    assert critic.config.num_labels == 1
+
+
+def test_a_resumed_run_is_the_same_run(model, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    PPOTrainer(model, length_reward, PROMPTS, config=config(whole, steps=4)).train()
+    settings = {"checkpoint_every": 1}
+    PPOTrainer(model, length_reward, PROMPTS, config=config(halves, steps=2, **settings)).train()
+    torch.manual_seed(99)  # what happens in between must not matter
+    PPOTrainer(
+        model, length_reward, PROMPTS, config=config(halves, steps=4, resume=True, **settings)
+    ).train()
+    timing = ("time/", "tokens_per_second", "memory/")
+    for a, b in zip(rows(whole / "metrics.jsonl"), rows(halves / "metrics.jsonl"), strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(timing)} == {
+            k: v for k, v in b.items() if not k.startswith(timing)
+        }
+
+
+def test_a_reward_that_fails_leaves_nothing(model, tmp_path):
+    trainer = PPOTrainer(
+        model, lambda prompts, responses: [1.0], PROMPTS, config=config(tmp_path / "run")
+    )
+    with pytest.raises(UserError, match="1 scores for 4"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_columns_reach_the_reward(model, tmp_path):
+    seen = []
+
+    def reward(prompts, responses, target):
+        seen.extend(zip(prompts, target, strict=True))
+        return [0.0] * len(responses)
+
+    data = [{"prompt": f"Prompt {i}", "target": i} for i in range(4)]
+    PPOTrainer(model, reward, data, config=config(tmp_path / "run", steps=1)).train()
+    assert sorted(seen) == [(f"Prompt {i}", i) for i in range(4)]
+
+
+def test_each_pass_over_the_prompts_is_a_fresh_permutation(model, tmp_path):
+    trainer = PPOTrainer(model, length_reward, PROMPTS, config=config(tmp_path / "run"))
+    drawn = [example.prompt for step in range(6) for example in trainer.batch(step)]
+    passes = [drawn[i : i + 6] for i in range(0, 24, 6)]
+    assert all(sorted(p) == PROMPTS for p in passes)
+    assert len({tuple(p) for p in passes}) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [("", "No prompts"), ([""], "prompt"), ("missing.jsonl", "missing.jsonl"), ([], "prompt")],
+)
+def test_bad_prompts_are_refused_before_anything(model, tmp_path, prompts, message):
+    with pytest.raises(UserError, match=message):
+        PPOTrainer(model, length_reward, prompts, config=config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_long_prompts_are_refused_or_counted(model, tmp_path):
+    prompts = ["short", "long " * 50]
+    strict = PPOConfig(data=PromptDataConfig(max_prompt_tokens=20))
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        PPOTrainer(model, length_reward, prompts, config=strict)
+    lenient = PPOConfig(data=PromptDataConfig(max_prompt_tokens=20, on_bad_line="skip"))
+    trainer = PPOTrainer(model, length_reward, prompts, config=lenient)
+    assert len(trainer.examples) == 1
+    assert any("prompt too long" in note for note in trainer.notes)
