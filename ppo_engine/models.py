@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ppo_engine.config import LoraConfig, ModelConfig
 from ppo_engine.errors import UserError
@@ -222,6 +224,21 @@ def base_inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> d
 
 def _layer_count(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the library's progress bars, and its report that the head is new (it is meant to)."""
+    verbosity = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def first_line(error: Exception) -> str:

@@ -9,10 +9,8 @@ the two agree, and whatever is saved loads elsewhere with `from_pretrained`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from ppo_engine import models
 from ppo_engine.config import ModelConfig
@@ -55,7 +52,7 @@ def load_value_model(
             "has exactly one (num_labels=1)."
         )
     try:
-        with _quiet():
+        with models.quiet_transformers():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path, num_labels=1, dtype=torch.float32, output_loading_info=True
             )
@@ -119,7 +116,7 @@ def value_model_from_policy(
     policy = models.merged(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    with _quiet():
+    with models.quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     init_head(_find_head(model)[1], seed)
@@ -191,7 +188,7 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def save_value_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
-    with _quiet():
+    with models.quiet_transformers():
         models.merged(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -218,21 +215,6 @@ def _find_head(model: PreTrainedModel) -> tuple[str, Any]:
         f"Per-token values cannot be made from {type(model).__name__}: it has no linear layer "
         f"named {' or '.join(_HEAD_NAMES)} with one output."
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's progress bars, and its report that the head is new (it is meant to)."""
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def _some(names: set[str]) -> str:

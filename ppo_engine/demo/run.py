@@ -267,9 +267,8 @@ def _model_folder(config: DemoConfig, console: Console) -> Iterator[str]:
             save_tiny_model(Path(folder), config.seed)
             yield folder
     else:
-        with console.status("Preparing the model SmolLM2-135M-Instruct …"):
-            folder = model_path()
-        yield folder
+        console.print("Model: SmolLM2-135M-Instruct (converted once, on the first run).")
+        yield model_path()
 
 
 def _load_vader() -> Callable[[str], float]:
