@@ -79,6 +79,13 @@ class PPOEngine:
             dtype=self.dtype,
             micro_batch_size=config.ppo.micro_batch_size,
         )
+        # A reward model that reads the policy's own tokens: no text in between.
+        self._shared_reward_model = (
+            self.reward
+            if isinstance(self.reward, RewardModel)
+            and same_tokenizer(self.reward.tokenizer, self.policy.tokenizer)
+            else None
+        )
         self.critic = self._make_critic()
 
         self.policy_optimizer = make_optimizer(self.policy.model, config.policy.optimizer)
@@ -108,17 +115,24 @@ class PPOEngine:
 
     def score(self, rollout: Rollout) -> Tensor:
         """What the reward says of each response, [B] fp32; neither normalized nor penalized."""
-        if isinstance(self.reward, RewardModel) and same_tokenizer(
-            self.reward.tokenizer, self.policy.tokenizer
-        ):
-            return self.reward.score_tokens(*rollout.sequences())
+        if self._shared_reward_model is not None:
+            return self._shared_reward_model.score_tokens(*rollout.sequences())
         scores = self.reward(
             rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns
         )
         return scores.to(self.device)
 
-    def estimate_advantages(self, rollout: Rollout, scores: Tensor) -> Experience:
-        """KL to the reference, values, and generalized advantages; `scores` is [B]."""
+    def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
+        """KL to the reference, values, and generalized advantages; `scores` are B numbers.
+
+        Raises ValueError where there is not one finite score for each response.
+        """
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)
+        if scores.shape != (len(rollout),) or not scores.isfinite().all():
+            raise ValueError(
+                f"scores must be {len(rollout)} finite numbers, one for each response, but are "
+                f"{tuple(scores.shape)}: {scores.flatten()[:8].tolist()}"
+            )
         if self.normalizer is not None:
             scores = self.normalizer(scores)
         scores = apply_missing_eos(scores, rollout.finished, self.config.reward)
@@ -333,11 +347,8 @@ class PPOEngine:
 
     def _make_critic(self) -> Any:
         config = self.config
-        reward_model = None
-        if isinstance(self.reward, RewardModel) and same_tokenizer(
-            self.reward.tokenizer, self.policy.tokenizer
-        ):
-            reward_model = self.reward.model
+        shared = self._shared_reward_model
+        reward_model = shared.model if shared is not None else None
         critic = value_model.make_critic(
             config.critic,
             self.policy.tokenizer,

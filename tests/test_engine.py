@@ -354,6 +354,15 @@ def test_bad_rewards_are_named(reward, message):
         engine.score(engine.generate(PROMPTS))
 
 
+def test_scores_of_ones_own_are_checked():
+    engine = make_engine()
+    rollout = engine.generate(PROMPTS)
+    engine.estimate_advantages(rollout, [0.5] * 8)
+    for wrong in ([0.5] * 7, [math.nan] * 8, 0.5):
+        with pytest.raises(ValueError, match="8 finite numbers"):
+            engine.estimate_advantages(rollout, wrong)
+
+
 def test_chat_prompts_need_a_chat_template(tmp_path):
     folder = tiny_model_folder(tmp_path, chat_template=False)
     engine = PPOEngine(folder, vowels, config=PPOConfig(run=RunConfig(dtype="float32")))
