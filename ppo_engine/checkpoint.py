@@ -6,6 +6,7 @@ optimizers and schedulers, and the states of every source of randomness.
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
     path = folder / _FILE
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"The checkpoint {path} cannot be read ({error}): remove its folder to go on from the "
             "one before."

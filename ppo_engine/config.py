@@ -34,8 +34,8 @@ class OptimizerConfig:
 
     learning_rate: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-5
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: Fraction = 0.0
@@ -117,7 +117,7 @@ class PPOSettings:
     kl_coef: NonNegativeFloat = 0.05
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     adaptive_kl: AdaptiveKLConfig | None = None
-    clip_range: PositiveFloat = 0.2
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
     value_clip_range: PositiveFloat | None = 0.2
     entropy_coef: NonNegativeFloat = 0.0
     whiten_advantages: bool = True

@@ -27,7 +27,7 @@ from ppo_engine.kl_control import KLController
 from ppo_engine.optim import clip_gradients, make_optimizer, make_scheduler
 from ppo_engine.policy import Policy
 from ppo_engine.rewards import (
-    Reward,
+    RewardFunction,
     RewardModel,
     ScoreNormalizer,
     apply_missing_eos,
@@ -48,7 +48,9 @@ class PPOEngine:
             `tokenizer`). Empty: `config.policy.path`.
         reward: a reward model's name or folder, `"file.py:function"`, or a function
             `(prompts, responses, **columns) -> list[float]`. None: `config.reward`.
-        config: every setting; see `PPOConfig`.
+        config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
+            updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
+            does, or the schedule to "constant".
         tokenizer: of a policy that is handed in loaded.
 
     Raises:
@@ -58,7 +60,7 @@ class PPOEngine:
     def __init__(
         self,
         policy: str | PreTrainedModel = "",
-        reward: str | Callable[..., Sequence[float]] | Reward | None = None,
+        reward: str | Callable[..., Sequence[float]] | RewardModel | RewardFunction | None = None,
         *,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -169,6 +171,7 @@ class PPOEngine:
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
         settings = self.config.ppo
+        metrics = self._objective_metrics(experience)
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
             order = torch.randperm(len(experience), generator=self.shuffle)
@@ -179,13 +182,10 @@ class PPOEngine:
                 ):
                     for name, value in found.items():
                         records[name].append(value)
-        metrics = {
-            name: float(
-                torch.stack(values).max() if name.endswith("max") else torch.stack(values).mean()
-            )
-            for name, values in records.items()
-        }
-        return {**self._objective_metrics(experience), **metrics}
+        for name, values in records.items():
+            over_steps = torch.stack(values)
+            metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, for `load_state_dict` of an engine made alike."""
@@ -209,6 +209,16 @@ class PPOEngine:
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.policy_scheduler.load_state_dict(state["policy_scheduler"])
         self.critic_scheduler.load_state_dict(state["critic_scheduler"])
+        for optimizer, scheduler in (
+            (self.policy_optimizer, self.policy_scheduler),
+            (self.critic_optimizer, self.critic_scheduler),
+        ):
+            # A run may go on for more steps than it was begun with: the schedule is the new one.
+            settings = zip(
+                optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            )
+            for group, base, factor in settings:
+                group["lr"] = base * factor(scheduler.last_epoch)
         self.policy_version = state["policy_version"]
         self.kl.coef.copy_(state["kl_coef"])
         if self.normalizer is not None:
@@ -245,7 +255,9 @@ class PPOEngine:
             found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
         self.policy.model.eval()
         found["policy/grad_norm"] = clip_gradients(
-            self.policy.model.parameters(), self.config.policy.optimizer.max_grad_norm
+            self.policy.model.parameters(),
+            self.config.policy.optimizer.max_grad_norm,
+            "the policy",
         )
         self.policy_optimizer.step()
         self.policy_optimizer.zero_grad(set_to_none=True)
@@ -272,7 +284,7 @@ class PPOEngine:
             found["value/loss"] += loss.detach()
             found["value/clip_fraction"] += stats.clip_fraction * share
         found["value/grad_norm"] = clip_gradients(
-            self.critic.parameters(), self.config.critic.optimizer.max_grad_norm
+            self.critic.parameters(), self.config.critic.optimizer.max_grad_norm, "the critic"
         )
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)

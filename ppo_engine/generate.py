@@ -47,7 +47,7 @@ def generate(config: GenerateConfig) -> None:
     """
     if bool(config.prompt) == bool(config.data.path):
         raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
-    if config.output and Path(config.output).exists():
+    if config.output and Path(config.output).expanduser().exists():
         raise UserError(f"{config.output} exists; remove it or choose another --out.")
     device = models.choose_device(config.device)
     models.load_model_config(config.model)

@@ -24,11 +24,16 @@ from ppo_engine.errors import UserError
 _PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>")
 
 
+def resolve(path: str) -> str:
+    """A folder below the home folder written with `~`, which no library expands; others as are."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 def load_model_config(path: str) -> Any:
     """The Hugging Face configuration at `path`, a folder or name; a UserError says why not."""
     if not path:
         raise UserError("No model was given: set its path to a Hugging Face name or folder.")
-    if (path.startswith((".", "/", "~")) or Path(path).exists()) and not Path(path).is_dir():
+    if (path.startswith((".", "/")) or Path(path).exists()) and not Path(path).is_dir():
         raise UserError(f"Model folder {path!r} does not exist or is not a folder.")
     try:
         return AutoConfig.from_pretrained(path)
@@ -47,17 +52,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"Could not load a tokenizer from {path!r}: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The tokenizer of {path!r} has no EOS token, so a response could never end; set one "
-            "in its tokenizer_config.json."
-        )
     separate_pad_from_eos(tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer
 
 
 def separate_pad_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token apart from EOS and BOS; one without EOS is a UserError."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no EOS token, so a response could "
+            "never end; set one in its tokenizer_config.json."
+        )
     taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
         return
@@ -104,17 +110,17 @@ def compute(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCont
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout makes two passes over the same tokens differ, and the ratio with them."""
+    """Dropout makes two passes over the same tokens differ, and the ratio with them.
+
+    Families keep it as modules, as probabilities that their layers hand to `F.dropout` under many
+    names, and as the chance to skip a whole layer.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    config = getattr(model, "config", None)
-    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-        if getattr(config, name, 0.0):
-            setattr(config, name, 0.0)
-    for module in model.modules():  # attention layers keep a copy of the configured probability
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -143,8 +149,8 @@ def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) ->
             f"{len(layers)} decoder layers."
         )
     model.get_input_embeddings().requires_grad_(False)
-    for name, module in model.base_model.named_children():
-        if "embed" in name or name in ("wte", "wpe"):
+    for module in model.base_model.modules():
+        if isinstance(module, nn.Embedding):  # of positions too, where they are learned
             module.requires_grad_(False)
     for layer in layers[: len(layers) - trainable_layers]:
         layer.requires_grad_(False)

@@ -62,7 +62,7 @@ class Policy:
         """A policy ready to be trained, from a Hugging Face name or folder (`config.path` where
         `model` is empty) or from a loaded model with its tokenizer."""
         if isinstance(model, str):
-            path = model or config.path
+            path = models.resolve(model or config.path)
             models.load_model_config(path)
             tokenizer = tokenizer or models.load_tokenizer(path)
             try:

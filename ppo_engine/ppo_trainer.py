@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import value_model
+from ppo_engine import models, value_model
 from ppo_engine.checkpoint import (
     load_training_state,
     random_states,
@@ -35,7 +36,7 @@ from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
 from ppo_engine.progress import Progress
 from ppo_engine.report import write_curves
-from ppo_engine.rewards import Reward
+from ppo_engine.rewards import RewardFunction, RewardModel, reward_config
 from ppo_engine.rollout import Rollout
 from ppo_engine.run_directory import RunDirectory, atomic_folder
 from ppo_engine.text import show_prompt
@@ -54,7 +55,7 @@ class PPOTrainer:
     def __init__(
         self,
         policy: str | PreTrainedModel = "",
-        reward: str | Callable[..., Sequence[float]] | Reward | None = None,
+        reward: str | Callable[..., Sequence[float]] | RewardModel | RewardFunction | None = None,
         prompts: str | Path | Iterable[Any] | None = None,
         *,
         config: PPOConfig | None = None,
@@ -65,6 +66,13 @@ class PPOTrainer:
         texts, lists of chat messages, or dictionaries with `prompt` and further columns. What is
         not given comes from `config`. Progress goes to `console`, by default the terminal."""
         config = config or PPOConfig()
+        # The run's config.yaml names what is trained, however it was given.
+        if isinstance(policy, str) and policy:
+            config = replace(config, policy=replace(config.policy, path=policy))
+        if isinstance(reward, str):
+            config = replace(config, reward=reward_config(reward, config.reward))
+        if isinstance(prompts, str | Path):
+            config = replace(config, data=replace(config.data, path=str(prompts)))
         self.config = config
         self.console = console
         check_trackers(config.run.trackers)
@@ -74,7 +82,7 @@ class PPOTrainer:
         self.examples, skipped = limit_prompts(
             examples,
             self.engine.policy.tokenizer,
-            config.data.max_prompt_tokens,
+            self._prompt_limit(),
             on_bad_line=config.data.on_bad_line,
         )
         self._note_skipped(skipped)
@@ -143,6 +151,19 @@ class PPOTrainer:
             for epoch in {place // total for place in places}
         }
         return [self.examples[orders[place // total][place % total]] for place in places]
+
+    def _prompt_limit(self) -> int:
+        """Tokens a prompt may have: as configured, and so that a response fits behind it."""
+        config = self.config
+        text = models.unwrap(self.engine.policy.model).config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or sys.maxsize
+        room = positions - config.generation.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"generation.max_new_tokens is {config.generation.max_new_tokens}, but the model "
+                f"reads {positions} tokens in all: lower it."
+            )
+        return min(config.data.max_prompt_tokens, room)
 
     def _sample(self, progress: Progress) -> tuple[Rollout, Tensor]:
         examples = self.batch(self.step)

@@ -80,15 +80,15 @@ class RewardModelTrainer:
         if tokenizer is None:
             if isinstance(model, PreTrainedModel):
                 raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
-            models.load_model_config(config.model.path)
-            tokenizer = models.load_tokenizer(config.model.path)
+            models.load_model_config(models.resolve(config.model.path))
+            tokenizer = models.load_tokenizer(models.resolve(config.model.path))
         self.tokenizer = tokenizer
         source = config.data.path if preferences is None else preferences
         self.notes: list[str] = []
         self.training, self.held_out = self._load_pairs(source)
 
         if isinstance(model, PreTrainedModel):
-            model = value_model.ready_value_model(model, tokenizer, self.device)
+            model = value_model.ready_value_model(model.float(), tokenizer, self.device)
         else:
             model = value_model.load_value_model(
                 config.model.path, tokenizer, device=self.device, seed=config.run.seed

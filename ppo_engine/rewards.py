@@ -10,9 +10,10 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,21 +26,6 @@ from ppo_engine.text import Prompt, encode_dialogue, pad_left
 from ppo_engine.value_model import load_value_model, ready_value_model, sequence_scores
 
 _PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
-
-
-class Reward(Protocol):
-    """Anything that scores B responses."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        finished: Sequence[bool],
-        columns: Mapping[str, Sequence[Any]],
-    ) -> Tensor:
-        """Scores `[B]`, fp32. `finished` says which responses ended with EOS; `columns` are the
-        data's other columns, each of length B."""
-        ...
 
 
 class RewardModel:
@@ -241,13 +227,21 @@ def load_reward(
         if not callable(spec):
             raise UserError(f"A reward must be a function or a name, but is {_shown(spec)}.")
         return RewardFunction(spec)
-    if ":" in spec and not Path(spec).exists():
+    if reward_config(spec, RewardConfig()).function:
         return RewardFunction(import_function(spec), spec)
+    spec = models.resolve(spec)
+    models.load_model_config(spec)
     tokenizer = models.load_tokenizer(spec)
     model = load_value_model(spec, tokenizer, device=device, require_head=True)
     return RewardModel(
         model, tokenizer, device=device, dtype=dtype, micro_batch_size=micro_batch_size
     )
+
+
+def reward_config(spec: str, config: RewardConfig) -> RewardConfig:
+    """`config` with the reward that `spec` names: "file.py:function", or a model's folder."""
+    function = ":" in spec and not Path(spec).exists()
+    return replace(config, path=None if function else spec, function=spec if function else None)
 
 
 def import_function(spec: str) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ config.yaml            resolved settings
 metrics.jsonl          one line a step
 samples.jsonl          some responses of some steps
 checkpoints/step-…/    what a resumed run goes on from
-policy/                the result, Hugging Face format
+policy/, critic/ or reward_model/   the result, Hugging Face format
 report.png             the curves
 """
 

@@ -45,6 +45,7 @@ def load_value_model(
     `require_head` (a model that is to score without being trained) that is a UserError, as is a
     checkpoint with another number of labels, or one from which no per-token values can be made.
     """
+    path = models.resolve(path)
     config = models.load_model_config(path)
     if is_classifier(config) and config.num_labels != 1:
         raise UserError(
@@ -103,7 +104,7 @@ def make_critic(
     if config.path:
         critic = load_value_model(config.path, tokenizer, device=device, seed=seed)
     elif reward_model is not None:
-        critic = copy.deepcopy(reward_model).requires_grad_(True)
+        critic = copy.deepcopy(reward_model).float().requires_grad_(True)
     else:
         critic = value_model_from_policy(policy, tokenizer, seed)
     return models.prepare_for_training(critic, config, "SEQ_CLS")

@@ -277,7 +277,7 @@ def test_bandit_converges_to_the_closed_form_optimum():
     head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
     bias = torch.full((len(tokenizer),), -1e4)
     bias[allowed] = torch.randn(actions, generator=torch.Generator().manual_seed(3)) * 0.5
-    head.bias = torch.nn.Parameter(bias)
+    head.bias = torch.nn.Parameter(bias.clone())
     model.config.tie_word_embeddings = False
     model.set_output_embeddings(head)
 
@@ -311,7 +311,7 @@ def test_bandit_converges_to_the_closed_form_optimum():
     best = (bias[allowed].log_softmax(0) + rewards / beta).softmax(0)
     start = bias[allowed].softmax(0)
     assert (start - best).abs().sum() > 0.3  # there is something to learn
-    assert (found - best).abs().sum() < 0.1
+    assert (found - best).abs().sum() < 0.05
 
 
 def test_lora_reference_is_the_policy_without_adapter():

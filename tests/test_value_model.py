@@ -78,7 +78,10 @@ def test_saved_model_gives_the_same_scores_in_plain_transformers(folder, tmp_pat
         str(tmp_path / "saved"), tokenizer, device=CPU, seed=9, require_head=True
     )
     with torch.no_grad():
-        assert torch.equal(sequence_scores(again, *batch("right")), scores)
+        # Not to the bit: matrix products round by where the loaded weights lie in memory.
+        torch.testing.assert_close(
+            sequence_scores(again, *batch("right")), scores, atol=1e-5, rtol=1e-6
+        )
 
 
 def test_adapters_are_merged_where_the_model_is_saved(folder, tmp_path):

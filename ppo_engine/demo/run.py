@@ -53,7 +53,7 @@ from ppo_engine.text import Prompt, show_prompt
 # Candidates are asked for in several tones and ranked as answers to the neutral prompt: rankings
 # of clearly different answers teach more than those of near ties (compare RLCD, Yang et al. 2023,
 # arXiv:2307.12950).
-_TONES = ("", "joyful", "gloomy", "angry")
+_TONES = ("", "joyful", "terrible and sad", "hateful")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Scale:
 
 
 FULL = Scale(
-    topics=64,
+    topics=96,
     held_out=48,
     new_tokens=24,
     reward_depth=15,
@@ -192,6 +192,10 @@ def _rank_candidates(
                     }
                 )
             progress.step(step, {})
+        progress.note(
+            "Candidates are asked for plainly, and in a joyful, a sad and a hateful tone; all are "
+            "ranked as answers to the plain request."
+        )
         best = rankings[0]
         progress.note(f"For example, ranked answers to {_ask(best['prompt'])!r}:")
         for rank, text in sorted(zip(best["ranks"], best["responses"], strict=True)):
@@ -250,10 +254,14 @@ def _shallow_model(model: str, depth: int) -> Iterator[str]:
     language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     layers = models.decoder_layers(language_model)
     del layers[depth:]
-    language_model.config.num_hidden_layers = len(layers)
+    config = language_model.config.get_text_config()
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]
     with tempfile.TemporaryDirectory(prefix="ppo-engine-") as folder:
         language_model.save_pretrained(folder)
         models.load_tokenizer(model).save_pretrained(folder)
+        del language_model, layers
         yield folder
 
 
@@ -298,7 +306,7 @@ def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
             trainable_layers=scale.layers,
             optimizer=OptimizerConfig(learning_rate=scale.reward_learning_rate),
         ),
-        data=PreferenceDataConfig(eval_fraction=0.15),
+        data=PreferenceDataConfig(eval_fraction=0.1),
         reward=RewardModelSettings(batch_size=8, micro_batch_size=8, epochs=scale.reward_epochs),
         run=RunConfig(output_dir=str(folder / "reward"), seed=config.seed),
     )
