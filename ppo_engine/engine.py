@@ -386,7 +386,7 @@ class PPOEngine:
             "objective/response_length": rollout.lengths.float().mean(),
             "objective/finished": rollout.finished.float().mean(),
             "value/explained_variance": 1 - errors.var(unbiased=False) / variance.clamp_min(1e-8),
-            "policy/learning_rate": torch.tensor(self.policy_scheduler.get_last_lr()[0]),
+            "policy/learning_rate": torch.tensor(self.policy_optimizer.param_groups[0]["lr"]),
         }
         return {name: float(value) for name, value in found.items()}
 

@@ -287,7 +287,7 @@ def test_bandit_converges_to_the_closed_form_optimum():
         critic=ModelConfig(optimizer=OptimizerConfig(learning_rate=0.01)),
         generation=GenerationConfig(max_new_tokens=1),
         ppo=PPOSettings(
-            rollout_batch_size=512,
+            rollout_batch_size=256,
             mini_batch_size=128,
             micro_batch_size=128,
             epochs=2,
@@ -295,7 +295,7 @@ def test_bandit_converges_to_the_closed_form_optimum():
             whiten_advantages=False,
         ),
         run=RunConfig(dtype="float32"),
-        steps=80,
+        steps=60,
     )
     engine = PPOEngine(
         model, lambda prompts, responses: [scores[r] for r in responses],
@@ -304,7 +304,7 @@ def test_bandit_converges_to_the_closed_form_optimum():
     for name, parameter in engine.policy.model.named_parameters():
         parameter.requires_grad_(name == "lm_head.bias")  # the bandit's own logits, nothing else
     for _ in range(config.steps):
-        rollout = engine.generate(["go"] * 512)
+        rollout = engine.generate(["go"] * 256)
         engine.update(engine.estimate_advantages(rollout, engine.score(rollout)))
 
     found = engine.policy.model.lm_head.bias[allowed].softmax(0)

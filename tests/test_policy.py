@@ -13,6 +13,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from ppo_engine import models
@@ -116,6 +118,32 @@ def test_dropout_is_off_in_every_model():
     first, _ = policy.response_logprobs(rollout, 1.0)
     second, _ = policy.response_logprobs(rollout, 1.0)
     assert torch.equal(first, second)
+
+
+def opt() -> OPTForCausalLM:
+    """A family that hands its own dropout probability to `F.dropout`, and drops whole layers."""
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=259, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5, eos_token_id=258, pad_token_id=256,
+        )
+    )  # fmt: skip
+
+
+def test_dropout_is_off_whatever_a_family_calls_it():
+    model = opt()
+    ids = torch.arange(20)[None]
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    models.disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_learned_positions_are_frozen_with_the_lower_layers():
+    model = opt()
+    models.freeze_lower_layers(model, 1)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("layers.1." in name or "norm" in name for name in trained)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

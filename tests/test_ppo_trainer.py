@@ -20,6 +20,7 @@ from ppo_engine.config import (
     RewardConfig,
     RunConfig,
 )
+from ppo_engine.config_io import load_config
 from ppo_engine.errors import UserError
 from ppo_engine.ppo_trainer import PPOTrainer
 
@@ -31,7 +32,7 @@ def length_reward(prompts, responses):
 
 
 def config(output: Path, *, steps: int = 2, resume: bool = False, **run) -> PPOConfig:
-    optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant")
+    optimizer = OptimizerConfig(learning_rate=1e-3)
     return PPOConfig(
         policy=ModelConfig(optimizer=optimizer),
         critic=ModelConfig(optimizer=optimizer),
@@ -82,17 +83,59 @@ def test_a_run_leaves_its_folder(model, tmp_path):
 def test_a_resumed_run_is_the_same_run(model, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     PPOTrainer(model, length_reward, PROMPTS, config=config(whole, steps=4)).train()
-    settings = {"checkpoint_every": 1}
-    PPOTrainer(model, length_reward, PROMPTS, config=config(halves, steps=2, **settings)).train()
+    calls = 0
+
+    def failing_reward(prompts, responses):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise RuntimeError("the power went off")
+        return length_reward(prompts, responses)
+
+    settings = {"steps": 4, "checkpoint_every": 2}
+    with pytest.raises(UserError, match="power"):
+        PPOTrainer(model, failing_reward, PROMPTS, config=config(halves, **settings)).train()
+    assert len(rows(halves / "metrics.jsonl")) == 3  # one more than the checkpoint knows of
     torch.manual_seed(99)  # what happens in between must not matter
     PPOTrainer(
-        model, length_reward, PROMPTS, config=config(halves, steps=4, resume=True, **settings)
+        model, length_reward, PROMPTS, config=config(halves, resume=True, **settings)
     ).train()
     timing = ("time/", "tokens_per_second", "memory/")
     for a, b in zip(rows(whole / "metrics.jsonl"), rows(halves / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in a.items() if not k.startswith(timing)} == {
             k: v for k, v in b.items() if not k.startswith(timing)
         }
+
+
+def test_a_run_that_goes_on_for_longer_follows_the_longer_schedule(model, tmp_path):
+    folder = tmp_path / "run"
+    PPOTrainer(model, length_reward, PROMPTS, config=config(folder, steps=2)).train()
+    PPOTrainer(model, length_reward, PROMPTS, config=config(folder, steps=4, resume=True)).train()
+    rates = [row["policy/learning_rate"] for row in rows(folder / "metrics.jsonl")]
+    assert rates == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
+
+
+def test_the_recorded_settings_name_what_was_trained(model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    source = tmp_path / "rewards.py"
+    source.write_text("def reward(prompts, responses):\n    return [0.5] * len(responses)\n")
+    settings = config(tmp_path / "run", steps=1)
+    PPOTrainer(model, f"{source}:reward", str(prompts), config=settings).train()
+    recorded = load_config(PPOConfig, str(tmp_path / "run" / "config.yaml"), [])
+    assert recorded.policy.path == model
+    assert recorded.reward.function == f"{source}:reward"
+    assert recorded.data.path == str(prompts)
+
+
+def test_a_prompt_leaves_room_for_its_response(model, tmp_path):
+    with pytest.raises(UserError, match="reads 2048 tokens in all"):
+        PPOTrainer(
+            model,
+            length_reward,
+            PROMPTS,
+            config=PPOConfig(generation=GenerationConfig(max_new_tokens=2048)),
+        )
 
 
 def test_a_reward_that_fails_leaves_nothing(model, tmp_path):
