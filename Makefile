@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/
 
 .PHONY: demo smoke test lint build clean
 
-demo: $(VENV)/demo.stamp  ## the whole method on an embedded model, 5 to 8 minutes on 2 cores
+demo: $(VENV)/demo.stamp  ## the whole method on an embedded model, about 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
 
 smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute
