@@ -136,7 +136,10 @@ def test_dropout_is_off_whatever_a_family_calls_it():
     ids = torch.arange(20)[None]
     assert not torch.equal(model.train()(ids).logits, model(ids).logits)
     models.disable_dropout(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    expected = model.eval()(ids).logits
+    model.train()
+    for _ in range(8):  # a dropped layer shows in some passes only
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_learned_positions_are_frozen_with_the_lower_layers():
