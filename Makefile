@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 
-.PHONY: demo smoke test lint build clean
+.PHONY: demo smoke test lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## the whole method on an embedded model, about 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -20,6 +20,9 @@ lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/bench.stamp  ## every op against the machine's floor and the alternatives
+	$(BIN)/python bench/run.py --sizes small large
 
 build: $(VENV)/dev.stamp  ## the compiled kernels, in place, after a change in csrc/
 	$(BIN)/python setup.py build_ext --inplace
@@ -39,4 +42,8 @@ $(VENV)/demo.stamp: $(SOURCES) | $(BIN)/python
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,lora]'
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,bench]'
 	touch $@

@@ -1,0 +1,140 @@
+"""What the machine itself can do, measured in the run that quotes it; and what machine it is."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parents[1]
+_REPEATS = 15
+# Far larger than any cache, and on a GPU also long beside the launch.
+_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_MATRIX = {"cpu": 2048, "cuda": 8192}
+_CALL_SHAPE = (8, 64)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best of some repetitions: bandwidths in bytes/s, rates in FLOP/s, `call` in seconds.
+
+    `copy` counts the bytes read and those written. `call` is one eager `torch.add` of 8x64
+    tensors, as the host sees it: the least that any op costs.
+    """
+
+    read: float
+    write: float
+    copy: float
+    matmul: dict[torch.dtype, float]
+    call: float
+
+    def floor(self, read: float, written: float, flops: float, dtype: torch.dtype) -> float:
+        """The least seconds for that many bytes and floating-point operations in one call."""
+        # Reads alone go at the read bandwidth; with writes among them, at that of a copy.
+        bandwidth = self.read if written < read / 100 else self.copy
+        rate = self.matmul.get(dtype, math.inf)
+        return max((read + written) / bandwidth, flops / rate, self.call)
+
+
+def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> Ceilings:
+    """Bandwidths from fp32 buffers, matrix rates from square products in each of `dtypes`."""
+    numbers = _BYTES[device.type] // 4
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    size = numbers * 4
+    # Which reduction is quickest differs between machines.
+    read = min(_seconds(device, source.sum), _seconds(device, source.amax))
+    write = _seconds(device, lambda: target.fill_(1.0))
+    copy = _seconds(device, lambda: target.copy_(source))
+    matmul = {}
+    for dtype in dtypes:
+        n = _MATRIX[device.type]
+        a = torch.randn(n, n, device=device).to(dtype)
+        matmul[dtype] = 2 * n**3 / _seconds(device, lambda a=a: a @ a)  # type: ignore[misc]
+    return Ceilings(size / read, size / write, 2 * size / copy, matmul, _call_seconds(device))
+
+
+def _seconds(device: torch.device, call: Callable[[], object]) -> float:
+    call()
+    best = math.inf
+    for _ in range(_REPEATS):
+        _wait(device)
+        started = time.perf_counter()
+        call()
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _call_seconds(device: torch.device) -> float:
+    x = torch.ones(_CALL_SHAPE, device=device)
+    best = math.inf
+    for _ in range(_REPEATS):
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(500):
+            torch.add(x, x)
+        best = min(best, (time.perf_counter() - started) / 500)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device) -> str:
+    """The machine in words, such as 'AMD EPYC 9R14, 2 cores, AVX2'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{_processor()}, {os.cpu_count()} cores, {capability}"
+
+
+def slug(device: torch.device) -> str:
+    """`describe` as a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", describe(device).lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Of what the speeds depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+    except ImportError:
+        return found
+    return found | {"triton": triton.__version__}
+
+
+def commit() -> str:
+    """The commit that is measured, with '+' where the files differ from it; '' outside Git."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ":!bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(_ROOT), *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return re.sub(r"\s+\d+-Core Processor|\(R\)|\(TM\)", "", names[0]) if names else "CPU"

@@ -1,0 +1,134 @@
+"""From a case to its rows: every implementation checked, then timed in turn, then weighed."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from bench.case import MODES, Case, Inputs, Mode, Run, gradients, leaves_of
+from bench.check import WrongResult, error, exact
+from bench.machine import Ceilings
+from bench.results import Row
+from bench.timing import Call, Timing, peak_extra_bytes, time_in_turn
+from ppo_kernels import implementations
+
+ALTERNATIVES = "alternatives"
+# On a GPU, copies of the inputs outgrow its cache together; so do the tensors of a CPU case, where
+# they are meant to.
+_ROTATED_BYTES = 256 * 2**20
+_MOST_COPIES = 16
+
+
+def measure(
+    case: Case,
+    ceilings: Ceilings,
+    *,
+    device: torch.device,
+    modes: Sequence[Mode] = MODES,
+    impls: Sequence[str] = (),
+    seconds: float = 1.0,
+) -> Iterator[list[Row]]:
+    """The rows of each mode that the case has, one for each implementation.
+
+    `impls` names ours, and ALTERNATIVES all others; without names, all that can run here but our
+    reference. A row whose result is wrong, or that could not run, has a `status` and no time.
+    """
+    inputs = case.inputs(device)
+    wanted: list[Mode] = [mode for mode in case.costs if mode in modes]
+    runs = dict(_implementations(case, impls))
+    # Its gradients cost the most memory of all, so only where a backward pass is measured.
+    truth = exact(case, inputs) if wanted else ()
+    for mode in wanted:
+        rows: dict[str, Row] = {}
+        calls: dict[str, list[Call]] = {}
+        for name, run in runs.items():
+            rows[name] = row = _described(case, mode, name)
+            try:
+                row["error"] = error(case, inputs, run, truth, gradients=mode != "fwd")
+                call = _call(case, mode, inputs, run)
+                row["peak_bytes"] = peak_extra_bytes(device, call)
+                calls[name] = [call, *_copies(case, mode, inputs, run, device)]
+            except WrongResult as wrong:
+                row["status"] = f"wrong: {wrong}"
+            except (RuntimeError, ImportError) as failure:  # out of memory among them
+                row["status"] = str(failure).strip().splitlines()[0][:120]
+        timings = time_in_turn(device, calls, seconds)
+        del calls
+        gc.collect()
+        _fill(case, mode, ceilings, rows, timings)
+        yield list(rows.values())
+
+
+def _implementations(case: Case, impls: Sequence[str]) -> Iterator[tuple[str, Run]]:
+    for impl, availability in implementations()[case.op].items():
+        can_run = availability.available and (impl == "cpp") <= (case.device == "cpu")
+        if impl in impls or (not impls and can_run and impl != "reference"):
+            yield impl, partial(case.ours, impl=impl)
+    if not impls or ALTERNATIVES in impls:
+        yield from case.alternatives.items()
+
+
+def _call(case: Case, mode: Mode, inputs: Inputs, run: Run) -> Call:
+    if mode == "fwd":
+        return lambda: run(inputs)
+    leaves = leaves_of(case, inputs)
+    if mode == "both":
+        return lambda: gradients(case, run(leaves), leaves)
+    outputs = run(leaves)
+    return lambda: gradients(case, outputs, leaves, retain=True)
+
+
+def _copies(
+    case: Case, mode: Mode, inputs: Inputs, run: Run, device: torch.device
+) -> Iterator[Call]:
+    if device.type != "cuda":
+        return
+    size = sum(x.nbytes for x in inputs.values())
+    for _ in range(min(_MOST_COPIES, math.ceil(_ROTATED_BYTES / size)) - 1):
+        yield _call(case, mode, {name: x.clone() for name, x in inputs.items()}, run)
+
+
+def _described(case: Case, mode: Mode, impl: str) -> Row:
+    return {
+        "op": case.name,
+        "size": case.size,
+        "impl": impl,
+        "mode": mode,
+        "shape": case.shape,
+        "dtype": case.dtype_name,
+        "status": "ok",
+    } | dict.fromkeys(
+        ("ms_p20", "ms_p50", "ms_p80", "gb_per_s", "tflop_per_s", "x_floor", "x_best_alternative",
+         "peak_bytes", "error", "floor_ms")
+    )  # fmt: skip
+
+
+def _fill(
+    case: Case, mode: Mode, ceilings: Ceilings, rows: dict[str, Row], timings: dict[str, Timing]
+) -> None:
+    """Times, and the ratios that give them a meaning."""
+    cost = case.costs[mode]
+    floor = ceilings.floor(cost.read, cost.written, cost.flops, case.dtype)
+    best_alternative = min(
+        (timings[n].p50 for n in case.alternatives if n in timings), default=None
+    )
+    for name, row in rows.items():
+        row["floor_ms"] = floor * 1e3
+        if name not in timings:
+            continue
+        timing = timings[name]
+        row |= {
+            "ms_p20": timing.p20 * 1e3,
+            "ms_p50": timing.p50 * 1e3,
+            "ms_p80": timing.p80 * 1e3,
+            "gb_per_s": (cost.read + cost.written) / timing.p50 / 1e9,
+            "tflop_per_s": cost.flops / timing.p50 / 1e12,
+            "x_floor": timing.p50 / floor,
+        }
+        rows[name] = row
+        if name not in case.alternatives and best_alternative is not None:
+            row["x_best_alternative"] = best_alternative / timing.p50

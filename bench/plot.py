@@ -1,0 +1,59 @@
+"""Curves of a run: time against size, both logarithmic, with the floor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from bench.results import Row
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+_COLUMNS = 3
+
+
+def plot(rows: Sequence[Row], machine: str, path: Path) -> None:
+    """One panel for each op, mode and dtype; ours with markers, the floor dashed."""
+    panels: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        panels[f"{row['op']}, {row['mode']}, {row['dtype']}"].append(row)
+    lines = -(-len(panels) // _COLUMNS)
+    figure, axes = plt.subplots(
+        lines, _COLUMNS, figsize=(5.2 * _COLUMNS, 3.9 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        axis.set_title(title, fontsize=10)
+        axis.set(xscale="log", yscale="log", xlabel="elements", ylabel="ms")
+        floors = sorted({(_elements(row), row["floor_ms"]) for row in panel})
+        axis.plot(*zip(*floors, strict=True), "k--", label="floor")
+        for impl in dict.fromkeys(row["impl"] for row in panel):
+            points = [
+                (_elements(row), row["ms_p50"])
+                for row in panel
+                if row["impl"] == impl and row["ms_p50"] is not None
+            ]
+            if not points:
+                continue
+            ours = any(row["x_best_alternative"] for row in panel if row["impl"] == impl)
+            axis.plot(
+                *zip(*sorted(points), strict=True), marker="o" if ours else ".",
+                linewidth=2 if ours else 1, label=impl,
+            )  # fmt: skip
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(machine)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _elements(row: Row) -> int:
+    product = 1
+    for size in row["shape"].split("x"):
+        product *= int(size)
+    return product

@@ -1,0 +1,105 @@
+"""Write README's speed tables anew from bench/results: `python bench/readme.py`.
+
+`--check` writes nothing and exits with 1 where the tables are not those of the results.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.results import read_csv
+from ppo_kernels.dispatch import IMPLS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- speed: begin -->\n", "<!-- speed: end -->\n"
+
+_Row = dict[str, str]
+
+
+def tables() -> str:
+    """All tables, one section for each machine that results are kept of."""
+    sections = []
+    for folder in sorted(RESULTS.glob("*/")):
+        if (folder / "ops.csv").exists():
+            sections.append(_ops(*read_csv(folder / "ops.csv")))
+    return "\n".join(sections)
+
+
+def _ops(command: str, rows: list[_Row]) -> str:
+    first = rows[0]
+    threads = f", {first['threads']} threads" if "cuda" not in command else ""
+    lines = [
+        f"**{first['device']}**{threads}, torch {first['torch']}, commit {first['commit']}, by "
+        f"`{command}`. This run's ceilings: read {float(first['read_gb_per_s']):.1f} GB/s, copy "
+        f"{float(first['copy_gb_per_s']):.1f} GB/s.",
+        "",
+        "| op | size | pass | ms | x floor | best alternative | its ms | times faster |",
+        "| --- | --- | --- | --: | --: | --- | --: | --: |",
+    ]
+    overheads = []
+    for same in _groups(rows, "op", "shape", "dtype", "mode").values():
+        timed = [row for row in same if row["ms_p50"]]
+        ours = min((r for r in timed if r["impl"] in IMPLS), key=_ms, default=None)
+        other = min((r for r in timed if r["impl"] not in IMPLS), key=_ms, default=None)
+        if ours is None:
+            continue
+        if ours["size"] == "small":
+            if ours["mode"] == "fwd":
+                overheads.append(float(ours["x_floor"]))
+            continue
+        if ours["size"] != "large":
+            continue
+        lines.append(
+            f"| `{ours['op'].split(',')[0]}`{''.join(ours['op'].partition(',')[1:])} "
+            f"| {ours['shape']} {ours['dtype']} | {_PASS[ours['mode']]} "
+            f"| {_ms(ours):.3g} | {float(ours['x_floor']):.2f} "
+            + (
+                f"| {other['impl']} | {_ms(other):.3g} | {float(ours['x_best_alternative']):.1f} |"
+                if other
+                else "| none ran | | |"
+            )
+        )
+    if overheads:
+        lines += [
+            "",
+            f"A call on 8x64 tokens costs {min(overheads):.0f} to {max(overheads):.0f} times one "
+            f"`torch.add` ({float(first['call_us']):.1f} µs).",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+_PASS = {"fwd": "forward", "bwd": "backward", "both": "forward and backward"}
+
+
+def _ms(row: _Row) -> float:
+    return float(row["ms_p50"])
+
+
+def _groups(rows: list[_Row], *names: str) -> dict[tuple[str, ...], list[_Row]]:
+    found: dict[tuple[str, ...], list[_Row]] = defaultdict(list)
+    for row in rows:
+        found[tuple(row[name] for name in names)].append(row)
+    return found
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    if "--check" in sys.argv[1:]:
+        if text != wanted:
+            print("README's speed tables are not those of bench/results: run bench/readme.py")
+        return int(text != wanted)
+    readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""All cases of a device, from the file of each op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench import gae, logprob, pairwise_loss, ppo_loss
+from bench.case import Case
+
+_FILES = (gae, logprob, ppo_loss, pairwise_loss)
+
+
+def cases(device: str, ops: Sequence[str] = (), sizes: Sequence[str] = ()) -> list[Case]:
+    """Those of the ops and sizes named; without names, all."""
+    return [
+        case
+        for file in _FILES
+        for case in file.cases(device)
+        if (not ops or case.op in ops) and (not sizes or case.size in sizes)
+    ]

@@ -1,0 +1,222 @@
+"""The benchmark harness: what it lets through, and what its numbers mean."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import readme, timing
+from bench.case import Case, Cost, Inputs, Outputs, leaves_of
+from bench.check import WrongResult, error, exact
+from bench.machine import Ceilings, measure_ceilings, slug
+from bench.measure import ALTERNATIVES, measure
+from bench.plot import plot
+from bench.registry import cases
+from bench.results import Row, read_csv, write_csv
+from bench.timing import peak_extra_bytes, time_in_turn
+from ppo_kernels.dispatch import OPS
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(read=4e10, write=3e10, copy=2e10, matmul={torch.float32: 1e11}, call=1e-6)
+
+
+def small(op: str) -> Case:
+    return next(case for case in cases("cpu", [op], ["small"]))
+
+
+def rows_of(case: Case, **settings: object) -> list[Row]:
+    found = measure(case, CEILINGS, device=CPU, seconds=0.002, **settings)  # type: ignore[arg-type]
+    return [row for rows in found for row in rows]
+
+
+def without_compiling(case: Case) -> Case:
+    """Compiling takes seconds a case, and is torch's to test."""
+    kept = {n: run for n, run in case.alternatives.items() if "compiled" not in n}
+    return replace(case, alternatives=kept)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_op_has_every_size(device: str) -> None:
+    for op in OPS:
+        assert {case.size for case in cases(device, [op])} == {"small", "medium", "large"}, op
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_alternative_is_right_and_gets_a_time(op: str) -> None:
+    case = without_compiling(small(op))
+    rows = rows_of(case)
+    assert {row["impl"] for row in rows} == {"cpp", *case.alternatives}
+    assert {row["mode"] for row in rows} == set(case.costs)
+    for row in rows:
+        assert row["status"] == "ok"
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert row["x_floor"] == pytest.approx(row["ms_p50"] / row["floor_ms"])
+        assert row["peak_bytes"] > 0
+    ours = [row for row in rows if row["impl"] == "cpp"]
+    for row in ours:
+        best = min(r["ms_p50"] for r in rows if r["mode"] == row["mode"] and r["impl"] != "cpp")
+        assert row["x_best_alternative"] == pytest.approx(best / row["ms_p50"])
+
+
+def wrong_value(case: Case, inputs: Inputs, impl: str) -> Outputs:
+    first, *others = case.ours(inputs, impl)
+    off = torch.zeros_like(first)
+    off.view(-1)[-1] = 0.01
+    return first + off, *others
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return 2 * grad
+
+
+def wrong_gradient(case: Case, inputs: Inputs, impl: str) -> Outputs:
+    first, *others = case.ours(inputs, impl)
+    return Doubled.apply(first), *others
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_kernel_gets_no_time(op: str) -> None:
+    case = without_compiling(small(op))
+    for row in rows_of(replace(case, ours=partial(wrong_value_unless_exact, case)), impls=["cpp"]):
+        assert row["status"].startswith("wrong"), row
+        assert row["ms_p50"] is None and row["x_floor"] is None and row["gb_per_s"] is None
+
+
+def wrong_value_unless_exact(case: Case, inputs: Inputs, impl: str) -> Outputs:
+    run = case.ours if impl == "reference" else partial(wrong_value, case)
+    return run(inputs, impl)
+
+
+def test_a_wrong_gradient_gets_no_time_where_it_is_timed() -> None:
+    case = without_compiling(small("ppo_policy_loss"))
+
+    def ours(inputs: Inputs, impl: str) -> Outputs:
+        return (
+            case.ours(inputs, impl) if impl == "reference" else wrong_gradient(case, inputs, impl)
+        )
+
+    status = {
+        row["mode"]: row["status"] for row in rows_of(replace(case, ours=ours), impls=["cpp"])
+    }
+    assert status["fwd"] == "ok"
+    assert status["both"].startswith("wrong")
+
+
+def test_nan_and_missing_results_are_wrong() -> None:
+    case = small("gae")
+    inputs = case.inputs(CPU)
+    truth = exact(case, inputs)
+    with pytest.raises(WrongResult, match="nan"):
+        nan = torch.full_like(truth[0], torch.nan)
+        error(case, inputs, lambda x: (nan, nan), truth, gradients=False)
+    with pytest.raises(WrongResult, match="1 results in place of 2"):
+        error(case, inputs, lambda x: (truth[0],), truth, gradients=False)
+    with pytest.raises(WrongResult, match="shape"):
+        error(case, inputs, lambda x: (truth[0][1:], truth[1]), truth, gradients=False)
+
+
+def test_exact_in_chunks_is_exact() -> None:
+    case = small("token_logprobs")
+    inputs = case.inputs(CPU)
+    for whole, parts in zip(
+        exact(replace(case, chunk=None), inputs), exact(replace(case, chunk=3), inputs), strict=True
+    ):
+        torch.testing.assert_close(whole, parts)
+
+
+def test_what_cannot_run_says_why() -> None:
+    def fails(x: Inputs) -> Outputs:
+        raise RuntimeError("out of memory\nand more")
+
+    case = replace(small("gae"), alternatives={"too large": fails})
+    (row,) = rows_of(case, impls=[ALTERNATIVES])
+    assert row["status"] == "out of memory" and row["ms_p50"] is None
+
+
+def test_floor() -> None:
+    gigabyte = 1e9
+    assert CEILINGS.floor(gigabyte, 0, 0, torch.float32) == pytest.approx(1 / 40)
+    assert CEILINGS.floor(gigabyte, gigabyte, 0, torch.float32) == pytest.approx(2 / 20)
+    assert CEILINGS.floor(0, 0, 1e12, torch.float32) == pytest.approx(10)
+    assert CEILINGS.floor(8, 8, 8, torch.float32) == CEILINGS.call
+
+
+def test_ceilings_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules["bench.machine"]._BYTES, "cpu", 2**22)
+    monkeypatch.setitem(sys.modules["bench.machine"]._MATRIX, "cpu", 128)
+    found = measure_ceilings(CPU, [torch.float32])
+    assert min(found.read, found.write, found.copy) > 1e8
+    assert found.matmul[torch.float32] > 1e8 and 1e-8 < found.call < 1e-2
+    assert slug(CPU).replace("-", "").isalnum()
+
+
+def test_times_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.0)
+    calls = {name: [partial(seen.append, name)] for name in "abc"}
+    found = time_in_turn(CPU, calls, seconds=1e-6)
+    rounds = seen[-3 * 5 :]
+    assert rounds == list("abc") * 5
+    assert all(t.p20 <= t.p50 <= t.p80 for t in found.values())
+
+
+def test_peak_extra_memory() -> None:
+    x = torch.ones(1000)
+    assert peak_extra_bytes(CPU, lambda: x + x) == pytest.approx(4000, abs=200)
+    assert peak_extra_bytes(CPU, lambda: (x + x) * (x + x)) == pytest.approx(12000, abs=600)
+
+
+def test_leaves_share_memory_and_leave_the_inputs_alone() -> None:
+    case = small("ppo_policy_loss")
+    inputs = case.inputs(CPU)
+    leaves = leaves_of(case, inputs)
+    assert leaves["logprobs"].requires_grad and not inputs["logprobs"].requires_grad
+    assert leaves["logprobs"].data_ptr() == inputs["logprobs"].data_ptr()
+
+
+def test_csv_and_picture(tmp_path: Path) -> None:
+    rows = [
+        row
+        for case in cases("cpu", ["pairwise_loss"], ["small"])
+        for row in rows_of(without_compiling(case))
+    ]
+    rows[0] = rows[0] | {"ms_p50": None, "status": "wrong: error"}
+    write_csv(tmp_path / "new" / "ops.csv", "python bench/run.py pairwise_loss", rows)
+    command, read = read_csv(tmp_path / "new" / "ops.csv")
+    assert command == "python bench/run.py pairwise_loss"
+    assert [row["impl"] for row in read] == [row["impl"] for row in rows]
+    assert read[0]["ms_p50"] == ""
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ops.csv"]
+    plot(rows, "a machine", tmp_path / "ops.png")
+    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_has_the_tables_of_the_results() -> None:
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.tables() in text
+
+
+def test_cost_by_mode() -> None:
+    logprob = next(c for c in cases("cpu", ["token_logprobs"], ["large"]))
+    size = 2048 * 49152 * 4
+    assert logprob.costs["fwd"] == Cost(size, 0, size)
+    assert (logprob.costs["bwd"].read, logprob.costs["bwd"].written) == (size, size)
+    (policy,) = cases("cpu", ["ppo_policy_loss"], ["large"])
+    (value,) = cases("cpu", ["ppo_value_loss"], ["large"])
+    tokens = 4096 * 1024
+    # The mask is read by each.
+    total = sum(c.costs["both"].read + c.costs["both"].written for c in (policy, value))
+    assert total == (33 + 1) * tokens
