@@ -66,6 +66,17 @@ def main() -> int:
 def _rows(
     case: Case, ceilings: machine.Ceilings, options: argparse.Namespace, device: torch.device
 ) -> Iterator[list[Row]]:
+    return measure(
+        case,
+        ceilings,
+        device=device,
+        modes=[options.mode] if options.mode else MODES,
+        impls=options.impl,
+        seconds=options.seconds,
+    )
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time the ops against the machine's floor and against what one would use "
         "instead. Exit status 1 where a result was wrong.",

@@ -74,7 +74,7 @@ def peak_extra_bytes(device: torch.device, call: Call) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
     held = peak = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     for event in sorted(
         (e for e in events if e.name() == "[memory]"), key=lambda e: int(e.start_ns())
     ):
