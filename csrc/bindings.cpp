@@ -1,6 +1,6 @@
-// The Python face of the CPU kernels. Torch-free: tensors come as addresses, shapes and strides (in
-// elements). ppo_kernels/<op>.py has checked them, and holds the tensors until the call returns;
-// what memory safety hangs on and only the data can tell (cu_seqlens, targets) is checked here.
+// The Python face of the CPU kernels, torch-free: tensors come as views (tensor.h).
+// ppo_kernels/<op>.py has checked them, and holds them until the call returns; what memory safety
+// hangs on and only the data can tell (cu_seqlens, targets) is checked here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,26 +12,30 @@
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
 namespace ppo {
 namespace {
 
-using TokensTuple = std::tuple<uintptr_t, int64_t, int64_t>;  // see ppo_kernels/dispatch.py: tokens
-using RowsTuple = std::tuple<int64_t, int64_t, uintptr_t>;    // rows
-using Strides = std::vector<int64_t>;
-
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-Tokens tokens(const TokensTuple& t) {
-  return {pointer(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+Tokens tokens(const Tensor& x) {  // [B, T], or packed [N]
+  if (!x) return {nullptr, 0, 0};
+  return {x.data(), x.dims() == 2 ? x.stride(0) : 0, x.stride(x.dims() - 1)};
 }
 
-Rows rows(const RowsTuple& r) {
-  const Rows rows{std::get<0>(r), std::get<1>(r),
-                  static_cast<const int64_t*>(pointer(std::get<2>(r)))};
-  if (rows.cu_seqlens == nullptr) return rows;
+Tokens per_sequence(const Tensor& x) {  // [B]
+  if (!x) return {nullptr, 0, 0};
+  return {x.data(), x.stride(0), 0};
+}
+
+// Tokens without boundaries, [N] alone, are one row.
+Rows rows(const Tensor& like, const Tensor& cu_seqlens) {
+  if (!cu_seqlens) {
+    return like.dims() == 2 ? Rows{like.size(0), like.size(1), nullptr}
+                            : Rows{1, like.size(0), nullptr};
+  }
+  const Rows rows{cu_seqlens.size(0) - 1, like.size(0), cu_seqlens.data<const int64_t>()};
   const int64_t* cu = rows.cu_seqlens;
   bool valid = rows.count >= 0 && cu[0] == 0 && cu[rows.count] == rows.length;
   for (int64_t b = 0; valid && b < rows.count; ++b) valid = cu[b] <= cu[b + 1];
@@ -40,6 +44,15 @@ Rows rows(const RowsTuple& r) {
                                 "of tokens, " + std::to_string(rows.length));
   }
   return rows;
+}
+
+// The one dtype of all inputs; the kernels would read past the end of a narrower one.
+DType common_dtype(std::initializer_list<const Tensor*> inputs) {
+  const DType dtype = (*inputs.begin())->dtype();
+  for (const Tensor* x : inputs) {
+    if (*x && x->dtype() != dtype) throw std::invalid_argument("inputs of several dtypes");
+  }
+  return dtype;
 }
 
 int64_t token_count(const Rows& rows) {
@@ -62,21 +75,21 @@ int64_t rows_per_block(const Rows& rows) {
 }
 
 // Returns (count, mean, M2) of the advantages.
-std::tuple<double, double, double> gae(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
-                                       const TokensTuple& values, const TokensTuple& bootstrap,
-                                       const TokensTuple& rewards, const TokensTuple& scores,
-                                       const TokensTuple& logprobs, const TokensTuple& ref_logprobs,
+std::tuple<double, double, double> gae(const Tensor& mask, const Tensor& cu_seqlens,
+                                       const Tensor& values, const Tensor& bootstrap,
+                                       const Tensor& rewards, const Tensor& scores,
+                                       const Tensor& logprobs, const Tensor& ref_logprobs,
                                        int kl_estimator, double kl_coef, double gamma, double lam,
-                                       const TokensTuple& advantages, const TokensTuple& returns,
-                                       const TokensTuple& kl, bool want_moments, int threads) {
+                                       const Tensor& advantages, const Tensor& returns,
+                                       const Tensor& kl, bool want_moments, int threads) {
   GaeArgs args{};
-  args.dtype = DType(dtype);
-  args.rows = rows(rows_);
+  args.dtype = common_dtype({&values, &bootstrap, &rewards, &scores, &logprobs, &ref_logprobs});
+  args.rows = rows(values, cu_seqlens);
   args.mask = tokens(mask);
   args.values = tokens(values);
-  args.bootstrap = tokens(bootstrap);
+  args.bootstrap = per_sequence(bootstrap);
   args.rewards = tokens(rewards);
-  args.scores = tokens(scores);
+  args.scores = per_sequence(scores);
   args.logprobs = tokens(logprobs);
   args.ref_logprobs = tokens(ref_logprobs);
   args.kl_estimator = KL(kl_estimator);
@@ -85,7 +98,7 @@ std::tuple<double, double, double> gae(int dtype, const RowsTuple& rows_, const 
   args.lam = lam;
   args.advantages = tokens(advantages);
   args.returns = tokens(returns);
-  args.kl = tokens(kl);
+  args.kl = per_sequence(kl);
   args.rows_per_block = rows_per_block(args.rows);
   args.threads = threads_for(token_count(args.rows), threads);
   std::vector<Moments> moments;
@@ -98,25 +111,31 @@ std::tuple<double, double, double> gae(int dtype, const RowsTuple& rows_, const 
   return {moments[0].count, moments[0].mean, moments[0].m2};
 }
 
-LogitRows logit_rows(int dtype, uintptr_t data, const Strides& shape, const Strides& strides) {
-  return {pointer(data), DType(dtype), shape.back(), int(shape.size()) - 1, shape.data(),
-          strides.data()};
+LogitRows logit_rows(const Tensor& logits) {
+  return {logits.data(), logits.dtype(), logits.size(logits.dims() - 1), logits.dims() - 1,
+          logits.shape(), logits.strides()};
+}
+
+int64_t row_count(const LogitRows& logits) {
+  int64_t count = 1;
+  for (int d = 0; d < logits.dims; ++d) count *= logits.shape[d];
+  return count;
 }
 
 // Returns the place of the first target that is no class (-1 where all are), computing nothing.
-int64_t token_logprobs(int dtype, uintptr_t logits, const Strides& shape, const Strides& strides,
-                       int64_t count, uintptr_t targets, double temperature, uintptr_t logprobs,
-                       uintptr_t entropy, uintptr_t state, int threads) {
+int64_t token_logprobs(const Tensor& logits, const Tensor& targets, double temperature,
+                       const Tensor& logprobs, const Tensor& entropy, const Tensor& state,
+                       int threads) {
   LogprobForward args{};
-  args.logits = logit_rows(dtype, logits, shape, strides);
-  args.count = count;
-  args.targets = static_cast<const int64_t*>(pointer(targets));
+  args.logits = logit_rows(logits);
+  args.count = row_count(args.logits);
+  args.targets = targets.data<const int64_t>();
   args.temperature = temperature;
-  args.logprobs = pointer(logprobs);
-  args.entropy = pointer(entropy);
-  args.state = pointer(state);
-  args.threads = threads_for(count * args.logits.vocab, threads);
-  for (int64_t i = 0; i < count; ++i) {
+  args.logprobs = logprobs.data();
+  args.entropy = entropy.data();
+  args.state = state.data();
+  args.threads = threads_for(args.count * args.logits.vocab, threads);
+  for (int64_t i = 0; i < args.count; ++i) {
     const int64_t y = args.targets[i];
     if (y != -100 && (y < 0 || y >= args.logits.vocab)) return i;
   }
@@ -124,34 +143,32 @@ int64_t token_logprobs(int dtype, uintptr_t logits, const Strides& shape, const 
   return -1;
 }
 
-void token_logprobs_backward(int dtype, uintptr_t logits, const Strides& shape,
-                             const Strides& strides, int64_t count, uintptr_t targets,
-                             double temperature, uintptr_t grad_logprobs, uintptr_t grad_entropy,
-                             uintptr_t logprobs, uintptr_t entropy, uintptr_t state,
-                             uintptr_t grad_logits, int threads) {
+void token_logprobs_backward(const Tensor& logits, const Tensor& targets, double temperature,
+                             const Tensor& grad_logprobs, const Tensor& grad_entropy,
+                             const Tensor& logprobs, const Tensor& entropy, const Tensor& state,
+                             const Tensor& grad_logits, int threads) {
   LogprobBackward args{};
-  args.logits = logit_rows(dtype, logits, shape, strides);
-  args.count = count;
-  args.targets = static_cast<const int64_t*>(pointer(targets));
+  args.logits = logit_rows(logits);
+  args.count = row_count(args.logits);
+  args.targets = targets.data<const int64_t>();
   args.temperature = temperature;
-  args.grad_logprobs = pointer(grad_logprobs);
-  args.grad_entropy = pointer(grad_entropy);
-  args.logprobs = pointer(logprobs);
-  args.entropy = pointer(entropy);
-  args.state = pointer(state);
-  args.grad_logits = pointer(grad_logits);
-  args.threads = threads_for(count * args.logits.vocab, threads);
+  args.grad_logprobs = grad_logprobs.data();
+  args.grad_entropy = grad_entropy.data();
+  args.logprobs = logprobs.data();
+  args.entropy = entropy.data();
+  args.state = state.data();
+  args.grad_logits = grad_logits.data();
+  args.threads = threads_for(args.count * args.logits.vocab, threads);
   active_isa().kernels->token_logprobs_backward(args);
 }
 
 // The token tensors of a loss. Where nothing hangs on the sequences and the rows of every tensor
 // follow one another in memory, they are taken as one long row.
-LossTokens loss_tokens(int dtype, const RowsTuple& rows_, int reduction, double normalizer,
-                       int threads, const std::vector<Tokens*>& tensors,
-                       std::vector<double>& row_weights) {
+LossTokens loss_tokens(DType dtype, const Rows& rows, int reduction, double normalizer, int threads,
+                       const std::vector<Tokens*>& tensors, std::vector<double>& row_weights) {
   LossTokens t{};
-  t.dtype = DType(dtype);
-  t.rows = rows(rows_);
+  t.dtype = dtype;
+  t.rows = rows;
   t.reduction = Reduction(reduction);
   t.normalizer = normalizer;
   t.threads = threads_for(token_count(t.rows), threads);
@@ -178,52 +195,53 @@ size_t loss_blocks(int64_t count) {
 }
 
 // `loss` and `stats` are outputs in the accumulation dtype, one number and the rest of `results`.
-void store_results(int dtype, const double* results, size_t count, uintptr_t loss,
-                   uintptr_t stats) {
+void store_results(DType dtype, const double* results, size_t count, const Tensor& loss,
+                   const Tensor& stats) {
   for (size_t i = 0; i < count; ++i) {
-    const uintptr_t to = i == 0 ? loss : stats;
+    const Tensor& to = i == 0 ? loss : stats;
     const size_t at = i == 0 ? 0 : i - 1;
-    if (DType(dtype) == DType::f64) {
-      static_cast<double*>(pointer(to))[at] = results[i];
+    if (dtype == DType::f64) {
+      to.data<double>()[at] = results[i];
     } else {
-      static_cast<float*>(pointer(to))[at] = float(results[i]);
+      to.data<float>()[at] = float(results[i]);
     }
   }
 }
 
-using Advantages = std::tuple<TokensTuple, double, double>;       // A, to become (A - mean) * scale
-using Clips = std::tuple<double, double, double>;                 // low, high, dual clip
-using EntropyTerm = std::tuple<TokensTuple, double>;              // entropy, its coefficient
-using KLTerm = std::tuple<TokensTuple, double, int>;              // reference, coefficient, KL
-using Reducing = std::tuple<int, double>;                         // Reduction, normalizer
+using Whitening = std::tuple<double, double>;       // A becomes (A - mean) * scale
+using Clips = std::tuple<double, double, double>;   // low, high, dual clip
+using Reducing = std::tuple<int, double>;           // Reduction, normalizer
 
-void ppo_policy_loss(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
-                     const TokensTuple& logprobs, const TokensTuple& old_logprobs,
-                     const Advantages& advantages, const TokensTuple& is_weights,
-                     const Clips& clips, const EntropyTerm& entropy, const KLTerm& kl,
-                     const Reducing& reducing, uintptr_t loss, uintptr_t stats,
-                     const TokensTuple& grad_logprobs, const TokensTuple& grad_entropy,
-                     int threads) {
+void ppo_policy_loss(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& logprobs,
+                     const Tensor& old_logprobs, const Tensor& advantages,
+                     const Whitening& whitening, const Tensor& is_weights, const Clips& clips,
+                     const Tensor& entropy, double entropy_coef, const Tensor& ref_logprobs,
+                     double kl_coef, int kl_estimator, const Reducing& reducing,
+                     const Tensor& loss, const Tensor& stats, const Tensor& grad_logprobs,
+                     const Tensor& grad_entropy, int threads) {
   PolicyLossArgs args{};
   Tokens mask_tokens = tokens(mask);
   args.logprobs = tokens(logprobs);
   args.old_logprobs = tokens(old_logprobs);
-  args.advantages = tokens(std::get<0>(advantages));
-  args.advantage_mean = std::get<1>(advantages);
-  args.advantage_scale = std::get<2>(advantages);
+  args.advantages = tokens(advantages);
+  args.advantage_mean = std::get<0>(whitening);
+  args.advantage_scale = std::get<1>(whitening);
   args.is_weights = tokens(is_weights);
   args.clip_low = std::get<0>(clips);
   args.clip_high = std::get<1>(clips);
   args.dual_clip = std::get<2>(clips);
-  args.entropy = tokens(std::get<0>(entropy));
-  args.entropy_coef = std::get<1>(entropy);
-  args.ref_logprobs = tokens(std::get<0>(kl));
-  args.kl_coef = std::get<1>(kl);
-  args.kl_estimator = KL(std::get<2>(kl));
+  args.entropy = tokens(entropy);
+  args.entropy_coef = entropy_coef;
+  args.ref_logprobs = tokens(ref_logprobs);
+  args.kl_coef = kl_coef;
+  args.kl_estimator = KL(kl_estimator);
   args.grad_logprobs = tokens(grad_logprobs);
   args.grad_entropy = tokens(grad_entropy);
+  const DType dtype = common_dtype({&logprobs, &old_logprobs, &advantages, &is_weights, &entropy,
+                                    &ref_logprobs});
   std::vector<double> row_weights;
-  args.tokens = loss_tokens(dtype, rows_, std::get<0>(reducing), std::get<1>(reducing), threads,
+  args.tokens = loss_tokens(dtype, rows(logprobs, cu_seqlens), std::get<0>(reducing),
+                            std::get<1>(reducing), threads,
                             {&mask_tokens, &args.logprobs, &args.old_logprobs, &args.advantages,
                              &args.is_weights, &args.entropy, &args.ref_logprobs,
                              &args.grad_logprobs, &args.grad_entropy}, row_weights);
@@ -236,10 +254,10 @@ void ppo_policy_loss(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
   store_results(dtype, results, 7, loss, stats);
 }
 
-void ppo_value_loss(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
-                    const TokensTuple& values, const TokensTuple& old_values,
-                    const TokensTuple& returns, double clip_range, const Reducing& reducing,
-                    uintptr_t loss, uintptr_t stats, const TokensTuple& grad_values, int threads) {
+void ppo_value_loss(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& values,
+                    const Tensor& old_values, const Tensor& returns, double clip_range,
+                    const Reducing& reducing, const Tensor& loss, const Tensor& stats,
+                    const Tensor& grad_values, int threads) {
   ValueLossArgs args{};
   Tokens mask_tokens = tokens(mask);
   args.values = tokens(values);
@@ -247,8 +265,10 @@ void ppo_value_loss(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
   args.returns = tokens(returns);
   args.clip_range = clip_range;
   args.grad_values = tokens(grad_values);
+  const DType dtype = common_dtype({&values, &old_values, &returns});
   std::vector<double> row_weights;
-  args.tokens = loss_tokens(dtype, rows_, std::get<0>(reducing), std::get<1>(reducing), threads,
+  args.tokens = loss_tokens(dtype, rows(values, cu_seqlens), std::get<0>(reducing),
+                            std::get<1>(reducing), threads,
                             {&mask_tokens, &args.values, &args.old_values, &args.returns,
                              &args.grad_values}, row_weights);
   args.tokens.mask = mask_tokens;
@@ -260,13 +280,12 @@ void ppo_value_loss(int dtype, const RowsTuple& rows_, const TokensTuple& mask,
   store_results(dtype, results, 6, loss, stats);
 }
 
-void pairwise_loss(int dtype, int64_t count, const TokensTuple& chosen, const TokensTuple& rejected,
-                   const TokensTuple& margins, double margin, double center_coef, uintptr_t loss,
-                   uintptr_t stats, const TokensTuple& grad_chosen,
-                   const TokensTuple& grad_rejected, int threads) {
+void pairwise_loss(const Tensor& chosen, const Tensor& rejected, const Tensor& margins,
+                   double margin, double center_coef, const Tensor& loss, const Tensor& stats,
+                   const Tensor& grad_chosen, const Tensor& grad_rejected, int threads) {
   PairwiseLossArgs args{};
-  args.dtype = DType(dtype);
-  args.count = count;
+  args.dtype = common_dtype({&chosen, &rejected, &margins});
+  args.count = chosen.size(0);
   args.chosen = tokens(chosen);
   args.rejected = tokens(rejected);
   args.margins = tokens(margins);
@@ -274,13 +293,46 @@ void pairwise_loss(int dtype, int64_t count, const TokensTuple& chosen, const To
   args.center_coef = center_coef;
   args.grad_chosen = tokens(grad_chosen);
   args.grad_rejected = tokens(grad_rejected);
-  args.threads = threads_for(count, threads);
-  std::vector<PairwiseSums> sums(loss_blocks(count));
+  args.threads = threads_for(args.count, threads);
+  std::vector<PairwiseSums> sums(loss_blocks(args.count));
   args.sums = sums.data();
   double results[3];
   args.results = results;
   active_isa().kernels->pairwise_loss(args);
-  store_results(dtype, results, 3, loss, stats);
+  store_results(args.dtype, results, 3, loss, stats);
+}
+
+// Whether these per-token tensors need no closer look: torch.Tensor or Parameter themselves, of
+// floating point, of one shape, [B, T] or [N], and on one device, with a mask and boundaries that
+// fit. False says nothing: ppo_kernels/checks.py looks closer then.
+bool tokens_fit(py::handle mask, py::handle cu_seqlens, bool needs_sequences,
+                const py::args& tensors) {
+  static const py::handle torch = py::module_::import("torch").release();
+  static const py::handle tensor_type = py::object(torch.attr("Tensor")).release();
+  static const py::handle parameter_type = py::object(torch.attr("nn").attr("Parameter")).release();
+  const auto is_plain = [&](py::handle x, Tensor& found) {
+    const py::handle type = py::type::handle_of(x);
+    return (type.is(tensor_type) || type.is(parameter_type)) && view(x, found);
+  };
+  Tensor first, x;
+  for (const py::handle object : tensors) {
+    if (object.is_none()) continue;
+    if (!is_plain(object, x) || !x.is_floating()) return false;
+    if (!first) {
+      first = x;
+      const bool packed = first.dims() == 1 && (!cu_seqlens.is_none() || !needs_sequences);
+      if (!packed && (first.dims() != 2 || !cu_seqlens.is_none())) return false;
+    } else if (!x.same_shape(first) || !x.same_device(first)) {
+      return false;
+    }
+  }
+  if (!first) return false;
+  if (!mask.is_none() && !(is_plain(mask, x) && x.is_bool() && x.same_shape(first) &&
+                           x.same_device(first))) {
+    return false;
+  }
+  return cu_seqlens.is_none() || (is_plain(cu_seqlens, x) && x.is_index() && x.dims() == 1 &&
+                                  x.size(0) >= 1 && x.same_device(first));
 }
 
 }  // namespace
@@ -295,6 +347,7 @@ PYBIND11_MODULE(_cpu, m) {
     for (const auto& isa : ppo::supported_isas()) names.push_back(isa.name);
     return names;
   }, "Those in this binary that this machine runs, best last.");
+  m.def("tokens_fit", &ppo::tokens_fit);
   m.def("gae", &ppo::gae, release_gil());
   m.def("token_logprobs", &ppo::token_logprobs, release_gil());
   m.def("token_logprobs_backward", &ppo::token_logprobs_backward, release_gil());

@@ -1,85 +1,18 @@
 // PPO's clipped policy loss and clipped value loss: loss, statistics and gradient in one sweep over
-// the tokens, kLanes at a time.
+// the tokens, tile by tile (tiles.h).
 //
 // Blocks of tokens are of a fixed size, summed in float64, and merged in order, so that results are
 // the same bits for any number of threads. Masked tokens are 0 before any arithmetic; where one
 // lane's input could otherwise count (a ratio of 1), its result is made 0 too.
-#include "simd.h"
+#include <cmath>
+
 #include "threads.h"
-#include "tokens.h"
+#include "tiles.h"
 
 namespace ppo::PPO_ISA {
 namespace {
 
 constexpr double kMaxLogRatio = 20;
-
-// --- Tokens in lanes -----------------------------------------------------------------------------
-
-// Of a comparison: all bits set in the lanes where it holds.
-template <class A> using Truth = decltype(Vec<A>{} < Vec<A>{});
-
-template <class A>
-inline Vec<A> where(Truth<A> condition, Vec<A> x) {
-  return condition ? x : Vec<A>{};
-}
-
-template <class A>
-inline Vec<A> clamp(Vec<A> x, Vec<A> low, Vec<A> high) {  // NaN stays
-  x = x < low ? low : x;
-  return x > high ? high : x;
-}
-
-// The n <= kLanes tokens of a row from t on, and which of them are real.
-template <class T>
-class Chunk {
- public:
-  using A = Accumulator<T>;
-
-  Chunk(const Row<const uint8_t>& mask, int64_t t, int64_t n) : t_(t), n_(n) {
-    Truth<A> bytes{};
-    if (n == kLanes<A> && (!mask || mask.stride == 1)) {
-      using Bytes = typename VectorTypes<A>::Bytes;
-      bytes = mask ? __builtin_convertvector(load_bits<Bytes>(mask.data + t), Truth<A>) : ~bytes;
-    } else {
-      for (int i = 0; i < n; ++i) bytes[i] = mask ? mask[t + i] : 1;
-    }
-    real = bytes != 0;
-  }
-
-  Vec<A> load(const Row<const T>& row) const {
-    if (n_ == kLanes<A> && row.stride == 1) return where<A>(real, PPO_ISA::load(row.data + t_));
-    Vec<A> x{};
-    for (int i = 0; i < n_; ++i) x[i] = widen(row[t_ + i]);
-    return where<A>(real, x);
-  }
-
-  void store(const Row<A>& row, Vec<A> x) const {
-    if (n_ == kLanes<A> && row.stride == 1) return PPO_ISA::store(row.data + t_, x);
-    for (int i = 0; i < n_; ++i) row[t_ + i] = x[i];
-  }
-
-  Truth<A> real;
-
- private:
-  int64_t t_;
-  int64_t n_;
-};
-
-// A sum in float64, lane by lane.
-template <class A>
-class LaneSum {
- public:
-  void add(Vec<A> x) { lanes_ += __builtin_convertvector(x, Doubles); }
-  double total() const {
-    double sum = 0;
-    for (int i = 0; i < kLanes<A>; ++i) sum += lanes_[i];
-    return sum;
-  }
-
- private:
-  using Doubles = typename VectorTypes<A>::Doubles;
-  Doubles lanes_{};
-};
 
 // --- Blocks, weights and denominators ------------------------------------------------------------
 
@@ -121,7 +54,11 @@ inline int64_t count_real(const LossTokens& tokens, int64_t b, int64_t first, in
   const Row<const uint8_t> mask = row_of<const uint8_t>(tokens.mask, tokens.rows, b);
   if (!mask) return last - first;
   int64_t count = 0;
-  for (int64_t t = first; t < last; ++t) count += mask[t] != 0;
+  if (mask.stride == 1) {  // apart, so that the compiler may take many at a time
+    for (const uint8_t* m = mask.data + first; m < mask.data + last; ++m) count += *m != 0;
+  } else {
+    for (int64_t t = first; t < last; ++t) count += mask[t] != 0;
+  }
   return count;
 }
 
@@ -189,15 +126,103 @@ inline void kl_estimate(KL estimator, Vec<A> log_ratio, Vec<A>& k, Vec<A>& slope
     const Vec<A> bounded = clamp<A>(log_ratio, -limit, limit);
     const Vec<A> tail = expm1_bounded<A>(-bounded);
     k = tail + bounded;
-    slope = (log_ratio < -limit) | (log_ratio > limit) ? Vec<A>{} : -tail;
+    slope = magnitude<A>(log_ratio) > limit ? Vec<A>{} : -tail;
   }
 }
 
+// One tile, or null where a tensor is absent.
+template <class T, class A = Accumulator<T>>
+struct PolicyTile {
+  const uint8_t* mask;
+  const T *logprobs, *old_logprobs, *advantages, *is_weights, *ref_logprobs, *entropy;
+  A *grad_logprobs, *grad_entropy;
+};
+
+// kExtras: there may be a dual clip, weights, a KL penalty, an entropy bonus.
+template <class T, bool kExtras>
+void policy_tile(const PolicyLossArgs& args, const PolicyTile<T>& x, int64_t n, double weight,
+                 PolicySums& sums) {
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+  const V limit = splat(A(kMaxLogRatio));
+  const V ratio_low = splat(A(1 - args.clip_low)), ratio_high = splat(A(1 + args.clip_high));
+  const A mean = A(args.advantage_mean), scale = A(args.advantage_scale);
+  const A dual_clip = A(args.dual_clip), kl_coef = A(args.kl_coef);
+  const A entropy_coef = A(args.entropy_coef), token_weight = A(weight);
+
+  Truth<A> count{}, clipped_count{};
+  V ratio_max{}, loss_sum{}, log_ratio_sq_sum{}, ratio_sum{}, kl_sum{}, entropy_sum{};
+  for (int64_t t = 0; t < n; t += kWidth<A>) {
+    const Truth<A> real = real_lanes<A>(x.mask + t);
+    const auto loaded = [&](const T* data) { return where<A>(real, load(data + t)); };
+    const V logprob = load(x.logprobs + t);
+    const V advantage = where<A>(real, (load(x.advantages + t) - mean) * scale);
+
+    // rho = exp(log pi - log pi_old); max(-A rho, -A clip(rho)), in a tie the unclipped branch.
+    const V log_ratio = where<A>(real, logprob - load(x.old_logprobs + t));
+    const V ratio = where<A>(real, exp_bounded<A>(clamp<A>(log_ratio, -limit, limit)));
+    const V unclipped = -advantage * ratio;
+    const V clipped = -advantage * clamp<A>(ratio, ratio_low, ratio_high);
+    const Truth<A> is_clipped = clipped > unclipped;
+    V loss = is_clipped ? clipped : unclipped;
+    // d(-A rho) / d log pi = -A rho, where neither clip nor clamp holds it.
+    V grad = is_clipped | (magnitude<A>(log_ratio) > limit) ? V{} : unclipped;
+
+    if (kExtras) {
+      // The dual clip: at most -c A where A < 0.
+      const V bound = -dual_clip * advantage;
+      const Truth<A> is_bounded = (advantage < A(0)) & (bound < loss);
+      loss = is_bounded ? bound : loss;
+      grad = is_bounded ? V{} : grad;
+      if (x.is_weights) {
+        const V w = loaded(x.is_weights);
+        loss *= w;
+        grad *= w;
+      }
+      if (x.ref_logprobs) {
+        V k, slope;
+        const V to_ref = where<A>(real, logprob - load(x.ref_logprobs + t));
+        kl_estimate<A>(args.kl_estimator, to_ref, k, slope);
+        loss += kl_coef * k;
+        grad += where<A>(real, kl_coef * slope);
+        kl_sum += k;
+      }
+      if (x.entropy) {
+        const V h = loaded(x.entropy);
+        loss -= entropy_coef * h;
+        entropy_sum += h;
+      }
+      if (x.grad_entropy) {
+        store(x.grad_entropy + t, where<A>(real, splat(-entropy_coef * token_weight)));
+      }
+    }
+    if (x.grad_logprobs) store(x.grad_logprobs + t, grad * token_weight);
+
+    count += real;
+    clipped_count += is_clipped;
+    ratio_max = larger(ratio, ratio_max);
+    loss_sum += loss;
+    log_ratio_sq_sum += log_ratio * log_ratio;
+    ratio_sum += ratio;
+  }
+  double loss = 0;
+  flush<A>(loss_sum, loss);
+  sums.loss += loss * weight;
+  flush<A>(count, sums.count);
+  flush<A>(log_ratio_sq_sum, sums.log_ratio_sq);
+  flush<A>(clipped_count, sums.clipped);
+  flush<A>(ratio_sum, sums.ratio);
+  flush<A>(kl_sum, sums.kl);
+  flush<A>(entropy_sum, sums.entropy);
+  const double max = max_lanes<A>(ratio_max);
+  sums.ratio_max = max > sums.ratio_max ? max : sums.ratio_max;
+}
+
+// Tokens first to last of row b.
 template <class T>
 void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64_t first,
                   int64_t last, double weight) {
   using A = Accumulator<T>;
-  using V = Vec<A>;
   const auto row = [&](const Tokens& x) { return row_of<const T>(x, args.tokens.rows, b); };
   const Row<const T> logprobs = row(args.logprobs), old_logprobs = row(args.old_logprobs);
   const Row<const T> advantages = row(args.advantages), entropy = row(args.entropy);
@@ -205,72 +230,24 @@ void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64
   const Row<const uint8_t> mask = row_of<const uint8_t>(args.tokens.mask, args.tokens.rows, b);
   const Row<A> grad_logprobs = row_of<A>(args.grad_logprobs, args.tokens.rows, b);
   const Row<A> grad_entropy = row_of<A>(args.grad_entropy, args.tokens.rows, b);
-  const V limit = splat(A(kMaxLogRatio));
-  const V ratio_low = splat(A(1 - args.clip_low)), ratio_high = splat(A(1 + args.clip_high));
-  const A mean = A(args.advantage_mean), scale = A(args.advantage_scale);
-  const A dual_clip = A(args.dual_clip), kl_coef = A(args.kl_coef);
-  const A entropy_coef = A(args.entropy_coef), token_weight = A(weight);
+  const bool extras = entropy || ref_logprobs || is_weights || std::isfinite(args.dual_clip);
 
-  V count{}, clipped_count{}, ratio_max = splat(A(sums.ratio_max));
-  LaneSum<A> loss_sum, log_ratio_sq_sum, ratio_sum, kl_sum, entropy_sum;
-  for (int64_t t = first; t < last; t += kLanes<A>) {
-    const Chunk<T> chunk(mask, t, last - t < kLanes<A> ? last - t : kLanes<A>);
-    const V logprob = chunk.load(logprobs);
-    const V advantage = where<A>(chunk.real, (chunk.load(advantages) - mean) * scale);
-
-    // rho = exp(log pi - log pi_old); max(-A rho, -A clip(rho)), in a tie the unclipped branch.
-    const V log_ratio = logprob - chunk.load(old_logprobs);
-    const V ratio = where<A>(chunk.real, exp_bounded<A>(clamp<A>(log_ratio, -limit, limit)));
-    const V unclipped = -advantage * ratio;
-    const V clipped = -advantage * clamp<A>(ratio, ratio_low, ratio_high);
-    const Truth<A> is_clipped = clipped > unclipped;
-    V loss = is_clipped ? clipped : unclipped;
-    // d(-A rho) / d log pi = -A rho, where neither clip nor clamp holds it.
-    V grad = is_clipped | (log_ratio < -limit) | (log_ratio > limit) ? V{} : unclipped;
-
-    // The dual clip: at most -c A where A < 0.
-    const V bound = -dual_clip * advantage;
-    const Truth<A> is_bounded = (advantage < A(0)) & (bound < loss);
-    loss = is_bounded ? bound : loss;
-    grad = is_bounded ? V{} : grad;
-
-    if (is_weights) {
-      const V w = chunk.load(is_weights);
-      loss *= w;
-      grad *= w;
-    }
-    if (ref_logprobs) {
-      V k, slope;
-      kl_estimate<A>(args.kl_estimator, logprob - chunk.load(ref_logprobs), k, slope);
-      loss += kl_coef * k;
-      grad += where<A>(chunk.real, kl_coef * slope);
-      kl_sum.add(k);
-    }
-    if (entropy) {
-      const V h = chunk.load(entropy);
-      loss -= entropy_coef * h;
-      entropy_sum.add(h);
-    }
-    if (grad_logprobs) chunk.store(grad_logprobs, grad * token_weight);
-    if (grad_entropy) {
-      chunk.store(grad_entropy, where<A>(chunk.real, splat(-entropy_coef * token_weight)));
-    }
-
-    count += where<A>(chunk.real, splat(A(1)));
-    clipped_count += where<A>(is_clipped, splat(A(1)));
-    ratio_max = larger(ratio, ratio_max);
-    loss_sum.add(loss);
-    log_ratio_sq_sum.add(log_ratio * log_ratio);
-    ratio_sum.add(ratio);
+  uint8_t mask_room[kTile];
+  T room[6][kTile];
+  A grad_room[2][kTile];
+  for (int64_t t = first; t < last; t += kTile) {
+    const int64_t n = last - t < kTile ? last - t : kTile;
+    const PolicyTile<T> x{
+        mask_tile<A>(mask, t, n, mask_room),       tile<A>(logprobs, t, n, room[0]),
+        tile<A>(old_logprobs, t, n, room[1]),      tile<A>(advantages, t, n, room[2]),
+        tile<A>(is_weights, t, n, room[3]),        tile<A>(ref_logprobs, t, n, room[4]),
+        tile<A>(entropy, t, n, room[5]),           out_tile(grad_logprobs, t, n, grad_room[0]),
+        out_tile(grad_entropy, t, n, grad_room[1])};
+    extras ? policy_tile<T, true>(args, x, n, weight, sums)
+           : policy_tile<T, false>(args, x, n, weight, sums);
+    deliver(grad_logprobs, t, n, grad_room[0], x.grad_logprobs);
+    deliver(grad_entropy, t, n, grad_room[1], x.grad_entropy);
   }
-  sums.count += sum_lanes<A>(count);
-  sums.loss += loss_sum.total() * weight;
-  sums.log_ratio_sq += log_ratio_sq_sum.total();
-  sums.clipped += sum_lanes<A>(clipped_count);
-  sums.ratio += ratio_sum.total();
-  sums.ratio_max = double(max_lanes<A>(ratio_max));
-  sums.kl += kl_sum.total();
-  sums.entropy += entropy_sum.total();
 }
 
 template <class T>
@@ -305,29 +282,27 @@ void policy_loss(const PolicyLossArgs& args) {
 
 // --- Value loss ----------------------------------------------------------------------------------
 
-template <class T>
-void value_sweep(const ValueLossArgs& args, ValueSums& sums, int64_t b, int64_t first, int64_t last,
-                 double weight) {
-  using A = Accumulator<T>;
+template <class T, class A = Accumulator<T>>
+struct ValueTile {
+  const uint8_t* mask;
+  const T *values, *old_values, *returns;
+  A* grad_values;  // or null
+};
+
+// `origin` is one of the returns: moments about it lose nothing to a large mean.
+template <class T, class A = Accumulator<T>>
+void value_tile(const ValueLossArgs& args, const ValueTile<T>& x, int64_t n, double weight,
+                A origin, ValueSums& sums, MomentSums& returns) {
   using V = Vec<A>;
-  const auto row = [&](const Tokens& x) { return row_of<const T>(x, args.tokens.rows, b); };
-  const Row<const T> values = row(args.values), old_values = row(args.old_values);
-  const Row<const T> returns = row(args.returns);
-  const Row<const uint8_t> mask = row_of<const uint8_t>(args.tokens.mask, args.tokens.rows, b);
-  const Row<A> grad_values = row_of<A>(args.grad_values, args.tokens.rows, b);
   const A clip_range = A(args.clip_range), token_weight = A(weight);
 
-  // Moments of the returns about one of them, so that a large mean cancels nothing.
-  int64_t any_real = first;
-  while (mask && any_real < last && !mask[any_real]) ++any_real;
-  const A origin = any_real < last ? widen(returns[any_real]) : A(0);
-
-  V count{}, clipped_count{};
-  LaneSum<A> loss_sum, value_sum, error_sq_sum, shifted_sum, shifted_sq_sum;
-  for (int64_t t = first; t < last; t += kLanes<A>) {
-    const Chunk<T> chunk(mask, t, last - t < kLanes<A> ? last - t : kLanes<A>);
-    const V value = chunk.load(values), old_value = chunk.load(old_values);
-    const V target = chunk.load(returns);
+  Truth<A> count{}, clipped_count{};
+  V loss_sum{}, value_sum{}, error_sq_sum{}, shifted_sum{}, shifted_sq_sum{};
+  for (int64_t t = 0; t < n; t += kWidth<A>) {
+    const Truth<A> real = real_lanes<A>(x.mask + t);
+    const auto loaded = [&](const T* data) { return where<A>(real, load(data + t)); };
+    const V value = loaded(x.values), old_value = loaded(x.old_values);
+    const V target = loaded(x.returns);
 
     // max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2, in a tie the unclipped branch;
     // the clipped one is larger only where the clip holds, so that its derivative is 0.
@@ -335,28 +310,56 @@ void value_sweep(const ValueLossArgs& args, ValueSums& sums, int64_t b, int64_t 
     const V clipped = clamp<A>(value, old_value - clip_range, old_value + clip_range) - target;
     const V clipped_sq = clipped * clipped;
     const Truth<A> is_clipped = clipped_sq > error_sq;
-    const V loss = (is_clipped ? clipped_sq : error_sq) * A(0.5);
     const V grad = is_clipped ? V{} : error;
-    if (grad_values) chunk.store(grad_values, where<A>(chunk.real, grad * token_weight));
+    if (x.grad_values) store(x.grad_values + t, where<A>(real, grad * token_weight));
 
-    const V shifted = where<A>(chunk.real, target - origin);
-    count += where<A>(chunk.real, splat(A(1)));
-    clipped_count += where<A>(is_clipped, splat(A(1)));
-    loss_sum.add(loss);
-    value_sum.add(value);
-    error_sq_sum.add(error_sq);
-    shifted_sum.add(shifted);
-    shifted_sq_sum.add(shifted * shifted);
+    const V shifted = where<A>(real, target - origin);
+    count += real;
+    clipped_count += is_clipped;
+    loss_sum += is_clipped ? clipped_sq : error_sq;
+    value_sum += value;
+    error_sq_sum += error_sq;
+    shifted_sum += shifted;
+    shifted_sq_sum += shifted * shifted;
   }
-  const double n = sum_lanes<A>(count);
-  sums.count += n;
-  sums.loss += loss_sum.total() * weight;
-  sums.clipped += sum_lanes<A>(clipped_count);
-  sums.value += value_sum.total();
-  sums.error_sq += error_sq_sum.total();
-  sums.returns = merged(
-      sums.returns,
-      moments_of(MomentSums{double(origin), n, shifted_sum.total(), shifted_sq_sum.total()}));
+  double loss = 0;
+  flush<A>(loss_sum, loss);
+  sums.loss += loss / 2 * weight;
+  flush<A>(clipped_count, sums.clipped);
+  flush<A>(value_sum, sums.value);
+  flush<A>(error_sq_sum, sums.error_sq);
+  flush<A>(count, returns.count);
+  flush<A>(shifted_sum, returns.sum);
+  flush<A>(shifted_sq_sum, returns.sum_sq);
+}
+
+template <class T>
+void value_sweep(const ValueLossArgs& args, ValueSums& sums, int64_t b, int64_t first, int64_t last,
+                 double weight) {
+  using A = Accumulator<T>;
+  const auto row = [&](const Tokens& x) { return row_of<const T>(x, args.tokens.rows, b); };
+  const Row<const T> values = row(args.values), old_values = row(args.old_values);
+  const Row<const T> returns = row(args.returns);
+  const Row<const uint8_t> mask = row_of<const uint8_t>(args.tokens.mask, args.tokens.rows, b);
+  const Row<A> grad_values = row_of<A>(args.grad_values, args.tokens.rows, b);
+  int64_t any_real = first;
+  while (mask && any_real < last && !mask[any_real]) ++any_real;
+  const A origin = any_real < last ? widen(returns[any_real]) : A(0);
+
+  uint8_t mask_room[kTile];
+  T room[3][kTile];
+  A grad_room[kTile];
+  MomentSums moments{double(origin), 0, 0, 0};
+  for (int64_t t = first; t < last; t += kTile) {
+    const int64_t n = last - t < kTile ? last - t : kTile;
+    const ValueTile<T> x{mask_tile<A>(mask, t, n, mask_room), tile<A>(values, t, n, room[0]),
+                         tile<A>(old_values, t, n, room[1]), tile<A>(returns, t, n, room[2]),
+                         out_tile(grad_values, t, n, grad_room)};
+    value_tile<T>(args, x, n, weight, origin, sums, moments);
+    deliver(grad_values, t, n, grad_room, x.grad_values);
+  }
+  sums.count += moments.count;
+  sums.returns = merged(sums.returns, moments_of(moments));
 }
 
 template <class T>

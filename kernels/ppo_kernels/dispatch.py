@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why; and how tensors are handed to the compiled ones."""
+"""Which implementation of an op runs, and why; and what the compiled ones ask of their tensors."""
 
 from __future__ import annotations
 
@@ -134,16 +134,6 @@ def traced(value: float | Tensor) -> Tensor:
 
 
 # --- Tensors as csrc/bindings.cpp takes them ------------------------------------------------------
-# Addresses keep nothing alive: whoever passes one holds the tensor until the call returns.
-
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-TokensArg = tuple[int, int, int]
-ABSENT: TokensArg = (0, 0, 0)
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    return _DTYPE_CODES[dtype]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -151,9 +141,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def common_dtype(*tensors: Tensor | None) -> torch.dtype:
+def common_dtype(first: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype that all of them fit in."""
-    return functools.reduce(torch.promote_types, {x.dtype for x in tensors if x is not None})
+    dtype = first.dtype
+    for x in others:
+        if x is not None and x.dtype is not dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
 
 
 @overload
@@ -162,30 +156,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor: ...
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`x` in `dtype`; itself where it is."""
-    return x if x is None or x.dtype == dtype else x.to(dtype)
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def tokens(x: Tensor | None) -> TokensArg:
-    """(address, row stride, token stride) of a token tensor, `[B, T]` or packed `[N]`."""
-    if x is None:
-        return ABSENT
-    return (x.data_ptr(), x.stride(0) if x.dim() == 2 else 0, x.stride(-1))
-
-
-def per_sequence(x: Tensor | None) -> TokensArg:
-    """The same of one number for each sequence, `[B]`."""
-    return ABSENT if x is None else (x.data_ptr(), x.stride(0), 0)
-
-
-def rows(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
-    """(sequences, length, address of cu_seqlens); `cu_seqlens` contiguous int64, see `offsets`."""
-    if cu_seqlens is None:
-        return (shape[0], shape[1], 0)
-    return (cu_seqlens.shape[0] - 1, shape[0], cu_seqlens.data_ptr())
+    return x if x is None or x.dtype is dtype else x.to(dtype)
 
 
 def offsets(cu_seqlens: Tensor | None) -> Tensor | None:

@@ -1,18 +1,18 @@
 """Autograd for losses that make their gradients in the forward pass.
 
-Such a loss is `compute(*inputs)`. Its inputs begin with the `trained` differentiable tensors and
-end with as many bools, which of their gradients are wanted. It returns (loss, statistics, the
-gradient of each, empty where not wanted). Backward only multiplies by the gradient that comes in.
+Such a loss returns (loss, statistics, the gradient of each trained tensor, empty where not wanted).
+Backward only multiplies by the gradient that comes in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Results = tuple[Tensor, ...]  # loss, statistics, gradients
 
 
 def wanted(*trained: Tensor | None) -> list[bool]:
@@ -26,47 +26,50 @@ def gradient_like(loss: Tensor, shape: torch.Size, want: bool) -> Tensor:
     return loss.new_empty(shape if want else (0,))
 
 
-class FusedLoss(torch.autograd.Function):
-    """In eager mode: `loss, stats = FusedLoss.apply(compute, trained, *inputs)`."""
+def attach(results: Results, trained: tuple[Tensor | None, ...], want: list[bool]) -> Tensor:
+    """The loss of `results`, in eager mode, as a function of the `trained` tensors."""
+    if not any(want):
+        return results[0]
+    loss: Tensor = _FusedLoss.apply(results, want, *trained)
+    return loss
 
+
+class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, compute: Callable[..., tuple[Tensor, ...]], trained: int, *inputs: Any
-    ) -> tuple[Tensor, Tensor]:
-        loss, stats, *gradients = compute(*inputs)
-        _save(ctx, trained, inputs, gradients)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
+    def forward(ctx: Any, results: Results, want: list[bool], *trained: Tensor | None) -> Tensor:
+        loss, _, *gradients = results
+        _save(ctx, trained, want, gradients)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # loss.backward() brings a 1: nothing to multiply. (A GPU is not waited for to find out.)
+        if grad_loss.is_cpu and type(grad_loss) is Tensor and grad_loss.item() == 1.0:
+            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            return None, None, *(None if dtype is None else x.to(dtype) for x, dtype in pairs)
         return None, None, *_chain(ctx, grad_loss)
 
 
 def register(op: Any, trained: int) -> None:
-    """The same for `op`, the custom op of `compute`, in a graph."""
+    """The same for a custom op, in a graph. Its inputs begin with the trained tensors, and end with
+    as many bools, which of their gradients are wanted."""
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, trained, inputs, output[2:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        _save(ctx, inputs[:trained], inputs[-trained:], output[2:])
+        ctx.constants = len(inputs) - trained
 
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return _chain(ctx, grad_loss)
+        return *_chain(ctx, grad_loss), *(None,) * ctx.constants
 
     op.register_autograd(backward, setup_context=setup_context)
 
 
-def _save(ctx: Any, trained: int, inputs: tuple[Any, ...], gradients: Any) -> None:
+def _save(ctx: Any, trained: Any, want: Any, gradients: Any) -> None:
     ctx.save_for_backward(*gradients)
-    pairs = zip(inputs[:trained], inputs[-trained:], strict=True)
-    ctx.dtypes = [x.dtype if want else None for x, want in pairs]
-    ctx.constants = len(inputs) - trained
+    ctx.dtypes = [x.dtype if wants else None for x, wants in zip(trained, want, strict=True)]
 
 
-def _chain(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * len(ctx.dtypes)
-    if grad_loss is not None:
-        for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-            gradients[i] = None if dtype is None else (gradient * grad_loss).to(dtype)
-    return *gradients, *(None,) * ctx.constants
+def _chain(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+    pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return [None if dtype is None else (x * grad_loss).to(dtype) for x, dtype in pairs]

@@ -152,11 +152,8 @@ def _gae(
     advantages = rewards.new_empty(rewards.shape, dtype=dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)
     dispatch.cpu.gae(
-        dispatch.dtype_code(dtype), dispatch.rows(rewards.shape, cu_seqlens),
-        dispatch.tokens(mask), dispatch.tokens(values), dispatch.per_sequence(bootstrap),
-        dispatch.tokens(rewards), dispatch.ABSENT, dispatch.ABSENT, dispatch.ABSENT, 0, 0.0,
-        gamma, lam, dispatch.tokens(advantages), dispatch.tokens(returns), dispatch.ABSENT, False,
-        torch.get_num_threads(),
+        mask, cu_seqlens, values, bootstrap, rewards, None, None, None, 0, 0.0, gamma, lam,
+        advantages, returns, None, False, torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns
 
@@ -186,12 +183,9 @@ def _kl_shaped_gae(
     returns = torch.empty_like(advantages)
     kl = advantages.new_empty(scores.shape)
     moments = dispatch.cpu.gae(
-        dispatch.dtype_code(dtype), dispatch.rows(logprobs.shape, cu_seqlens),
-        dispatch.tokens(mask), dispatch.tokens(values), dispatch.per_sequence(bootstrap),
-        dispatch.ABSENT, dispatch.per_sequence(scores), dispatch.tokens(logprobs),
-        dispatch.tokens(ref_logprobs), 1 + KL_ESTIMATORS.index(kl_estimator), coef,
-        gamma, lam, dispatch.tokens(advantages), dispatch.tokens(returns),
-        dispatch.per_sequence(kl), True, torch.get_num_threads(),
+        mask, cu_seqlens, values, bootstrap, None, scores, logprobs, ref_logprobs,
+        1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl, True,
+        torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns, kl, advantages.new_tensor(moments)
 

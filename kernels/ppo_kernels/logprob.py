@@ -126,9 +126,8 @@ def _forward(
     entropy = logits.new_empty(targets.shape if want_entropy else (0,), dtype=dtype)
     state = logits.new_empty((2, *targets.shape), dtype=dtype)
     wrong = dispatch.cpu.token_logprobs(
-        dispatch.dtype_code(logits.dtype), logits.data_ptr(), logits.shape, logits.stride(),
-        targets.numel(), targets.data_ptr(), temperature, logprobs.data_ptr(),
-        entropy.data_ptr() if want_entropy else 0, state.data_ptr(), torch.get_num_threads(),
+        logits, targets, temperature, logprobs, entropy if want_entropy else None, state,
+        torch.get_num_threads(),
     )  # fmt: skip
     if wrong >= 0:
         raise _no_class(targets, wrong, logits.shape[-1])
@@ -153,10 +152,8 @@ def _backward(
         grad_entropy = grad_entropy.contiguous()
     grad_logits = logits.new_empty(logits.shape)
     dispatch.cpu.token_logprobs_backward(
-        dispatch.dtype_code(logits.dtype), logits.data_ptr(), logits.shape, logits.stride(),
-        targets.numel(), targets.data_ptr(), temperature, dispatch.address(grad_logprobs),
-        dispatch.address(grad_entropy), logprobs.data_ptr(), entropy.data_ptr(), state.data_ptr(),
-        grad_logits.data_ptr(), torch.get_num_threads(),
+        logits, targets, temperature, grad_logprobs, grad_entropy, logprobs, entropy, state,
+        grad_logits, torch.get_num_threads(),
     )  # fmt: skip
     return grad_logits
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import checks, dispatch, fused_loss, reference
-from ppo_kernels.fused_loss import FusedLoss, gradient_like
+from ppo_kernels.fused_loss import gradient_like
 from ppo_kernels.reference import PairwiseStats
 
 OP = "pairwise_loss"
@@ -62,13 +62,11 @@ def pairwise_loss(
         shared = 0.0 if margin is None or margins is not None else margin
         traced = torch.stack((dispatch.traced(shared), dispatch.traced(center_coef)))
         loss, stats, *_ = _pairwise_op(*tensors, traced, *wanted)
+        stats = stats.detach()
     else:
-        inputs: Any = (*tensors, _numbers(margin, center_coef), *wanted)
-        if any(wanted):
-            loss, stats = FusedLoss.apply(_pairwise_loss, 2, *inputs)
-        else:
-            loss, stats, *_ = _pairwise_loss(*inputs)
-    return loss, PairwiseStats(*stats.detach().unbind())
+        results = _pairwise_loss(*tensors, _numbers(margin, center_coef), *wanted)
+        loss, stats = fused_loss.attach(results, (chosen, rejected), wanted), results[1]
+    return loss, PairwiseStats(*stats.unbind())
 
 
 def _numbers(margin: float | Tensor | None, center_coef: float) -> tuple[float, float]:
@@ -93,17 +91,14 @@ def _pairwise_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, statistics, gradient of chosen, of rejected); a gradient not wanted is empty."""
     dtype = dispatch.common_dtype(chosen, rejected, margins)
-    # A list, which holds the tensors until the call returns.
-    cast = [dispatch.cast(x, dtype) for x in (chosen, rejected, margins)]
     loss = chosen.new_empty((), dtype=dispatch.accumulator(dtype))
     stats = loss.new_empty(len(PairwiseStats._fields))
     grad_chosen = gradient_like(loss, chosen.shape, want_chosen)
     grad_rejected = gradient_like(loss, chosen.shape, want_rejected)
     dispatch.cpu.pairwise_loss(
-        dispatch.dtype_code(dtype), chosen.shape[0], *(dispatch.tokens(x) for x in cast), *numbers,
-        loss.data_ptr(), stats.data_ptr(),
-        dispatch.tokens(grad_chosen if want_chosen else None),
-        dispatch.tokens(grad_rejected if want_rejected else None), torch.get_num_threads(),
+        *(dispatch.cast(x, dtype) for x in (chosen, rejected, margins)), *numbers, loss, stats,
+        grad_chosen if want_chosen else None, grad_rejected if want_rejected else None,
+        torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_chosen, grad_rejected
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import checks, dispatch, fused_loss, reference
-from ppo_kernels.fused_loss import FusedLoss, gradient_like
+from ppo_kernels.fused_loss import gradient_like
 from ppo_kernels.reference import WHITEN_EPS, PolicyStats, ValueStats
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
@@ -105,13 +105,13 @@ def ppo_policy_loss(
         low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
         traced = _traced(low, high, dual_clip, normalizer, entropy_coef, kl_coef)
         loss, stats, *_ = _policy_op(*tensors, traced, reduction, kl_estimator, *wanted)
+        stats = stats.detach()
     else:
-        inputs: Any = (*tensors, _policy_numbers(*numbers), reduction, kl_estimator, *wanted)
-        if any(wanted):
-            loss, stats = FusedLoss.apply(_policy_loss, 2, *inputs)
-        else:
-            loss, stats, *_ = _policy_loss(*inputs)
-    return loss, PolicyStats(*stats.detach().unbind())
+        results = _policy_loss(
+            *tensors, _policy_numbers(*numbers), reduction, kl_estimator, *wanted
+        )
+        loss, stats = fused_loss.attach(results, (logprobs, entropy), wanted), results[1]
+    return loss, PolicyStats(*stats.unbind())
 
 
 def ppo_value_loss(
@@ -160,13 +160,11 @@ def ppo_value_loss(
     wanted = fused_loss.wanted(values)
     if not dispatch.eager(*tensors):
         loss, stats, _ = _value_op(*tensors, _traced(clip_range, normalizer), reduction, *wanted)
+        stats = stats.detach()
     else:
-        inputs: Any = (*tensors, _value_numbers(clip_range, normalizer), reduction, *wanted)
-        if any(wanted):
-            loss, stats = FusedLoss.apply(_value_loss, 1, *inputs)
-        else:
-            loss, stats, _ = _value_loss(*inputs)
-    return loss, ValueStats(*stats.detach().unbind())
+        results = _value_loss(*tensors, _value_numbers(clip_range, normalizer), reduction, *wanted)
+        loss, stats = fused_loss.attach(results, (values,), wanted), results[1]
+    return loss, ValueStats(*stats.unbind())
 
 
 # Checked, and as the kernels take them: infinite stands for None, as also in `_traced`.
@@ -239,24 +237,20 @@ def _policy_loss(
     low, high, dual_clip, normalizer, entropy_coef, kl_coef = numbers
     inputs = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)
     dtype = dispatch.common_dtype(*inputs)
-    # A list, which holds the tensors until the call returns.
-    cast = [dispatch.cast(x, dtype) for x in inputs]
-    policy, entropies, old, advantage, ref, weights = (dispatch.tokens(x) for x in cast)
+    policy, entropies, old, advantage, ref, weights = (dispatch.cast(x, dtype) for x in inputs)
     mean, scale = 0.0, 1.0
     if moments is not None:
         count, mean, m2 = moments.tolist()
         scale = 1 / math.sqrt(m2 / max(count, 1.0) + WHITEN_EPS)
-    cu_seqlens = dispatch.offsets(cu_seqlens)
     loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
     grad_logprobs = gradient_like(loss, logprobs.shape, want_logprobs)
     grad_entropy = gradient_like(loss, logprobs.shape, want_entropy)
     dispatch.cpu.ppo_policy_loss(
-        dispatch.dtype_code(dtype), _rows(logprobs.shape, cu_seqlens), dispatch.tokens(mask),
-        policy, old, (advantage, mean, scale), weights, (low, high, dual_clip),
-        (entropies, entropy_coef), (ref, kl_coef, 1 + KL_ESTIMATORS.index(kl_estimator)),
-        _reducing(reduction, normalizer), loss.data_ptr(), stats.data_ptr(),
-        dispatch.tokens(grad_logprobs if want_logprobs else None),
-        dispatch.tokens(grad_entropy if want_entropy else None), torch.get_num_threads(),
+        mask, dispatch.offsets(cu_seqlens), policy, old, advantage, (mean, scale), weights,
+        (low, high, dual_clip), entropies, entropy_coef, ref, kl_coef,
+        1 + KL_ESTIMATORS.index(kl_estimator), _reducing(reduction, normalizer), loss, stats,
+        grad_logprobs if want_logprobs else None, grad_entropy if want_entropy else None,
+        torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_logprobs, grad_entropy
 
@@ -275,24 +269,15 @@ def _value_loss(
     checks.boundaries(VALUE, cu_seqlens, values.shape[0])
     clip_range, normalizer = numbers
     dtype = dispatch.common_dtype(values, old_values, returns)
-    cast = [dispatch.cast(x, dtype) for x in (values, old_values, returns)]
-    cu_seqlens = dispatch.offsets(cu_seqlens)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
     grad_values = gradient_like(loss, values.shape, want_values)
     dispatch.cpu.ppo_value_loss(
-        dispatch.dtype_code(dtype), _rows(values.shape, cu_seqlens), dispatch.tokens(mask),
-        *(dispatch.tokens(x) for x in cast), clip_range, _reducing(reduction, normalizer),
-        loss.data_ptr(), stats.data_ptr(), dispatch.tokens(grad_values if want_values else None),
+        mask, dispatch.offsets(cu_seqlens),
+        *(dispatch.cast(x, dtype) for x in (values, old_values, returns)), clip_range,
+        _reducing(reduction, normalizer), loss, stats, grad_values if want_values else None,
         torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_values
-
-
-def _rows(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
-    """As `dispatch.rows`; tokens without boundaries are one row."""
-    if len(shape) == 1 and cu_seqlens is None:
-        return (1, shape[0], 0)
-    return dispatch.rows(shape, cu_seqlens)
 
 
 def _reducing(reduction: str, normalizer: float) -> tuple[int, float]:
