@@ -42,9 +42,9 @@ def tokens(
     not look at the boundaries of sequences (`needs_sequences=False`) also takes `[N]` alone.
     """
     # Says in a fraction of the time that tensors are faultless; not what a fault is.
-    if dispatch.cpu is not None and not torch.compiler.is_compiling():
-        if dispatch.cpu.tokens_fit(mask, cu_seqlens, needs_sequences, *named.values()):
-            return
+    looks = dispatch.cpu is not None and not torch.compiler.is_compiling()
+    if looks and dispatch.cpu.tokens_fit(mask, cu_seqlens, needs_sequences, *named.values()):
+        return
     first_name, first = next(iter(named.items()))
     tensor(op, first_name, first)
     assert first is not None

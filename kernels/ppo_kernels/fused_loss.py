@@ -1,7 +1,7 @@
 """Autograd for losses that make their gradients in the forward pass.
 
-Such a loss returns (loss, statistics, the gradient of each trained tensor, empty where not wanted).
-Backward only multiplies by the gradient that comes in.
+Such a loss returns (loss, statistics, the gradient of each trained tensor or None where that is not
+wanted). Backward only multiplies by the gradient that comes in.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Results = tuple[Tensor, ...]  # loss, statistics, gradients
+Results = tuple[Any, ...]  # loss, statistics, gradients
 
 
 def wanted(*trained: Tensor | None) -> list[bool]:
@@ -21,9 +21,14 @@ def wanted(*trained: Tensor | None) -> list[bool]:
     return [enabled and x is not None and x.requires_grad for x in trained]
 
 
-def gradient_like(loss: Tensor, shape: torch.Size, want: bool) -> Tensor:
+def gradient_like(loss: Tensor, shape: torch.Size, want: bool) -> Tensor | None:
     """Room for a gradient, in the accumulation dtype: float16 might lose what scaling restores."""
-    return loss.new_empty(shape if want else (0,))
+    return loss.new_empty(shape) if want else None
+
+
+def without_none(results: Results) -> Results:
+    """As a custom op returns them: a gradient that is not wanted is empty."""
+    return tuple(results[0].new_empty(0) if x is None else x for x in results)
 
 
 def attach(results: Results, trained: tuple[Tensor | None, ...], want: list[bool]) -> Tensor:
@@ -37,8 +42,8 @@ def attach(results: Results, trained: tuple[Tensor | None, ...], want: list[bool
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, results: Results, want: list[bool], *trained: Tensor | None) -> Tensor:
-        loss, _, *gradients = results
-        _save(ctx, trained, want, gradients)
+        _save(ctx, trained, want, results[2:])
+        loss: Tensor = results[0]
         return loss
 
     @staticmethod

@@ -145,9 +145,7 @@ def _gae(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_values("gae", gamma, lam, cu_seqlens, rewards)
-    dtype = dispatch.common_dtype(rewards, values, bootstrap)
-    rewards, values = dispatch.cast(rewards, dtype), dispatch.cast(values, dtype)
-    bootstrap = dispatch.cast(bootstrap, dtype)
+    dtype, (rewards, values, bootstrap) = dispatch.in_one_dtype(rewards, values, bootstrap)
     cu_seqlens = dispatch.offsets(cu_seqlens)
     advantages = rewards.new_empty(rewards.shape, dtype=dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)
@@ -174,10 +172,8 @@ def _kl_shaped_gae(
     op = "kl_shaped_gae"
     coef = float(checks.scalar(op, "kl_coef", kl_coef))
     _check_values(op, gamma, lam, cu_seqlens, logprobs)
-    dtype = dispatch.common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
-    scores, logprobs = dispatch.cast(scores, dtype), dispatch.cast(logprobs, dtype)
-    ref_logprobs, values = dispatch.cast(ref_logprobs, dtype), dispatch.cast(values, dtype)
-    bootstrap = dispatch.cast(bootstrap, dtype)
+    dtype, inputs = dispatch.in_one_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
+    scores, logprobs, ref_logprobs, values, bootstrap = inputs
     cu_seqlens = dispatch.offsets(cu_seqlens)
     advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)

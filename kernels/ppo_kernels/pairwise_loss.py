@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -88,17 +86,16 @@ def _pairwise_loss(
     numbers: tuple[float, float],
     want_chosen: bool,
     want_rejected: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, gradient of chosen, of rejected); a gradient not wanted is empty."""
-    dtype = dispatch.common_dtype(chosen, rejected, margins)
+) -> fused_loss.Results:
+    """(loss, statistics, gradient of chosen, of rejected)."""
+    dtype, inputs = dispatch.in_one_dtype(chosen, rejected, margins)
     loss = chosen.new_empty((), dtype=dispatch.accumulator(dtype))
     stats = loss.new_empty(len(PairwiseStats._fields))
     grad_chosen = gradient_like(loss, chosen.shape, want_chosen)
     grad_rejected = gradient_like(loss, chosen.shape, want_rejected)
     dispatch.cpu.pairwise_loss(
-        *(dispatch.cast(x, dtype) for x in (chosen, rejected, margins)), *numbers, loss, stats,
-        grad_chosen if want_chosen else None, grad_rejected if want_rejected else None,
-        torch.get_num_threads(),
+        *inputs, *numbers, loss, stats,
+        grad_chosen, grad_rejected, torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_chosen, grad_rejected
 
@@ -116,7 +113,8 @@ def _pairwise_op(
     want_rejected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checked = _numbers(*numbers.tolist())
-    return _pairwise_loss(chosen, rejected, margins, checked, want_chosen, want_rejected)
+    results = _pairwise_loss(chosen, rejected, margins, checked, want_chosen, want_rejected)
+    return fused_loss.without_none(results)
 
 
 @_pairwise_op.register_fake
@@ -124,7 +122,8 @@ def _(chosen, rejected, margins, numbers, *wanted):  # type: ignore[no-untyped-d
     dtype = dispatch.accumulator(dispatch.common_dtype(chosen, rejected, margins))
     loss = chosen.new_empty((), dtype=dtype)
     stats = loss.new_empty(len(PairwiseStats._fields))
-    return loss, stats, *(gradient_like(loss, chosen.shape, want) for want in wanted)
+    gradients = (gradient_like(loss, chosen.shape, want) for want in wanted)
+    return fused_loss.without_none((loss, stats, *gradients))
 
 
 fused_loss.register(_pairwise_op, trained=2)

@@ -7,7 +7,6 @@ multiplies that gradient by the one that comes in.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -231,13 +230,13 @@ def _policy_loss(
     kl_estimator: str,
     want_logprobs: bool,
     want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics, gradient of logprobs, of entropy); a gradient not wanted is empty."""
+) -> fused_loss.Results:
+    """(loss, statistics, gradient of logprobs, of entropy)."""
     checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
     low, high, dual_clip, normalizer, entropy_coef, kl_coef = numbers
     inputs = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)
-    dtype = dispatch.common_dtype(*inputs)
-    policy, entropies, old, advantage, ref, weights = (dispatch.cast(x, dtype) for x in inputs)
+    dtype, inputs = dispatch.in_one_dtype(*inputs)
+    policy, entropies, old, advantage, ref, weights = inputs
     mean, scale = 0.0, 1.0
     if moments is not None:
         count, mean, m2 = moments.tolist()
@@ -249,8 +248,7 @@ def _policy_loss(
         mask, dispatch.offsets(cu_seqlens), policy, old, advantage, (mean, scale), weights,
         (low, high, dual_clip), entropies, entropy_coef, ref, kl_coef,
         1 + KL_ESTIMATORS.index(kl_estimator), _reducing(reduction, normalizer), loss, stats,
-        grad_logprobs if want_logprobs else None, grad_entropy if want_entropy else None,
-        torch.get_num_threads(),
+        grad_logprobs, grad_entropy, torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_logprobs, grad_entropy
 
@@ -264,17 +262,17 @@ def _value_loss(
     numbers: tuple[float, float],
     reduction: str,
     want_values: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, statistics, gradient of values); a gradient not wanted is empty."""
+) -> fused_loss.Results:
+    """(loss, statistics, gradient of values)."""
     checks.boundaries(VALUE, cu_seqlens, values.shape[0])
     clip_range, normalizer = numbers
-    dtype = dispatch.common_dtype(values, old_values, returns)
+    dtype, inputs = dispatch.in_one_dtype(values, old_values, returns)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
     grad_values = gradient_like(loss, values.shape, want_values)
     dispatch.cpu.ppo_value_loss(
         mask, dispatch.offsets(cu_seqlens),
-        *(dispatch.cast(x, dtype) for x in (values, old_values, returns)), clip_range,
-        _reducing(reduction, normalizer), loss, stats, grad_values if want_values else None,
+        *inputs, clip_range,
+        _reducing(reduction, normalizer), loss, stats, grad_values,
         torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_values
@@ -313,17 +311,19 @@ def _policy_op(
     checked = _policy_numbers(
         (low, high), _untraced(dual_clip), _untraced(normalizer), entropy_coef, kl_coef
     )
-    return _policy_loss(
+    results = _policy_loss(
         logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
         moments, checked, reduction, kl_estimator, want_logprobs, want_entropy,
     )  # fmt: skip
+    return fused_loss.without_none(results)
 
 
 @_policy_op.register_fake
 def _(logprobs, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(logprobs, *rest[:5])
     loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
-    return loss, stats, *(gradient_like(loss, logprobs.shape, want) for want in rest[-2:])
+    gradients = (gradient_like(loss, logprobs.shape, want) for want in rest[-2:])
+    return fused_loss.without_none((loss, stats, *gradients))
 
 
 @torch.library.custom_op("ppo_kernels::ppo_value_loss", mutates_args=(), device_types="cpu")
@@ -339,16 +339,17 @@ def _value_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     clip_range, normalizer = numbers.tolist()
     checked = _value_numbers(_untraced(clip_range), _untraced(normalizer))
-    return _value_loss(
+    results = _value_loss(
         values, old_values, returns, mask, cu_seqlens, checked, reduction, want_values
     )
+    return fused_loss.without_none(results)
 
 
 @_value_op.register_fake
 def _(values, old_values, returns, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(values, old_values, returns)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
-    return loss, stats, gradient_like(loss, values.shape, rest[-1])
+    return fused_loss.without_none((loss, stats, gradient_like(loss, values.shape, rest[-1])))
 
 
 fused_loss.register(_policy_op, trained=2)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Every number of a GPU from one command, within ten minutes: bench/gpu.sh [OUTPUT_FOLDER]
+#
+# For a machine with an NVIDIA GPU and a Python that has torch, triton and transformers; no network.
+# What cannot be had there (a compiler, pytest, other packages) is left out, and log.txt says so.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-bench/results/gpu}}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+exec > >(tee "$out/log.txt") 2>&1
+
+step() {  # step NAME SECONDS COMMAND...: goes on after a failure, and says so
+  local name=$1 seconds=$2 started=$SECONDS
+  shift 2
+  echo "== $name"
+  timeout "$seconds" "$@" || echo "== $name FAILED with exit status $?"
+  echo "== $name took $((SECONDS - started)) s"
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+$python -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "no CUDA device")' || exit 1
+step build 90 "$python" setup.py build_ext --inplace
+step doctor 30 "$python" -m ppo_engine doctor
+step tests 150 "$python" -m pytest -q -m gpu tests
+step ops 200 "$python" bench/run.py --device cuda --seconds 0.3 --out "$out/ops.csv" --plot
+step e2e 120 "$python" bench/e2e.py --device cuda --out "$out/e2e.csv"
+echo "Everything is in $out"
