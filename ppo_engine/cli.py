@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     ppo.add_argument(
         "--reward", metavar="PATH", help="a reward model's name or folder, or file.py:function"
     )
+    ppo.add_argument(
+        "--profile", action="store_true", help="write where a step's time goes, with a trace"
+    )
     generate = _add(
         commands,
         "generate",
@@ -211,6 +214,8 @@ def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
         function = _FUNCTION.match(options.reward) and not Path(options.reward).exists()
         key = "reward.function" if function else "reward.path"
         overrides.insert(0, f"{key}={json.dumps(options.reward)}")
+    if options.profile:
+        overrides.insert(0, "profile=true")
     config = _load(PPOConfig, options, overrides)
     if config is None:
         return

@@ -150,6 +150,7 @@ class PPOConfig:
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     run: RunConfig = Field(default_factory=RunConfig)
     steps: PositiveInt = 100  # rollout batches
+    profile: bool = False  # write where the second step's time goes, with a trace
 
 
 @_settings

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models, value_model
+from ppo_engine.anatomy import span
 from ppo_engine.checkpoint import load_trainable_state, trainable_state
 from ppo_engine.config import PPOConfig
 from ppo_engine.kl_control import KLController
-from ppo_engine.optim import clip_gradients, make_optimizer, make_scheduler
+from ppo_engine.optim import make_optimizer, make_scheduler, optimizer_step
 from ppo_engine.policy import Policy
 from ppo_engine.rewards import (
     RewardFunction,
@@ -106,6 +107,7 @@ class PPOEngine:
         self.normalizer = ScoreNormalizer() if config.reward.normalize else None
         self.policy_version = 0
 
+    @span("generate")
     def generate(
         self, prompts: Sequence[Prompt], columns: dict[str, list[Any]] | None = None
     ) -> Rollout:
@@ -115,6 +117,7 @@ class PPOEngine:
         """
         return self.policy.generate(prompts, self.config.generation, columns)
 
+    @span("score")
     def score(self, rollout: Rollout) -> Tensor:
         """What the reward says of each response, [B] fp32; neither normalized nor penalized."""
         if self._shared_reward_model is not None:
@@ -124,6 +127,7 @@ class PPOEngine:
         )
         return scores.to(self.device)
 
+    @span("advantages")
     def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
         """KL to the reference, values, and generalized advantages; `scores` are B numbers.
 
@@ -164,10 +168,11 @@ class PPOEngine:
     def compare_with_reference(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of policy and reference, and the policy's entropies: each [B, T] fp32, 0 at
         padding. Their difference, summed over a response, estimates the KL divergence."""
-        logprobs, entropy = self._over(rollout, lambda part: self._logprobs(self.policy, part))
+        logprobs, entropy = self._over(rollout, self._policy_logprobs)
         ref_logprobs, _ = self._over(rollout, self._reference_logprobs)
         return logprobs, ref_logprobs, entropy
 
+    @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
         settings = self.config.ppo
@@ -231,37 +236,35 @@ class PPOEngine:
         tokens = experience.rollout.mask[rows].sum()
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         self.policy.model.train()
-        for part in _parts(experience, rows, settings.micro_batch_size):
-            logprobs, entropy = self._logprobs(self.policy, part.rollout)
+        for part in map(experience.select, rows.split(settings.micro_batch_size)):
+            logprobs, entropy = self._policy_logprobs(part.rollout)
+            # Until the first step the old log-probs are these very numbers; measured again in
+            # another batch they would differ by rounding, and the ratio from 1.
             on_policy = self.policy_version == experience.policy_version
-            loss, stats = ppo_policy_loss(
-                logprobs,
-                # Until the first step the old log-probs are these very numbers; measured again in
-                # another batch they would differ by rounding, and the ratio from 1.
-                logprobs.detach() if on_policy else part.logprobs,
-                part.advantages,
-                mask=part.rollout.mask,
-                clip_range=settings.clip_range,
-                moments=part.moments if settings.whiten_advantages else None,
-                normalizer=tokens,
-                entropy=entropy if settings.entropy_coef else None,
-                entropy_coef=settings.entropy_coef,
-            )
-            loss.backward()
+            old_logprobs = logprobs.detach() if on_policy else part.logprobs
+            with span("losses"):
+                loss, stats = ppo_policy_loss(
+                    logprobs,
+                    old_logprobs,
+                    part.advantages,
+                    mask=part.rollout.mask,
+                    clip_range=settings.clip_range,
+                    moments=part.moments if settings.whiten_advantages else None,
+                    normalizer=tokens,
+                    entropy=entropy if settings.entropy_coef else None,
+                    entropy_coef=settings.entropy_coef,
+                )
+            with span("backward"):
+                loss.backward()
             share = part.rollout.mask.sum() / tokens
             found["policy/loss"] += loss.detach()
             for name in ("approx_kl", "clip_fraction", "ratio_mean"):
                 found[f"policy/{name}"] += getattr(stats, name) * share
             found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
         self.policy.model.eval()
-        found["policy/grad_norm"] = clip_gradients(
-            self.policy.model.parameters(),
-            self.config.policy.optimizer.max_grad_norm,
-            "the policy",
+        found["policy/grad_norm"] = optimizer_step(
+            self.policy_optimizer, self.policy_scheduler, self.config.policy.optimizer, "the policy"
         )
-        self.policy_optimizer.step()
-        self.policy_optimizer.zero_grad(set_to_none=True)
-        self.policy_scheduler.step()
         self.policy_version += 1
         return found
 
@@ -270,27 +273,27 @@ class PPOEngine:
         settings = self.config.ppo
         tokens = experience.rollout.mask[rows].sum()
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for part in _parts(experience, rows, settings.micro_batch_size):
-            loss, stats = ppo_value_loss(
-                self._values(part.rollout),
-                part.values,
-                part.returns,
-                mask=part.rollout.mask,
-                clip_range=settings.value_clip_range,
-                normalizer=tokens,
-            )
-            loss.backward()
+        for part in map(experience.select, rows.split(settings.micro_batch_size)):
+            with span("losses"):
+                loss, stats = ppo_value_loss(
+                    self._values(part.rollout),
+                    part.values,
+                    part.returns,
+                    mask=part.rollout.mask,
+                    clip_range=settings.value_clip_range,
+                    normalizer=tokens,
+                )
+            with span("backward"):
+                loss.backward()
             share = part.rollout.mask.sum() / tokens
             found["value/loss"] += loss.detach()
             found["value/clip_fraction"] += stats.clip_fraction * share
-        found["value/grad_norm"] = clip_gradients(
-            self.critic.parameters(), self.config.critic.optimizer.max_grad_norm, "the critic"
+        found["value/grad_norm"] = optimizer_step(
+            self.critic_optimizer, self.critic_scheduler, self.config.critic.optimizer, "the critic"
         )
-        self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        self.critic_scheduler.step()
         return found
 
+    @span("gae")
     def _shaped_gae(
         self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor
     ) -> ShapedGAE:
@@ -328,14 +331,17 @@ class PPOEngine:
         moments = torch.stack((count, mean, (real - mean).square().sum()))
         return ShapedGAE(advantages, returns, rewards.kl, moments)
 
-    def _logprobs(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        return policy.response_logprobs(rollout, self.config.generation.temperature)
+    @span("policy")
+    def _policy_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        return self.policy.response_logprobs(rollout, self.config.generation.temperature)
 
+    @span("reference")
     def _reference_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        temperature = self.config.generation.temperature
         if self.reference is None:
             with self.policy.without_adapter():
-                return self._logprobs(self.policy, rollout)
-        return self._logprobs(self.reference, rollout)
+                return self.policy.response_logprobs(rollout, temperature)
+        return self.reference.response_logprobs(rollout, temperature)
 
     def _over(
         self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]
@@ -349,6 +355,7 @@ class PPOEngine:
             for column in zip(*found, strict=True)
         )
 
+    @span("critic")
     def _values(self, rollout: Rollout) -> Tensor:
         """The critic's value before each response token, [B, T] fp32."""
         ids, mask = rollout.sequences()
@@ -389,8 +396,3 @@ class PPOEngine:
             "policy/learning_rate": torch.tensor(self.policy_optimizer.param_groups[0]["lr"]),
         }
         return {name: float(value) for name, value in found.items()}
-
-
-def _parts(experience: Experience, rows: Tensor, size: int) -> Iterator[Experience]:
-    for part in rows.split(size):
-        yield experience.select(part)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from ppo_engine.anatomy import span
 from ppo_engine.config import OptimizerConfig
 from ppo_engine.errors import UserError
 
@@ -50,6 +51,19 @@ def make_scheduler(optimizer: AdamW, config: OptimizerConfig, total_steps: int) 
         return 1.0
 
     return LambdaLR(optimizer, factor)
+
+
+@span("optimizer")
+def optimizer_step(
+    optimizer: AdamW, scheduler: LambdaLR, config: OptimizerConfig, where: str
+) -> Tensor:
+    """Clip the gradients, take a step, drop them; arguments and result as in `clip_gradients`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = clip_gradients(parameters, config.max_grad_norm, where)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    scheduler.step()
+    return norm
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, where: str = "") -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models
+from ppo_engine.anatomy import span
 from ppo_engine.config import GenerationConfig, ModelConfig
 from ppo_engine.errors import UserError
 from ppo_engine.rollout import Rollout
@@ -177,12 +178,11 @@ class Policy:
             else:
                 hidden = base(**inputs).last_hidden_state[:, start:][rollout.mask]
                 logits = self._head(models.unwrap(self.model), hidden)
-        logprobs, entropy = token_logprobs(
-            logits,
-            rollout.response_ids[rollout.mask],
-            temperature=temperature,
-            return_entropy=True,
-        )
+        targets = rollout.response_ids[rollout.mask]
+        with span("token_logprobs"):
+            logprobs, entropy = token_logprobs(
+                logits, targets, temperature=temperature, return_entropy=True
+            )
         shape = rollout.mask.shape
         return (
             logprobs.new_zeros(shape).masked_scatter(rollout.mask, logprobs),

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models, value_model
+from ppo_engine import anatomy, models, value_model
 from ppo_engine.checkpoint import (
     load_training_state,
     random_states,
@@ -97,7 +98,8 @@ class PPOTrainer:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
 
         Writes the run's folder: the policy in `policy/`, the critic in `critic/`, both in Hugging
-        Face format, with curves in `report.png`.
+        Face format, with curves in `report.png`. With `config.profile`, the second step from here,
+        or the only one, is profiled (the first warms up): see `anatomy`.
         """
         config = self.config.run
         run: RunDirectory | None = None
@@ -106,23 +108,28 @@ class PPOTrainer:
         if config.resume:
             run = self._open_run()
             self._restore(run)
+        profiled = min(self.step + 2, self.config.steps) if self.config.profile else None
         title = f"PPO, {len(self.examples)} prompts"
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in self.notes:
                 progress.note(note)
             while self.step < self.config.steps:
                 started = time.perf_counter()
-                rollout, scores = self._sample(progress)
-                # Only now: a reward that fails on its first responses leaves nothing behind.
-                run = run or self._open_run()
-                trackers = trackers or self._open_trackers(run)
-                with progress.phase("advantages"):
-                    experience = self.engine.estimate_advantages(rollout, scores)
-                with progress.phase("update"):
-                    metrics = self.engine.update(experience)
+                recording = self.step + 1 == profiled
+                with anatomy.recording(self.engine) if recording else nullcontext() as profile:
+                    rollout, scores = self._sample(progress)
+                    # Only now: a reward that fails on its first responses leaves nothing behind.
+                    run = run or self._open_run()
+                    trackers = trackers or self._open_trackers(run)
+                    with progress.phase("advantages"):
+                        experience = self.engine.estimate_advantages(rollout, scores)
+                    with progress.phase("update"):
+                        metrics = self.engine.update(experience)
                 self.step += 1
                 tokens = int(rollout.mask.sum())
                 metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+                if profile is not None:
+                    self._write_profile(profile, run, progress)
                 metrics["memory/peak"] = peak_memory(self.engine.device)
                 metrics |= progress.times
                 run.log_metrics(self.step, metrics)
@@ -208,6 +215,13 @@ class PPOTrainer:
                     "random": random_states(),
                 },
             )
+
+    def _write_profile(self, profile: Any, run: RunDirectory, progress: Progress) -> None:
+        folder = run.path / "profile"
+        with progress.phase("profile"):
+            title = f"Anatomy of step {self.step}"
+            progress.note(anatomy.write_profile(profile, folder, title))
+        progress.note(f"Trace and table are in {folder}; the trace opens in ui.perfetto.dev.")
 
     def _restore(self, run: RunDirectory) -> None:
         newest = run.newest_checkpoint()

@@ -29,7 +29,7 @@ from ppo_engine.config import RewardModelConfig
 from ppo_engine.config_io import as_dict, flatten
 from ppo_engine.data import Preference, load_preferences, split_preferences
 from ppo_engine.errors import UserError
-from ppo_engine.optim import clip_gradients, make_optimizer, make_scheduler
+from ppo_engine.optim import make_optimizer, make_scheduler, optimizer_step
 from ppo_engine.progress import Progress
 from ppo_engine.report import write_curves
 from ppo_engine.run_directory import RunDirectory, atomic_folder
@@ -192,14 +192,12 @@ class RewardModelTrainer:
             (loss * share).backward()
             found += torch.stack((loss.detach(), stats.accuracy, stats.margin)) * share
         self.step += 1
-        norm = clip_gradients(
-            self.model.parameters(),
-            self.config.model.optimizer.max_grad_norm,
+        norm = optimizer_step(
+            self.optimizer,
+            self.scheduler,
+            self.config.model.optimizer,
             f"the reward model, step {self.step}",
         )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
         loss_value, accuracy, margin = found.tolist()
         seconds = time.perf_counter() - started
         return {

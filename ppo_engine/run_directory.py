@@ -6,6 +6,7 @@ samples.jsonl          some responses of some steps
 checkpoints/step-…/    what a resumed run goes on from
 policy/, critic/ or reward_model/   the result, Hugging Face format
 report.png             the curves
+profile/               where a step's time goes, with a trace (profile=true)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ppo_engine.errors import UserError
 # A resumed run may differ in these: how long it goes on, where it is, and what it shows.
 _FREE_KEYS = {
     "steps",
+    "profile",
     "run.resume",
     "run.output_dir",
     "run.device",
