@@ -19,6 +19,7 @@ import torch
 from bench import machine, table
 from bench.case import MODES, SIZES, Case
 from bench.measure import ALTERNATIVES, measure
+from bench.memory import keep_freed_memory
 from bench.registry import cases
 from bench.results import Row, write_csv
 from ppo_kernels.dispatch import IMPLS, OPS
@@ -27,6 +28,7 @@ from ppo_kernels.dispatch import IMPLS, OPS
 def main() -> int:
     options = _options()
     device = torch.device(options.device)
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     chosen = cases(device.type, options.ops, options.sizes)

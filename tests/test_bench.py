@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -17,6 +19,7 @@ from bench.case import Case, Cost, Inputs, Outputs, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, measure_ceilings, slug
 from bench.measure import ALTERNATIVES, measure
+from bench.memory import keep_freed_memory
 from bench.plot import plot
 from bench.registry import cases
 from bench.results import Row, read_csv, write_csv
@@ -177,6 +180,38 @@ def test_peak_extra_memory() -> None:
     x = torch.ones(1000)
     assert peak_extra_bytes(CPU, lambda: x + x) == pytest.approx(4000, abs=200)
     assert peak_extra_bytes(CPU, lambda: (x + x) * (x + x)) == pytest.approx(12000, abs=600)
+
+
+# Prints the page faults of the last of some large tensors.
+_COUNT_FAULTS = """
+import resource, sys
+import torch
+from bench.memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc's malloc")
+def test_freed_memory_is_kept() -> None:
+    def faults(how: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", _COUNT_FAULTS, how],
+            check=True, capture_output=True, text=True, cwd=readme.ROOT,
+        )  # fmt: skip
+        return int(done.stdout)
+
+    assert faults("keep") < 100 < faults("give back")
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert keep_freed_memory() is False
 
 
 def test_leaves_share_memory_and_leave_the_inputs_alone() -> None:
