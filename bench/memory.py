@@ -1,4 +1,4 @@
-"""Memory of a CPU that the measured calls take again, rather than anew from the system each time."""
+"""Memory of a CPU that measured calls take again, rather than anew from the system each time."""
 
 from __future__ import annotations
 

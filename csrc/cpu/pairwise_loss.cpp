@@ -41,9 +41,14 @@ struct PairTile {
   A *grad_chosen, *grad_rejected;
 };
 
+template <class A>
+struct PairTotals {
+  Total<A> loss, wins, ties, difference;
+};
+
 template <class T, class A = Accumulator<T>>
 void pairwise_tile(const PairwiseLossArgs& args, const PairTile<T>& x, int64_t n, A weight,
-                   PairwiseSums& sums) {
+                   PairTotals<A>& totals) {
   using V = Vec<A>;
   const V shared_margin = splat(A(args.margin)), limit = splat(kExpMax<A>);
   const A center_coef = A(args.center_coef);
@@ -68,12 +73,10 @@ void pairwise_tile(const PairwiseLossArgs& args, const PairTile<T>& x, int64_t n
     wins += difference > A(0);
     ties += inside & (difference == A(0));
   }
-  double half_wins = 0;
-  flush<A>(ties, half_wins);
-  flush<A>(wins, sums.wins);
-  flush<A>(loss_sum, sums.loss);
-  flush<A>(difference_sum, sums.difference);
-  sums.wins += half_wins / 2;
+  totals.loss.add(loss_sum);
+  totals.wins.add_count(wins);
+  totals.ties.add_count(ties);
+  totals.difference.add(difference_sum);
 }
 
 template <class T>
@@ -89,7 +92,7 @@ void pairwise(const PairwiseLossArgs& args) {
 
   const int64_t blocks = (args.count + kTokensPerBlock - 1) / kTokensPerBlock;
   parallel_for(blocks, args.threads, [&](int64_t block) {
-    PairwiseSums sums{};
+    PairTotals<A> totals;
     const int64_t first = block * kTokensPerBlock;
     const int64_t last = args.count - first < kTokensPerBlock ? args.count : first + kTokensPerBlock;
     uint8_t inside_room[kTile];
@@ -103,11 +106,12 @@ void pairwise(const PairwiseLossArgs& args) {
                           tile<A>(margins, p, n, room[2]),
                           out_tile(grad_chosen, p, n, grad_room[0]),
                           out_tile(grad_rejected, p, n, grad_room[1])};
-      pairwise_tile<T>(args, x, n, weight, sums);
+      pairwise_tile<T>(args, x, n, weight, totals);
       deliver(grad_chosen, p, n, grad_room[0], x.grad_chosen);
       deliver(grad_rejected, p, n, grad_room[1], x.grad_rejected);
     }
-    args.sums[block] = sums;
+    args.sums[block] = {totals.loss.sum(), totals.wins.sum() + totals.ties.sum() / 2,
+                        totals.difference.sum()};
   });
 
   PairwiseSums all{};

@@ -138,11 +138,16 @@ struct PolicyTile {
   A *grad_logprobs, *grad_entropy;
 };
 
+template <class A>
+struct PolicyTotals {
+  Total<A> count, loss, log_ratio_sq, clipped, ratio, kl, entropy;
+  Vec<A> ratio_max{};
+};
+
 // kExtras: there may be a dual clip, weights, a KL penalty, an entropy bonus.
-template <class T, bool kExtras>
+template <class T, bool kExtras, class A = Accumulator<T>>
 void policy_tile(const PolicyLossArgs& args, const PolicyTile<T>& x, int64_t n, double weight,
-                 PolicySums& sums) {
-  using A = Accumulator<T>;
+                 PolicyTotals<A>& totals) {
   using V = Vec<A>;
   const V limit = splat(A(kMaxLogRatio));
   const V ratio_low = splat(A(1 - args.clip_low)), ratio_high = splat(A(1 + args.clip_high));
@@ -205,17 +210,14 @@ void policy_tile(const PolicyLossArgs& args, const PolicyTile<T>& x, int64_t n, 
     log_ratio_sq_sum += log_ratio * log_ratio;
     ratio_sum += ratio;
   }
-  double loss = 0;
-  flush<A>(loss_sum, loss);
-  sums.loss += loss * weight;
-  flush<A>(count, sums.count);
-  flush<A>(log_ratio_sq_sum, sums.log_ratio_sq);
-  flush<A>(clipped_count, sums.clipped);
-  flush<A>(ratio_sum, sums.ratio);
-  flush<A>(kl_sum, sums.kl);
-  flush<A>(entropy_sum, sums.entropy);
-  const double max = max_lanes<A>(ratio_max);
-  sums.ratio_max = max > sums.ratio_max ? max : sums.ratio_max;
+  totals.count.add_count(count);
+  totals.loss.add(loss_sum);
+  totals.log_ratio_sq.add(log_ratio_sq_sum);
+  totals.clipped.add_count(clipped_count);
+  totals.ratio.add(ratio_sum);
+  totals.ratio_max = larger(ratio_max, totals.ratio_max);
+  totals.kl.add(kl_sum);
+  totals.entropy.add(entropy_sum);
 }
 
 // Tokens first to last of row b.
@@ -235,6 +237,7 @@ void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64
   uint8_t mask_room[kTile];
   T room[6][kTile];
   A grad_room[2][kTile];
+  PolicyTotals<A> totals;
   for (int64_t t = first; t < last; t += kTile) {
     const int64_t n = last - t < kTile ? last - t : kTile;
     const PolicyTile<T> x{
@@ -243,11 +246,20 @@ void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64
         tile<A>(is_weights, t, n, room[3]),        tile<A>(ref_logprobs, t, n, room[4]),
         tile<A>(entropy, t, n, room[5]),           out_tile(grad_logprobs, t, n, grad_room[0]),
         out_tile(grad_entropy, t, n, grad_room[1])};
-    extras ? policy_tile<T, true>(args, x, n, weight, sums)
-           : policy_tile<T, false>(args, x, n, weight, sums);
+    extras ? policy_tile<T, true>(args, x, n, weight, totals)
+           : policy_tile<T, false>(args, x, n, weight, totals);
     deliver(grad_logprobs, t, n, grad_room[0], x.grad_logprobs);
     deliver(grad_entropy, t, n, grad_room[1], x.grad_entropy);
   }
+  sums.count += totals.count.sum();
+  sums.loss += totals.loss.sum() * weight;
+  sums.log_ratio_sq += totals.log_ratio_sq.sum();
+  sums.clipped += totals.clipped.sum();
+  sums.ratio += totals.ratio.sum();
+  const double ratio_max = max_lanes<A>(totals.ratio_max);
+  sums.ratio_max = ratio_max > sums.ratio_max ? ratio_max : sums.ratio_max;
+  sums.kl += totals.kl.sum();
+  sums.entropy += totals.entropy.sum();
 }
 
 template <class T>
@@ -289,10 +301,15 @@ struct ValueTile {
   A* grad_values;  // or null
 };
 
+template <class A>
+struct ValueTotals {
+  Total<A> count, loss, clipped, value, error_sq, shifted, shifted_sq;
+};
+
 // `origin` is one of the returns: moments about it lose nothing to a large mean.
 template <class T, class A = Accumulator<T>>
 void value_tile(const ValueLossArgs& args, const ValueTile<T>& x, int64_t n, double weight,
-                A origin, ValueSums& sums, MomentSums& returns) {
+                A origin, ValueTotals<A>& totals) {
   using V = Vec<A>;
   const A clip_range = A(args.clip_range), token_weight = A(weight);
 
@@ -322,15 +339,13 @@ void value_tile(const ValueLossArgs& args, const ValueTile<T>& x, int64_t n, dou
     shifted_sum += shifted;
     shifted_sq_sum += shifted * shifted;
   }
-  double loss = 0;
-  flush<A>(loss_sum, loss);
-  sums.loss += loss / 2 * weight;
-  flush<A>(clipped_count, sums.clipped);
-  flush<A>(value_sum, sums.value);
-  flush<A>(error_sq_sum, sums.error_sq);
-  flush<A>(count, returns.count);
-  flush<A>(shifted_sum, returns.sum);
-  flush<A>(shifted_sq_sum, returns.sum_sq);
+  totals.count.add_count(count);
+  totals.loss.add(loss_sum);
+  totals.clipped.add_count(clipped_count);
+  totals.value.add(value_sum);
+  totals.error_sq.add(error_sq_sum);
+  totals.shifted.add(shifted_sum);
+  totals.shifted_sq.add(shifted_sq_sum);
 }
 
 template <class T>
@@ -349,17 +364,23 @@ void value_sweep(const ValueLossArgs& args, ValueSums& sums, int64_t b, int64_t 
   uint8_t mask_room[kTile];
   T room[3][kTile];
   A grad_room[kTile];
-  MomentSums moments{double(origin), 0, 0, 0};
+  ValueTotals<A> totals;
   for (int64_t t = first; t < last; t += kTile) {
     const int64_t n = last - t < kTile ? last - t : kTile;
     const ValueTile<T> x{mask_tile<A>(mask, t, n, mask_room), tile<A>(values, t, n, room[0]),
                          tile<A>(old_values, t, n, room[1]), tile<A>(returns, t, n, room[2]),
                          out_tile(grad_values, t, n, grad_room)};
-    value_tile<T>(args, x, n, weight, origin, sums, moments);
+    value_tile<T>(args, x, n, weight, origin, totals);
     deliver(grad_values, t, n, grad_room, x.grad_values);
   }
-  sums.count += moments.count;
-  sums.returns = merged(sums.returns, moments_of(moments));
+  const double count = totals.count.sum();
+  sums.count += count;
+  sums.loss += totals.loss.sum() / 2 * weight;
+  sums.clipped += totals.clipped.sum();
+  sums.value += totals.value.sum();
+  sums.error_sq += totals.error_sq.sum();
+  const MomentSums about{double(origin), count, totals.shifted.sum(), totals.shifted_sq.sum()};
+  sums.returns = merged(sums.returns, moments_of(about));
 }
 
 template <class T>

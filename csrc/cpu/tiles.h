@@ -83,15 +83,23 @@ inline Truth<A> real_lanes(const uint8_t* mask) {
 #endif
 }
 
-// A number per lane added up over a tile, and a total over tiles: in float64 of A, exact of truths.
+// A total in float64, lane by lane, to which each tile's sum in A is added; or its count of truths,
+// each of which is -1.
 template <class A>
-inline void flush(Vec<A> x, double& total) {
-  total += sum_lanes<A>(x);
-}
-template <class A>
-inline void flush(Truth<A> minus_count, double& total) {
-  for (int i = 0; i < kLanes<A>; ++i) total -= double(minus_count[i]);
-}
+class Total {
+ public:
+  void add(Vec<A> of_tile) { lanes_ += __builtin_convertvector(of_tile, Doubles); }
+  void add_count(Truth<A> of_tile) { lanes_ -= __builtin_convertvector(of_tile, Doubles); }
+  double sum() const {
+    double sum = 0;
+    for (int i = 0; i < kLanes<A>; ++i) sum += lanes_[i];
+    return sum;
+  }
+
+ private:
+  using Doubles = typename VectorTypes<A>::Doubles;
+  Doubles lanes_{};
+};
 
 }  // namespace
 }  // namespace ppo::PPO_ISA
