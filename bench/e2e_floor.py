@@ -1,0 +1,122 @@
+"""The least time a PPO step can take on a machine: its matrix FLOP and weight bytes.
+
+With B responses, P_b tokens in prompt b, T tokens in every response, L_b = P_b + T, and for the
+model (all four are one architecture): W the elements of the decoder layers' matrices, V·H those of
+the output matrix, A = layers x heads x head dimension, s bytes per element of the compute dtype.
+
+A forward pass over n_b tokens of each sequence, with logits at k positions:
+
+    FLOP  = 2·W·Σn_b + 4·A·Σ n_b(n_b+1)/2 + 2·V·H·k     (causal attention: scores and sums)
+    bytes = s·(W + V·H where k > 0)
+
+    generate    forward(P_b, k = B), then T-1 passes, one for each further token:
+                FLOP = 2·(W + V·H)·B + 4·A·Σ(P_b + t), bytes = s·(W + V·H)
+    score       forward(L_b) of the reward model
+    advantages  forward(L_b - 1, k = B·T) of the reference, forward(L_b - 1) of the critic
+    update      epochs x 3 x (forward(L_b - 1, k = B·T) of the policy + forward(L_b - 1) of the
+                critic): once forward, twice backward (bytes x 2: a backward pass reads W once)
+
+Each pass takes at least the longer of FLOP / matrix rate and bytes / read bandwidth, and the
+passes follow each other. The policy's log-probs before the update need no pass of their own: the
+sampler has computed them. Left out, which keeps the floor below what anyone can reach: padding,
+the KV cache, activations, softmax and norms, the optimizer's bytes, the scalar heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from bench.machine import Ceilings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the FLOP and bytes of a causal language model follow from; counts of elements."""
+
+    layer_weights: int  # W
+    head_weights: int  # V·H
+    attention: int  # A
+    parameters: int  # all of them, a tied embedding counted once
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a Hugging Face configuration, without making any weight."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            layer_weights=sum(matrix.numel() for matrix in matrices),
+            head_weights=head.weight.numel(),
+            attention=config.num_hidden_layers * heads * head_dim,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a model's weights."""
+
+    flop: float
+    elements: float  # of weights read
+
+    def times(self, flop: float, elements: float) -> Pass:
+        return Pass(self.flop * flop, self.elements * elements)
+
+    def seconds(self, ceilings: Ceilings, dtype: torch.dtype) -> float:
+        return max(
+            self.flop / ceilings.matmul[dtype], self.elements * dtype.itemsize / ceilings.read
+        )
+
+
+def forward(shape: Shape, lengths: Sequence[int], logits: int = 0) -> Pass:
+    """A forward pass over sequences of these lengths, with logits at so many positions."""
+    flop = 2 * shape.layer_weights * sum(lengths)
+    flop += 4 * shape.attention * sum(n * (n + 1) // 2 for n in lengths)
+    flop += 2 * shape.head_weights * logits
+    return Pass(flop, shape.layer_weights + (shape.head_weights if logits else 0))
+
+
+def passes(
+    shape: Shape, prompts: Sequence[int], new_tokens: int, epochs: int
+) -> dict[str, list[Pass]]:
+    """Every pass that each phase needs, for prompts of these lengths."""
+    count = len(prompts)
+    weights = shape.layer_weights + shape.head_weights
+    decode = [
+        Pass(2 * weights * count + 4 * shape.attention * (sum(prompts) + t * count), weights)
+        for t in range(1, new_tokens)
+    ]
+    whole = [length + new_tokens for length in prompts]
+    policy = forward(shape, [n - 1 for n in whole], logits=count * new_tokens)
+    critic = forward(shape, [n - 1 for n in whole])
+    return {
+        "generate": [forward(shape, prompts, logits=count), *decode],
+        "score": [forward(shape, whole)],
+        "advantages": [policy, critic],  # the reference is the policy's equal
+        "update": [policy.times(3, 2), critic.times(3, 2)] * epochs,
+    }
+
+
+def floors(
+    shape: Shape,
+    prompts: Sequence[int],
+    new_tokens: int,
+    epochs: int,
+    ceilings: Ceilings,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Seconds of each phase, and of the whole `step`."""
+    found = {
+        phase: sum(one.seconds(ceilings, dtype) for one in needed)
+        for phase, needed in passes(shape, prompts, new_tokens, epochs).items()
+    }
+    return found | {"step": sum(found.values())}

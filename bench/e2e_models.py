@@ -1,0 +1,160 @@
+"""The models, prompts and sizes of `bench/e2e.py`, written into a folder that both sides load."""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
+
+from bench.e2e_worker import Work
+from ppo_engine.demo.model import model_path
+from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
+from ppo_engine.errors import UserError
+from ppo_engine.models import load_tokenizer, quiet_transformers
+from ppo_engine.text import encode_prompt
+
+_SMOLLM2 = "smollm2"
+_QWEN: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+# As published, but for the weights: random, since they do not matter for speed.
+_RANDOM: dict[str, dict[str, Any]] = {
+    "qwen2.5-1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+MODELS = (_SMOLLM2, *_RANDOM)
+_PAD, _EOS = "<|endoftext|>", "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a step: prompts, tokens in a prompt of a random model, tokens in every response."""
+
+    prompts: int
+    new_tokens: int
+    micro_batch: int = 8
+    prompt_tokens: int = 128
+    epochs: int = 2
+
+
+_CPU_SIZES = Sizes(prompts=16, new_tokens=32)
+_GPU_SIZES = Sizes(prompts=64, new_tokens=128)
+
+
+def sizes(device: str) -> Sizes:
+    return _CPU_SIZES if device == "cpu" else _GPU_SIZES
+
+
+def model_config(name: str) -> Any:
+    """The Hugging Face configuration of one of `MODELS`."""
+    if name == _SMOLLM2:
+        return AutoConfig.from_pretrained(model_path())
+    return Qwen2Config(**_RANDOM[name], **_QWEN)
+
+
+def needed_bytes(parameters: int, side: str, dtype: torch.dtype) -> int:
+    """Of weights, gradients and optimizer states, before any activation.
+
+    Four models, of which two are trained, with two moments for each of their parameters. Ours
+    holds all of it in fp32, and the gradients of one model at a time; TRL holds it in `dtype`.
+    """
+    if side == "ours":
+        return 4 * parameters * (4 + 1 + 2 * 2)
+    return dtype.itemsize * parameters * (4 + 2 + 2 * 2)
+
+
+def prepare(name: str, size: Sizes, folder: Path, *, steps: int, device: str, dtype: str) -> Work:
+    """Write policy, reward model and tokenizer into `folder`; the step to be done on them."""
+    if name == _SMOLLM2:
+        path = model_path()
+        with quiet_transformers():
+            policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        tokenizer = load_tokenizer(path)
+        prompts = _chat_prompts(size.prompts)
+    else:
+        config = model_config(name)
+        torch.manual_seed(0)
+        with torch.device(device):
+            policy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        tokenizer = _byte_tokenizer()
+        prompts = _random_prompts(size)
+    save_models(policy, tokenizer, folder)
+    return Work(
+        folder=str(folder),
+        prompts=prompts,
+        prompt_ids=[encode_prompt(tokenizer, prompt) for prompt in prompts],
+        new_tokens=size.new_tokens,
+        epochs=size.epochs,
+        micro_batch=size.micro_batch,
+        steps=steps,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def save_models(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`policy/`, and `reward/`: the same transformer under a random head with one score."""
+    with quiet_transformers():
+        policy.save_pretrained(folder / "policy")
+        reward = AutoModelForSequenceClassification.from_pretrained(
+            folder / "policy", num_labels=1, dtype=policy.dtype
+        )
+        reward.save_pretrained(folder / "reward")
+        tokenizer.save_pretrained(folder / "policy")
+        tokenizer.save_pretrained(folder / "reward")
+
+
+def _chat_prompts(count: int) -> list[Any]:
+    if count > len(TRAINING_TOPICS):
+        raise UserError(
+            f"There are {len(TRAINING_TOPICS)} prompts, but --prompts asks for {count}."
+        )
+    return [prompt_about(topic) for topic in TRAINING_TOPICS[:count]]
+
+
+def _random_prompts(size: Sizes) -> list[str]:
+    draw = random.Random(0)
+    letters = string.ascii_lowercase
+    return ["".join(draw.choices(letters, k=size.prompt_tokens)) for _ in range(size.prompts)]
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token for each byte, so that a prompt has as many tokens as letters."""
+    vocabulary = {byte: place for place, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    return Qwen2Tokenizer(
+        vocab=vocabulary | {_PAD: len(vocabulary), _EOS: len(vocabulary) + 1},
+        merges=[],
+        unk_token=_PAD,
+        pad_token=_PAD,
+        eos_token=_EOS,
+    )

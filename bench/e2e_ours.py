@@ -1,0 +1,63 @@
+"""One process of `bench/e2e.py`: PPO steps by `PPOEngine`, on the work in the given folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path; the package `bench` is in the one above.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.e2e_worker import LEARNING_RATE, PhaseClock, Work, report_step
+from ppo_engine import PPOConfig, PPOEngine
+from ppo_engine.config import (
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOSettings,
+    RewardConfig,
+    RunConfig,
+)
+
+
+def main(work: Work) -> None:
+    engine = PPOEngine(config=_config(work))
+    # No token ends a response, so that all have the same length.
+    engine.policy.eos_ids = []
+    clock = PhaseClock(engine.device)
+    for _ in range(work.steps):
+        clock.start("generate")
+        rollout = engine.generate(work.prompts)
+        clock.switch("score")
+        scores = engine.score(rollout)
+        clock.switch("advantages")
+        experience = engine.estimate_advantages(rollout, scores)
+        clock.switch("update")
+        engine.update(experience)
+        report_step(
+            clock,
+            prompt_tokens=int(rollout.prompt_mask.sum()),
+            response_tokens=int(rollout.mask.sum()),
+        )
+
+
+def _config(work: Work) -> PPOConfig:
+    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE)
+    return PPOConfig(
+        policy=ModelConfig(path=f"{work.folder}/policy", optimizer=optimizer),
+        critic=ModelConfig(optimizer=optimizer),  # starts from the reward model
+        reward=RewardConfig(path=f"{work.folder}/reward"),
+        generation=GenerationConfig(max_new_tokens=work.new_tokens, temperature=1.0),
+        ppo=PPOSettings(
+            rollout_batch_size=len(work.prompts),
+            mini_batch_size=len(work.prompts),
+            micro_batch_size=work.micro_batch,
+            epochs=work.epochs,
+        ),
+        run=RunConfig(device=work.device, dtype=work.dtype),  # type: ignore[arg-type]
+        steps=work.steps,
+    )
+
+
+if __name__ == "__main__":
+    main(Work.load(sys.argv[1]))
