@@ -86,17 +86,19 @@ def kl_shaped_gae(draw: Draw, size: Size) -> Generated:
 def token_logprobs(draw: Draw, size: Size) -> Generated:
     rows, vocab = draw.shape(size)
     vocab = max(vocab, 1)
-    logits, comparable = _logits(draw, rows, vocab)
+    logits, peaks, comparable = _logits(draw, rows, vocab)
     targets = draw.integers(0, vocab, (rows,))
-    edge = draw.chance((rows,), 0.2)
-    targets[edge] = (vocab - 1) * draw.integers(0, 2, (rows,))[edge]
+    for chance, others in (
+        (0.3, peaks), (0.1, torch.zeros_like(peaks)), (0.1, torch.full_like(peaks, vocab - 1))
+    ):  # fmt: skip
+        targets = torch.where(draw.chance((rows,), chance), others, targets)
     targets[draw.chance((rows,), draw.pick(0.0, 0.0, 0.1, 0.2, 0.5, 1.0))] = IGNORED_TARGET
     wanted = (targets != IGNORED_TARGET)[:, None]
     logits = logits.to(next(draw.dtypes()))
     logits = draw.poison(logits, wanted.expand_as(logits)) if draw.maybe(0.5) else logits
-    leading = draw.pick((rows,), (rows,), (rows, 1), (1, rows), (), (rows // 2, 2))
+    leading = draw.pick((rows,), (rows,), (rows, 1), (1, rows), (), (rows // 6, 3, 2))
     if leading == ():
-        logits, targets = (logits[0], targets[0]) if rows else (torch.zeros(1), torch.tensor(0))
+        logits, targets = (logits[0], targets[0]) if rows else (torch.ones(1), torch.tensor(0))
     else:
         count = torch.Size(leading).numel()
         logits, targets = logits[:count].view(*leading, vocab), targets[:count].view(leading)
@@ -109,10 +111,11 @@ def token_logprobs(draw: Draw, size: Size) -> Generated:
     return arguments, ("logits",) if comparable else ()
 
 
-def _logits(draw: Draw, rows: int, vocab: int) -> tuple[Tensor, bool]:
+def _logits(draw: Draw, rows: int, vocab: int) -> tuple[Tensor, Tensor, bool]:
     """Rows flat, peaked, far from 0, rising, falling, with classes of probability 0.
 
-    Also says whether each has a probability for every class, so that its gradient can be compared.
+    Also returns the class of each row's peak, and whether all rows are distributions, so that the
+    gradient is defined.
     """
 
     def one_of(*values: float) -> Tensor:  # for each row
@@ -122,17 +125,17 @@ def _logits(draw: Draw, rows: int, vocab: int) -> tuple[Tensor, bool]:
     z = one_of(0, 0.1, 1, 1, 3, 3, 10, 100) * draw.normal((rows, vocab))
     z += one_of(0, 0, 0, 0, -1e4, 1e4, -3e4, 3e4)
     z += one_of(0, 0, 0, 0, 90, -90) * place / vocab
-    chosen = draw.integers(0, vocab, (rows, 1))
-    z.scatter_add_(1, chosen, one_of(0, 0, 0, 5, 12, 25, 90) * torch.ones(rows, 1).double())
-    kept = z.gather(1, chosen)
+    peaks = draw.integers(0, vocab, (rows, 1))
+    z.scatter_add_(1, peaks, one_of(0, 0, 0, 5, 12, 25, 90))
+    kept = z.gather(1, peaks)
     z[draw.chance(z.shape, draw.pick(0.0, 0.0, 0.0, 0.5, 0.99))] = -INF
     z = torch.where(place < one_of(0, 0, 0, 0.5, 0.97) * vocab, -INF, z)
-    comparable = not (rows and draw.maybe(0.05))
-    z.scatter_(1, chosen, kept)
-    if not comparable:
+    z.scatter_(1, peaks, kept)
+    broken = rows > 0 and draw.maybe(0.05)
+    if broken:
         z[draw.random.randrange(rows)] = -INF
         z[draw.random.randrange(rows), draw.random.randrange(vocab)] = NAN
-    return z, comparable
+    return z, peaks[:, 0], not broken
 
 
 def ppo_policy_loss(draw: Draw, size: Size) -> Generated:
@@ -161,9 +164,7 @@ def ppo_policy_loss(draw: Draw, size: Size) -> Generated:
     if draw.maybe(0.3):
         tokens["is_weights"] = draw.normal(shape).exp()
     if draw.maybe(0.5):
-        count, mean, variance = draw.pick((50, 0.3, 2.0), (1, 0.0, 1.0), (0, 0.0, 0.0), (7, 3.0, 0))
-        moments = torch.tensor([count, mean, variance * count], dtype=torch.float64)
-        numbers["moments"] = draw.place(moments.to(draw.pick(torch.float32, next(dtypes))))
+        numbers["moments"] = draw.place(_moments(draw, tokens["advantages"]).to(next(dtypes)))
 
     def off_ties(x: dict[str, Tensor]) -> None:
         """Where rounding alone would choose a branch, all log-probs become 0."""
@@ -181,9 +182,14 @@ def ppo_policy_loss(draw: Draw, size: Size) -> Generated:
             x[name] = torch.where(close, 0.0, x[name])
 
     arguments = _token_tensors(draw, layout, dtypes, tokens, off_ties, may_be_nan=("advantages",))
-    if not numbers["reduction"].startswith("sequence") and draw.maybe(0.3):
-        arguments.pop("cu_seqlens", None)
-    return arguments | numbers, ("logprobs", "entropy")
+    return _in_one_row(draw, arguments | numbers), ("logprobs", "entropy")
+
+
+def _moments(draw: Draw, x: Tensor) -> Tensor:
+    """(count, mean, M2): of `x`, of other numbers, of one and of none."""
+    if x.numel() and draw.maybe(0.5):
+        return torch.stack((torch.tensor(x.numel()), x.mean(), (x - x.mean()).square().sum()))
+    return torch.tensor(draw.pick((50, 0.3, 100.0), (7, 3.0, 0), (1, 0.0, 0), (0, 0, 0)))
 
 
 def ppo_value_loss(draw: Draw, size: Size) -> Generated:
@@ -210,9 +216,7 @@ def ppo_value_loss(draw: Draw, size: Size) -> Generated:
             x[name] = torch.where(close, 0.0, x[name])
 
     arguments = _token_tensors(draw, layout, dtypes, tokens, off_ties, may_be_nan=("returns",))
-    if not numbers["reduction"].startswith("sequence") and draw.maybe(0.3):
-        arguments.pop("cu_seqlens", None)
-    return arguments | numbers, ("values",)
+    return _in_one_row(draw, arguments | numbers), ("values",)
 
 
 def pairwise_loss(draw: Draw, size: Size) -> Generated:
@@ -286,6 +290,13 @@ def _reduction(draw: Draw) -> Arguments:
     reduction = draw.pick("token_mean", "token_mean", "sequence_mean", "sum")
     normalizer = draw.pick(None, None, draw.number(draw.pick(1.0, 37.5, 0.0, 2.0)))
     return {"reduction": reduction, "normalizer": normalizer}
+
+
+def _in_one_row(draw: Draw, arguments: Arguments) -> Arguments:
+    """At times without boundaries, where a loss does not need them."""
+    if arguments["reduction"] != "sequence_mean" and draw.maybe(0.3):
+        arguments.pop("cu_seqlens", None)
+    return arguments
 
 
 def _sizes(longest: int) -> Sizes:

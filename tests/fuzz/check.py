@@ -127,9 +127,7 @@ def _compare(case: Case, actual: Named) -> None:
     if actual.keys() != naive.keys():
         raise Failure(f"results are {', '.join(actual)}, but should be {', '.join(naive)}")
     dtype = next(iter(naive.values())).dtype
-    upstream = {
-        name: g for name, x in exact.items() if (g := case.upstream(name, x)) is not None
-    }
+    upstream = {name: g for name, x in exact.items() if (g := case.upstream(name, x)) is not None}
     allowed = tolerances(case.op, dtype, double, exact, upstream)
     for name, x in actual.items():
         of = naive[name]

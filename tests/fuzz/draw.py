@@ -135,7 +135,7 @@ class Draw:
         return rows, self.size(-(-least // per_column), min(longest, most // per_column))
 
     def mask(self, shape: tuple[int, ...]) -> Tensor | None:
-        """Over the last dimension: full, empty, ragged at either end, with holes, or none at all."""
+        """Full, empty, ragged at either end of the last dimension, with holes; or none at all."""
         kind = self.pick("none", "none", "full", "empty", "left", "right", "both", "holes", "few")
         if kind == "none":
             return None
@@ -158,7 +158,8 @@ class Draw:
             shape: tuple[int, ...] = self.shape(size)
             return Layout(shape, None, self.mask(shape))
         if size.rows is not None:
-            lengths = [n for _ in range(self.size(1, size.rows)) for n in (0, self.size(1, size.longest))]
+            rows = range(self.size(1, size.rows))
+            lengths = [n for _ in rows for n in (0, self.size(1, size.longest))]
         else:
             lengths, empty, longest = [], self.pick(0.0, 0.2, 0.7), self.size(1, size.longest)
             wanted = 0 if size.least == 0 and self.maybe(0.1) else size.least + 1
