@@ -59,7 +59,7 @@ def sanitized() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": f"{PACKAGES}{os.pathsep}{ROOT / 'tests'}",
         # Python is not instrumented, so that the runtime of ASan has to be loaded before it, and
-        # libstdc++ with it: otherwise the first exception of torch ends in a failed check of ASan's.
+        # libstdc++ with it: or else the first C++ exception fails a check of ASan's own.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
         # Python and torch leave memory to the end of the process: leaks of ours would not be seen.
         "ASAN_OPTIONS": "detect_leaks=0",

@@ -3,8 +3,12 @@ finds what it is there to find."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ops
@@ -26,6 +30,27 @@ FEW = 60
 def test_random_cases(op: str) -> None:
     messages = failures(op, range(FEW))
     assert not messages, "\n".join(messages)
+
+
+OTHERS = """
+from fuzz.cases import CASES
+from fuzz.shrink import failures
+raise SystemExit("\\n".join(m for op in CASES for m in failures(op, range(20))) or 0)
+"""
+
+
+@pytest.mark.skipif("PPO_KERNELS_ISA" in os.environ, reason="is run for each itself")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_random_cases_on_other_instruction_sets(isa: str) -> None:
+    if isa not in dispatch.cpu.supported_isas() or isa == dispatch.cpu.isa():
+        pytest.skip("not on this machine, or tested already")
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", OTHERS],
+        env=os.environ | {"PPO_KERNELS_ISA": isa, "PYTHONPATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_case_is_the_same_again() -> None:
