@@ -15,7 +15,7 @@ import ops
 import pytest
 import torch
 from fuzz.cases import CASES, Case, make_case
-from fuzz.check import Failure, check, kernel
+from fuzz.check import Failure, Guard, check, kernel
 from fuzz.draw import compact
 from fuzz.shrink import explain, failures
 from torch import Tensor
@@ -85,6 +85,18 @@ def test_cases_are_of_every_kind(op: str) -> None:
     assert any(mask.any() and not mask.all() for mask in masks)
     packed = [case.arguments["cu_seqlens"] for case in cases if "cu_seqlens" in case.arguments]
     assert any((x.diff() == 0).any() for x in packed)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_outputs_lie_among_canaries(op: str) -> None:
+    """All that a kernel writes, but for what is handed over as numbers or multiplied afterwards."""
+    case = make_case(op, 19)
+    with Guard() as guard:
+        results = ops.run(kernel(op), case.arguments, case.wrt)
+    guarded = {buffer.data_ptr() for buffer in guard.buffers}
+    for name, x in results.items():
+        if name != "output.moments" and (op == "token_logprobs" or "gradient" not in name):
+            assert x.untyped_storage().data_ptr() in guarded, name
 
 
 # --- The judge finds faults -----------------------------------------------------------------------
