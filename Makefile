@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 
-.PHONY: demo smoke test lint bench build clean
+FUZZ_CASES ?= 2000
+FUZZ_SEED ?= 0
+
+.PHONY: demo smoke test fuzz sanitize valgrind lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## the whole method on an embedded model, about 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -15,6 +18,16 @@ smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute
 
 test: $(VENV)/dev.stamp  ## everything that runs without a GPU
 	$(BIN)/python -m pytest -q -n 2
+
+# FUZZ_SEED=2000 goes on where this ends.
+fuzz: $(VENV)/dev.stamp  ## FUZZ_CASES random cases of each op and instruction set, 10 minutes
+	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)
+
+sanitize: $(VENV)/dev.stamp  ## the op tests under AddressSanitizer and UBSan; threads under TSan
+	$(BIN)/python tests/sanitize.py
+
+valgrind: $(VENV)/dev.stamp  ## a few cases of each op under memcheck
+	$(BIN)/python tests/memcheck.py
 
 lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff check .

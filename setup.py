@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path(__file__).parent.resolve() / "csrc"
 INFO = "_build_info.json"  # beside the module, in ppo_kernels/
+SANITIZE = os.environ.get("PPO_KERNELS_SANITIZE") == "1"  # set by tests/sanitize.py
 
 
 class CMakeBuild(build_ext):
@@ -27,6 +28,8 @@ class CMakeBuild(build_ext):
     built = False  # read by Wheel
 
     def build_extension(self, ext: Extension) -> None:
+        if SANITIZE and self.inplace:
+            raise SystemExit("PPO_KERNELS_SANITIZE=1 would replace the normal build: unset it.")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -89,6 +92,7 @@ class CMakeBuild(build_ext):
         configure = [
             cmake, "-S", str(SOURCES), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPPO_KERNELS_SANITIZE={'ON' if SANITIZE else 'OFF'}",
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -7,7 +7,7 @@ does against float64, plus a few units in the last place, in outputs and in grad
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -77,24 +77,38 @@ def views(x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "transposed", x.t().contiguous().t()
 
 
+def upstream_of(name: str, x: Tensor) -> Tensor:
+    """A gradient coming in at an output, other for each element and for each of two outputs."""
+    return torch.cos(torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape) + 0.1 * (
+        name == "output.1"
+    )
+
+
 def run(
-    function: Callable[..., Any], arguments: dict[str, Any], wrt: tuple[str, ...] = ()
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    wrt: tuple[str, ...] = (),
+    upstream: Callable[[str, Tensor], Tensor | None] = upstream_of,
 ) -> dict[str, Tensor]:
-    """Call an op; name its outputs, and the gradients of a fixed mix of those that have one."""
+    """Call an op; name its outputs, and the gradients of a mix of those that have one.
+
+    `upstream(name, output)` is the gradient that comes in at an output, or None.
+    """
     arguments = dict(arguments)
     for name in wrt:
         arguments[name] = arguments[name].detach().requires_grad_()
     outputs = dict(_flatten("output", function(**arguments)))
-    differentiable = [x for x in outputs.values() if x.requires_grad]
-    if wrt and differentiable:
-        # Upstream gradients that differ from output to output, and from element to element.
-        upstream = [
-            torch.cos(torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape) + 0.1 * i
-            for i, x in enumerate(differentiable)
-        ]
-        gradients = torch.autograd.grad(
-            differentiable, [arguments[name] for name in wrt], upstream, allow_unused=True
-        )
+    incoming = [
+        (x, g) for name, x in outputs.items() if x.requires_grad and
+        (g := upstream(name, x)) is not None
+    ]  # fmt: skip
+    if wrt:
+        gradients: Sequence[Tensor | None] = [None] * len(wrt)
+        if incoming:
+            gradients = torch.autograd.grad(
+                [x for x, _ in incoming], [arguments[name] for name in wrt],
+                [g for _, g in incoming], allow_unused=True,
+            )  # fmt: skip
         outputs |= {
             f"gradient of {name}": torch.zeros_like(arguments[name]) if g is None else g
             for name, g in zip(wrt, gradients, strict=True)

@@ -76,7 +76,7 @@ def gae(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(advantages, returns)`, shaped like `rewards`; `bootstrap` is `[B]`, default 0."""
-    rewards, values = _accumulated(rewards, values)
+    rewards, values, bootstrap = _accumulated(rewards, values, bootstrap)
     if cu_seqlens is not None:
         inside = _inside(cu_seqlens)
         rewards, values = (_padded(x, cu_seqlens) for x in (rewards, values))
@@ -88,7 +88,7 @@ def gae(
     next_value = rewards.new_zeros(len(rewards))
     next_advantage = rewards.new_zeros(len(rewards))
     if bootstrap is not None:
-        next_value = _real(bootstrap.to(rewards.dtype), mask.any(1))
+        next_value = _real(bootstrap, mask.any(1))
     columns = []
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -121,7 +121,9 @@ def kl_shaped_gae(
     cu_seqlens: Tensor | None = None,
 ) -> ShapedGAE:
     """Rewards from `scores` `[B]` and the KL penalty, then `gae`, with the advantages' moments."""
-    logprobs, ref_logprobs, values, scores = _accumulated(logprobs, ref_logprobs, values, scores)
+    logprobs, ref_logprobs, values, scores, bootstrap = _accumulated(
+        logprobs, ref_logprobs, values, scores, bootstrap
+    )
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
     log_ratio = _real(logprobs, mask) - _real(ref_logprobs, mask)
