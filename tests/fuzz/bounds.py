@@ -24,6 +24,10 @@ from ppo_kernels.reference import IGNORED_TARGET, MAX_LOG_RATIO
 # Units in the last place, by the dtype that an op computes in. Plain PyTorch in float64 is float64
 # itself, so that there all of the error has to fit.
 ULPS = {torch.float32: 4.0, torch.float64: 64.0}
+# Of a loss or a statistic. Kernels may take a sum of some 64 terms in float32 before they go on in
+# float64: if equal terms are each rounded by half a unit, of a sum that is half done on average,
+# these are 16 units.
+ULPS_OF_SUM = {torch.float32: 16.0, torch.float64: 64.0}
 # Kernels may take what is nearly subnormal for 0.
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
 
@@ -42,15 +46,15 @@ def tolerances(
         arguments, exact, upstream: in float64: the arguments, the results, and the gradients that
             came in at the outputs.
     """
-    unit = ULPS[dtype] * torch.finfo(dtype).eps
-    in_double = ULPS[torch.float64] * torch.finfo(torch.float64).eps
+    eps, in_double = torch.finfo(dtype).eps, ULPS[torch.float64] * torch.finfo(torch.float64).eps
     sizes, rough = _MAGNITUDES[op](arguments, exact, upstream)
-    # The errors of a sum may all have one sign: of equal terms, or of such that only rise.
+    # In float64 there may be as many terms as there are tokens.
     summed = max(1.0, max(x.numel() for x in arguments.values() if isinstance(x, Tensor)) / 64)
     allowed = {}
     for name, x in sizes.items():
         extra = rough.get(name, 0.0) + (0.0 if name.startswith("gradient") else summed * x)
-        tolerance = unit * x + in_double * extra
+        ulps = ULPS if x.ndim else ULPS_OF_SUM
+        tolerance = ulps[dtype] * eps * x + in_double * extra
         allowed[name] = torch.where(tolerance == 0, 0.0, tolerance + SMALLEST[dtype])
     return allowed
 
