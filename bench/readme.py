@@ -25,8 +25,9 @@ def tables() -> str:
     """All tables, one section for each machine that results are kept of."""
     sections = []
     for folder in sorted(RESULTS.glob("*/")):
-        if (folder / "ops.csv").exists():
-            sections.append(_ops(*read_csv(folder / "ops.csv")))
+        for name, section in (("ops.csv", _ops), ("e2e.csv", _e2e)):
+            if (folder / name).exists():
+                sections.append(section(*read_csv(folder / name)))
     return "\n".join(sections)
 
 
@@ -85,6 +86,30 @@ def _groups(rows: list[_Row], *names: str) -> dict[tuple[str, ...], list[_Row]]:
     for row in rows:
         found[tuple(row[name] for name in names)].append(row)
     return found
+
+
+def _e2e(command: str, rows: list[_Row]) -> str:
+    first = rows[0]
+    sides: dict[str, dict[str, _Row]] = defaultdict(dict)
+    for row in rows:
+        sides[row["side"]][row["phase"]] = row
+    lines = [
+        f"One PPO step of {first['model']}, {first['dtype']}, {first['prompts']} prompts x "
+        f"{first['new_tokens']} new tokens, {first['epochs']} epochs, on **{first['device']}**, "
+        f"{first['threads']} threads, against TRL {first['trl']}, by `{command}`:",
+        "",
+        f"| seconds | {' | '.join(sides)} | floor |",
+        f"| --- |{' --: |' * (len(sides) + 1)}",
+    ]
+    for phase in sides["ours"]:
+        times = " | ".join(f"{float(side[phase]['seconds']):.1f}" for side in sides.values())
+        name = f"**{phase}**" if phase == "step" else phase
+        lines.append(f"| {name} | {times} | {float(sides['ours'][phase]['floor_seconds']):.1f} |")
+    steps = [side["step"] for side in sides.values()]
+    speeds = " | ".join(f"{float(step['tokens_per_second']):.1f}" for step in steps)
+    peaks = " | ".join(f"{float(step['peak_bytes']) / 2**30:.1f}" for step in steps)
+    lines += [f"| response tokens per second | {speeds} | |", f"| peak memory, GiB | {peaks} | |"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -65,23 +65,49 @@ int threads_for(int64_t elements, int threads) {
   return elements < worth_waking ? 1 : threads;
 }
 
-// How many rows one task takes: about 8,192 tokens. Fixed by the shape, so that sums merged block
-// by block do not depend on the number of threads.
-int64_t rows_per_block(const Rows& rows) {
-  const int64_t tokens = token_count(rows);
-  if (tokens == 0) return rows.count > 0 ? rows.count : 1;
-  const int64_t per_block = 8192 * rows.count / tokens;
-  return per_block > 1 ? per_block : 1;
+std::vector<GaePiece> gae_pieces(const Rows& rows) {
+  std::vector<GaePiece> pieces;
+  int64_t tokens = kTokensPerPiece;  // of the last piece: full, so that the next row begins another
+  for (int64_t b = 0; b < rows.count; ++b) {
+    const int64_t length =
+        rows.cu_seqlens ? rows.cu_seqlens[b + 1] - rows.cu_seqlens[b] : rows.length;
+    GaePiece piece{};
+    piece.row = b;
+    piece.rows = 1;
+    if (length > kTokensPerPiece) {
+      piece.is_chunk = true;
+      for (piece.end = length; piece.end > 0; piece.end = piece.begin) {
+        piece.begin = (piece.end - 1) / kTokensPerPiece * kTokensPerPiece;
+        pieces.push_back(piece);
+      }
+      tokens = kTokensPerPiece;
+    } else if (tokens + length > kTokensPerPiece || pieces.empty()) {
+      pieces.push_back(piece);
+      tokens = length;
+    } else {
+      pieces.back().rows += 1;
+      tokens += length;
+    }
+  }
+  return pieces;
 }
 
-// Returns (count, mean, M2) of the advantages.
-std::tuple<double, double, double> gae(const Tensor& mask, const Tensor& cu_seqlens,
-                                       const Tensor& values, const Tensor& bootstrap,
-                                       const Tensor& rewards, const Tensor& scores,
-                                       const Tensor& logprobs, const Tensor& ref_logprobs,
-                                       int kl_estimator, double kl_coef, double gamma, double lam,
-                                       const Tensor& advantages, const Tensor& returns,
-                                       const Tensor& kl, bool want_moments, int threads) {
+// `numbers` to a small contiguous output in the accumulation dtype.
+void store_numbers(const double* numbers, int64_t count, DType dtype, const Tensor& to) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (dtype == DType::f64) {
+      to.data<double>()[i] = numbers[i];
+    } else {
+      to.data<float>()[i] = float(numbers[i]);
+    }
+  }
+}
+
+void gae(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& values,
+         const Tensor& bootstrap, const Tensor& rewards, const Tensor& scores,
+         const Tensor& logprobs, const Tensor& ref_logprobs, int kl_estimator, double kl_coef,
+         double gamma, double lam, const Tensor& advantages, const Tensor& returns,
+         const Tensor& kl, const Tensor& moments, int threads) {
   GaeArgs args{};
   args.dtype = common_dtype({&values, &bootstrap, &rewards, &scores, &logprobs, &ref_logprobs});
   args.rows = rows(values, cu_seqlens);
@@ -99,16 +125,17 @@ std::tuple<double, double, double> gae(const Tensor& mask, const Tensor& cu_seql
   args.advantages = tokens(advantages);
   args.returns = tokens(returns);
   args.kl = per_sequence(kl);
-  args.rows_per_block = rows_per_block(args.rows);
   args.threads = threads_for(token_count(args.rows), threads);
-  std::vector<Moments> moments;
-  if (want_moments) {
-    moments.resize(size_t(args.rows.count / args.rows_per_block + 1), Moments{0, 0, 0});
-    args.moments = moments.data();
-  }
+  std::vector<GaePiece> pieces = gae_pieces(args.rows);
+  args.pieces = pieces.data();
+  args.piece_count = int64_t(pieces.size());
+  Moments found{};
+  args.moments = &found;
   active_isa().kernels->gae(args);
-  if (!want_moments) return {0, 0, 0};
-  return {moments[0].count, moments[0].mean, moments[0].m2};
+  if (moments) {
+    const double numbers[] = {found.count, found.mean, found.m2};
+    store_numbers(numbers, 3, args.dtype, moments);
+  }
 }
 
 LogitRows logit_rows(const Tensor& logits) {
@@ -194,18 +221,11 @@ size_t loss_blocks(int64_t count) {
   return size_t((count + kTokensPerBlock - 1) / kTokensPerBlock);
 }
 
-// `loss` and `stats` are outputs in the accumulation dtype, one number and the rest of `results`.
-void store_results(DType dtype, const double* results, size_t count, const Tensor& loss,
+// The first number is the loss, the others its statistics.
+void store_results(DType dtype, const double* results, int64_t count, const Tensor& loss,
                    const Tensor& stats) {
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor& to = i == 0 ? loss : stats;
-    const size_t at = i == 0 ? 0 : i - 1;
-    if (dtype == DType::f64) {
-      to.data<double>()[at] = results[i];
-    } else {
-      to.data<float>()[at] = float(results[i]);
-    }
-  }
+  store_numbers(results, 1, dtype, loss);
+  store_numbers(results + 1, count - 1, dtype, stats);
 }
 
 using Whitening = std::tuple<double, double>;       // A becomes (A - mean) * scale

@@ -5,35 +5,73 @@
 //   A_t     = delta_t + gamma lam A_{t+1}
 //   R_t     = A_t + V_t
 //
-// where t+1 is the next real token; masked ones are skipped, and nothing of theirs is read. The
-// recursion runs in double for every dtype: it costs no time beside the memory, and the rounding
-// errors of a long sequence do not pile up.
+// where t+1 is the next real token; masked ones are skipped, and nothing of theirs is read. All that
+// a token takes from its right is one number, the carry:
+//
+//   A_t = r_t - V_t + c_{t+1},   c_t = gamma V_t + gamma lam A_t,
+//
+// and at the end of a sequence c = gamma bootstrap + score. The recursion runs in double for every
+// dtype, so that the rounding errors of a long sequence do not pile up.
+#include <sched.h>
+
+#include <cfloat>
 #include <cmath>
 
+#include "doubles.h"
 #include "threads.h"
-#include "tokens.h"
 
 namespace ppo::PPO_ISA {
 namespace {
 
+constexpr int kStep = 8;  // tokens whose mask is tested at once
+constexpr uint64_t kAllReal = 0x0101010101010101, kMixed = 1;
+static_assert(kStep % kDoubles == 0);
+
+struct Discounts {
+  double gamma, gamma_lam;
+  Doubles power[kDoubles + 1];  // (gamma lam)^i in every lane
+  Doubles to_end;               // (gamma lam)^(kDoubles - 1 - lane)
+
+  explicit Discounts(const GaeArgs& args) : gamma(args.gamma), gamma_lam(args.gamma * args.lam) {
+    double p = 1;
+    for (int i = 0; i < kDoubles; ++i) {
+      power[i] = splat(p);
+      to_end[kDoubles - 1 - i] = p;
+      p *= gamma_lam;
+    }
+    power[kDoubles] = splat(p);
+  }
+
+  // (gamma lam)^n, but not 0 for a large n: times an infinite carry, that would be NaN.
+  double after(int64_t n) const {
+    const double p = std::pow(gamma_lam, double(n));
+    return p == 0 && gamma_lam > 0 ? DBL_MIN : p;
+  }
+};
+
 // r_t as given.
 template <class T>
 struct GivenRewards {
+  static constexpr bool kShaped = false;
   Row<const T> rewards;
 
   GivenRewards(const GaeArgs& args, int64_t b)
       : rewards(row_of<const T>(args.rewards, args.rows, b)) {}
 
-  double operator()(int64_t t, bool) { return widen(rewards[t]); }
+  template <class X>
+  X at(int64_t t) { return read<X>(rewards, t); }
+  bool contiguous() const { return rewards.stride == 1; }
+  double at_end() const { return 0; }
   double kl() const { return 0; }
 };
 
-// r_t = -kl_coef k_t, plus the sequence's score on its last real token (the first one met).
+// r_t = -kl_coef k_t, plus the score at the end.
 template <class T, KL kEstimator>
 struct ShapedRewards {
+  static constexpr bool kShaped = true;
   Row<const T> scores, logprobs, ref_logprobs;
   double kl_coef;
-  double kl_sum = 0;
+  Sum kl_sum;
 
   ShapedRewards(const GaeArgs& args, int64_t b)
       : scores(row_of<const T>(args.scores, args.rows, b)),
@@ -41,75 +79,199 @@ struct ShapedRewards {
         ref_logprobs(row_of<const T>(args.ref_logprobs, args.rows, b)),
         kl_coef(args.kl_coef) {}
 
-  double operator()(int64_t t, bool is_last) {
-    const double k = estimate(double(widen(logprobs[t])) - double(widen(ref_logprobs[t])));
-    kl_sum += k;
-    return -kl_coef * k + (is_last ? double(widen(scores[0])) : 0.0);
+  template <class X>
+  X at(int64_t t) {
+    const X k = estimate(read<X>(logprobs, t) - read<X>(ref_logprobs, t));
+    kl_sum.add(k);
+    return -kl_coef * k;
   }
-  double kl() const { return kl_sum; }
+  bool contiguous() const { return logprobs.stride == 1 && ref_logprobs.stride == 1; }
+  double at_end() const { return widen(scores[0]); }
+  double kl() const { return kl_sum.total(); }
 
  private:
   // Schulman 2020, joschu.net/blog/kl-approx.html; k3 with the log-ratio clamped as in the loss.
-  static double estimate(double log_ratio) {
+  static Doubles estimate(Doubles log_ratio) {
     if (kEstimator == KL::k1) return log_ratio;
     if (kEstimator == KL::k2) return log_ratio * log_ratio / 2;
-    const double bounded = log_ratio < -20 ? -20 : log_ratio > 20 ? 20 : log_ratio;
-    return std::expm1(-bounded) + bounded;
+    const Doubles low = splat(-20.0), high = splat(20.0);
+    Doubles bounded = log_ratio < low ? low : log_ratio;
+    bounded = bounded > high ? high : bounded;
+    return expm1_bounded<double>(-bounded) + bounded;
+  }
+  static double estimate(double log_ratio) { return estimate(splat(log_ratio))[0]; }
+};
+
+// What a sweep does with each token: it stores the results,
+template <class T, bool kMoments>
+struct Store {
+  Row<Accumulator<T>> advantages, returns;
+  MomentLanes* moments;
+
+  template <class X>
+  void real(int64_t t, X value, X advantage) {
+    write(advantages, t, advantage);
+    write(returns, t, X(advantage + value));
+    if (kMoments) moments->add(advantage);
+  }
+  void masked(int64_t t) { advantages[t] = returns[t] = 0; }
+  void masked_step(int64_t t) {
+    for (int i = 0; i < kStep; i += kDoubles) {
+      write(advantages, t + i, Doubles{});
+      write(returns, t + i, Doubles{});
+    }
   }
 };
 
-// One sequence, from its end.
-template <class T, class Rewards>
-void gae_row(const GaeArgs& args, int64_t b, MomentSums& sums) {
-  using A = Accumulator<T>;
-  const Row<const T> values = row_of<const T>(args.values, args.rows, b);
-  const Row<const uint8_t> mask = row_of<const uint8_t>(args.mask, args.rows, b);
-  const Row<const T> bootstrap = row_of<const T>(args.bootstrap, args.rows, b);
-  const Row<A> advantages = row_of<A>(args.advantages, args.rows, b);
-  const Row<A> returns = row_of<A>(args.returns, args.rows, b);
-  const double gamma = args.gamma, gamma_lam = args.gamma * args.lam;
-  const bool want_moments = args.moments != nullptr;
+// or only counts the real ones.
+struct Count {
+  int64_t tokens = 0;
 
-  Rewards rewards(args, b);
-  double next_value = 0, next_advantage = 0;
-  bool is_last = true;
-  for (int64_t t = row_size(args.rows, b) - 1; t >= 0; --t) {
-    if (mask && !mask[t]) {
-      advantages[t] = returns[t] = 0;
-      continue;
-    }
-    if (is_last && bootstrap) next_value = widen(bootstrap[0]);
-    const double value = widen(values[t]);
-    const double delta = rewards(t, is_last) + gamma * next_value - value;
-    const double advantage = delta + gamma_lam * next_advantage;
-    advantages[t] = A(advantage);
-    returns[t] = A(advantage + value);
-    if (want_moments) sums.add(advantage);
-    next_value = value;
-    next_advantage = advantage;
-    is_last = false;
+  void real(int64_t, double, double) { tokens += 1; }
+  void real(int64_t, Doubles, Doubles) { tokens += kDoubles; }
+  void masked(int64_t) {}
+  void masked_step(int64_t) {}
+};
+
+template <class T, class Rewards>
+struct Sequence {
+  const Discounts discounts;
+  Row<const T> values, bootstrap;
+  Row<const uint8_t> mask;
+  Rewards rewards;
+  bool contiguous;
+
+  Sequence(const GaeArgs& args, const Discounts& discounts, int64_t b)
+      : discounts(discounts),
+        values(row_of<const T>(args.values, args.rows, b)),
+        bootstrap(row_of<const T>(args.bootstrap, args.rows, b)),
+        mask(row_of<const uint8_t>(args.mask, args.rows, b)),
+        rewards(args, b),
+        contiguous(values.stride == 1 && (!mask || mask.stride == 1) && rewards.contiguous()) {}
+
+  double carry_at_end() const {
+    return rewards.at_end() + (bootstrap ? discounts.gamma * widen(bootstrap[0]) : 0.0);
   }
-  if (args.kl.data) row_of<A>(args.kl, args.rows, b)[0] = A(rewards.kl());
+
+  // Tokens [begin, end), from the end; takes the carry of token `end`, returns that of `begin`.
+  template <class Out>
+  double sweep(int64_t begin, int64_t end, double carry, Out& out) {
+    for (int64_t t = end; t > begin;) {
+      const uint64_t real = next_step(begin, t);
+      if (real == kAllReal) {
+        Doubles carries = splat(carry);
+        do {
+          for (int i = 0; i < kStep; i += kDoubles) carries = vector(t -= kDoubles, carries, out);
+        } while (next_step(begin, t) == kAllReal);
+        carry = carries[0];
+      } else if (real == 0) {
+        out.masked_step(t -= kStep);
+      } else if (--t, mask && !mask[t]) {
+        out.masked(t);
+      } else {
+        carry = token(t, carry, out);
+      }
+    }
+    return carry;
+  }
+
+ private:
+  // The mask of the kStep tokens that end at t; kMixed also where there are fewer.
+  uint64_t next_step(int64_t begin, int64_t t) const {
+    if (!contiguous || t - begin < kStep) return kMixed;
+    return mask ? load_bits<uint64_t>(mask.data + t - kStep) : kAllReal;
+  }
+
+  // A_t = r_t - V_t + c_{t+1},  c_t = gamma V_t + gamma lam A_t.
+  template <class Out>
+  double token(int64_t t, double carry, Out& out) {
+    const double value = read<double>(values, t);
+    const double advantage = rewards.template at<double>(t) - value + carry;
+    out.real(t, value, advantage);
+    return discounts.gamma * value + discounts.gamma_lam * advantage;
+  }
+
+  // The same for kDoubles tokens from t on: lane i first sums what lanes i, i + 1, ... contribute,
+  // in log2(kDoubles) steps, then takes the carry, which only crosses from vector to vector.
+  template <class Out>
+  Doubles vector(int64_t t, Doubles carry, Out& out) {
+    const Doubles* power = discounts.power;
+    const Doubles value = read<Doubles>(values, t);
+    Doubles sums = rewards.template at<Doubles>(t) - value + discounts.gamma * shifted<1>(value);
+    if constexpr (kDoubles > 1) sums += power[1] * shifted<1>(sums);
+    if constexpr (kDoubles > 2) sums += power[2] * shifted<2>(sums);
+    if constexpr (kDoubles > 4) sums += power[4] * shifted<4>(sums);
+    out.real(t, value, Doubles(sums + discounts.to_end * carry));
+    return first_everywhere(discounts.gamma * value + power[1] * sums) + power[kDoubles] * carry;
+  }
+};
+
+template <class T, class Rewards>
+Store<T, Rewards::kShaped> results_of(const GaeArgs& args, int64_t b, MomentLanes& moments) {
+  using A = Accumulator<T>;
+  return {row_of<A>(args.advantages, args.rows, b), row_of<A>(args.returns, args.rows, b),
+          &moments};
+}
+
+template <class T>
+void store_kl(const GaeArgs& args, int64_t b, double kl) {
+  using A = Accumulator<T>;
+  if (args.kl.data) row_of<A>(args.kl, args.rows, b)[0] = A(kl);
 }
 
 template <class T, class Rewards>
-void gae_rows(const GaeArgs& args) {
-  const int64_t count = args.rows.count, per_block = args.rows_per_block;
-  const int64_t blocks = (count + per_block - 1) / per_block;
-  parallel_for(blocks, args.threads, [&](int64_t block) {
-    const int64_t first = block * per_block;
-    const int64_t last = first + per_block < count ? first + per_block : count;
-    Moments moments{0, 0, 0};
-    for (int64_t b = first; b < last; ++b) {
-      MomentSums sums;
-      gae_row<T, Rewards>(args, b, sums);
-      moments = merged(moments, moments_of(sums));
-    }
-    if (args.moments) args.moments[block] = moments;
-  });
-  for (int64_t block = 1; args.moments && block < blocks; ++block) {
-    args.moments[0] = merged(args.moments[0], args.moments[block]);
+void whole_rows(const GaeArgs& args, const Discounts& discounts, GaePiece& piece) {
+  MomentLanes moments;
+  for (int64_t b = piece.row; b < piece.row + piece.rows; ++b) {
+    Sequence<T, Rewards> sequence(args, discounts, b);
+    auto results = results_of<T, Rewards>(args, b, moments);
+    sequence.sweep(0, row_size(args.rows, b), sequence.carry_at_end(), results);
+    store_kl<T>(args, b, sequence.rewards.kl());
   }
+  piece.moments = moments_of(moments.total());
+}
+
+// A chunk of a long row waits for the carry of the chunk to its right (the piece before it, which
+// another thread has begun), so it first finds out what it adds to that, with n real tokens,
+//   c_begin = (c_begin for c_end = 0) + (gamma lam)^n c_end,
+// hands on its own carry at once, and makes its results from the inputs that are now in the cache.
+template <class T, class Rewards>
+void chunk(const GaeArgs& args, const Discounts& discounts, GaePiece& piece) {
+  Sequence<T, Rewards> sequence(args, discounts, piece.row);
+  Count real;
+  const double own = sequence.sweep(piece.begin, piece.end, 0.0, real);
+  double carry = sequence.carry_at_end(), kl = 0;
+  if (piece.end < row_size(args.rows, piece.row)) {
+    const GaePiece& right = *(&piece - 1);
+    while (!__atomic_load_n(&right.handed_on, __ATOMIC_ACQUIRE)) sched_yield();
+    carry = right.carry;
+    kl = right.kl;
+  }
+  piece.carry = own + discounts.after(real.tokens) * carry;
+  piece.kl = kl + sequence.rewards.kl();
+  __atomic_store_n(&piece.handed_on, true, __ATOMIC_RELEASE);
+  if (piece.begin == 0) store_kl<T>(args, piece.row, piece.kl);
+
+  MomentLanes moments;
+  auto results = results_of<T, Rewards>(args, piece.row, moments);
+  sequence.sweep(piece.begin, piece.end, carry, results);
+  piece.moments = moments_of(moments.total());
+}
+
+template <class T, class Rewards>
+void gae_pieces(const GaeArgs& args) {
+  const Discounts discounts(args);
+  parallel_for(args.piece_count, args.threads, [&](int64_t i) {
+    GaePiece& piece = args.pieces[i];
+    if (piece.is_chunk) {
+      chunk<T, Rewards>(args, discounts, piece);
+    } else {
+      whole_rows<T, Rewards>(args, discounts, piece);
+    }
+  });
+  Moments all{0, 0, 0};
+  for (int64_t i = 0; i < args.piece_count; ++i) all = merged(all, args.pieces[i].moments);
+  *args.moments = all;
 }
 
 }  // namespace
@@ -118,10 +280,10 @@ void gae(const GaeArgs& args) {
   with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     switch (args.kl_estimator) {
-      case KL::none: return gae_rows<T, GivenRewards<T>>(args);
-      case KL::k1: return gae_rows<T, ShapedRewards<T, KL::k1>>(args);
-      case KL::k2: return gae_rows<T, ShapedRewards<T, KL::k2>>(args);
-      case KL::k3: return gae_rows<T, ShapedRewards<T, KL::k3>>(args);
+      case KL::none: return gae_pieces<T, GivenRewards<T>>(args);
+      case KL::k1: return gae_pieces<T, ShapedRewards<T, KL::k1>>(args);
+      case KL::k2: return gae_pieces<T, ShapedRewards<T, KL::k2>>(args);
+      case KL::k3: return gae_pieces<T, ShapedRewards<T, KL::k3>>(args);
     }
   });
 }

@@ -34,6 +34,20 @@ struct Moments {
 
 enum class KL : int { none = 0, k1 = 1, k2 = 2, k3 = 3 };
 
+// What one thread does of gae at a time: rows of about kTokensPerPiece tokens together, or a chunk of
+// that many tokens of a longer row; the chunks of a row follow each other from its end. Pieces
+// depend on the shape alone, so that no result depends on the number of threads.
+constexpr int64_t kTokensPerPiece = 8192;
+
+struct GaePiece {
+  int64_t row, rows;  // rows [row, row + rows), whole,
+  bool is_chunk;      // or of one row
+  int64_t begin, end;  // tokens [begin, end)
+  Moments moments;    // of the advantages; scratch, as what follows
+  double carry, kl;   // what the chunk hands to the next one
+  bool handed_on;
+};
+
 // gae (kl_estimator none, rewards given) and kl_shaped_gae (rewards made of the other tensors).
 // Outputs are in the accumulation dtype: float64 where dtype is f64, else float32.
 struct GaeArgs {
@@ -47,8 +61,9 @@ struct GaeArgs {
   double kl_coef, gamma, lam;
   Tokens advantages, returns;  // out
   Tokens kl;                   // out, one per sequence, or absent
-  int64_t rows_per_block;      // one thread does a block; blocks do not depend on their number
-  Moments* moments;            // scratch, one per block, or null; out: the first is all of them
+  Moments* moments;            // out
+  GaePiece* pieces;
+  int64_t piece_count;
   int threads;
 };
 

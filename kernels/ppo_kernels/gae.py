@@ -51,6 +51,8 @@ def gae(
     if bootstrap is not None:
         checks.per_sequence("gae", "bootstrap", bootstrap, cu_seqlens, "rewards", rewards)
     impl = dispatch.resolve("gae", impl, rewards.device)
+    if impl != "reference" and dispatch.eager(rewards, values, mask, bootstrap, cu_seqlens):
+        return _gae(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
     with torch.no_grad():
         if impl == "reference":
             if not torch.compiler.is_compiling():
@@ -59,8 +61,7 @@ def gae(
                 rewards, values, gamma=gamma, lam=lam, mask=mask, bootstrap=bootstrap,
                 cu_seqlens=cu_seqlens,
             )  # fmt: skip
-        run = _gae if dispatch.eager(rewards, values, mask, bootstrap, cu_seqlens) else _gae_op
-        return run(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
+        return _gae_op(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
 
 
 def kl_shaped_gae(
@@ -106,6 +107,11 @@ def kl_shaped_gae(
         checks.per_sequence(op, "bootstrap", bootstrap, cu_seqlens, "logprobs", logprobs)
     checks.choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     impl = dispatch.resolve(op, impl, logprobs.device)
+    rest = (gamma, lam, kl_estimator, mask, bootstrap, cu_seqlens)
+    if impl != "reference" and dispatch.eager(
+        scores, logprobs, ref_logprobs, values, mask, bootstrap, cu_seqlens
+    ):
+        return ShapedGAE(*_kl_shaped_gae(scores, logprobs, ref_logprobs, values, kl_coef, *rest))
     with torch.no_grad():
         if impl == "reference":
             if not torch.compiler.is_compiling():
@@ -115,11 +121,6 @@ def kl_shaped_gae(
                 scores, logprobs, ref_logprobs, values, kl_coef=kl_coef, gamma=gamma, lam=lam,
                 kl_estimator=kl_estimator, mask=mask, bootstrap=bootstrap, cu_seqlens=cu_seqlens,
             )  # fmt: skip
-        rest = (gamma, lam, kl_estimator, mask, bootstrap, cu_seqlens)
-        if dispatch.eager(scores, logprobs, ref_logprobs, values, mask, bootstrap, cu_seqlens):
-            return ShapedGAE(
-                *_kl_shaped_gae(scores, logprobs, ref_logprobs, values, kl_coef, *rest)
-            )
         coef = dispatch.traced(kl_coef)
         return ShapedGAE(*_kl_shaped_gae_op(scores, logprobs, ref_logprobs, values, coef, *rest))
 
@@ -151,7 +152,7 @@ def _gae(
     returns = torch.empty_like(advantages)
     dispatch.cpu.gae(
         mask, cu_seqlens, values, bootstrap, rewards, None, None, None, 0, 0.0, gamma, lam,
-        advantages, returns, None, False, torch.get_num_threads(),
+        advantages, returns, None, None, torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns
 
@@ -178,12 +179,13 @@ def _kl_shaped_gae(
     advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)
     kl = advantages.new_empty(scores.shape)
-    moments = dispatch.cpu.gae(
+    moments = advantages.new_empty(3)
+    dispatch.cpu.gae(
         mask, cu_seqlens, values, bootstrap, None, scores, logprobs, ref_logprobs,
-        1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl, True,
+        1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl, moments,
         torch.get_num_threads(),
     )  # fmt: skip
-    return advantages, returns, kl, advantages.new_tensor(moments)
+    return advantages, returns, kl, moments
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
