@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.case import Case, Cost, Inputs, Mode, Outputs, Run, Size, compiled, normal
+from bench.case import Case, Cost, Inputs, Outputs, Run, Size, compiled, normal
 from ppo_kernels import token_logprobs
 
 # (size, tokens, vocabulary, dtypes); SmolLM2's vocabulary on a CPU, Qwen2.5's on a GPU.
@@ -68,7 +68,6 @@ def _case(
             alternatives["liger cross-entropy"] = _liger
     size_of = tokens * vocab * dtype.itemsize
     flops = 4 * tokens * vocab
-    costs: dict[Mode, Cost] = {"fwd": Cost(size_of, 0, flops), "bwd": Cost(size_of, size_of, flops)}
     return Case(
         op="token_logprobs",
         variant="entropy" if entropy else "",
@@ -79,7 +78,7 @@ def _case(
         inputs=inputs,
         ours=ours,
         alternatives=alternatives,
-        costs=costs | {"both": Cost(2 * size_of, size_of, 2 * flops)},
+        costs={"fwd": Cost(size_of, 0, flops), "bwd": Cost(size_of, size_of, flops)},
         trained=("logits",),
         upstream=("grad_logprobs", "grad_entropy") if entropy else ("grad_logprobs",),
         chunk=256,

@@ -61,6 +61,7 @@ def measure(
         gc.collect()
         _fill(case, mode, ceilings, rows, timings)
         yield list(rows.values())
+    torch._dynamo.reset()  # it gives up on a function that was compiled for many shapes
 
 
 def _implementations(case: Case, impls: Sequence[str]) -> Iterator[tuple[str, Run]]:

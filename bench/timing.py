@@ -18,7 +18,7 @@ import torch
 Call = Callable[[], object]
 
 _SAMPLE_SECONDS = 1e-3  # shorter calls are repeated within a sample, against the clock's own cost
-_LEAST_SAMPLES, _MOST_SAMPLES = 5, 200
+_LEAST_SAMPLES, _MOST_SAMPLES = 3, 200
 
 
 @dataclass(frozen=True)

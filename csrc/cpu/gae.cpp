@@ -18,6 +18,7 @@
 #include <cmath>
 
 #include "doubles.h"
+#include "exp.h"
 #include "threads.h"
 
 namespace ppo::PPO_ISA {

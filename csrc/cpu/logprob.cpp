@@ -16,14 +16,14 @@
 //   dz_j = -p_j (g + g_H (log p_j + H)) / T,  and g / T more at j = y
 #include <cmath>
 
-#include "simd.h"
+#include "exp.h"
 #include "threads.h"
 
 namespace ppo::PPO_ISA {
 namespace {
 
 constexpr int64_t kIgnored = -100;
-constexpr int kBlockBytes = 8192;  // read from memory once, and again from the L1 cache
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 template <class A>
 constexpr A kInfinity = A(__builtin_huge_val());
@@ -39,68 +39,147 @@ T* logits_row(const LogitRows& logits, int64_t i) {
   return static_cast<T*>(logits.data) + offset;
 }
 
-// M, S and U of the classes seen so far.
+// Rows are taken in blocks: read from memory for the maximum, and again from the L1 cache.
+constexpr int kBlockBytes = 2048;
+constexpr int kPrefetchBytes = 4096;  // how far ahead
+constexpr double kExp2Far = 1 << 21;
+template <class T> constexpr int64_t kBlock = kBlockBytes / sizeof(T);
+template <class T> constexpr int64_t kStep = 4 * kLanes<Accumulator<T>>;  // divides kBlock
+
+// The processor itself would not look beyond a page, nor start before it meets the block.
+template <int kBytes>
+inline void prefetch_after(const void* p) {
+  for (int b = 0; b < kBytes; b += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes + b);
+  }
+}
+
+// The largest of n numbers, a multiple of kStep; where one is NaN, any number.
+template <class A>
+A block_max(const A* z, int64_t n) {
+  Vec<A> maxima[4];
+  for (Vec<A>& m : maxima) m = splat(-kInfinity<A>);
+  for (int64_t i = 0; i < n; i += kStep<A>) {
+    for (int k = 0; k < 4; ++k) maxima[k] = larger(maxima[k], load(z + i + k * kLanes<A>));
+  }
+  return max_lanes<A>(larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3])));
+}
+
+// The same of half precision, not widened: as signed integers, the bits of numbers from 0 up are in
+// order and above those of all negative numbers, of which the largest has the smallest bits.
+template <class Half>
+float block_max_of_halves(const Half* z, int64_t n) {
+  constexpr int lanes = kVectorBytes / 2;
+  static_assert(kStep<Half> == 2 * lanes);
+  const auto extreme = [&](const auto& better) {
+    Shorts best[2] = {load_bits<Shorts>(z), load_bits<Shorts>(z + lanes)};
+    for (int64_t i = kStep<Half>; i < n; i += kStep<Half>) {
+      for (int k = 0; k < 2; ++k) best[k] = better(best[k], load_bits<Shorts>(z + i + k * lanes));
+    }
+    const Shorts lane = better(best[0], best[1]);
+    int16_t bits = lane[0];
+    for (int k = 1; k < lanes; ++k) bits = better(bits, lane[k]);
+    return bits;
+  };
+  int16_t bits = extreme([](auto a, auto b) { return a > b ? a : b; });
+  if (bits < 0) bits = extreme([](auto a, auto b) { return a < b ? a : b; });
+  return widen(Half{uint16_t(bits)});
+}
+float block_max(const bf16* z, int64_t n) { return block_max_of_halves(z, n); }
+float block_max(const f16* z, int64_t n) { return block_max_of_halves(z, n); }
+
+// M, S and U of the classes seen so far; U without the 1 / T: sum e^{d_j} (z_j - M).
+//
+// Exponents are in base 2: e^{d_j} = 2^{c (z_j - M)}, c = log2(e) / T. Where c z_j is not too far from
+// 0, the subtraction is left to the exponent of the result: 2^{c z_j - R}, R the integer next to c M.
 template <class T, bool kEntropy, class A = Accumulator<T>>
-struct OnlineSums {
-  A inv_temperature;
+class OnlineSums {
+ public:
   A max = -kInfinity<A>;
   double sum = 0, dot = 0;
 
-  void add(const T* z, int64_t n) {
-    constexpr int64_t block = kBlockBytes / sizeof(T);
-    for (; n > block; z += block, n -= block) add_block(z, block);
-    if (n > 0) add_block(z, n);
+  explicit OnlineSums(double temperature) : c(A(kLog2E / temperature)) {}
+
+  // All classes of a row but the target, which is as if it had no probability.
+  void add_others(const T* z, int64_t vocab, int64_t target) {
+    T copy[kBlock<T>];
+    for (int64_t at = 0; at < vocab; at += kBlock<T>) {
+      const int64_t n = vocab - at < kBlock<T> ? vocab - at : kBlock<T>;
+      const bool has_target = at <= target && target < at + n;
+      if (n == kBlock<T> && !has_target) {
+        add_block(z + at, n, z + at);
+        continue;
+      }
+      const int64_t padded = (n + kStep<T> - 1) / kStep<T> * kStep<T>;
+      std::memcpy(copy, z + at, size_t(n) * sizeof(T));
+      for (int64_t i = n; i < padded; ++i) narrow(-kInfinity<A>, copy[i]);
+      if (has_target) narrow(-kInfinity<A>, copy[target - at]);
+      add_block(copy, padded, z + at);
+    }
   }
 
  private:
-  static constexpr int64_t kWidth = kLanes<A>;
-  static constexpr int kUnroll = 4;  // independent sums, to hide the latency of each
+  const A c;
+  double r = 0;           // R
+  double correction = 1;  // 2^{R - c M}
 
-  void add_block(const T* z, int64_t n) {
+  // n is a multiple of kStep; `ahead` is where the block lies in memory.
+  __attribute__((noinline)) void add_block(const T* z, int64_t n, const T* ahead) {
     raise_max(block_max(z, n));
-    // Without any finite logit yet, 0 does for M: -inf gives e^{d} = 0, NaN stays NaN.
-    const Vec<A> shift = splat(max == -kInfinity<A> ? A(0) : max);
-    Vec<A> sums[kUnroll] = {}, dots[kUnroll] = {};
-    const auto add_vector = [&](Vec<A> x, int k) {
-      const Vec<A> d = clamp_low<A>((x - shift) * inv_temperature);
-      const Vec<A> e = exp_bounded<A>(d);
-      sums[k] += e;
-      if (kEntropy) dots[k] += e * d;
-    };
-    int64_t i = 0;
-    for (; i + kUnroll * kWidth <= n; i += kUnroll * kWidth) {
-      for (int k = 0; k < kUnroll; ++k) add_vector(load(z + i + k * kWidth), k);
+    // Without any finite logit yet, 0 does for M: -inf gives 2^y = 0, NaN stays NaN.
+    const A m = max == -kInfinity<A> ? A(0) : max;
+    const bool near = kFused && !kEntropy && std::fabs(c * m) < kExp2Far;
+    if (near) {
+      const Vec<A> scale = splat(c), lowest = splat(A(r - kExp2Bias<A>) / c);
+      const Vec<A> round = splat(kExp2Round<A> - A(r));
+      double block_sum = 0;
+      const auto term = [&](Vec<A> x, Vec<A>& sum, Vec<A>&) {
+        sum += exp2_product<A>(larger(lowest, x), scale, round);
+      };
+      add_terms(z, n, ahead, term, block_sum, dot);
+      sum += block_sum * correction;
+    } else {
+      const Vec<A> shift = splat(m), scale = splat(-c), farthest = splat(kExp2Bias<A> / c);
+      const Vec<A> round = splat(kExp2Round<A>);
+      const auto term = [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
+        const Vec<A> below = smaller(farthest, shift - x);  // M - z_j
+        const Vec<A> e = exp2_product<A>(below, scale, round);
+        sum += e;
+        if (kEntropy) dot -= e * below;
+      };
+      add_terms(z, n, ahead, term, sum, dot);
     }
-    for (; i + kWidth <= n; i += kWidth) add_vector(load(z + i), 0);
-    if (i < n) add_vector(load_first(z + i, n - i, -kInfinity<A>), 0);
-    sum += sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if (kEntropy) dot += sum_lanes<A>((dots[0] + dots[1]) + (dots[2] + dots[3]));
   }
 
-  static A block_max(const T* z, int64_t n) {
-    Vec<A> maxima[kUnroll];
-    for (Vec<A>& m : maxima) m = splat(-kInfinity<A>);
-    int64_t i = 0;
-    for (; i + kUnroll * kWidth <= n; i += kUnroll * kWidth) {
-      for (int k = 0; k < kUnroll; ++k) {
-        maxima[k] = larger(load(z + i + k * kWidth), maxima[k]);
+  template <class Term>
+  static void add_terms(const T* z, int64_t n, const T* ahead, const Term& term, double& sum,
+                        double& dot) {
+    Vec<A> sums[2] = {}, dots[2] = {};
+    for (int64_t i = 0; i < n; i += kStep<T>) {
+      prefetch_after<kStep<T> * sizeof(T)>(ahead + i);
+      for (int k = 0; k < 4; k += 2) {
+        Vec<A> a, b;
+        load_two(z + i + k * kLanes<A>, a, b);
+        term(a, sums[0], dots[0]);
+        term(b, sums[1], dots[1]);
       }
     }
-    for (; i + kWidth <= n; i += kWidth) maxima[0] = larger(load(z + i), maxima[0]);
-    if (i < n) maxima[0] = larger(load_first(z + i, n - i, -kInfinity<A>), maxima[0]);
-    return max_lanes<A>(larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3])));
+    sum += sum_lanes<A>(sums[0] + sums[1]);
+    if (kEntropy) dot += sum_lanes<A>(dots[0] + dots[1]);
   }
 
-  // Every d_j grows by (M - M') / T, which is negative.
+  // Every z_j - M grows by M - M', which is negative.
   void raise_max(A to) {
     if (!(to > max)) return;
     if (max != -kInfinity<A>) {
-      const double delta = (double(max) - double(to)) * double(inv_temperature);
-      const double factor = std::exp(delta);
+      const double delta = double(max) - double(to);
+      const double factor = std::exp2(delta * c);
       dot = factor == 0 ? 0 : factor * (dot + delta * sum);
       sum *= factor;
     }
     max = to;
+    r = std::nearbyint(double(c) * double(max));
+    correction = std::exp2(r - double(c) * double(max));
   }
 };
 
@@ -125,9 +204,8 @@ void forward(const LogprobForward& args) {
       return;
     }
     const T* z = logits_row<const T>(args.logits, i);
-    OnlineSums<T, kEntropy> others{A(1 / args.temperature)};
-    others.add(z, y);
-    others.add(z + y + 1, args.logits.vocab - y - 1);
+    OnlineSums<T, kEntropy> others(args.temperature);
+    others.add_others(z, args.logits.vocab, y);
 
     const double shift = others.max == -kInfinity<A> ? 0 : double(others.max);
     const double log_sum = std::log(others.sum);
@@ -138,7 +216,7 @@ void forward(const LogprobForward& args) {
     // Where y is the only possible class, any finite number does: the others' e^{d} is 0.
     log_norms[i] = others.sum == 0 ? A(0) : A(log_sum - log_rest);
     if (kEntropy) {
-      const double rest = others.sum == 0 ? 0 : log_sum - others.dot / others.sum;
+      const double rest = others.sum == 0 ? 0 : log_sum - others.dot / others.sum / args.temperature;
       entropies[i] = A(surprise(log_p) + surprise(log_rest) + std::exp(log_rest) * rest);
     }
   });
@@ -154,7 +232,6 @@ void backward(const LogprobBackward& args) {
   const A* log_norms = maxima + args.count;
   const A* entropies = static_cast<const A*>(args.entropy);
   const int64_t vocab = args.logits.vocab;
-  const A inv_temperature = A(1 / args.temperature);
 
   parallel_for(args.count, args.threads, [&](int64_t i) {
     T* dz = static_cast<T*>(args.grad_logits) + i * vocab;
@@ -167,10 +244,16 @@ void backward(const LogprobBackward& args) {
     }
     const T* z = logits_row<const T>(args.logits, i);
     const A entropy = grad_entropy ? entropies[i] : A(0);
+    const Vec<A> shift = splat(maxima[i]), scale = splat(A(-kLog2E / args.temperature));
+    const double norm = log_norms[i] * kLog2E, r = std::nearbyint(norm < 1000 ? norm : 1000);
+    const Vec<A> round = splat(A(kExp2Round<A> - r));
+    const Vec<A> farthest = splat(A((kExp2Bias<A> - r) * args.temperature / kLog2E));
+    const double k = std::exp2(r - norm) / args.temperature;
+    const A a = A(-(g + double(g_entropy) * (double(entropy) - log_norms[i])) * k);
+    const A b = A(double(g_entropy) * k / args.temperature);
     const auto gradient = [&](Vec<A> x) {
-      const Vec<A> log_p = clamp_low<A>((x - maxima[i]) * inv_temperature - log_norms[i]);
-      const Vec<A> p = exp_bounded<A>(log_p > A(0) ? Vec<A>{} : log_p);
-      return -p * (g + g_entropy * (log_p + entropy)) * inv_temperature;
+      const Vec<A> below = smaller(farthest, shift - x);
+      return exp2_product<A>(below, scale, round) * (a + b * below);
     };
     int64_t j = 0;
     for (; j + kLanes<A> <= vocab; j += kLanes<A>) store(dz + j, gradient(load(z + j)));

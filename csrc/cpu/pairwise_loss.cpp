@@ -6,6 +6,7 @@
 // -sigmoid(-m). Sums in float64 over blocks of a fixed size, merged in order.
 #include <iterator>
 
+#include "exp.h"
 #include "threads.h"
 #include "tiles.h"
 

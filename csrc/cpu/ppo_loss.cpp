@@ -6,6 +6,7 @@
 // lane's input could otherwise count (a ratio of 1), its result is made 0 too.
 #include <cmath>
 
+#include "exp.h"
 #include "threads.h"
 #include "tiles.h"
 
