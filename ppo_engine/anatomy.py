@@ -22,6 +22,11 @@ a reward function, whatever it does.
 What is approximate: the profiler adds microseconds to every operation, so phases of many small
 ones, decoding first, take a larger share than they do unprofiled. Operations of other threads, as
 of a reward function that has some, are in the trace but move no time between phases on a CPU.
+
+What it costs, as measured with SmolLM2-135M, 16 prompts and 32 new tokens on 2 CPU cores: decoding
+a tenth to a quarter slower, the rest of the step within its noise; then 4 s to write 384,000 events
+(8 MB packed), which hold about 1 kB of memory each until then. Events grow with the tokens decoded
+and the micro-batches, so one step is profiled, not several. The GPU's part has never run on a GPU.
 """
 
 from __future__ import annotations
@@ -166,7 +171,9 @@ def _divide(host: _Timeline, step: Span, events: list[dict[str, Any]]) -> Anatom
     """Give every moment of the step to the spans that it belongs to."""
     start, end, _ = step
     launches = {
-        event["args"]["correlation"]: event["ts"] for event in events if event["cat"] in _LAUNCHES
+        event["args"].get("correlation"): event["ts"]
+        for event in events
+        if event["cat"] in _LAUNCHES
     }
     kernels = [event for event in events if event["cat"] in _KERNELS]
     # In the order in which the host first comes by, which is that of the table.
@@ -318,12 +325,14 @@ def _as_text(anatomy: Anatomy, title: str) -> str:
     console = Console(file=out, width=88, highlight=False)
     console.print(table)
     console.print(
-        f"Not the transformer: {1 - transformer / total:.1%} of the step, with a reward function, "
-        "if any, whatever it does."
+        f"Not the transformer: {1 - transformer / total:.1%} of the step, a reward function, if "
+        "any, included."
     )
-    if anatomy.gpu_seconds is not None:
-        console.print(f"The GPU was idle for {1 - anatomy.gpu_seconds / total:.1%} of it.")
-    console.print("Profiling slows a step, decoding most: times without it are in metrics.jsonl.")
+    if anatomy.gpu_seconds is None:
+        console.print("Times are wall times of the CPU: no GPU kernel was seen.")
+    else:
+        console.print(f"The GPU was idle for {1 - anatomy.gpu_seconds / total:.1%} of the step.")
+    console.print("Profiling slows a step, decoding most; metrics.jsonl has times without it.")
     return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))
 
 
