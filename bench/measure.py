@@ -15,6 +15,7 @@ from bench.machine import Ceilings
 from bench.results import Row
 from bench.timing import Call, Timing, peak_extra_bytes, time_in_turn
 from ppo_kernels import implementations
+from ppo_kernels.dispatch import accumulator
 
 ALTERNATIVES = "alternatives"
 # On a GPU, copies of the inputs outgrow its cache together; so do the tensors of a CPU case, where
@@ -113,7 +114,7 @@ def _fill(
 ) -> None:
     """Times, and the ratios that give them a meaning."""
     cost = case.costs[mode]
-    floor = ceilings.floor(cost.read, cost.written, cost.flops, case.dtype)
+    floor = ceilings.floor(cost.read, cost.written, cost.flops, accumulator(case.dtype))
     best_alternative = min(
         (timings[n].p50 for n in case.alternatives if n in timings), default=None
     )

@@ -22,7 +22,7 @@ from bench.measure import ALTERNATIVES, measure
 from bench.memory import keep_freed_memory
 from bench.registry import cases
 from bench.results import Row, write_csv
-from ppo_kernels.dispatch import IMPLS, OPS
+from ppo_kernels.dispatch import IMPLS, OPS, accumulator
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     chosen = cases(device.type, options.ops, options.sizes)
     table.say(f"{machine.describe(device)}, {torch.get_num_threads()} threads; first its ceilings")
-    dtypes = sorted({case.dtype for case in chosen}, key=str)
+    dtypes = sorted({accumulator(case.dtype) for case in chosen}, key=str)  # what they compute in
     ceilings = machine.measure_ceilings(device, dtypes)
     table.print_ceilings(ceilings)
     table.print_header()

@@ -1,5 +1,4 @@
-// Vector exponentials. tests/test_exp.py measures the error of each over its whole range, through
-// exp.cpp. Anonymous namespace: see ops.h.
+// Vector exponentials. Anonymous namespace: see ops.h.
 #pragma once
 
 #include "simd.h"

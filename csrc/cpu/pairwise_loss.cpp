@@ -4,8 +4,6 @@
 //
 // softplus(-m) = -log sigmoid(m) = max(-m, 0) + log(1 + e^{-|m|}); its derivative by m is
 // -sigmoid(-m). Sums in float64 over blocks of a fixed size, merged in order.
-#include <iterator>
-
 #include "exp.h"
 #include "threads.h"
 #include "tiles.h"
@@ -28,7 +26,7 @@ constexpr double kAtanh<double>[] = {
 // log(1 + x) for 0 <= x <= 1, as 2 atanh(s) with s = x / (2 + x): small x lose nothing.
 template <class A>
 inline Vec<A> log1p_unit(Vec<A> x) {
-  constexpr int degree = int(std::size(kAtanh<A>)) - 1;
+  constexpr int degree = int(sizeof(kAtanh<A>) / sizeof(A)) - 1;
   const Vec<A> s = x / (x + A(2)), w = s * s;
   Vec<A> p = splat(kAtanh<A>[degree]);
   for (int k = degree - 1; k >= 0; --k) p = p * w + kAtanh<A>[k];
