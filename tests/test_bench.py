@@ -170,7 +170,7 @@ def test_times_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.0)
     calls = {name: [partial(seen.append, name)] for name in "abc"}
-    found = time_in_turn(CPU, calls, seconds=1e-6)
+    found = time_in_turn(CPU, calls, seconds=0.0)
     rounds = seen[-3 * 3 :]
     assert rounds == list("abc") * 3
     assert all(t.p20 <= t.p50 <= t.p80 for t in found.values())

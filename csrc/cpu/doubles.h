@@ -2,8 +2,6 @@
 // Anonymous namespace: see ops.h.
 #pragma once
 
-#include <utility>
-
 #include "simd.h"
 #include "tokens.h"
 
@@ -17,11 +15,15 @@ typedef float Floats __attribute__((vector_size(kDoubles * 4)));
 typedef uint32_t FloatBits __attribute__((vector_size(kDoubles * 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kDoubles * 2)));
 
-using Lanes = std::make_integer_sequence<int, kDoubles>;
+// 0 to n - 1 as template arguments.
+template <int... i> struct Indices {};
+template <int n, int... i> struct UpTo : UpTo<n - 1, n - 1, i...> {};
+template <int... i> struct UpTo<0, i...> { using Type = Indices<i...>; };
+using Lanes = UpTo<kDoubles>::Type;
 
 // Lane by lane, which compilers know as one instruction; older ones split __builtin_convertvector.
 template <int... i>
-inline Doubles widened(Floats x, std::integer_sequence<int, i...>) {
+inline Doubles widened(Floats x, Indices<i...>) {
   return Doubles{double(x[i])...};
 }
 inline FloatBits load_wide_bits(const void* p) {
@@ -45,7 +47,7 @@ inline void store_doubles(float* p, Doubles x) {
 
 // Lane i becomes lane i + n; zeros come in at the end.
 template <int n, int... i>
-inline Doubles shifted(Doubles x, std::integer_sequence<int, i...>) {
+inline Doubles shifted(Doubles x, Indices<i...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(x, Doubles{}, (i + n)...);
 #else
