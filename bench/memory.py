@@ -14,8 +14,6 @@ def keep_freed_memory() -> bool:
     that size comes page by page, each with a fault that takes several times as long as writing the
     page: the time would be that of the page faults, ours and others' alike. On a GPU, torch keeps
     freed memory itself. Returns False, and changes nothing, where the C library is another.
-
-    Not for training: kept blocks end up between small ones that live on, and the process grows.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
