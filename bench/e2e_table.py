@@ -34,11 +34,10 @@ def print_comparison(sides: Sequence[Side], floor: Mapping[str, float], work: Wo
         )
     tokens = len(work.prompts) * work.new_tokens
     speeds = [tokens / side.median("step") if side.steps else None for side in sides]
-    grid.add_row("response tokens/s", *(_number(x) for x in speeds))
+    grid.add_row("response tok/s", *(_number(x) for x in speeds))
     peaks = [side.peak_bytes / 1e9 if side.steps else None for side in sides]
-    kind = "resident" if work.device == "cpu" else "allocated"
     ratio = _ratio(peaks[1], peaks[0])
-    grid.add_row(f"peak {kind}, GB", *(_number(x) for x in peaks), ratio)
+    grid.add_row("peak memory, GB", *(_number(x) for x in peaks), ratio)
     _console.print(grid)
     others = max(side.others for side in sides if side.steps)
     if others > _QUIET:
