@@ -76,9 +76,13 @@ class PhaseClock:
         self.switch(before)
 
     def others(self) -> float:
-        """The share of the machine's CPU time that other processes took since the start."""
+        """The share of the machine's CPU time that other processes took since the start.
+
+        Linux counts in ticks of 10 ms: of a step of a few ticks this says little.
+        """
         seconds = _cpu_seconds_of_others() - self._others
-        return max(0.0, seconds) / (sum(self.seconds.values()) * (os.cpu_count() or 1))
+        available = sum(self.seconds.values()) * (os.cpu_count() or 1)
+        return min(max(0.0, seconds / available), 1.0)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

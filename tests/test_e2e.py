@@ -135,6 +135,23 @@ def test_every_moment_of_a_step_is_in_one_phase(monkeypatch: pytest.MonkeyPatch)
     assert clock.seconds == {"generate": 1, "score": 4, "advantages": 10, "update": 16}
 
 
+@pytest.mark.parametrize(("busy", "share"), [(3.0, 0.15), (-0.1, 0.0), (50.0, 1.0)])
+def test_the_share_of_other_processes_is_of_the_whole_machine(
+    monkeypatch: pytest.MonkeyPatch, busy: float, share: float
+) -> None:
+    """Less than none is the noise of two clocks; more than all, of a step of less than a tick."""
+    now, others = [0.0], [100.0]
+    monkeypatch.setattr(e2e_worker.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(e2e_worker, "_cpu_seconds_of_others", lambda: others[0])
+    monkeypatch.setattr(e2e_worker.os, "cpu_count", lambda: 2)
+    clock = PhaseClock(CPU)
+    clock.start("generate")
+    now[0] += 10
+    others[0] += busy
+    clock.switch("update")
+    assert clock.others() == pytest.approx(share)
+
+
 def test_a_report_is_found_among_other_lines(capsys: pytest.CaptureFixture[str]) -> None:
     clock = PhaseClock(CPU)
     clock.start("generate")
