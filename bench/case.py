@@ -87,11 +87,14 @@ def leaves_of(case: Case, inputs: Inputs) -> Inputs:
 
 
 def gradients(case: Case, outputs: Outputs, leaves: Inputs, *, retain: bool = False) -> Outputs:
-    roots: Sequence[Tensor] = outputs[: len(case.upstream)] if case.upstream else outputs[:1]
-    incoming = [leaves[name].to(root.dtype) for name, root in zip(case.upstream, roots)] or None  # noqa: B905 - a loss has none
-    return torch.autograd.grad(
-        roots, [leaves[name] for name in case.trained], incoming, retain_graph=retain
-    )
+    trained = [leaves[name] for name in case.trained]
+    if not case.upstream:  # a loss
+        return torch.autograd.grad(outputs[:1], trained, retain_graph=retain)
+    roots = outputs[: len(case.upstream)]
+    incoming = [
+        leaves[name].to(root.dtype) for name, root in zip(case.upstream, roots, strict=True)
+    ]
+    return torch.autograd.grad(roots, trained, incoming, retain_graph=retain)
 
 
 def ragged_mask(rows: int, length: int, device: torch.device) -> Tensor:

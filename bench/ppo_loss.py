@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,8 +76,9 @@ def _value(device: str, size: Size, rows: int, length: int) -> Case:
 
 
 def _case(
-    op: str, device: str, size: Size, rows: int, length: int, inputs: object, ours: object,
-    plain: Run, trained: str,
+    op: str, device: str, size: Size, rows: int, length: int,
+    inputs: Callable[[torch.device], Inputs], ours: Callable[[Inputs, str], Outputs], plain: Run,
+    trained: str,
 ) -> Case:  # fmt: skip
     tokens = rows * length
     # Read: three tensors and the mask; written: one gradient.
@@ -85,8 +88,8 @@ def _case(
         shape=f"{rows}x{length}",
         dtype=torch.float32,
         device=device,
-        inputs=inputs,  # type: ignore[arg-type]
-        ours=ours,  # type: ignore[arg-type]
+        inputs=inputs,
+        ours=ours,
         alternatives={"masked, plain": plain, "masked, compiled": compiled(plain)},
         costs={
             "fwd": Cost(13 * tokens, 0, 15 * tokens),

@@ -28,7 +28,6 @@ class Timing:
     p20: float
     p50: float
     p80: float
-    samples: int
 
 
 def time_in_turn(
@@ -106,7 +105,5 @@ def _cuda_sample(rotation: Iterator[Call], repeats: int) -> float:
 
 
 def _timing(samples: list[float]) -> Timing:
-    if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0], 1)
-    fifths = statistics.quantiles(samples, n=10, method="inclusive")
-    return Timing(fifths[1], statistics.median(samples), fifths[7], len(samples))
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(tenths[1], statistics.median(samples), tenths[7])

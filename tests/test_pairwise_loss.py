@@ -46,6 +46,26 @@ def test_by_hand(impl: str) -> None:
 
 
 @IMPLS
+def test_the_graph_may_be_gone_through_again(impl: str) -> None:
+    """Its gradients are made ahead: no pass may find those of the one before changed."""
+    chosen, rejected = torch.randn(2, 5).unbind()
+    leaves = (chosen.requires_grad_(), rejected.requires_grad_())
+    loss, _ = pairwise_loss(*leaves, impl=impl)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)[0].clone()
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        assert torch.equal(chosen.grad, times * once)
+    (returned,) = torch.autograd.grad(loss, [chosen], retain_graph=True)
+    returned.mul_(2)
+    try:
+        (again,) = torch.autograd.grad(loss, [chosen], retain_graph=True)
+    except RuntimeError as error:
+        assert "inplace operation" in str(error)
+    else:
+        assert torch.equal(again, once)
+
+
+@IMPLS
 def test_ties_and_defaults(impl: str) -> None:
     chosen = torch.tensor([1.0, 2.0, 3.0, 0.0])
     loss, stats = pairwise_loss(chosen, torch.tensor([1.0, 1.0, 4.0, -2.0]), impl=impl)
