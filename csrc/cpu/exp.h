@@ -68,23 +68,23 @@ struct ExpParts {
   }
 };
 
-// e^x for |x| <= kExpMax (or NaN, which stays), to 1 ulp; results below the normal numbers are 0.
+// e^x for |x| <= kExpMax (or NaN, which stays), to 1.1 ulp; below the normal numbers it may be 0.
 template <class A>
 inline Vec<A> exp_bounded(Vec<A> x) {
   const ExpParts<A> e(x);
   return (e.tail + A(1)) * e.scale;
 }
 
-// e^x - 1 for the same x, without cancellation near 0.
+// e^x - 1 for the same x, to 2 ulp: nothing cancels near 0.
 template <class A>
 inline Vec<A> expm1_bounded(Vec<A> x) {
   const ExpParts<A> e(x);
   return e.tail * e.scale + (e.scale - A(1));
 }
 
-// 2^(c x - R) for an integer R, to 3 ulp, where -bias <= c x - R <= bias; results below the normal
-// numbers are 0, NaN stays. c x = N + f; adding kExp2Round - R leaves N - R, biased, in the lowest
-// bits. With fused multiply-add, f has all its digits however large c x is.
+// 2^(c x - R) for an integer R, where -bias <= c x - R <= bias, to 3 ulp; below the normal numbers it
+// may be 0, NaN stays. c x = N + f; adding kExp2Round - R leaves N - R, biased, in the lowest bits.
+// With fused multiply-add, f has all its digits however large c x is; else it lacks |c x| / 2 ulp.
 template <class A> constexpr A kExp2Bias = A(ExpConstants<A>::kBias);
 template <class A> constexpr A kExp2Round = ExpConstants<A>::kRound + kExp2Bias<A>;
 

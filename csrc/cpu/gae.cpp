@@ -223,7 +223,8 @@ void store_kl(const GaeArgs& args, int64_t b, double kl) {
 template <class T, class Rewards>
 void whole_rows(const GaeArgs& args, const Discounts& discounts, GaePiece& piece) {
   MomentLanes moments;
-  for (int64_t b = piece.row; b < piece.row + piece.rows; ++b) {
+  // The last row first: memory is gone through in one direction, as the processor expects it.
+  for (int64_t b = piece.row + piece.rows; b-- > piece.row;) {
     Sequence<T, Rewards> sequence(args, discounts, b);
     auto results = results_of<T, Rewards>(args, b, moments);
     sequence.sweep(0, row_size(args.rows, b), sequence.carry_at_end(), results);
