@@ -51,11 +51,10 @@ template <class A>
 void measure_exp2(const char* name, double temperature, int r) {
   using W = typename Wider<A>::Type;
   const A c = A(1.4426950408889634 / temperature);
-  const A most = kExp2Bias<A> / c * A(0.999);
-  const Vec<A> scale = splat(c), round = splat(A(kExp2Round<A> - A(r)));
+  const A most = A(ExpConstants<A>::kBias) / c * A(0.999);
+  const Exp2<A> power(c, A(r));
   const A shift = A(r) / c;
-  measure<A>(name, most,
-             [&](Vec<A> x) { return exp2_product<A>(x + shift, scale, round); },
+  measure<A>(name, most, [&](Vec<A> x) { return power(x + shift); },
              [&](W x) {
                x = A(A(x) + shift);
                const W n = std::nearbyint(W(c) * x - r);

@@ -50,9 +50,12 @@ def inputs(
 
 
 def check(arguments: dict[str, Any], kernel: str) -> None:
-    ops.assert_error_rule(
-        token_logprobs, reference.token_logprobs, arguments, ("logits",), impl=kernel
-    )
+    """The error rule, with the entropy and without: its sums are other ones."""
+    for entropy in (True, False):
+        ops.assert_error_rule(
+            token_logprobs, reference.token_logprobs, arguments | {"return_entropy": entropy},
+            ("logits",), impl=kernel,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 127, 1025, 4099, 32003])
@@ -142,7 +145,7 @@ def test_all_targets_ignored(impl: str) -> None:
     assert not logprobs.any() and logits.grad is not None and not logits.grad.any()
 
 
-@pytest.mark.parametrize("offset", [-1e4, 1e4, -3e4])
+@pytest.mark.parametrize("offset", [-1e4, 1e4, -3e4, 2e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strongly_offset_logits(kernel: str, offset: float, dtype: torch.dtype) -> None:
     """A running maximum must start at -inf, not 0 (verl #7439)."""
@@ -154,6 +157,16 @@ def test_strongly_offset_logits(kernel: str, offset: float, dtype: torch.dtype) 
 def test_a_maximum_in_any_block(kernel: str, place: int) -> None:
     arguments = inputs((6,), 5000)
     arguments["logits"][:, place] = torch.linspace(0, 60, 6)
+    check(arguments, kernel)
+
+
+@pytest.mark.parametrize("lowest", [-70.0, -100.0, -1e3, -3e5, -2e7, -1e9, -2e38])
+def test_classes_that_are_nearly_impossible(kernel: str, lowest: float) -> None:
+    """Exponents beyond the range of the dtype, some of them in every block, must count as 0."""
+    arguments = inputs((4,), 5000)
+    far = torch.linspace(lowest, 2 * lowest / 3, 2500)
+    arguments["logits"][:, ::2] = far[torch.randperm(2500)]
+    arguments["targets"] = torch.tensor([1, 2, 2051, 4999])
     check(arguments, kernel)
 
 

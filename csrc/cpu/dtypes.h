@@ -50,7 +50,7 @@ inline U narrow_bf16(V x) {
   const U bits = bit_cast<U>(x);
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U nan = (bits >> 16) | 0x40u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  return x == x ? rounded : nan;
 }
 
 template <class U, class V>

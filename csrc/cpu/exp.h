@@ -20,6 +20,8 @@ template <> struct ExpConstants<float> {
   // For (2^f - 1) / f on |f| <= 1/2: 2^f to 2^-23.3, a term less than above.
   static constexpr float kPolynomial2[] = {0.693147004f, 0.240222439f, 0.0555071831f,
                                            0.00967145711f, 0.00132647506f};
+  // For (2^(f/8) - 1) / f on |f| <= 1/2: 2^(f/8) to 2^-25.
+  static constexpr float kPolynomial8[] = {0.0866434053f, 0.00375402556f, 0.000108391060f};
 };
 template <> struct ExpConstants<double> {
   static constexpr double kMax = 709.0;
@@ -82,20 +84,77 @@ inline Vec<A> expm1_bounded(Vec<A> x) {
   return e.tail * e.scale + (e.scale - A(1));
 }
 
-// 2^(c x - R) for an integer R, where -bias <= c x - R <= bias, to 3 ulp; below the normal numbers it
-// may be 0, NaN stays. c x = N + f; adding kExp2Round - R leaves N - R, biased, in the lowest bits.
-// With fused multiply-add, f has all its digits however large c x is; else it lacks |c x| / 2 ulp.
-template <class A> constexpr A kExp2Bias = A(ExpConstants<A>::kBias);
-template <class A> constexpr A kExp2Round = ExpConstants<A>::kRound + kExp2Bias<A>;
-
+// 2^(c x - r) for an integer r, to 3 ulp, where -bias <= c x - r <= bias; below the normal numbers it
+// may be 0, NaN stays. With fused multiply-add, nothing is lost however large c x is; without, the
+// rounding of c x adds |c x| / 2 ulp.
+//
+// kSteps (c x - r) = n + f, n an integer. Adding kRound leaves n, biased, in the lowest bits of the sum.
+// Where an instruction picks each lane's number from a table of 8, kSteps is 8: the fraction of
+// n / 8 comes from there, and the polynomial needs fewer terms.
 template <class A>
-inline Vec<A> exp2_product(Vec<A> x, Vec<A> c, Vec<A> round_minus_r) {
+class Exp2 {
   using C = ExpConstants<A>;
-  const Vec<A> shifted = multiply_add(x, c, round_minus_r);
-  const Vec<A> f = multiply_add(x, c, round_minus_r - shifted);
-  const Vec<A> scale = bit_cast<Vec<A>>(bit_cast<Bits<A>>(shifted) << C::kMantissa);
-  return (polynomial(f, C::kPolynomial2) * f + A(1)) * scale;
-}
+#if defined(__AVX2__)
+  static constexpr int kSteps = sizeof(A) == sizeof(float) ? 8 : 1;
+#else
+  static constexpr int kSteps = 1;
+#endif
+
+ public:
+  Exp2(A c, A r)
+      : c_(splat(c * kSteps)), round_(splat(C::kRound + (A(C::kBias) - r) * kSteps)),
+        lowest_(splat((r - A(C::kBias)) / c)) {}
+
+  // The x of the least power; for a negative c the largest x.
+  Vec<A> at_least() const { return lowest_; }
+
+  Vec<A> operator()(Vec<A> x) const {
+    Bits<A> unused{};
+    return (*this)(x, unused);
+  }
+
+  // The same for any x: `exponents` gathers what in_range wants to know.
+  Vec<A> operator()(Vec<A> x, Bits<A>& exponents) const {
+    const Vec<A> shifted = multiply_add(x, c_, round_);
+    const Vec<A> f = multiply_add(x, c_, round_ - shifted);
+    const Bits<A> n = bit_cast<Bits<A>>(shifted) - bit_cast<Bits<A>>(splat(C::kRound));
+    exponents |= n;
+    if constexpr (kSteps == 8) {
+      const Vec<A> scale = bit_cast<Vec<A>>((n << (C::kMantissa - 3)) + eighths(n));
+      return (polynomial(f, C::kPolynomial8) * f + A(1)) * scale;
+    } else {
+      const Vec<A> scale = bit_cast<Vec<A>>(n << C::kMantissa);
+      return (polynomial(f, C::kPolynomial2) * f + A(1)) * scale;
+    }
+  }
+
+  // Whether -bias <= c x - r <= 0 for all those x, rounded to a step; not if one is NaN.
+  static bool in_range(Bits<A> exponents) {
+    auto any = exponents[0];
+    for (int i = 1; i < kLanes<A>; ++i) any |= exponents[i];
+    return any < (C::kBias + 1) * kSteps;
+  }
+
+ private:
+  // What the bits of 2^(n/8) have beyond those of n << 20, by the lowest 3 bits of n.
+  static Bits<float> eighths(Bits<float> n) {
+    alignas(32) static constexpr int32_t kTable[8] = {
+        0x3f800000 - 0x3f800000, 0x3f8b95c2 - 0x3f900000, 0x3f9837f0 - 0x3fa00000,
+        0x3fa5fed7 - 0x3fb00000, 0x3fb504f3 - 0x3fc00000, 0x3fc5672a - 0x3fd00000,
+        0x3fd744fd - 0x3fe00000, 0x3feac0c7 - 0x3ff00000};
+#if defined(__AVX512F__)
+    const __mmask16 all = 0xffff;  // without a mask, GCC 12 warns of its own header
+    const __m512i table = _mm512_maskz_broadcast_i32x8(all, load_bits<__m256i>(kTable));
+    return Bits<float>(_mm512_maskz_permutexvar_epi32(all, __m512i(n), table));
+#elif defined(__AVX2__)
+    return Bits<float>(_mm256_permutevar8x32_epi32(load_bits<__m256i>(kTable), __m256i(n)));
+#else
+    return n;  // not called: kSteps is 1
+#endif
+  }
+
+  const Vec<A> c_, round_, lowest_;
+};
 
 }  // namespace
 }  // namespace ppo::PPO_ISA

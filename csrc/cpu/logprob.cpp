@@ -1,9 +1,9 @@
 // Log-prob of the target y and entropy of softmax(z / T), one row of logits at a time.
 //
 // The target is kept apart from the other classes, so that nothing cancels where it has nearly all
-// of the probability. With M, S, U over j != y, from one pass (M is the running maximum):
+// of the probability. With S, U over j != y, from one pass, and any M near the largest z_j:
 //
-//   M = max z_j,  d_j = (z_j - M) / T,  S = sum e^{d_j},  U = sum e^{d_j} d_j
+//   d_j = (z_j - M) / T,  S = sum e^{d_j},  U = sum e^{d_j} d_j
 //
 //   a        = (z_y - M) / T - log S              the log-odds of y
 //   log p_y  = -softplus(-a),  log(1 - p_y) = -softplus(a)
@@ -39,20 +39,12 @@ T* logits_row(const LogitRows& logits, int64_t i) {
   return static_cast<T*>(logits.data) + offset;
 }
 
-// Rows are taken in blocks: read from memory for the maximum, and again from the L1 cache.
-constexpr int kBlockBytes = 2048;
-constexpr int kPrefetchBytes = 4096;  // how far ahead
-constexpr double kExp2Far = 1 << 21;
-template <class T> constexpr int64_t kBlock = kBlockBytes / sizeof(T);
-template <class T> constexpr int64_t kStep = 4 * kLanes<Accumulator<T>>;  // divides kBlock
-
-// The processor itself would not look beyond a page, nor start before it meets the block.
-template <int kBytes>
-inline void prefetch_after(const void* p) {
-  for (int b = 0; b < kBytes; b += 64) {
-    __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes + b);
-  }
-}
+// Rows are taken in blocks, whose sums in the accumulation dtype are then added in double.
+constexpr int64_t kBlock = 1024;
+// How far ahead memory is asked for: the processor itself stops at the end of a page.
+constexpr int kPrefetchBytes = 2048;
+// What block_max takes at once; divides kBlock.
+template <class T> constexpr int64_t kStep = 4 * kLanes<Accumulator<T>>;
 
 // The largest of n numbers, a multiple of kStep; where one is NaN, any number.
 template <class A>
@@ -88,98 +80,129 @@ float block_max_of_halves(const Half* z, int64_t n) {
 float block_max(const bf16* z, int64_t n) { return block_max_of_halves(z, n); }
 float block_max(const f16* z, int64_t n) { return block_max_of_halves(z, n); }
 
-// M, S and U of the classes seen so far; U without the 1 / T: sum e^{d_j} (z_j - M).
+// S and U of the classes seen so far, U without the 1 / T: sum e^{d_j} (z_j - M). For M, any number
+// near the largest logit will do, and M only changes where it must.
 //
-// Exponents are in base 2: e^{d_j} = 2^{c (z_j - M)}, c = log2(e) / T. Where c z_j is not too far from
-// 0, the subtraction is left to the exponent of the result: 2^{c z_j - R}, R the integer next to c M.
+// Exponents are in base 2: e^{d_j} = 2^{c (z_j - M)}, c = log2(e) / T. Where that loses nothing, the
+// subtraction is left to the exponent: 2^{c z_j - R}, R the integer next to c M. A block whose
+// exponents turn out not to lie in a range that is safe is done again, with care.
 template <class T, bool kEntropy, class A = Accumulator<T>>
 class OnlineSums {
  public:
-  A max = -kInfinity<A>;
-  double sum = 0, dot = 0;
+  A shift = -kInfinity<A>;  // M; -inf: none yet
 
   explicit OnlineSums(double temperature) : c(A(kLog2E / temperature)) {}
 
+  double sum() const { return total(sums_); }
+  double dot() const { return total(dots_); }
+
   // All classes of a row but the target, which is as if it had no probability.
   void add_others(const T* z, int64_t vocab, int64_t target) {
-    T copy[kBlock<T>];
-    for (int64_t at = 0; at < vocab; at += kBlock<T>) {
-      const int64_t n = vocab - at < kBlock<T> ? vocab - at : kBlock<T>;
-      const bool has_target = at <= target && target < at + n;
-      if (n == kBlock<T> && !has_target) {
-        add_block(z + at, n, z + at);
-        continue;
-      }
-      const int64_t padded = (n + kStep<T> - 1) / kStep<T> * kStep<T>;
-      std::memcpy(copy, z + at, size_t(n) * sizeof(T));
-      for (int64_t i = n; i < padded; ++i) narrow(-kInfinity<A>, copy[i]);
-      if (has_target) narrow(-kInfinity<A>, copy[target - at]);
-      add_block(copy, padded, z + at);
-    }
+    const int64_t whole = vocab / kStep<T> * kStep<T>, with_target = target / kStep<T> * kStep<T>;
+    add_few(z, with_target, vocab, target);
+    add(z, 0, with_target);
+    add(z, with_target + kStep<T>, whole);
+    if (with_target < whole && whole < vocab) add_few(z, whole, vocab, target);
   }
 
  private:
-  const A c;
-  double r = 0;           // R
-  double correction = 1;  // 2^{R - c M}
+  using Doubles = typename VectorTypes<A>::Doubles;
 
-  // n is a multiple of kStep; `ahead` is where the block lies in memory.
-  __attribute__((noinline)) void add_block(const T* z, int64_t n, const T* ahead) {
-    raise_max(block_max(z, n));
-    // Without any finite logit yet, 0 does for M: -inf gives 2^y = 0, NaN stays NaN.
-    const A m = max == -kInfinity<A> ? A(0) : max;
-    const bool near = kFused && !kEntropy && std::fabs(c * m) < kExp2Far;
-    if (near) {
-      const Vec<A> scale = splat(c), lowest = splat(A(r - kExp2Bias<A>) / c);
-      const Vec<A> round = splat(kExp2Round<A> - A(r));
-      double block_sum = 0;
-      const auto term = [&](Vec<A> x, Vec<A>& sum, Vec<A>&) {
-        sum += exp2_product<A>(larger(lowest, x), scale, round);
-      };
-      add_terms(z, n, ahead, term, block_sum, dot);
-      sum += block_sum * correction;
-    } else {
-      const Vec<A> shift = splat(m), scale = splat(-c), farthest = splat(kExp2Bias<A> / c);
-      const Vec<A> round = splat(kExp2Round<A>);
-      const auto term = [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
-        const Vec<A> below = smaller(farthest, shift - x);  // M - z_j
-        const Vec<A> e = exp2_product<A>(below, scale, round);
-        sum += e;
-        if (kEntropy) dot -= e * below;
-      };
-      add_terms(z, n, ahead, term, sum, dot);
+  static constexpr bool kByExponent = kFused && !kEntropy;
+  static constexpr A kFar = 1 << 17;  // the largest c M of which it loses nothing
+  // Exponents up to here are in range. U / S loses digits to a far M, S does not.
+  static constexpr int kHeadroom = kEntropy ? 2 : 16;
+
+  const A c;
+  Doubles sums_{}, dots_{};
+  double r_ = 0, correction_ = 1;  // R, 2^{R - c M + kHeadroom}
+
+  static double total(const Doubles& lanes) {
+    double total = 0;
+    for (int i = 0; i < kLanes<A>; ++i) total += lanes[i];
+    return total;
+  }
+
+  // Classes [begin, end), whole steps.
+  void add(const T* z, int64_t begin, int64_t end) {
+    for (int64_t n; begin < end; begin += n) {
+      n = end - begin < kBlock ? end - begin : kBlock;
+      if (shift == -kInfinity<A> || !add_block(z + begin, n)) add_with_care(z + begin, n);
     }
+  }
+
+  // The step, or less, that begins at `begin`, without the target.
+  void add_few(const T* z, int64_t begin, int64_t vocab, int64_t target) {
+    T step[kStep<T>];
+    for (T& x : step) narrow(-kInfinity<A>, x);
+    const int64_t n = vocab - begin < kStep<T> ? vocab - begin : kStep<T>;
+    std::memcpy(step, z + begin, size_t(n) * sizeof(T));
+    if (begin <= target && target < begin + n) narrow(-kInfinity<A>, step[target - begin]);
+    add_with_care(step, kStep<T>);
+  }
+
+  // Whole steps. False, and nothing added, if an exponent is out of range or NaN.
+  bool add_block(const T* z, int64_t n) {
+    if (kByExponent && !(std::fabs(c * shift) < kFar)) return false;
+    const Vec<A> m = splat(kByExponent ? A(0) : shift);
+    const Exp2<A> power(c, A(kByExponent ? r_ + kHeadroom : kHeadroom));
+    Bits<A> exponents{};
+    Vec<A> sum, dot;
+    add_terms(z, n, sum, dot, [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
+      const Vec<A> d = kByExponent ? x : x - m, e = power(d, exponents);
+      sum += e;
+      if (kEntropy) dot += e * d;
+    });
+    if (!power.in_range(exponents)) return false;
+    add_totals(sum, dot, kByExponent ? correction_ : 1 << kHeadroom);
+    return true;
+  }
+
+  __attribute__((noinline)) void add_with_care(const T* z, int64_t n) {
+    raise_shift(block_max(z, n));
+    // Without any finite logit yet, 0 does for M: -inf gives 2^y = 0, NaN stays NaN.
+    const Vec<A> m = splat(shift == -kInfinity<A> ? A(0) : shift);
+    const Exp2<A> power(c, 0);
+    Vec<A> sum, dot;
+    add_terms(z, n, sum, dot, [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
+      const Vec<A> d = larger(power.at_least(), x - m), e = power(d);
+      sum += e;
+      if (kEntropy) dot += e * d;
+    });
+    add_totals(sum, dot, 1);
   }
 
   template <class Term>
-  static void add_terms(const T* z, int64_t n, const T* ahead, const Term& term, double& sum,
-                        double& dot) {
+  static void add_terms(const T* z, int64_t n, Vec<A>& sum, Vec<A>& dot, const Term& term) {
     Vec<A> sums[2] = {}, dots[2] = {};
-    for (int64_t i = 0; i < n; i += kStep<T>) {
-      prefetch_after<kStep<T> * sizeof(T)>(ahead + i);
-      for (int k = 0; k < 4; k += 2) {
-        Vec<A> a, b;
-        load_two(z + i + k * kLanes<A>, a, b);
-        term(a, sums[0], dots[0]);
-        term(b, sums[1], dots[1]);
-      }
+    for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
+      __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kPrefetchBytes);
+      Vec<A> a, b;
+      load_two(z + i, a, b);
+      term(a, sums[0], dots[0]);
+      term(b, sums[1], dots[1]);
     }
-    sum += sum_lanes<A>(sums[0] + sums[1]);
-    if (kEntropy) dot += sum_lanes<A>(dots[0] + dots[1]);
+    sum = sums[0] + sums[1];
+    dot = dots[0] + dots[1];
+  }
+
+  void add_totals(Vec<A> sum, Vec<A> dot, double factor) {
+    sums_ += __builtin_convertvector(sum, Doubles) * factor;
+    if (kEntropy) dots_ += __builtin_convertvector(dot, Doubles) * factor;
   }
 
   // Every z_j - M grows by M - M', which is negative.
-  void raise_max(A to) {
-    if (!(to > max)) return;
-    if (max != -kInfinity<A>) {
-      const double delta = double(max) - double(to);
+  void raise_shift(A to) {
+    if (!(to > shift)) return;
+    if (shift != -kInfinity<A>) {
+      const double delta = double(shift) - double(to);
       const double factor = std::exp2(delta * c);
-      dot = factor == 0 ? 0 : factor * (dot + delta * sum);
-      sum *= factor;
+      dots_ = factor == 0 ? Doubles{} : factor * (dots_ + delta * sums_);
+      sums_ *= factor;
     }
-    max = to;
-    r = std::nearbyint(double(c) * double(max));
-    correction = std::exp2(r - double(c) * double(max));
+    shift = to;
+    r_ = std::nearbyint(double(c) * double(shift));
+    correction_ = std::exp2(r_ - double(c) * double(shift) + kHeadroom);
   }
 };
 
@@ -192,14 +215,14 @@ template <class T, bool kEntropy>
 void forward(const LogprobForward& args) {
   using A = Accumulator<T>;
   A* logprobs = static_cast<A*>(args.logprobs);
-  A* maxima = static_cast<A*>(args.state);
-  A* log_norms = maxima + args.count;
+  A* shifts = static_cast<A*>(args.state);
+  A* log_norms = shifts + args.count;
   A* entropies = static_cast<A*>(args.entropy);
 
   parallel_for(args.count, args.threads, [&](int64_t i) {
     const int64_t y = args.targets[i];
     if (y == kIgnored) {
-      logprobs[i] = maxima[i] = log_norms[i] = 0;
+      logprobs[i] = shifts[i] = log_norms[i] = 0;
       if (kEntropy) entropies[i] = 0;
       return;
     }
@@ -207,16 +230,17 @@ void forward(const LogprobForward& args) {
     OnlineSums<T, kEntropy> others(args.temperature);
     others.add_others(z, args.logits.vocab, y);
 
-    const double shift = others.max == -kInfinity<A> ? 0 : double(others.max);
-    const double log_sum = std::log(others.sum);
+    const double shift = others.shift == -kInfinity<A> ? 0 : double(others.shift);
+    const double log_sum = std::log(others.sum());
     const double log_odds = (double(widen(z[y])) - shift) / args.temperature - log_sum;
     const double log_p = -softplus(-log_odds), log_rest = -softplus(log_odds);
     logprobs[i] = A(log_p);
-    maxima[i] = A(shift);
+    shifts[i] = A(shift);
     // Where y is the only possible class, any finite number does: the others' e^{d} is 0.
-    log_norms[i] = others.sum == 0 ? A(0) : A(log_sum - log_rest);
+    log_norms[i] = others.sum() == 0 ? A(0) : A(log_sum - log_rest);
     if (kEntropy) {
-      const double rest = others.sum == 0 ? 0 : log_sum - others.dot / others.sum / args.temperature;
+      const double mean_d = others.dot() / others.sum() / args.temperature;
+      const double rest = others.sum() == 0 ? 0 : log_sum - mean_d;
       entropies[i] = A(surprise(log_p) + surprise(log_rest) + std::exp(log_rest) * rest);
     }
   });
@@ -228,8 +252,8 @@ void backward(const LogprobBackward& args) {
   const A* grad_logprobs = static_cast<const A*>(args.grad_logprobs);
   const A* grad_entropy = static_cast<const A*>(args.grad_entropy);
   const A* logprobs = static_cast<const A*>(args.logprobs);
-  const A* maxima = static_cast<const A*>(args.state);
-  const A* log_norms = maxima + args.count;
+  const A* shifts = static_cast<const A*>(args.state);
+  const A* log_norms = shifts + args.count;
   const A* entropies = static_cast<const A*>(args.entropy);
   const int64_t vocab = args.logits.vocab;
 
@@ -244,18 +268,22 @@ void backward(const LogprobBackward& args) {
     }
     const T* z = logits_row<const T>(args.logits, i);
     const A entropy = grad_entropy ? entropies[i] : A(0);
-    const Vec<A> shift = splat(maxima[i]), scale = splat(A(-kLog2E / args.temperature));
+    const Vec<A> shift = splat(shifts[i]);
     const double norm = log_norms[i] * kLog2E, r = std::nearbyint(norm < 1000 ? norm : 1000);
-    const Vec<A> round = splat(A(kExp2Round<A> - r));
-    const Vec<A> farthest = splat(A((kExp2Bias<A> - r) * args.temperature / kLog2E));
+    const Exp2<A> power(A(kLog2E / args.temperature), A(r));
     const double k = std::exp2(r - norm) / args.temperature;
-    const A a = A(-(g + double(g_entropy) * (double(entropy) - log_norms[i])) * k);
-    const A b = A(double(g_entropy) * k / args.temperature);
+    const A constant = A(-(g + double(g_entropy) * (double(entropy) - log_norms[i])) * k);
+    const A slope = A(-double(g_entropy) * k / args.temperature);
     const auto gradient = [&](Vec<A> x) {
-      const Vec<A> below = smaller(farthest, shift - x);
-      return exp2_product<A>(below, scale, round) * (a + b * below);
+      const Vec<A> d = larger(power.at_least(), x - shift);
+      return power(d) * (constant + slope * d);
     };
     int64_t j = 0;
+    for (; j + 2 * kLanes<A> <= vocab; j += 2 * kLanes<A>) {
+      Vec<A> a, b;
+      load_two(z + j, a, b);
+      store_two(dz + j, gradient(a), gradient(b));
+    }
     for (; j + kLanes<A> <= vocab; j += kLanes<A>) store(dz + j, gradient(load(z + j)));
     if (j < vocab) store_first(dz + j, vocab - j, gradient(load_first(z + j, vocab - j, A(0))));
 

@@ -79,8 +79,8 @@ struct LogitRows {
 
 // What the backward pass needs of each row beside its log-prob: two arrays [N], one after the
 // other, in the accumulation dtype.
-//   max       largest logit apart from the target's
-//   log_norm  log p_j = (z_j - max) / temperature - log_norm
+//   M         a number near the largest logit apart from the target's
+//   log_norm  log p_j = (z_j - M) / temperature - log_norm
 
 struct LogprobForward {
   LogitRows logits;

@@ -2,7 +2,7 @@
 // source is AVX-512, AVX2, SSE2 or NEON. Anonymous namespace: see ops.h.
 #pragma once
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -77,8 +77,8 @@ inline void store(double* p, Vec<double> x) { std::memcpy(p, &x, sizeof(x)); }
 inline void store(bf16* p, Vec<float> x) { store_halves(p, narrow_bf16<Bits<float>>(x)); }
 inline void store(f16* p, Vec<float> x) { store_halves(p, narrow_f16<Bits<float>>(x)); }
 
-// 2 kLanes numbers, in an order that only depends on T: for sums and maxima. The two halves of a word
-// take one instruction each to widen; in the order of memory they would take a shuffle more.
+// 2 kLanes numbers, in an order that only depends on T. The two halves of a word take one instruction
+// each to widen; in the order of memory they would take a shuffle more.
 template <class T, class A = Accumulator<T>>
 inline void load_two(const T* p, Vec<A>& a, Vec<A>& b) {
   a = load(p);
@@ -88,6 +88,16 @@ inline void load_two(const bf16* p, Vec<float>& a, Vec<float>& b) {
   const auto words = load_bits<Bits<float>>(p);
   a = bit_cast<Vec<float>>(words << 16);
   b = bit_cast<Vec<float>>(words & 0xffff0000u);
+}
+
+template <class T, class V>
+inline void store_two(T* p, V a, V b) {
+  store(p, a);
+  store(p + sizeof(V) / sizeof(a[0]), b);
+}
+inline void store_two(bf16* p, Vec<float> a, Vec<float> b) {
+  const Bits<float> words = narrow_bf16<Bits<float>>(a) | narrow_bf16<Bits<float>>(b) << 16;
+  std::memcpy(p, &words, sizeof(words));
 }
 
 // The first n < kLanes numbers, the other lanes `fill`.
