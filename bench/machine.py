@@ -8,12 +8,14 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+
+from bench.timing import Call
 
 _ROOT = Path(__file__).resolve().parents[1]
 _REPEATS, _SECONDS = 15, 0.5  # of each; the second cuts the first short
@@ -28,7 +30,7 @@ class Ceilings:
     """The best of some repetitions: bandwidths in bytes/s, rates in FLOP/s, `call` in seconds.
 
     `copy` counts the bytes read and those written. `call` is one eager `torch.add` of 8x64
-    tensors, as the host sees it: the least that any op costs.
+    tensors, as the host sees it.
     """
 
     read: float
@@ -36,13 +38,6 @@ class Ceilings:
     copy: float
     matmul: dict[torch.dtype, float]
     call: float
-
-    def floor(self, read: float, written: float, flops: float, dtype: torch.dtype) -> float:
-        """The least seconds for that many bytes and floating-point operations in one call."""
-        # Reads alone go at the read bandwidth; with writes among them, at that of a copy.
-        bandwidth = self.read if written < read / 100 else self.copy
-        rate = self.matmul.get(dtype, math.inf)
-        return max((read + written) / bandwidth, flops / rate, self.call)
 
 
 def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> Ceilings:
@@ -63,7 +58,32 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> Cei
     return Ceilings(size / read, size / write, 2 * size / copy, matmul, _call_seconds(device))
 
 
-def _seconds(device: torch.device, call: Callable[[], object]) -> float:
+def least_traffic(device: torch.device, read: float, written: float) -> list[Call]:
+    """Ways to move so many bytes of memory and do no more: a read, or a copy of the same bytes.
+
+    Which reduction reads quickest differs between machines.
+    """
+    only_read = written < read / 100
+    each = read if only_read else (read + written) / 2
+    parts = math.ceil(each / _BYTES[device.type])
+    source = torch.ones(max(1, round(each / parts / 4)), device=device)
+    if only_read:
+        return [partial(_repeat, parts, way) for way in (source.sum, source.amax)]
+    return [partial(_repeat, parts, partial(torch.empty_like(source).copy_, source))]
+
+
+def least_call(device: torch.device) -> Call:
+    """One eager op on small tensors: the least that any op costs."""
+    x = torch.ones(_CALL_SHAPE, device=device)
+    return partial(torch.add, x, x)
+
+
+def _repeat(times: int, call: Call) -> None:
+    for _ in range(times):
+        call()
+
+
+def _seconds(device: torch.device, call: Call) -> float:
     """The best of some calls. Some dtypes are so slow on some CPUs that one call must do."""
     best, spent = math.inf, 0.0
     for _ in range(_REPEATS):
@@ -79,13 +99,13 @@ def _seconds(device: torch.device, call: Callable[[], object]) -> float:
 
 
 def _call_seconds(device: torch.device) -> float:
-    x = torch.ones(_CALL_SHAPE, device=device)
+    call = least_call(device)
     best = math.inf
     for _ in range(_REPEATS):
         _wait(device)
         started = time.perf_counter()
         for _ in range(500):
-            torch.add(x, x)
+            call()
         best = min(best, (time.perf_counter() - started) / 500)
     return best
 

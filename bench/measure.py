@@ -11,7 +11,7 @@ import torch
 
 from bench.case import MODES, Case, Inputs, Mode, Run, gradients, leaves_of
 from bench.check import WrongResult, error, exact
-from bench.machine import Ceilings
+from bench.machine import Ceilings, least_call, least_traffic
 from bench.results import Row
 from bench.timing import Call, Timing, peak_extra_bytes, time_in_turn
 from ppo_kernels import implementations
@@ -22,6 +22,7 @@ ALTERNATIVES = "alternatives"
 # either far larger than its cache or meant to fit.
 _ROTATED_BYTES = 256 * 2**20
 _MOST_COPIES = 16
+_BYTES, _CALL = "least bytes", "least call"
 
 
 def measure(
@@ -57,7 +58,7 @@ def measure(
                 row["status"] = f"wrong: {wrong}"
             except (RuntimeError, ImportError) as failure:  # out of memory among them
                 row["status"] = str(failure).strip().splitlines()[0][:120]
-        timings = time_in_turn(device, calls, seconds)
+        timings = time_in_turn(device, calls | _least(case, mode, device), seconds)
         del calls
         gc.collect()
         _fill(case, mode, ceilings, rows, timings)
@@ -87,11 +88,26 @@ def _call(case: Case, mode: Mode, inputs: Inputs, run: Run) -> Call:
 def _copies(
     case: Case, mode: Mode, inputs: Inputs, run: Run, device: torch.device
 ) -> Iterator[Call]:
-    if device.type != "cuda":
-        return
-    size = sum(x.nbytes for x in inputs.values())
-    for _ in range(min(_MOST_COPIES, math.ceil(_ROTATED_BYTES / size)) - 1):
+    for _ in range(_rotated(device, sum(x.nbytes for x in inputs.values())) - 1):
         yield _call(case, mode, {name: x.clone() for name, x in inputs.items()}, run)
+
+
+def _rotated(device: torch.device, size: float) -> int:
+    """How many copies of tensors of that size are rotated through."""
+    return 1 if device.type == "cpu" else min(_MOST_COPIES, math.ceil(_ROTATED_BYTES / size))
+
+
+def _least(case: Case, mode: Mode, device: torch.device) -> dict[str, list[Call]]:
+    """What the floor is measured by: the bytes moved and no more, and a call of an op.
+
+    In turn with the rows, so that what slows the machine down for a while slows both.
+    """
+    cost = case.costs[mode]
+    copies = _rotated(device, cost.read + cost.written)
+    ways = zip(
+        *(least_traffic(device, cost.read, cost.written) for _ in range(copies)), strict=True
+    )
+    return {_CALL: [least_call(device)]} | {f"{_BYTES} {i}": [*w] for i, w in enumerate(ways)}
 
 
 def _described(case: Case, mode: Mode, impl: str) -> Row:
@@ -114,7 +130,11 @@ def _fill(
 ) -> None:
     """Times, and the ratios that give them a meaning."""
     cost = case.costs[mode]
-    floor = ceilings.floor(cost.read, cost.written, cost.flops, accumulator(case.dtype))
+    floor = max(
+        min(timing.p50 for name, timing in timings.items() if name.startswith(_BYTES)),
+        cost.flops / ceilings.matmul.get(accumulator(case.dtype), math.inf),
+        timings[_CALL].p50,
+    )
     best_alternative = min(
         (timings[n].p50 for n in case.alternatives if n in timings), default=None
     )

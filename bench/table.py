@@ -56,9 +56,9 @@ def print_ceilings(ceilings: Ceilings) -> None:
 
 def print_header() -> None:
     say(
-        "floor: the least bytes at these bandwidths, or the least FLOP, or one torch.add; x best: "
-        "how many times faster\nthan the best alternative; peak: memory on top of the inputs; "
-        "error: beside float64\n"
+        "floor: reading or copying the least bytes, in turn with the op, or the least FLOP at "
+        "these rates,\nor one torch.add; x best: how many times faster than the best alternative; "
+        "peak: memory on top\nof the inputs; error: beside float64\n"
     )
     titles = ("", "mode", "ms", "(p20 to p80)", "GB/s", "x floor", "x best alt", "peak MB", "error")
     _console.print(_LINE.format(*titles), style="bold", markup=False)

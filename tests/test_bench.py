@@ -8,22 +8,24 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import readme, timing
 from bench.case import Case, Cost, Inputs, Outputs, leaves_of
 from bench.check import WrongResult, error, exact
-from bench.machine import Ceilings, measure_ceilings, slug
+from bench.machine import Ceilings, least_traffic, measure_ceilings, slug
 from bench.measure import ALTERNATIVES, measure
 from bench.memory import keep_freed_memory
 from bench.plot import plot
 from bench.registry import cases
 from bench.results import Row, read_csv, write_csv
-from bench.timing import peak_extra_bytes, time_in_turn
+from bench.timing import Timing, peak_extra_bytes, time_in_turn
 from ppo_kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
@@ -149,12 +151,44 @@ def test_what_cannot_run_says_why() -> None:
     assert row["status"] == "out of memory" and row["ms_p50"] is None
 
 
-def test_floor() -> None:
-    gigabyte = 1e9
-    assert CEILINGS.floor(gigabyte, 0, 0, torch.float32) == pytest.approx(1 / 40)
-    assert CEILINGS.floor(gigabyte, gigabyte, 0, torch.float32) == pytest.approx(2 / 20)
-    assert CEILINGS.floor(0, 0, 1e12, torch.float32) == pytest.approx(10)
-    assert CEILINGS.floor(8, 8, 8, torch.float32) == CEILINGS.call
+@pytest.mark.parametrize(
+    ("cost", "times", "floor"),
+    [
+        (Cost(1e6, 1e6, 0), {"least call": 1e-6, "least bytes 0": 3e-3}, 3.0),
+        (Cost(1e6, 0, 0), {"least call": 1e-6, "least bytes 0": 3e-3, "least bytes 1": 2e-3}, 2.0),
+        (Cost(8, 8, 0), {"least call": 5e-6, "least bytes 0": 2e-6}, 0.005),
+        (Cost(8, 8, 1e12), {"least call": 5e-6, "least bytes 0": 2e-6}, 1e4),
+    ],
+    ids=["copy", "the quicker read", "call", "arithmetic"],
+)
+def test_floor(
+    monkeypatch: pytest.MonkeyPatch, cost: Cost, times: dict[str, float], floor: float
+) -> None:
+    def timed(device: torch.device, calls: Any, seconds: float) -> dict[str, Timing]:
+        assert times.keys() < calls.keys()
+        return {name: Timing(x, x, x) for name in calls for x in [times.get(name, 0.07)]}
+
+    monkeypatch.setattr(sys.modules["bench.measure"], "time_in_turn", timed)
+    for row in rows_of(replace(small("gae"), costs={"fwd": cost})):
+        assert row["floor_ms"] == pytest.approx(floor)
+        assert row["x_floor"] == pytest.approx(70 / floor)
+
+
+def test_least_traffic_moves_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules["bench.machine"]._BYTES, "cpu", 1000)
+    moved = []
+
+    class Moved(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            moved.append(sum(x.nbytes for x in args if isinstance(x, torch.Tensor)))
+            return func(*args, **(kwargs or {}))
+
+    for read, written in ((4000, 0), (6000, 2000), (400, 400)):
+        for way in least_traffic(CPU, read, written):
+            moved.clear()
+            with Moved():
+                way()
+            assert sum(moved) == read + written
 
 
 def test_ceilings_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

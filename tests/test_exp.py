@@ -40,8 +40,7 @@ def test_the_error_over_the_whole_range(isa: str, tmp_path: Path) -> None:
     )  # fmt: skip
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     errors = {
-        name: float(error)
-        for name, error in (line.rsplit(" ", 1) for line in output.splitlines())
+        name: float(error) for name, error in (line.rsplit(" ", 1) for line in output.splitlines())
     }
     assert len(errors) >= 7
     for name, error in errors.items():

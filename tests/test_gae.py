@@ -72,7 +72,7 @@ def loop(rewards: list[float], values: list[float], last: float, g: float, lam: 
 
 @pytest.mark.parametrize("shape", list(ops.shapes()), ids=str)
 @pytest.mark.parametrize("kind", ops.MASKS)
-def test_float64_rule(kernel: str, shape: tuple[int, int], kind: str) -> None:
+def test_error_rule(kernel: str, shape: tuple[int, int], kind: str) -> None:
     mask = ops.make_mask(kind, shape)
     ops.assert_error_rule(gae, reference.gae, gae_inputs(shape, mask), impl=kernel)
     ops.assert_error_rule(kl_shaped_gae, reference.kl_shaped_gae, inputs(shape, mask), impl=kernel)

@@ -62,7 +62,7 @@ def check(arguments: dict[str, Any], kernel: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
-def test_float64_rule(kernel: str, vocab: int, dtype: torch.dtype) -> None:
+def test_error_rule(kernel: str, vocab: int, dtype: torch.dtype) -> None:
     arguments = inputs((3, 4), vocab, dtype)
     if dtype == torch.float64:  # plain PyTorch in float64 is no bound to an error
         expected = ops.run(reference.token_logprobs, arguments, ("logits",))
@@ -306,6 +306,21 @@ def test_every_half_is_read_and_written_right(kernel: str, dtype: torch.dtype) -
     wanted = (-torch.expm1(logprobs.double()) * scale)[finite].float()
     assert ((gradient[finite, 1] == wanted.to(dtype)).double().mean()) > 0.999
     torch.testing.assert_close(gradient[finite, 1], wanted.to(dtype), rtol=8e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_half_way_go_to_the_even_one(kernel: str, dtype: torch.dtype) -> None:
+    dropped = 13 if dtype == torch.float16 else 16  # bits of the mantissa
+    bits = torch.arange(14000, 15000, dtype=torch.int32).to(torch.int16)  # around 1
+    below = bits.view(dtype).float()
+    step = torch.exp2(torch.floor(torch.log2(below)) + dropped - 23)
+    ties = torch.cat((below + step / 2, -below - step / 2))
+    # Of an impossible target and a certain other class, the gradients are g and -g themselves.
+    logits = torch.tensor([-1e4, 0.0], dtype=dtype).repeat(len(ties), 1).requires_grad_()
+    targets = torch.zeros(len(ties), dtype=torch.int64)
+    (gradient,) = torch.autograd.grad(token_logprobs(logits, targets, impl=kernel), logits, ties)
+    wanted = ties.to(dtype)
+    assert torch.equal(gradient, torch.stack((wanted, -wanted), 1))
 
 
 @pytest.mark.parametrize("entropy", [False, True])
