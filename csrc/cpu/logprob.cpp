@@ -215,16 +215,19 @@ template <class T, bool kEntropy>
 void forward(const LogprobForward& args) {
   using A = Accumulator<T>;
   A* logprobs = static_cast<A*>(args.logprobs);
-  A* shifts = static_cast<A*>(args.state);
-  A* log_norms = shifts + args.count;
   A* entropies = static_cast<A*>(args.entropy);
+  const auto keep = [&](int64_t i, double shift, double log_norm) {
+    if (args.state == nullptr) return;
+    static_cast<A*>(args.state)[i] = A(shift);
+    static_cast<A*>(args.state)[args.count + i] = A(log_norm);
+  };
 
   parallel_for(args.count, args.threads, [&](int64_t i) {
     const int64_t y = args.targets[i];
     if (y == kIgnored) {
-      logprobs[i] = shifts[i] = log_norms[i] = 0;
+      logprobs[i] = 0;
       if (kEntropy) entropies[i] = 0;
-      return;
+      return keep(i, 0, 0);
     }
     const T* z = logits_row<const T>(args.logits, i);
     OnlineSums<T, kEntropy> others(args.temperature);
@@ -235,9 +238,8 @@ void forward(const LogprobForward& args) {
     const double log_odds = (double(widen(z[y])) - shift) / args.temperature - log_sum;
     const double log_p = -softplus(-log_odds), log_rest = -softplus(log_odds);
     logprobs[i] = A(log_p);
-    shifts[i] = A(shift);
     // Where y is the only possible class, any finite number does: the others' e^{d} is 0.
-    log_norms[i] = others.sum() == 0 ? A(0) : A(log_sum - log_rest);
+    keep(i, shift, others.sum() == 0 ? 0 : log_sum - log_rest);
     if (kEntropy) {
       const double mean_d = others.dot() / others.sum() / args.temperature;
       const double rest = others.sum() == 0 ? 0 : log_sum - mean_d;

@@ -89,7 +89,7 @@ struct LogprobForward {
   double temperature;
   void* logprobs;  // out, [N], accumulation dtype
   void* entropy;   // out, [N], or null
-  void* state;     // out, [2, N]
+  void* state;     // out, [2, N], or null
   int threads;
 };
 

@@ -27,7 +27,7 @@ def gradient_like(loss: Tensor, shape: torch.Size, want: bool) -> Tensor | None:
 
 
 def without_none(results: Results) -> Results:
-    """As a custom op returns them: a gradient that is not wanted is empty."""
+    """As a custom op returns them: what is not wanted is empty."""
     return tuple(results[0].new_empty(0) if x is None else x for x in results)
 
 

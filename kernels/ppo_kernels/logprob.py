@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, dispatch, reference
+from ppo_kernels.fused_loss import without_none
 from ppo_kernels.reference import IGNORED_TARGET
 
 OP = "token_logprobs"
@@ -91,7 +92,7 @@ def token_logprobs(
     elif logits.requires_grad and torch.is_grad_enabled():
         logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, return_entropy)
     else:
-        logprobs, entropy, _ = _forward(logits, targets, temperature, return_entropy)
+        logprobs, entropy, _ = _forward(logits, targets, temperature, return_entropy, False)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -116,19 +117,18 @@ def _no_class(targets: Tensor, at: int, vocab: int) -> ValueError:
 
 
 def _forward(
-    logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, state): entropy is empty where not wanted, state for `_backward`."""
+    logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool, want_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(logprobs, entropy, state for `_backward`), None where not wanted."""
     checks.number(OP, "temperature", temperature, gt=0.0)
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
     dtype = dispatch.accumulator(logits.dtype)
     logprobs = logits.new_empty(targets.shape, dtype=dtype)
-    entropy = logits.new_empty(targets.shape if want_entropy else (0,), dtype=dtype)
-    state = logits.new_empty((2, *targets.shape), dtype=dtype)
+    entropy = logprobs.new_empty(targets.shape) if want_entropy else None
+    state = logprobs.new_empty((2, *targets.shape)) if want_state else None
     wrong = dispatch.cpu.token_logprobs(
-        logits, targets, temperature, logprobs, entropy if want_entropy else None, state,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        logits, targets, temperature, logprobs, entropy, state, torch.get_num_threads()
+    )
     if wrong >= 0:
         raise _no_class(targets, wrong, logits.shape[-1])
     return logprobs, entropy, state
@@ -140,7 +140,7 @@ def _backward(
     logits: Tensor,
     targets: Tensor,
     logprobs: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     state: Tensor,
     temperature: float,
 ) -> Tensor:
@@ -166,8 +166,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy)
+    ) -> tuple[Tensor, Tensor | None]:
+        logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy, True)
         ctx.save_for_backward(logits, targets, logprobs, entropy, state)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -194,7 +194,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _forward_op(
     logits: Tensor, targets: Tensor, temperature: Tensor, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(logits, targets, temperature.item(), want_entropy)
+    return without_none(_forward(logits, targets, temperature.item(), want_entropy, True))
 
 
 @_forward_op.register_fake
