@@ -19,15 +19,16 @@ import torch
 from bench import machine, table
 from bench.case import MODES, SIZES, Case
 from bench.measure import ALTERNATIVES, measure
-from bench.memory import keep_freed_memory
 from bench.registry import cases
 from bench.results import Row, write_csv
+from ppo_engine.memory import keep_freed_memory
 from ppo_kernels.dispatch import IMPLS, OPS, accumulator
 
 
 def main() -> int:
     options = _options()
     device = torch.device(options.device)
+    # Without, the time of large outputs is that of the page faults, ours and others' alike.
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_engine.errors import UserError
+from ppo_engine.memory import keep_freed_memory
 
 DEBUG_VARIABLE = "PPO_ENGINE_DEBUG"
 _FUNCTION = re.compile(r"^(?:.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$")
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error(
             f"unknown argument {wrong[0]!r}; settings are written key=value, such as run.seed=1"
         )
+    keep_freed_memory()
     try:
         return int(options.run(options, rest) or 0)
     except UserError as error:

@@ -21,11 +21,11 @@ from bench.case import Case, Cost, Inputs, Outputs, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, least_traffic, measure_ceilings, slug
 from bench.measure import ALTERNATIVES, measure
-from bench.memory import keep_freed_memory
 from bench.plot import plot
 from bench.registry import cases
 from bench.results import Row, read_csv, write_csv
 from bench.timing import Timing, peak_extra_bytes, time_in_turn
+from ppo_engine.memory import keep_freed_memory
 from ppo_kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def test_peak_extra_memory() -> None:
 _COUNT_FAULTS = """
 import resource, sys
 import torch
-from bench.memory import keep_freed_memory
+from ppo_engine.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Memory of a CPU that measured calls take again, rather than anew from the system each time."""
+"""Memory of a CPU that is taken again, rather than anew from the system each time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
 
     By default, glibc gives every block of 32 MiB or more back to the system. The next tensor of
     that size comes page by page, each with a fault that takes several times as long as writing the
-    page: the time would be that of the page faults, ours and others' alike. On a GPU, torch keeps
-    freed memory itself. Returns False, and changes nothing, where the C library is another.
+    page. On a GPU, torch keeps freed memory itself. Returns False, and changes nothing, where the
+    C library is another.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
