@@ -8,12 +8,13 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.timing import Call
 
@@ -59,17 +60,21 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> Cei
 
 
 def least_traffic(device: torch.device, read: float, written: float) -> list[Call]:
-    """Ways to move so many bytes of memory and do no more: a read, or a copy of the same bytes.
+    """Ways to move so many bytes of memory and do no more: copy what is written, read the rest.
 
     Which reduction reads quickest differs between machines.
     """
-    only_read = written < read / 100
-    each = read if only_read else (read + written) / 2
-    parts = math.ceil(each / _BYTES[device.type])
-    source = torch.ones(max(1, round(each / parts / 4)), device=device)
-    if only_read:
-        return [partial(_repeat, parts, way) for way in (source.sum, source.amax)]
-    return [partial(_repeat, parts, partial(torch.empty_like(source).copy_, source))]
+
+    def passes(size: float, way: Callable[[Tensor], Call]) -> list[Call]:
+        parts = math.ceil(size / _BYTES[device.type])
+        return [way(torch.ones(round(size / parts / 4), device=device))] * parts if parts else []
+
+    copies = passes(written, lambda x: partial(torch.empty_like(x).copy_, x))
+    only_read = max(0.0, read - written)
+    return [
+        partial(_each, [*copies, *passes(only_read, way)])
+        for way in (lambda x: x.sum, lambda x: x.amax)
+    ]
 
 
 def least_call(device: torch.device) -> Call:
@@ -78,8 +83,8 @@ def least_call(device: torch.device) -> Call:
     return partial(torch.add, x, x)
 
 
-def _repeat(times: int, call: Call) -> None:
-    for _ in range(times):
+def _each(calls: Sequence[Call]) -> None:
+    for call in calls:
         call()
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.case import MODES, Case, Inputs, Mode, Run, gradients, leaves_of
+from bench.case import MODES, Case, Cost, Inputs, Mode, Run, gradients, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, least_call, least_traffic
 from bench.results import Row
@@ -46,7 +46,7 @@ def measure(
     truth = exact(case, inputs) if wanted else ()
     for mode in wanted:
         rows: dict[str, Row] = {}
-        calls: dict[str, list[Call]] = {}
+        calls = _least(case.costs[mode], ceilings, device)
         for name, run in runs.items():
             rows[name] = row = _described(case, mode, name)
             try:
@@ -58,7 +58,7 @@ def measure(
                 row["status"] = f"wrong: {wrong}"
             except (RuntimeError, ImportError) as failure:  # out of memory among them
                 row["status"] = str(failure).strip().splitlines()[0][:120]
-        timings = time_in_turn(device, calls | _least(case, mode, device), seconds)
+        timings = time_in_turn(device, calls, seconds)
         del calls
         gc.collect()
         _fill(case, mode, ceilings, rows, timings)
@@ -97,17 +97,17 @@ def _rotated(device: torch.device, size: float) -> int:
     return 1 if device.type == "cpu" else min(_MOST_COPIES, math.ceil(_ROTATED_BYTES / size))
 
 
-def _least(case: Case, mode: Mode, device: torch.device) -> dict[str, list[Call]]:
+def _least(cost: Cost, ceilings: Ceilings, device: torch.device) -> dict[str, list[Call]]:
     """What the floor is measured by: the bytes moved and no more, and a call of an op.
 
     In turn with the rows, so that what slows the machine down for a while slows both.
     """
-    cost = case.costs[mode]
+    least = {_CALL: [least_call(device)]}
+    if (cost.read + cost.written) / ceilings.read < ceilings.call:
+        return least  # to move so little would mostly be the call of what moves it
     copies = _rotated(device, cost.read + cost.written)
-    ways = zip(
-        *(least_traffic(device, cost.read, cost.written) for _ in range(copies)), strict=True
-    )
-    return {_CALL: [least_call(device)]} | {f"{_BYTES} {i}": [*w] for i, w in enumerate(ways)}
+    traffic = [least_traffic(device, cost.read, cost.written) for _ in range(copies)]
+    return least | {f"{_BYTES} {i}": [*w] for i, w in enumerate(zip(*traffic, strict=True))}
 
 
 def _described(case: Case, mode: Mode, impl: str) -> Row:
@@ -131,7 +131,7 @@ def _fill(
     """Times, and the ratios that give them a meaning."""
     cost = case.costs[mode]
     floor = max(
-        min(timing.p50 for name, timing in timings.items() if name.startswith(_BYTES)),
+        min((x.p50 for name, x in timings.items() if name.startswith(_BYTES)), default=0.0),
         cost.flops / ceilings.matmul.get(accumulator(case.dtype), math.inf),
         timings[_CALL].p50,
     )

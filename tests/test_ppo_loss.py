@@ -34,10 +34,15 @@ INF, NAN = math.inf, math.nan
 
 
 def arguments(op: str, shape: tuple[int, ...], mask: Tensor | None = None) -> dict[str, Any]:
-    """Random arguments that reach every branch: clips, dual clip, whitening, entropy, KL."""
+    """Random arguments that reach every branch: clips, dual clip, whitening, entropy, KL.
+
+    The values have a mean: the error rule knows nothing of the terms of a sum that cancels. The
+    fuzz has those, with bounds by their magnitude.
+    """
     x = [torch.randn(shape) for _ in range(6)]
     if op == "ppo_value_loss":
-        given = {"values": x[0], "old_values": x[0] + 0.3 * x[1], "returns": 100 + x[2]}
+        values = x[0] + 0.5
+        given = {"values": values, "old_values": values + 0.3 * x[1], "returns": 100 + x[2]}
     else:
         given = {
             "logprobs": x[0] - 3,

@@ -84,8 +84,8 @@ inline Vec<A> expm1_bounded(Vec<A> x) {
   return e.tail * e.scale + (e.scale - A(1));
 }
 
-// 2^(c x - r) for an integer r, to 3 ulp, where -bias <= c x - r <= bias; below the normal numbers it
-// may be 0, NaN stays. With fused multiply-add, nothing is lost however large c x is; without, the
+// 2^(c x - r) for c > 0 and an integer r, to 3 ulp, where -bias <= c x - r <= bias; what is less than
+// the normal numbers comes out as some of less than them, NaN stays. With fused multiply-add, nothing is lost however large c x is; without, the
 // rounding of c x adds |c x| / 2 ulp.
 //
 // kSteps (c x - r) = n + f, n an integer. Adding kRound leaves n, biased, in the lowest bits of the sum.
@@ -105,7 +105,7 @@ class Exp2 {
       : c_(splat(c * kSteps)), round_(splat(C::kRound + (A(C::kBias) - r) * kSteps)),
         lowest_(splat((r - A(C::kBias)) / c)) {}
 
-  // The x of the least power; for a negative c the largest x.
+  // The x of the least power, which is 0.
   Vec<A> at_least() const { return lowest_; }
 
   Vec<A> operator()(Vec<A> x) const {
@@ -128,7 +128,8 @@ class Exp2 {
     }
   }
 
-  // Whether -bias <= c x - r <= 0 for all those x, rounded to a step; not if one is NaN.
+  // Whether -bias <= c x - r < 1 for all those x, rounded to a step; not if one is NaN. The bound is
+  // a power of two: all n are below it if their bits together are.
   static bool in_range(Bits<A> exponents) {
     auto any = exponents[0];
     for (int i = 1; i < kLanes<A>; ++i) any |= exponents[i];
@@ -136,6 +137,7 @@ class Exp2 {
   }
 
  private:
+#if defined(__AVX2__)
   // What the bits of 2^(n/8) have beyond those of n << 20, by the lowest 3 bits of n.
   static Bits<float> eighths(Bits<float> n) {
     alignas(32) static constexpr int32_t kTable[8] = {
@@ -146,12 +148,13 @@ class Exp2 {
     const __mmask16 all = 0xffff;  // without a mask, GCC 12 warns of its own header
     const __m512i table = _mm512_maskz_broadcast_i32x8(all, load_bits<__m256i>(kTable));
     return Bits<float>(_mm512_maskz_permutexvar_epi32(all, __m512i(n), table));
-#elif defined(__AVX2__)
-    return Bits<float>(_mm256_permutevar8x32_epi32(load_bits<__m256i>(kTable), __m256i(n)));
 #else
-    return n;  // not called: kSteps is 1
+    return Bits<float>(_mm256_permutevar8x32_epi32(load_bits<__m256i>(kTable), __m256i(n)));
 #endif
   }
+#else
+  static Bits<A> eighths(Bits<A> n);  // not called: kSteps is 1
+#endif
 
   const Vec<A> c_, round_, lowest_;
 };

@@ -23,7 +23,7 @@ namespace ppo::PPO_ISA {
 namespace {
 
 constexpr int64_t kIgnored = -100;
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr double kLog2E = 1.4426950408889634074;
 
 template <class A>
 constexpr A kInfinity = A(__builtin_huge_val());
@@ -110,12 +110,13 @@ class OnlineSums {
 
   static constexpr bool kByExponent = kFused && !kEntropy;
   static constexpr A kFar = 1 << 17;  // the largest c M of which it loses nothing
-  // Exponents up to here are in range. U / S loses digits to a far M, S does not.
-  static constexpr int kHeadroom = kEntropy ? 2 : 16;
+  // Exponents up to here are in range; a far M would cost digits.
+  static constexpr int kHeadroom = 2;
 
   const A c;
   Doubles sums_{}, dots_{};
   double r_ = 0, correction_ = 1;  // R, 2^{R - c M + kHeadroom}
+  bool fits_ = true;  // false: a block was out of range and not for an M too small
 
   static double total(const Doubles& lanes) {
     double total = 0;
@@ -127,7 +128,10 @@ class OnlineSums {
   void add(const T* z, int64_t begin, int64_t end) {
     for (int64_t n; begin < end; begin += n) {
       n = end - begin < kBlock ? end - begin : kBlock;
-      if (shift == -kInfinity<A> || !add_block(z + begin, n)) add_with_care(z + begin, n);
+      if (fits_ && shift != -kInfinity<A> && add_block(z + begin, n)) continue;
+      const A before = shift;
+      add_with_care(z + begin, n);
+      fits_ = fits_ && shift > before;
     }
   }
 
@@ -141,7 +145,7 @@ class OnlineSums {
     add_with_care(step, kStep<T>);
   }
 
-  // Whole steps. False, and nothing added, if an exponent is out of range or NaN.
+  // Whole steps. False, and nothing added, if an exponent is out of range or NaN, or M far.
   bool add_block(const T* z, int64_t n) {
     if (kByExponent && !(std::fabs(c * shift) < kFar)) return false;
     const Vec<A> m = splat(kByExponent ? A(0) : shift);
@@ -176,7 +180,9 @@ class OnlineSums {
   static void add_terms(const T* z, int64_t n, Vec<A>& sum, Vec<A>& dot, const Term& term) {
     Vec<A> sums[2] = {}, dots[2] = {};
     for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
-      __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kPrefetchBytes);
+      for (int b = 0; b < 2 * kLanes<A> * int(sizeof(T)); b += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kPrefetchBytes + b);
+      }
       Vec<A> a, b;
       load_two(z + i, a, b);
       term(a, sums[0], dots[0]);
@@ -202,7 +208,7 @@ class OnlineSums {
     }
     shift = to;
     r_ = std::nearbyint(double(c) * double(shift));
-    correction_ = std::exp2(r_ - double(c) * double(shift) + kHeadroom);
+    correction_ = std::exp2(std::fma(-double(c), double(shift), r_) + kHeadroom);
   }
 };
 
@@ -286,8 +292,11 @@ void backward(const LogprobBackward& args) {
       load_two(z + j, a, b);
       store_two(dz + j, gradient(a), gradient(b));
     }
-    for (; j + kLanes<A> <= vocab; j += kLanes<A>) store(dz + j, gradient(load(z + j)));
-    if (j < vocab) store_first(dz + j, vocab - j, gradient(load_first(z + j, vocab - j, A(0))));
+    if (j + kLanes<A> <= vocab) {
+      store(dz + j, gradient(load(z + j)));
+      j += kLanes<A>;
+    }
+    if (j < vocab) store_first(dz + j, vocab - j, gradient(load_first(z + j, vocab - j)));
 
     // At y from log p_y itself: 1 - p_y = -expm1(log p_y) keeps its digits where p_y is near 1.
     const double log_p = logprobs[i];

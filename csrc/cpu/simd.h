@@ -66,7 +66,7 @@ inline void store_halves(void* p, Bits<float> bits) {
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 inline Vec<float> load(const bf16* p) { return widen_bf16<Vec<float>>(load_halves(p)); }
-#if defined(__F16C__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
 inline Vec<float> load(const f16* p) { return _mm256_cvtph_ps(load_bits<__m128i>(p)); }
 #else
 inline Vec<float> load(const f16* p) { return widen_f16<Vec<float>>(load_halves(p)); }
@@ -100,10 +100,10 @@ inline void store_two(bf16* p, Vec<float> a, Vec<float> b) {
   std::memcpy(p, &words, sizeof(words));
 }
 
-// The first n < kLanes numbers, the other lanes `fill`.
+// The first n < kLanes numbers, the other lanes 0.
 template <class T, class A = Accumulator<T>>
-inline Vec<A> load_first(const T* p, int64_t n, A fill) {
-  Vec<A> x = splat(fill);
+inline Vec<A> load_first(const T* p, int64_t n) {
+  Vec<A> x{};
   for (int64_t i = 0; i < n; ++i) x[i] = widen(p[i]);
   return x;
 }
@@ -118,11 +118,6 @@ inline V larger(V x, V than) {
   return x > than ? x : than;
 }
 
-template <class V>
-inline V smaller(V x, V than) {
-  return x < than ? x : than;
-}
-
 // a b + c, where kFused rounded once. (Elsewhere a compiler may fuse them or not.)
 #if defined(__AVX512F__)
 constexpr bool kFused = true;
@@ -132,7 +127,7 @@ inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
   return _mm512_fmadd_pd(a, b, c);
 }
-#elif defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__)
 constexpr bool kFused = true;
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
   return _mm256_fmadd_ps(a, b, c);
