@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -22,7 +23,19 @@ struct Job {
   }
 };
 
-// Workers are started when first needed and sleep between jobs.
+// libgomp's entry point for `#pragma omp parallel` (other runtimes have it too), which torch brings
+// into the global scope; or null. https://gcc.gnu.org/onlinedocs/libgomp/Implementing-PARALLEL-construct.html
+using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+OpenMpParallel openmp_parallel() {
+  static const auto found =
+      reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+// Where there is no such runtime, and in a forked child, in which OpenMP's threads are missing and
+// waited for all the same: workers of our own, started when first needed, asleep between jobs. While
+// they have a job, another caller does all of its tasks itself.
 class Pool {
  public:
   void run(Job& job, int helpers) {
@@ -79,10 +92,9 @@ class Pool {
 // Never destroyed: workers sleep on its members until the process ends. A forked child has no
 // workers and perhaps a locked mutex, so it leaves its copy alone and makes a new one.
 std::atomic<Pool*> current{nullptr};
+std::atomic<bool> forked{false};
 
 Pool& pool() {
-  static const int at_fork = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
-  (void)at_fork;
   Pool* existing = current.load();
   if (existing != nullptr) return *existing;
   Pool* made = new Pool;
@@ -94,10 +106,17 @@ Pool& pool() {
 }  // namespace
 
 void run_tasks(int64_t count, int threads, Task task, const void* context) {
+  static const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+    current.store(nullptr);
+    forked.store(true);
+  });
+  (void)at_fork;
   Job job{task, context, count};
   const int64_t helpers = (count < threads ? count : threads) - 1;
   if (helpers <= 0) return job.work();
-  pool().run(job, static_cast<int>(helpers));
+  if (openmp_parallel() == nullptr || forked) return pool().run(job, static_cast<int>(helpers));
+  // As many threads as torch takes: for another number, the runtime would end some and start some.
+  openmp_parallel()([](void* job) { static_cast<Job*>(job)->work(); }, &job, unsigned(threads), 0);
 }
 
 }  // namespace ppo
