@@ -35,7 +35,7 @@ lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/mypy
 
 bench: $(VENV)/bench.stamp  ## every op against the machine's floor and the alternatives
-	$(BIN)/python bench/run.py --sizes small large --seconds 0.5
+	$(BIN)/python bench/run.py --sizes small large --seconds 0.4
 
 build: $(VENV)/dev.stamp  ## the compiled kernels, in place, after a change in csrc/
 	$(BIN)/python setup.py build_ext --inplace
