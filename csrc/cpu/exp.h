@@ -84,9 +84,9 @@ inline Vec<A> expm1_bounded(Vec<A> x) {
   return e.tail * e.scale + (e.scale - A(1));
 }
 
-// 2^(c x - r) for c > 0 and an integer r, to 3 ulp, where -bias <= c x - r <= bias; what is less than
-// the normal numbers comes out as some of less than them, NaN stays. With fused multiply-add, nothing is lost however large c x is; without, the
-// rounding of c x adds |c x| / 2 ulp.
+// 2^(c x - r) for c > 0 and an integer r, to 3 ulp, where -bias <= c x - r <= bias. Where the exact
+// result is below the normal numbers, so is this, but without digits. NaN stays. With fused
+// multiply-add nothing is lost however large c x is; without, its rounding adds |c x| / 2 ulp.
 //
 // kSteps (c x - r) = n + f, n an integer. Adding kRound leaves n, biased, in the lowest bits of the sum.
 // Where an instruction picks each lane's number from a table of 8, kSteps is 8: the fraction of
