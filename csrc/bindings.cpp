@@ -66,7 +66,7 @@ int threads_for(int64_t elements, int threads) {
 }
 
 std::vector<GaePiece> gae_pieces(const Rows& rows) {
-  std::vector<GaePiece> pieces;
+  std::vector<GaePiece> pieces, long_rows;
   int64_t tokens = kTokensPerPiece;  // of the last piece: full, so that the next row begins another
   for (int64_t b = 0; b < rows.count; ++b) {
     const int64_t length =
@@ -76,10 +76,9 @@ std::vector<GaePiece> gae_pieces(const Rows& rows) {
     piece.rows = 1;
     if (length > kTokensPerPiece) {
       piece.is_chunk = true;
-      for (piece.end = length; piece.end > 0; piece.end = piece.begin) {
-        piece.begin = (piece.end - 1) / kTokensPerPiece * kTokensPerPiece;
-        pieces.push_back(piece);
-      }
+      piece.end = length;
+      piece.right = -1;
+      long_rows.push_back(piece);
       tokens = kTokensPerPiece;
     } else if (tokens + length > kTokensPerPiece || pieces.empty()) {
       pieces.push_back(piece);
@@ -88,6 +87,18 @@ std::vector<GaePiece> gae_pieces(const Rows& rows) {
       pieces.back().rows += 1;
       tokens += length;
     }
+  }
+  // A chunk of each long row in turn: the carry that the next one needs is then often there.
+  while (!long_rows.empty()) {
+    size_t unfinished = 0;
+    for (GaePiece& rest : long_rows) {
+      rest.begin = (rest.end - 1) / kTokensPerPiece * kTokensPerPiece;
+      pieces.push_back(rest);
+      rest.right = int64_t(pieces.size()) - 1;
+      rest.end = rest.begin;
+      if (rest.end > 0) long_rows[unfinished++] = rest;
+    }
+    long_rows.resize(unfinished);
   }
   return pieces;
 }

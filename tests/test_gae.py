@@ -245,9 +245,10 @@ def test_gradcheck_of_the_references(estimator: str) -> None:
     assert torch.autograd.gradcheck(of, tensors)
 
 
+@pytest.mark.parametrize("kind", ["none", "interior"])
 @pytest.mark.parametrize("shape", [(300, 257), (3, 40_001), (20_000, 3)], ids=str)
-def test_threads_change_no_bit(shape: tuple[int, int]) -> None:
-    arguments = inputs(shape, ops.make_mask("interior", shape)) | {"impl": "auto"}
+def test_threads_change_no_bit(shape: tuple[int, int], kind: str) -> None:
+    arguments = inputs(shape, ops.make_mask(kind, shape)) | {"impl": "auto"}
     results = []
     for threads in (1, 2, 3, 7, 2):
         torch.set_num_threads(threads)

@@ -124,14 +124,18 @@ struct Store {
   }
 };
 
-// or only counts the real ones.
-struct Count {
-  int64_t tokens = 0;
-
-  void real(int64_t, double, double) { tokens += 1; }
-  void real(int64_t, Doubles, Doubles) { tokens += kDoubles; }
+// or nothing.
+struct Nowhere {
+  template <class X>
+  void real(int64_t, X, X) {}
   void masked(int64_t) {}
   void masked_step(int64_t) {}
+};
+
+// What a token takes from its right; and what of that comes from its own chunk.
+template <class X>
+struct Carry {
+  X full, own;
 };
 
 template <class T, class Rewards>
@@ -154,26 +158,31 @@ struct Sequence {
     return rewards.at_end() + (bootstrap ? discounts.gamma * widen(bootstrap[0]) : 0.0);
   }
 
-  // Tokens [begin, end), from the end; takes the carry of token `end`, returns that of `begin`.
-  template <class Out>
-  double sweep(int64_t begin, int64_t end, double carry, Out& out) {
+  // Tokens [begin, end), from the end; takes the carry of token `end` and leaves that of `begin`;
+  // with kOwn also what that would be if the first were 0. Returns how many of them are real.
+  template <bool kOwn, class Out>
+  int64_t sweep(int64_t begin, int64_t end, Carry<double>& carry, Out& out) {
+    int64_t real_tokens = 0;
     for (int64_t t = end; t > begin;) {
       const uint64_t real = next_step(begin, t);
       if (real == kAllReal) {
-        Doubles carries = splat(carry);
+        Carry<Doubles> carries{splat(carry.full), splat(carry.own)};
+        real_tokens += t;
         do {
-          for (int i = 0; i < kStep; i += kDoubles) carries = vector(t -= kDoubles, carries, out);
+          for (int i = 0; i < kStep; i += kDoubles) vector<kOwn>(t -= kDoubles, carries, out);
         } while (next_step(begin, t) == kAllReal);
-        carry = carries[0];
+        carry = {carries.full[0], carries.own[0]};
+        real_tokens -= t;
       } else if (real == 0) {
         out.masked_step(t -= kStep);
       } else if (--t, mask && !mask[t]) {
         out.masked(t);
       } else {
-        carry = token(t, carry, out);
+        token<kOwn>(t, carry, out);
+        real_tokens += 1;
       }
     }
-    return carry;
+    return real_tokens;
   }
 
  private:
@@ -184,26 +193,29 @@ struct Sequence {
   }
 
   // A_t = r_t - V_t + c_{t+1},  c_t = gamma V_t + gamma lam A_t.
-  template <class Out>
-  double token(int64_t t, double carry, Out& out) {
+  template <bool kOwn, class Out>
+  void token(int64_t t, Carry<double>& carry, Out& out) {
     const double value = read<double>(values, t);
-    const double advantage = rewards.template at<double>(t) - value + carry;
+    const double known = rewards.template at<double>(t) - value, advantage = known + carry.full;
     out.real(t, value, advantage);
-    return discounts.gamma * value + discounts.gamma_lam * advantage;
+    carry.full = discounts.gamma * value + discounts.gamma_lam * advantage;
+    if (kOwn) carry.own = discounts.gamma * value + discounts.gamma_lam * (known + carry.own);
   }
 
   // The same for kDoubles tokens from t on: lane i first sums what lanes i, i + 1, ... contribute,
   // in log2(kDoubles) steps, then takes the carry, which only crosses from vector to vector.
-  template <class Out>
-  Doubles vector(int64_t t, Doubles carry, Out& out) {
+  template <bool kOwn, class Out>
+  void vector(int64_t t, Carry<Doubles>& carry, Out& out) {
     const Doubles* power = discounts.power;
     const Doubles value = read<Doubles>(values, t);
     Doubles sums = rewards.template at<Doubles>(t) - value + discounts.gamma * shifted<1>(value);
     if constexpr (kDoubles > 1) sums += power[1] * shifted<1>(sums);
     if constexpr (kDoubles > 2) sums += power[2] * shifted<2>(sums);
     if constexpr (kDoubles > 4) sums += power[4] * shifted<4>(sums);
-    out.real(t, value, Doubles(sums + discounts.to_end * carry));
-    return first_everywhere(discounts.gamma * value + power[1] * sums) + power[kDoubles] * carry;
+    out.real(t, value, Doubles(sums + discounts.to_end * carry.full));
+    sums = first_everywhere(discounts.gamma * value + power[1] * sums);
+    carry.full = sums + power[kDoubles] * carry.full;
+    if (kOwn) carry.own = sums + power[kDoubles] * carry.own;
   }
 };
 
@@ -227,36 +239,45 @@ void whole_rows(const GaeArgs& args, const Discounts& discounts, GaePiece& piece
   for (int64_t b = piece.row + piece.rows; b-- > piece.row;) {
     Sequence<T, Rewards> sequence(args, discounts, b);
     auto results = results_of<T, Rewards>(args, b, moments);
-    sequence.sweep(0, row_size(args.rows, b), sequence.carry_at_end(), results);
+    Carry<double> carry{sequence.carry_at_end(), 0};
+    sequence.template sweep<false>(0, row_size(args.rows, b), carry, results);
     store_kl<T>(args, b, sequence.rewards.kl());
   }
   piece.moments = moments_of(moments.total());
 }
 
-// A chunk of a long row waits for the carry of the chunk to its right (the piece before it, which
-// another thread has begun), so it first finds out what it adds to that, with n real tokens,
-//   c_begin = (c_begin for c_end = 0) + (gamma lam)^n c_end,
-// hands on its own carry at once, and makes its results from the inputs that are now in the cache.
+bool has_handed_on(const GaePiece& piece) {
+  return __atomic_load_n(&piece.handed_on, __ATOMIC_ACQUIRE);
+}
+
+// A chunk of a long row takes the carry of the chunk to its right, and hands on
+//   c_begin = (c_begin for c_end = 0) + (gamma lam)^n c_end,   with n real tokens.
+// Where it would have to wait (for another thread, which has begun that chunk), it first finds out
+// what it adds itself, so that the next one waits less, and makes its results from the inputs that
+// are now in the cache. Else one sweep does both; the bits are the same.
 template <class T, class Rewards>
 void chunk(const GaeArgs& args, const Discounts& discounts, GaePiece& piece) {
   Sequence<T, Rewards> sequence(args, discounts, piece.row);
-  Count real;
-  const double own = sequence.sweep(piece.begin, piece.end, 0.0, real);
-  double carry = sequence.carry_at_end(), kl = 0;
-  if (piece.end < row_size(args.rows, piece.row)) {
-    const GaePiece& right = *(&piece - 1);
-    while (!__atomic_load_n(&right.handed_on, __ATOMIC_ACQUIRE)) sched_yield();
-    carry = right.carry;
-    kl = right.kl;
-  }
-  piece.carry = own + discounts.after(real.tokens) * carry;
-  piece.kl = kl + sequence.rewards.kl();
-  __atomic_store_n(&piece.handed_on, true, __ATOMIC_RELEASE);
-  if (piece.begin == 0) store_kl<T>(args, piece.row, piece.kl);
-
   MomentLanes moments;
   auto results = results_of<T, Rewards>(args, piece.row, moments);
-  sequence.sweep(piece.begin, piece.end, carry, results);
+  const GaePiece* right = piece.right < 0 ? nullptr : &args.pieces[piece.right];
+  const bool waits = right != nullptr && !has_handed_on(*right);
+  Carry<double> carry{0, 0};
+  int64_t real_tokens = 0;
+  if (waits) {
+    Nowhere nowhere;
+    real_tokens = sequence.template sweep<false>(piece.begin, piece.end, carry, nowhere);
+    carry.own = carry.full;
+    while (!has_handed_on(*right)) sched_yield();
+  }
+  const double given = right == nullptr ? sequence.carry_at_end() : right->carry;
+  carry.full = given;
+  if (!waits) real_tokens = sequence.template sweep<true>(piece.begin, piece.end, carry, results);
+  piece.carry = carry.own + discounts.after(real_tokens) * given;
+  piece.kl = (right == nullptr ? 0 : right->kl) + sequence.rewards.kl();
+  __atomic_store_n(&piece.handed_on, true, __ATOMIC_RELEASE);
+  if (piece.begin == 0) store_kl<T>(args, piece.row, piece.kl);
+  if (waits) sequence.template sweep<false>(piece.begin, piece.end, carry, results);
   piece.moments = moments_of(moments.total());
 }
 

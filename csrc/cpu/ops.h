@@ -35,14 +35,15 @@ struct Moments {
 enum class KL : int { none = 0, k1 = 1, k2 = 2, k3 = 3 };
 
 // What one thread does of gae at a time: rows of about kTokensPerPiece tokens together, or a chunk of
-// that many tokens of a longer row; the chunks of a row follow each other from its end. Pieces
-// depend on the shape alone, so that no result depends on the number of threads.
+// that many tokens of a longer row. Pieces depend on the shape alone, so that no result depends on
+// the number of threads.
 constexpr int64_t kTokensPerPiece = 8192;
 
 struct GaePiece {
   int64_t row, rows;  // rows [row, row + rows), whole,
   bool is_chunk;      // or of one row
-  int64_t begin, end;  // tokens [begin, end)
+  int64_t begin, end;  // tokens [begin, end),
+  int64_t right;       // whose carry comes from this earlier piece, or -1
   Moments moments;    // of the advantages; scratch, as what follows
   double carry, kl;   // what the chunk hands to the next one
   bool handed_on;
