@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ppo_kernels import dispatch
+
 Results = tuple[Any, ...]  # loss, statistics, gradients
 
 
@@ -21,9 +23,9 @@ def wanted(*trained: Tensor | None) -> list[bool]:
     return [enabled and x is not None and x.requires_grad for x in trained]
 
 
-def gradient_like(loss: Tensor, shape: torch.Size, want: bool) -> Tensor | None:
+def gradient_like(x: Tensor, loss: Tensor, want: bool) -> Tensor | None:
     """Room for a gradient, in the accumulation dtype: float16 might lose what scaling restores."""
-    return loss.new_empty(shape) if want else None
+    return dispatch.empty_like(x, loss.dtype) if want else None
 
 
 def without_none(results: Results) -> Results:

@@ -148,7 +148,7 @@ def _gae(
     _check_values("gae", gamma, lam, cu_seqlens, rewards)
     dtype, (rewards, values, bootstrap) = dispatch.in_one_dtype(rewards, values, bootstrap)
     cu_seqlens = dispatch.offsets(cu_seqlens)
-    advantages = rewards.new_empty(rewards.shape, dtype=dispatch.accumulator(dtype))
+    advantages = dispatch.empty_like(rewards, dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)
     dispatch.cpu.gae(
         mask, cu_seqlens, values, bootstrap, rewards, None, None, None, 0, 0.0, gamma, lam,
@@ -176,16 +176,21 @@ def _kl_shaped_gae(
     dtype, inputs = dispatch.in_one_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
     scores, logprobs, ref_logprobs, values, bootstrap = inputs
     cu_seqlens = dispatch.offsets(cu_seqlens)
-    advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
-    returns = torch.empty_like(advantages)
-    kl = advantages.new_empty(scores.shape)
-    moments = advantages.new_empty(3)
+    advantages, returns, kl, moments = _outputs(scores, logprobs, dispatch.accumulator(dtype))
     dispatch.cpu.gae(
         mask, cu_seqlens, values, bootstrap, None, scores, logprobs, ref_logprobs,
         1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl, moments,
         torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns, kl, moments
+
+
+def _outputs(
+    scores: Tensor, logprobs: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    advantages = dispatch.empty_like(logprobs, dtype)
+    returns = torch.empty_like(advantages)
+    return advantages, returns, dispatch.empty_like(scores, dtype), advantages.new_empty(3)
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
@@ -207,7 +212,7 @@ def _gae_op(
 @_gae_op.register_fake
 def _(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens):  # type: ignore[no-untyped-def]
     dtype = dispatch.accumulator(dispatch.common_dtype(rewards, values, bootstrap))
-    advantages = rewards.new_empty(rewards.shape, dtype=dtype)
+    advantages = dispatch.empty_like(rewards, dtype)
     return advantages, torch.empty_like(advantages)
 
 
@@ -235,10 +240,4 @@ def _kl_shaped_gae_op(
 def _(scores, logprobs, ref_logprobs, values, *rest):  # type: ignore[no-untyped-def]
     bootstrap = rest[-2]
     dtype = dispatch.common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
-    advantages = logprobs.new_empty(logprobs.shape, dtype=dispatch.accumulator(dtype))
-    return (
-        advantages,
-        torch.empty_like(advantages),
-        advantages.new_empty(scores.shape),
-        advantages.new_empty(3),
-    )
+    return _outputs(scores, logprobs, dispatch.accumulator(dtype))

@@ -123,8 +123,8 @@ def _forward(
     checks.number(OP, "temperature", temperature, gt=0.0)
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
     dtype = dispatch.accumulator(logits.dtype)
-    logprobs = logits.new_empty(targets.shape, dtype=dtype)
-    entropy = logprobs.new_empty(targets.shape) if want_entropy else None
+    logprobs = dispatch.empty_like(targets, dtype)
+    entropy = torch.empty_like(logprobs) if want_entropy else None
     state = logprobs.new_empty((2, *targets.shape)) if want_state else None
     wrong = dispatch.cpu.token_logprobs(
         logits, targets, temperature, logprobs, entropy, state, torch.get_num_threads()
@@ -150,7 +150,7 @@ def _backward(
         grad_logprobs = grad_logprobs.contiguous()
     if grad_entropy is not None:
         grad_entropy = grad_entropy.contiguous()
-    grad_logits = logits.new_empty(logits.shape)
+    grad_logits = dispatch.empty_like(logits, logits.dtype)
     dispatch.cpu.token_logprobs_backward(
         logits, targets, temperature, grad_logprobs, grad_entropy, logprobs, entropy, state,
         grad_logits, torch.get_num_threads(),
@@ -201,7 +201,7 @@ def _forward_op(
 def _(logits, targets, temperature, want_entropy):  # type: ignore[no-untyped-def]
     dtype = dispatch.accumulator(logits.dtype)
     return (
-        logits.new_empty(targets.shape, dtype=dtype),
+        dispatch.empty_like(targets, dtype),
         logits.new_empty(targets.shape if want_entropy else (0,), dtype=dtype),
         logits.new_empty((2, *targets.shape), dtype=dtype),
     )
@@ -227,7 +227,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad_logprobs, grad_entropy, logits, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty(logits.shape)
+    return dispatch.empty_like(logits, logits.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -91,8 +91,8 @@ def _pairwise_loss(
     dtype, inputs = dispatch.in_one_dtype(chosen, rejected, margins)
     loss = chosen.new_empty((), dtype=dispatch.accumulator(dtype))
     stats = loss.new_empty(len(PairwiseStats._fields))
-    grad_chosen = gradient_like(loss, chosen.shape, want_chosen)
-    grad_rejected = gradient_like(loss, chosen.shape, want_rejected)
+    grad_chosen = gradient_like(chosen, loss, want_chosen)
+    grad_rejected = gradient_like(chosen, loss, want_rejected)
     dispatch.cpu.pairwise_loss(
         *inputs, *numbers, loss, stats,
         grad_chosen, grad_rejected, torch.get_num_threads(),
@@ -122,7 +122,7 @@ def _(chosen, rejected, margins, numbers, *wanted):  # type: ignore[no-untyped-d
     dtype = dispatch.accumulator(dispatch.common_dtype(chosen, rejected, margins))
     loss = chosen.new_empty((), dtype=dtype)
     stats = loss.new_empty(len(PairwiseStats._fields))
-    gradients = (gradient_like(loss, chosen.shape, want) for want in wanted)
+    gradients = (gradient_like(chosen, loss, want) for want in wanted)
     return fused_loss.without_none((loss, stats, *gradients))
 
 

@@ -242,8 +242,8 @@ def _policy_loss(
         count, mean, m2 = moments.tolist()
         scale = 1 / math.sqrt(m2 / max(count, 1.0) + WHITEN_EPS)
     loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
-    grad_logprobs = gradient_like(loss, logprobs.shape, want_logprobs)
-    grad_entropy = gradient_like(loss, logprobs.shape, want_entropy)
+    grad_logprobs = gradient_like(logprobs, loss, want_logprobs)
+    grad_entropy = gradient_like(logprobs, loss, want_entropy)
     dispatch.cpu.ppo_policy_loss(
         mask, dispatch.offsets(cu_seqlens), policy, old, advantage, (mean, scale), weights,
         (low, high, dual_clip), entropies, entropy_coef, ref, kl_coef,
@@ -268,7 +268,7 @@ def _value_loss(
     clip_range, normalizer = numbers
     dtype, inputs = dispatch.in_one_dtype(values, old_values, returns)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
-    grad_values = gradient_like(loss, values.shape, want_values)
+    grad_values = gradient_like(values, loss, want_values)
     dispatch.cpu.ppo_value_loss(
         mask, dispatch.offsets(cu_seqlens),
         *inputs, clip_range,
@@ -322,7 +322,7 @@ def _policy_op(
 def _(logprobs, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(logprobs, *rest[:5])
     loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
-    gradients = (gradient_like(loss, logprobs.shape, want) for want in rest[-2:])
+    gradients = (gradient_like(logprobs, loss, want) for want in rest[-2:])
     return fused_loss.without_none((loss, stats, *gradients))
 
 
@@ -349,7 +349,7 @@ def _value_op(
 def _(values, old_values, returns, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(values, old_values, returns)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
-    return fused_loss.without_none((loss, stats, gradient_like(loss, values.shape, rest[-1])))
+    return fused_loss.without_none((loss, stats, gradient_like(values, loss, rest[-1])))
 
 
 fused_loss.register(_policy_op, trained=2)
