@@ -21,6 +21,7 @@ from bench.case import MODES, SIZES, Case
 from bench.measure import ALTERNATIVES, measure
 from bench.registry import cases
 from bench.results import Row, write_csv
+from bench.targets import EXPLANATIONS, verdicts
 from ppo_engine.memory import keep_freed_memory
 from ppo_kernels.dispatch import IMPLS, OPS, accumulator
 
@@ -46,6 +47,10 @@ def main() -> int:
         wrong += sum(row["status"].startswith("wrong") for row in found)
         table.print_rows(found)
         rows += found
+    lines = list(verdicts(rows, device.type))
+    if lines:
+        explained = EXPLANATIONS.get(device.type, "no page yet")
+        table.say("\n".join([f"\nTargets (those missed are explained in {explained})", *lines]))
     common = {
         "device": machine.describe(device),
         "threads": torch.get_num_threads(),

@@ -24,6 +24,7 @@ from bench.measure import ALTERNATIVES, measure
 from bench.plot import plot
 from bench.registry import cases
 from bench.results import Row, read_csv, write_csv
+from bench.targets import TARGETS, verdicts
 from bench.timing import Timing, peak_extra_bytes, time_in_turn
 from ppo_engine.memory import keep_freed_memory
 from ppo_kernels.dispatch import OPS
@@ -289,3 +290,33 @@ def test_cost_by_mode() -> None:
     # The mask is read by each.
     total = sum(c.costs["both"].read + c.costs["both"].written for c in (policy, value))
     assert total == (33 + 1) * tokens
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_target_is_of_a_case_that_is_measured(device: str) -> None:
+    keys = {(c.name, c.shape, c.dtype_name, mode) for c in cases(device) for mode in c.costs}
+    for target in TARGETS[device]:
+        for op in target.ops:
+            assert (op, target.shape, target.dtype, target.mode) in keys
+
+
+def test_targets_are_judged() -> None:
+    rows = [
+        dict(op=op, size="large", impl=impl, mode="both", shape="4096x1024", dtype="float32",
+             ms_p50=ms, floor_ms=floor)
+        for op, impl, ms, floor in (
+            ("ppo_policy_loss", "cpp", 2.0, 1.0), ("ppo_policy_loss", "reference", 9.0, 1.0),
+            ("ppo_policy_loss", "masked, compiled", 3.0, 1.0), ("ppo_value_loss", "cpp", 1.0, 1.0),
+            ("ppo_value_loss", "masked, compiled", 0.5, 1.0),
+        )
+    ]  # fmt: skip
+    lines = sorted(verdicts(rows, "cpu"))
+    assert len(lines) == 3
+    assert "ppo_policy_loss + ppo_value_loss" in lines[0]
+    assert "1.50x the floor" in lines[0] and lines[0].endswith("met")
+    assert "1.5x faster" in lines[1] and lines[1].endswith("met")
+    assert "0.5x faster" in lines[2] and lines[2].endswith("MISSED")
+    small = dict(op="gae", size="small", impl="cpp", mode="fwd", shape="8x64", dtype="float32",
+                 ms_p50=1.0, x_floor=9.0)  # fmt: skip
+    (line,) = verdicts([small], "cpu")
+    assert "9.0 torch.adds" in line and line.endswith("MISSED")

@@ -1,0 +1,80 @@
+"""What the kernels are to reach, as a ratio to the floor of the same run; and whether they did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from bench.case import Mode
+from bench.results import Row
+from ppo_kernels.dispatch import IMPLS
+
+EXPLANATIONS = {"cpu": "bench/notes/cpu.md"}
+
+
+class Target(NamedTuple):
+    """The time of `ops` together, at one size, is to be at most `most` times their floors'."""
+
+    ops: tuple[str, ...]
+    shape: str
+    dtype: str
+    mode: Mode
+    most: float
+
+
+_LOSSES = ("ppo_policy_loss", "ppo_value_loss")
+
+TARGETS = {
+    "cpu": (
+        Target(("token_logprobs",), "2048x49152", "float32", "fwd", 1.4),
+        Target(("token_logprobs, entropy",), "2048x49152", "float32", "fwd", 1.7),
+        Target(("token_logprobs",), "2048x49152", "bfloat16", "fwd", 2.5),
+        Target(("token_logprobs, entropy",), "2048x49152", "float32", "bwd", 1.5),
+        Target(("kl_shaped_gae",), "4096x1024", "float32", "fwd", 1.5),
+        Target(("kl_shaped_gae, packed",), "3139421", "float32", "fwd", 1.5),
+        Target(("gae, long rows",), "8x32768", "float32", "fwd", 2.0),
+        Target(_LOSSES, "4096x1024", "float32", "both", 1.5),
+    ),
+    "cuda": (),
+}
+MOST_OF_A_CALL = {"cpu": 8.0}  # on the smallest tensors: in calls of torch.add
+
+
+def verdicts(rows: Sequence[Row], device: str) -> Iterator[str]:
+    """A line for each target that these rows of one run say something of."""
+    ours = _best(row for row in rows if row["impl"] in IMPLS and row["ms_p50"] is not None)
+    for target in TARGETS[device]:
+        keys = [(op, target.shape, target.dtype, target.mode) for op in target.ops]
+        of = [row for row in ours if _case(row) in keys]
+        if len(of) == len(keys):
+            ratio = sum(row["ms_p50"] for row in of) / sum(row["floor_ms"] for row in of)
+            title = " + ".join(target.ops)
+            what = f"{title} {target.shape} {target.dtype} {target.mode}"
+            yield _line(what, f"{ratio:.2f}x the floor", f"<= {target.most}", ratio <= target.most)
+    small = [row for row in ours if row["size"] == "small" and row["mode"] == "fwd"]
+    for row in small if device in MOST_OF_A_CALL else ():
+        what, most = f"{row['op']} {row['shape']}, a call", MOST_OF_A_CALL[device]
+        result = f"{row['x_floor']:.1f} torch.adds"
+        yield _line(what, result, f"<= {most:g}", row["x_floor"] <= most)
+    compiled = [row for row in rows if "compiled" in row["impl"] and row["size"] == "large"]
+    for row in ours:
+        same = [other for other in compiled if _case(other) == _case(row)]
+        others = [other["ms_p50"] for other in same if other["ms_p50"]]
+        if others:
+            times = min(others) / row["ms_p50"]
+            what = f"{row['op']} {row['shape']} {row['dtype']} {row['mode']}, torch.compile"
+            yield _line(what, f"{times:.1f}x faster", "> 1", times > 1)
+
+
+def _case(row: Row) -> tuple[str, str, str, Mode]:
+    return row["op"], row["shape"], row["dtype"], row["mode"]
+
+
+def _best(rows: Iterable[Row]) -> list[Row]:
+    """The fastest of each case."""
+    slowest_first = sorted(rows, key=lambda row: -row["ms_p50"])
+    return list({_case(row): row for row in slowest_first}.values())
+
+
+def _line(what: str, result: str, target: str, met: bool) -> str:
+    return f"  {what:<72} {result:>18}   {target:<7} {'met' if met else 'MISSED'}"
