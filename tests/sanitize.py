@@ -135,7 +135,7 @@ def plant(fault: str) -> None:
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
-            if func is torch.ops.aten.new_empty.default and list(args[1]) == [10]:
+            if func is torch.ops.aten.empty_like.default and list(args[0].shape) == [10]:
                 return floats(10, memory.data_ptr())
             return func(*args, **(kwargs or {}))
 
