@@ -7,6 +7,7 @@ does against float64, plus a few units in the last place, in outputs and in grad
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,18 +15,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_kernels import implementations
+from ppo_kernels import dispatch, implementations
 
 MASKS = ("none", "full", "empty", "left", "right", "interior")
 
 
-def implementations_of(op: str) -> list[Any]:
-    """Parameters for `impl`: those that are written; skipped, with the reason, if not runnable."""
+def implementations_of(op: str, but: tuple[str, ...] = ()) -> list[Any]:
+    """Parameters for `impl`: those that are written, `but` some; skipped, with the reason, where
+    they cannot run on CPU tensors."""
     return [
-        pytest.param(impl, marks=[] if a.available else pytest.mark.skip(reason=a.reason))
+        pytest.param(impl, marks=[] if reason is None else pytest.mark.skip(reason=reason))
         for impl, a in implementations()[op].items()
-        if a.reason != "not written yet"
+        if impl not in but and a.reason != "not written yet"
+        for reason in [_why_not(impl, a)]
     ]
+
+
+def _why_not(impl: str, availability: dispatch.Availability) -> str | None:
+    if not availability.available:
+        return availability.reason
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "tests/test_gpu.py has it" if impl == "triton" and not interpreted else None
 
 
 def make_mask(kind: str, shape: tuple[int, int], seed: int = 0) -> Tensor | None:

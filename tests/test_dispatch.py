@@ -44,17 +44,37 @@ def test_implementations_say_what_can_run_and_why_not() -> None:
     assert dispatch.cpu is None or dispatch.cpu.isa() in (table["cpp"].reason)
 
 
-def test_auto_takes_the_compiled_one_on_the_cpu_and_plain_pytorch_elsewhere() -> None:
+def test_auto_takes_the_fastest_of_a_device() -> None:
     needs_extension()
     assert dispatch.resolve("gae", "auto", CPU) == "cpp"
-    assert dispatch.resolve("gae", "auto", torch.device("cuda")) == "reference"
+    assert dispatch.resolve("gae", "auto", torch.device("cuda")) == "triton"
+    assert dispatch.resolve("gae", "auto", torch.device("meta")) == "reference"
+
+
+def test_auto_without_triton_on_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "_warn_missing", dispatch._warn_once, raising=False)
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="plain PyTorch, .* package triton is missing"):
+        assert dispatch.resolve("gae", "auto", torch.device("cuda")) == "reference"
 
 
 def test_an_implementation_that_cannot_run_says_why() -> None:
     needs_extension()
     with pytest.raises(RuntimeError, match=r"gae: impl='cpp' runs on CPU tensors, .* on cuda"):
         dispatch.resolve("gae", "cpp", torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run: "):
+    with pytest.raises(RuntimeError, match="impl='cuda' cannot run: "):
+        dispatch.resolve("gae", "cuda", CPU)
+
+
+def test_triton_wants_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: no GPU: torch\.cuda"):
+        dispatch.resolve("gae", "triton", CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(RuntimeError, match=r"runs on a GPU's tensors, but these are on cpu"):
         dispatch.resolve("gae", "triton", CPU)
 
 
@@ -118,7 +138,7 @@ def test_every_instruction_set(isa: str) -> None:
         str(TESTS / f"test_{name}.py") for name in ("gae", "logprob", "ppo_loss", "pairwise_loss")
     ]
     result = python(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", few,
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({few}) and not triton",
         *files, PPO_KERNELS_ISA=isa,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]

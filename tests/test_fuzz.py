@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fuzz.draw import compact
 from fuzz.shrink import explain, failures
 from torch import Tensor
 
+import ppo_kernels
 from ppo_kernels import dispatch
 
 pytestmark = pytest.mark.skipif(dispatch.cpu is None, reason="the C++ extension is not built")
@@ -30,6 +32,22 @@ FEW = 60
 def test_random_cases(op: str) -> None:
     messages = failures(op, range(FEW))
     assert not messages, "\n".join(messages)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/test_gpu.py has it")
+@pytest.mark.parametrize("op", CASES)
+def test_random_cases_in_tritons_interpreter(op: str) -> None:
+    """Which takes its time: small ones only."""
+    pytest.importorskip("triton")
+    run = partial(getattr(ppo_kernels, op), impl="triton")
+    cases = (make_case(op, seed) for seed in range(200))
+    small = (
+        case for case in cases
+        if all(x.numel() < 500 and (x.shape or [0])[0] < 20 for x in case.arguments.values()
+               if isinstance(x, Tensor))
+    )  # fmt: skip
+    for case in islice(small, 12):
+        check(case, run)
 
 
 OTHERS = """

@@ -12,30 +12,21 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-import ppo_kernels
-from ppo_kernels import gae, kl_shaped_gae, reference
+from ppo_kernels import dispatch, gae, kl_shaped_gae, reference
 
-KERNELS = ["cpp"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["reference", *KERNELS])
+@pytest.fixture(params=ops.implementations_of("gae"))
 def impl(request: pytest.FixtureRequest) -> str:
     """Every implementation, for what can be said without the reference."""
-    return available(request.param)
+    return str(request.param)
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=ops.implementations_of("gae", but=("reference",)))
 def kernel(request: pytest.FixtureRequest) -> str:
     """Every implementation that is held against the reference."""
-    return available(request.param)
-
-
-def available(impl: str) -> str:
-    can_run, reason = ppo_kernels.implementations()["gae"][impl]
-    if not can_run:
-        pytest.skip(reason)
-    return impl
+    return str(request.param)
 
 
 def inputs(
@@ -173,6 +164,31 @@ def test_strides_and_offsets(impl: str) -> None:
     ops.assert_same_bits(expected, ops.run(kl_shaped_gae, arguments | strided))
 
 
+@pytest.mark.parametrize("estimator", [None, "k1", "k3"])
+def test_few_long_rows_in_chunks(monkeypatch: pytest.MonkeyPatch, estimator: str | None) -> None:
+    """Triton's way for these: chunks that are summed up first; here in small ones."""
+    if "triton" not in {param.values[0] for param in ops.implementations_of("gae")}:
+        pytest.skip("triton is not installed")
+    kernels = dispatch.triton_kernels("gae")
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "SUMMARIES", 4)
+    mask = ops.make_mask("interior", (3, 333))
+    assert mask is not None
+    padded = inputs((3, 333), mask) | {"kl_estimator": estimator}
+    packed = padded | {"mask": None, "cu_seqlens": ops.cu_seqlens_of(mask)}
+    for name in ("logprobs", "ref_logprobs", "values"):
+        packed[name] = ops.pack(padded[name], mask)
+    for arguments in (padded, packed):
+        if estimator:
+            op, reference_op = kl_shaped_gae, reference.kl_shaped_gae
+        else:
+            op, reference_op = gae, reference.gae
+            arguments = arguments | {"rewards": arguments["logprobs"]}
+            for name in ("logprobs", "ref_logprobs", "scores", "kl_coef", "kl_estimator"):
+                del arguments[name]
+        ops.assert_error_rule(op, reference_op, arguments, impl="triton")
+
+
 def test_expanded_tensors(impl: str) -> None:
     row, scores = torch.randn(1, 9), torch.randn(1)
     a = gae(row.expand(4, 9), torch.zeros(1, 1).expand(4, 9), bootstrap=scores.expand(4), impl=impl)
@@ -300,9 +316,7 @@ def test_opcheck(case: int) -> None:
         names = ["scores", "logprobs", "ref_logprobs", "values", "kl_coef", "gamma", "lam",
                  "kl_estimator", "mask", "bootstrap", "cu_seqlens"]  # fmt: skip
         arguments |= {"kl_estimator": "k3", "kl_coef": torch.tensor(0.1, dtype=torch.float64)}
-    torch.library.opcheck(
-        getattr(torch.ops.ppo_kernels, name), [arguments.get(name) for name in names]
-    )
+    torch.library.opcheck(getattr(torch.ops.ppo_kernels, name), [*map(arguments.get, names), "cpp"])
 
 
 @pytest.mark.parametrize(
@@ -318,7 +332,7 @@ def test_opcheck(case: int) -> None:
         ({"lam": float("nan")}, ValueError, "lam must be a finite number"),
         ({"cu_seqlens": torch.tensor([0, 36])}, ValueError, r"rewards must be \[N\]"),
         ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of 'reference', 'cpp'"),
-        ({"impl": "triton"}, RuntimeError, "impl='triton' cannot run: "),
+        ({"impl": "cuda"}, RuntimeError, "impl='cuda' cannot run: "),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

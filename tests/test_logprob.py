@@ -11,30 +11,22 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-import ppo_kernels
-from ppo_kernels import reference, token_logprobs
+from ppo_kernels import dispatch, reference, token_logprobs
 
-KERNELS = ["cpp"]
+NEEDS_CPP = pytest.mark.skipif(dispatch.cpu is None, reason="the C++ extension is not built")
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=["reference", *KERNELS])
+@pytest.fixture(params=ops.implementations_of("token_logprobs"))
 def impl(request: pytest.FixtureRequest) -> str:
     """Every implementation, for what can be said without the reference."""
-    return available(request.param)
+    return str(request.param)
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=ops.implementations_of("token_logprobs", but=("reference",)))
 def kernel(request: pytest.FixtureRequest) -> str:
     """Every implementation that is held against the reference, or does better than it."""
-    return available(request.param)
-
-
-def available(impl: str) -> str:
-    can_run, reason = ppo_kernels.implementations()["token_logprobs"][impl]
-    if not can_run:
-        pytest.skip(reason)
-    return impl
+    return str(request.param)
 
 
 def inputs(
@@ -285,8 +277,9 @@ def test_threads_change_no_bit() -> None:
         ops.assert_same_bits(results[0], other)
 
 
+@NEEDS_CPP
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_is_read_and_written_right(kernel: str, dtype: torch.dtype) -> None:
+def test_every_half_is_read_and_written_right(dtype: torch.dtype) -> None:
     """All 65,536 bit patterns as logits, and gradients rounded to nearest even."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     z = bits.view(dtype)
@@ -294,7 +287,7 @@ def test_every_half_is_read_and_written_right(kernel: str, dtype: torch.dtype) -
     pairs = torch.cat((z[:, None], zeros), 1)  # log p_1 = -softplus(z), exact in its argument
     targets = torch.ones(len(z), dtype=torch.int64)
     pairs.requires_grad_()
-    logprobs = token_logprobs(pairs, targets, impl=kernel)
+    logprobs = token_logprobs(pairs, targets, impl="cpp")
     expected = -torch.nn.functional.softplus(z.double(), threshold=700).float()
     finite = z.isfinite()
     # To rounding, which below the normal numbers is a half of 2^-149.
@@ -308,8 +301,9 @@ def test_every_half_is_read_and_written_right(kernel: str, dtype: torch.dtype) -
     torch.testing.assert_close(gradient[finite, 1], wanted.to(dtype), rtol=8e-3, atol=1e-7)
 
 
+@NEEDS_CPP
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gradients_half_way_go_to_the_even_one(kernel: str, dtype: torch.dtype) -> None:
+def test_gradients_half_way_go_to_the_even_one(dtype: torch.dtype) -> None:
     dropped = 13 if dtype == torch.float16 else 16  # bits of the mantissa
     bits = torch.arange(14000, 15000, dtype=torch.int32).to(torch.int16)  # around 1
     below = bits.view(dtype).float()
@@ -318,7 +312,7 @@ def test_gradients_half_way_go_to_the_even_one(kernel: str, dtype: torch.dtype) 
     # Of an impossible target and a certain other class, the gradients are g and -g themselves.
     logits = torch.tensor([-1e4, 0.0], dtype=dtype).repeat(len(ties), 1).requires_grad_()
     targets = torch.zeros(len(ties), dtype=torch.int64)
-    (gradient,) = torch.autograd.grad(token_logprobs(logits, targets, impl=kernel), logits, ties)
+    (gradient,) = torch.autograd.grad(token_logprobs(logits, targets, impl="cpp"), logits, ties)
     wanted = ties.to(dtype)
     assert torch.equal(gradient, torch.stack((wanted, -wanted), 1))
 
@@ -351,14 +345,14 @@ def test_opcheck(entropy: bool) -> None:
     logits, targets = arguments["logits"].requires_grad_(), arguments["targets"]
     temperature = torch.tensor(0.7, dtype=torch.float64)
     op = torch.ops.ppo_kernels.token_logprobs
-    torch.library.opcheck(op, (logits, targets, temperature, entropy))
+    torch.library.opcheck(op, (logits, targets, temperature, entropy, "cpp"))
     with torch.no_grad():
-        logprobs, of_entropy, state = op(logits, targets, temperature, entropy)
+        logprobs, of_entropy, state = op(logits, targets, temperature, entropy, "cpp")
     grad = torch.randn(3, 4)
     torch.library.opcheck(
         torch.ops.ppo_kernels.token_logprobs_backward,
         (grad, grad if entropy else None, logits.detach(), targets, logprobs, of_entropy, state,
-         temperature),
+         temperature, "cpp"),
     )  # fmt: skip
 
 

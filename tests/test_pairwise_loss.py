@@ -74,14 +74,14 @@ def test_ties_and_defaults(impl: str) -> None:
     assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in (0, 1, -1, 2)) / 4)
 
 
-@NEEDS_CPP
+@pytest.mark.parametrize("kernel", implementations_of("pairwise_loss", but=("reference",)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_error_rule(dtype: torch.dtype) -> None:
+def test_error_rule(kernel: str, dtype: torch.dtype) -> None:
     for pairs in (0, 1, 2, 7, 31, 64, 129, 1025, 20_011):
         given = arguments(pairs, dtype)
         for margin in (given["margin"], None, 0.7):
             given = given | {"margin": margin}
-            assert_error_rule(pairwise_loss, reference.pairwise_loss, given, WRT, impl="cpp")
+            assert_error_rule(pairwise_loss, reference.pairwise_loss, given, WRT, impl=kernel)
 
 
 @IMPLS
@@ -147,7 +147,7 @@ def test_opcheck() -> None:
     given = arguments(5)
     numbers = torch.tensor([0.0, 0.1], dtype=torch.float64)
     scores = (given["chosen"].requires_grad_(), given["rejected"].requires_grad_())
-    torch.library.opcheck(_pairwise_op, (*scores, given["margin"], numbers, True, True))
+    torch.library.opcheck(_pairwise_op, (*scores, given["margin"], numbers, "cpp", True, True))
 
 
 @NEEDS_CPP

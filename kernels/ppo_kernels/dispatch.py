@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+DEVICES = ("cpu", "cuda")  # that have kernels
 IMPLS = ("reference", "cpp", "triton", "cuda")
 OPS = (
     "gae",
@@ -58,17 +61,36 @@ def _load_extension() -> tuple[Any, Availability]:
 # The compiled module, None where it is missing.
 cpu, _CPP = _load_extension()
 
-_AVAILABILITY = {
-    "reference": Availability(True, "plain PyTorch, any device"),
-    "cpp": _CPP,
-    "triton": Availability(False, "not written yet"),
-    "cuda": Availability(False, "not written yet"),
-}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# How triton's own decorators decide, once, when the kernels are imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> Availability:
+    if not HAS_TRITON:
+        return Availability(False, "the Python package triton is missing")
+    if _INTERPRETED:
+        return Availability(True, "interpreted, as TRITON_INTERPRET=1: any device, very slow")
+    if not torch.cuda.is_available():
+        return Availability(False, "no GPU: torch.cuda.is_available() is False")
+    return Availability(True, f"compiled for {torch.cuda.get_device_name()}")
+
+
+@functools.cache
+def triton_kernels(name: str) -> Any:
+    """The module of that name in `ppo_kernels.triton`, imported when it is first needed."""
+    return importlib.import_module(f"ppo_kernels.triton.{name}")
 
 
 def implementations() -> dict[str, dict[str, Availability]]:
     """What can run here: `{op: {impl: Availability(available, reason)}}`."""
-    return {op: dict(_AVAILABILITY) for op in OPS}
+    available = {
+        "reference": Availability(True, "plain PyTorch, any device"),
+        "cpp": _CPP,
+        "triton": _triton(),
+        "cuda": Availability(False, "not written yet"),
+    }
+    return {op: dict(available) for op in OPS}
 
 
 def resolve(op: str, impl: str, device: torch.device) -> str:
@@ -78,34 +100,40 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
     where one is named that cannot run.
     """
     if impl == "auto":
-        if device.type != "cpu":
-            return "reference"
-        if cpu is not None:
+        if device.type == "cpu" and cpu is not None:
             return "cpp"
-        _warn_missing(_CPP.reason)
+        if device.type == "cuda" and HAS_TRITON:
+            return "triton"
+        if device.type in ("cpu", "cuda"):
+            _warn_missing(_CPP.reason if device.type == "cpu" else _triton().reason)
         return "reference"
     if impl not in IMPLS:
         raise ValueError(
             f"{op}: impl must be 'auto' or one of {', '.join(map(repr, IMPLS))}, but is {impl!r}"
         )
-    if not _AVAILABILITY[impl].available:
-        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {_AVAILABILITY[impl].reason}")
+    can_run, reason = (True, "") if impl == "reference" else implementations()[op][impl]
+    if not can_run:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
     if impl == "cpp" and device.type != "cpu":
         raise RuntimeError(f"{op}: impl='cpp' runs on CPU tensors, but these are on {device}")
+    if impl == "triton" and device.type != "cuda" and not _INTERPRETED:
+        raise RuntimeError(
+            f"{op}: impl='triton' runs on a GPU's tensors, but these are on {device}"
+        )
     return impl
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"ppo_kernels runs in plain PyTorch, several times slower than its compiled kernels: "
+        "ppo_kernels runs in plain PyTorch, several times slower than its compiled kernels: "
         f"{reason}",
         RuntimeWarning,
         stacklevel=5,
     )
 
 
-if cpu is None:
+if cpu is None or (not HAS_TRITON and (torch.version.cuda or torch.version.hip)):
     # torch.compile cannot trace a warning, but calls a function of constant result as it traces.
     _warn_missing = torch.compiler.assume_constant_result(lambda reason: _warn_once(reason))
 

@@ -6,6 +6,7 @@ wanted). Backward only multiplies by the gradient that comes in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,11 +52,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # loss.backward() brings a 1: nothing to multiply. (A GPU is not waited for to find out.)
-        if grad_loss.is_cpu and type(grad_loss) is Tensor and grad_loss.item() == 1.0:
-            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            return None, None, *(None if dtype is None else x.to(dtype) for x, dtype in pairs)
-        return None, None, *_chain(ctx, grad_loss)
+        return None, None, *_chain(ctx, lambda x: _multiplied(x, grad_loss))
 
 
 def register(op: Any, trained: int) -> None:
@@ -67,7 +64,7 @@ def register(op: Any, trained: int) -> None:
         ctx.constants = len(inputs) - trained
 
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_chain(ctx, grad_loss), *(None,) * ctx.constants
+        return *_chain(ctx, lambda x: x * grad_loss), *(None,) * ctx.constants
 
     op.register_autograd(backward, setup_context=setup_context)
 
@@ -77,6 +74,19 @@ def _save(ctx: Any, trained: Any, want: Any, gradients: Any) -> None:
     ctx.dtypes = [x.dtype if wants else None for x, wants in zip(trained, want, strict=True)]
 
 
-def _chain(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+def _chain(ctx: Any, multiplied: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
     pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return [None if dtype is None else (x * grad_loss).to(dtype) for x, dtype in pairs]
+    return [None if dtype is None else multiplied(x).to(dtype) for x, dtype in pairs]
+
+
+def _multiplied(x: Tensor, by: Tensor) -> Tensor:
+    """`x` times a 0-dim tensor; for free where that is 1, as `loss.backward()` brings it."""
+    if by.is_cpu and type(by) is Tensor and by.item() == 1.0:
+        return x
+    # A GPU is not waited for to find out: a kernel looks. In place, so only where the graph, and
+    # what it saved, is not needed again.
+    graph_stays = torch._C._autograd._get_current_graph_task_keep_graph()
+    if by.is_cuda and type(by) is Tensor and dispatch.HAS_TRITON and not graph_stays:
+        scaled: Tensor = dispatch.triton_kernels("fused_loss").scale(x, by)
+        return scaled
+    return x * by

@@ -52,7 +52,7 @@ def gae(
         checks.per_sequence("gae", "bootstrap", bootstrap, cu_seqlens, "rewards", rewards)
     impl = dispatch.resolve("gae", impl, rewards.device)
     if impl != "reference" and dispatch.eager(rewards, values, mask, bootstrap, cu_seqlens):
-        return _gae(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
+        return _gae(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens, impl)
     with torch.no_grad():
         if impl == "reference":
             if not torch.compiler.is_compiling():
@@ -61,7 +61,7 @@ def gae(
                 rewards, values, gamma=gamma, lam=lam, mask=mask, bootstrap=bootstrap,
                 cu_seqlens=cu_seqlens,
             )  # fmt: skip
-        return _gae_op(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
+        return _gae_op(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens, impl)
 
 
 def kl_shaped_gae(
@@ -107,7 +107,7 @@ def kl_shaped_gae(
         checks.per_sequence(op, "bootstrap", bootstrap, cu_seqlens, "logprobs", logprobs)
     checks.choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     impl = dispatch.resolve(op, impl, logprobs.device)
-    rest = (gamma, lam, kl_estimator, mask, bootstrap, cu_seqlens)
+    rest = (gamma, lam, kl_estimator, mask, bootstrap, cu_seqlens, impl)
     if impl != "reference" and dispatch.eager(
         scores, logprobs, ref_logprobs, values, mask, bootstrap, cu_seqlens
     ):
@@ -133,7 +133,7 @@ def _check_values(
     checks.boundaries(op, cu_seqlens, tokens.shape[0])
 
 
-# --- C++ on the CPU: csrc/cpu/gae.cpp -------------------------------------------------------------
+# --- C++ on the CPU: csrc/cpu/gae.cpp; Triton on a GPU: triton/gae.py -----------------------------
 
 
 def _gae(
@@ -144,12 +144,19 @@ def _gae(
     mask: Tensor | None,
     bootstrap: Tensor | None,
     cu_seqlens: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     _check_values("gae", gamma, lam, cu_seqlens, rewards)
     dtype, (rewards, values, bootstrap) = dispatch.in_one_dtype(rewards, values, bootstrap)
     cu_seqlens = dispatch.offsets(cu_seqlens)
     advantages = dispatch.empty_like(rewards, dispatch.accumulator(dtype))
     returns = torch.empty_like(advantages)
+    if impl == "triton":
+        dispatch.triton_kernels("gae").gae(
+            rewards, None, None, None, values, mask, bootstrap, cu_seqlens, None, 0.0, gamma, lam,
+            advantages, returns, None, None,
+        )  # fmt: skip
+        return advantages, returns
     dispatch.cpu.gae(
         mask, cu_seqlens, values, bootstrap, rewards, None, None, None, 0, 0.0, gamma, lam,
         advantages, returns, None, None, torch.get_num_threads(),
@@ -169,18 +176,25 @@ def _kl_shaped_gae(
     mask: Tensor | None,
     bootstrap: Tensor | None,
     cu_seqlens: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "kl_shaped_gae"
-    coef = float(checks.scalar(op, "kl_coef", kl_coef))
+    coef = checks.scalar(op, "kl_coef", kl_coef)
     _check_values(op, gamma, lam, cu_seqlens, logprobs)
     dtype, inputs = dispatch.in_one_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
     scores, logprobs, ref_logprobs, values, bootstrap = inputs
     cu_seqlens = dispatch.offsets(cu_seqlens)
     advantages, returns, kl, moments = _outputs(scores, logprobs, dispatch.accumulator(dtype))
+    if impl == "triton":
+        dispatch.triton_kernels("gae").gae(
+            None, scores, logprobs, ref_logprobs, values, mask, bootstrap, cu_seqlens,
+            kl_estimator, coef, gamma, lam, advantages, returns, kl, moments,
+        )  # fmt: skip
+        return advantages, returns, kl, moments
     dispatch.cpu.gae(
         mask, cu_seqlens, values, bootstrap, None, scores, logprobs, ref_logprobs,
-        1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl, moments,
-        torch.get_num_threads(),
+        1 + KL_ESTIMATORS.index(kl_estimator), float(coef), gamma, lam, advantages, returns, kl,
+        moments, torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns, kl, moments
 
@@ -196,7 +210,7 @@ def _outputs(
 # --- The same under torch.compile -----------------------------------------------------------------
 
 
-@torch.library.custom_op("ppo_kernels::gae", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("ppo_kernels::gae", mutates_args=(), device_types=dispatch.DEVICES)
 def _gae_op(
     rewards: Tensor,
     values: Tensor,
@@ -205,18 +219,21 @@ def _gae_op(
     mask: Tensor | None,
     bootstrap: Tensor | None,
     cu_seqlens: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _gae(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens)
+    return _gae(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens, impl)
 
 
 @_gae_op.register_fake
-def _(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens):  # type: ignore[no-untyped-def]
+def _(rewards, values, gamma, lam, mask, bootstrap, cu_seqlens, impl):  # type: ignore[no-untyped-def]
     dtype = dispatch.accumulator(dispatch.common_dtype(rewards, values, bootstrap))
     advantages = dispatch.empty_like(rewards, dtype)
     return advantages, torch.empty_like(advantages)
 
 
-@torch.library.custom_op("ppo_kernels::kl_shaped_gae", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "ppo_kernels::kl_shaped_gae", mutates_args=(), device_types=dispatch.DEVICES
+)
 def _kl_shaped_gae_op(
     scores: Tensor,
     logprobs: Tensor,
@@ -229,15 +246,16 @@ def _kl_shaped_gae_op(
     mask: Tensor | None,
     bootstrap: Tensor | None,
     cu_seqlens: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _kl_shaped_gae(
         scores, logprobs, ref_logprobs, values, kl_coef, gamma, lam, kl_estimator, mask, bootstrap,
-        cu_seqlens,
+        cu_seqlens, impl,
     )  # fmt: skip
 
 
 @_kl_shaped_gae_op.register_fake
 def _(scores, logprobs, ref_logprobs, values, *rest):  # type: ignore[no-untyped-def]
-    bootstrap = rest[-2]
+    bootstrap = rest[-3]
     dtype = dispatch.common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
     return _outputs(scores, logprobs, dispatch.accumulator(dtype))

@@ -87,12 +87,12 @@ def token_logprobs(
         )
     if not dispatch.eager(logits, targets):
         logprobs, entropy, _ = _forward_op(
-            logits, targets, dispatch.traced(temperature), return_entropy
+            logits, targets, dispatch.traced(temperature), return_entropy, impl
         )
     elif logits.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, return_entropy)
+        logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, return_entropy, impl)
     else:
-        logprobs, entropy, _ = _forward(logits, targets, temperature, return_entropy, False)
+        logprobs, entropy, _ = _forward(logits, targets, temperature, return_entropy, False, impl)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -113,11 +113,16 @@ def _no_class(targets: Tensor, at: int, vocab: int) -> ValueError:
     )
 
 
-# --- C++ on the CPU: csrc/cpu/logprob.cpp ---------------------------------------------------------
+# --- C++ on the CPU: csrc/cpu/logprob.cpp; Triton on a GPU: triton/logprob.py ---------------------
 
 
 def _forward(
-    logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool, want_state: bool
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    want_entropy: bool,
+    want_state: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logprobs, entropy, state for `_backward`), None where not wanted."""
     checks.number(OP, "temperature", temperature, gt=0.0)
@@ -126,6 +131,12 @@ def _forward(
     logprobs = dispatch.empty_like(targets, dtype)
     entropy = torch.empty_like(logprobs) if want_entropy else None
     state = logprobs.new_empty((2, *targets.shape)) if want_state else None
+    if impl == "triton":
+        _check_values(temperature, targets, logits.shape[-1])
+        dispatch.triton_kernels("logprob").token_logprobs(
+            logits, targets, temperature, logprobs, entropy, state
+        )
+        return logprobs, entropy, state
     wrong = dispatch.cpu.token_logprobs(
         logits, targets, temperature, logprobs, entropy, state, torch.get_num_threads()
     )
@@ -143,6 +154,7 @@ def _backward(
     entropy: Tensor | None,
     state: Tensor,
     temperature: float,
+    impl: str,
 ) -> Tensor:
     """The gradient of the logits, contiguous."""
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
@@ -151,10 +163,14 @@ def _backward(
     if grad_entropy is not None:
         grad_entropy = grad_entropy.contiguous()
     grad_logits = dispatch.empty_like(logits, logits.dtype)
-    dispatch.cpu.token_logprobs_backward(
+    arguments = (
         logits, targets, temperature, grad_logprobs, grad_entropy, logprobs, entropy, state,
-        grad_logits, torch.get_num_threads(),
+        grad_logits,
     )  # fmt: skip
+    if impl == "triton":
+        dispatch.triton_kernels("logprob").token_logprobs_backward(*arguments)
+    else:
+        dispatch.cpu.token_logprobs_backward(*arguments, torch.get_num_threads())
     return grad_logits
 
 
@@ -165,11 +181,16 @@ def _row_contiguous(logits: Tensor) -> Tensor:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, want_entropy: bool
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        want_entropy: bool,
+        impl: str,
     ) -> tuple[Tensor, Tensor | None]:
-        logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy, True)
+        logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy, True, impl)
         ctx.save_for_backward(logits, targets, logprobs, entropy, state)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.impl = temperature, impl
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -177,28 +198,31 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None
+            return (None,) * 5
         logits, targets, logprobs, entropy, state = ctx.saved_tensors
         grad = _backward(
-            grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, ctx.temperature
-        )
-        return grad, None, None, None
+            grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state,
+            ctx.temperature, ctx.impl,
+        )  # fmt: skip
+        return grad, None, None, None, None
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
 
 
-@torch.library.custom_op("ppo_kernels::token_logprobs", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "ppo_kernels::token_logprobs", mutates_args=(), device_types=dispatch.DEVICES
+)
 def _forward_op(
-    logits: Tensor, targets: Tensor, temperature: Tensor, want_entropy: bool
+    logits: Tensor, targets: Tensor, temperature: Tensor, want_entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return without_none(_forward(logits, targets, temperature.item(), want_entropy, True))
+    return without_none(_forward(logits, targets, temperature.item(), want_entropy, True, impl))
 
 
 @_forward_op.register_fake
-def _(logits, targets, temperature, want_entropy):  # type: ignore[no-untyped-def]
+def _(logits, targets, temperature, want_entropy, impl):  # type: ignore[no-untyped-def]
     dtype = dispatch.accumulator(logits.dtype)
     return (
         dispatch.empty_like(targets, dtype),
@@ -208,7 +232,7 @@ def _(logits, targets, temperature, want_entropy):  # type: ignore[no-untyped-de
 
 
 @torch.library.custom_op(
-    "ppo_kernels::token_logprobs_backward", mutates_args=(), device_types="cpu"
+    "ppo_kernels::token_logprobs_backward", mutates_args=(), device_types=dispatch.DEVICES
 )
 def _backward_op(
     grad_logprobs: Tensor | None,
@@ -219,10 +243,12 @@ def _backward_op(
     entropy: Tensor,
     state: Tensor,
     temperature: Tensor,
+    impl: str,
 ) -> Tensor:
     return _backward(
-        grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, temperature.item()
-    )
+        grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, temperature.item(),
+        impl,
+    )  # fmt: skip
 
 
 @_backward_op.register_fake
@@ -231,16 +257,16 @@ def _(grad_logprobs, grad_entropy, logits, *rest):  # type: ignore[no-untyped-de
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, targets, temperature, ctx.want_entropy = inputs
+    logits, targets, temperature, ctx.want_entropy, ctx.impl = inputs
     ctx.save_for_backward(logits, targets, *output, temperature)
 
 
 def _backward_of_op(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, None, None, None]:
+) -> tuple[Tensor | None, None, None, None, None]:
     grad_entropy = grad_entropy if ctx.want_entropy else None
-    grad = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors)
-    return grad, None, None, None
+    grad = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.impl)
+    return grad, None, None, None, None
 
 
 _forward_op.register_autograd(_backward_of_op, setup_context=_save)

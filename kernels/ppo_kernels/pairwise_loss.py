@@ -49,7 +49,8 @@ def pairwise_loss(
     margins = margin if isinstance(margin, Tensor) else None
     if margins is not None:
         checks.tensor(OP, "margin", margins, shape=shape, like=like)
-    if dispatch.resolve(OP, impl, chosen.device) == "reference":
+    impl = dispatch.resolve(OP, impl, chosen.device)
+    if impl == "reference":
         if not torch.compiler.is_compiling():
             _numbers(margin, center_coef)
         return reference.pairwise_loss(chosen, rejected, margin=margin, center_coef=center_coef)
@@ -59,10 +60,10 @@ def pairwise_loss(
     if not dispatch.eager(*tensors):
         shared = 0.0 if margin is None or margins is not None else margin
         traced = torch.stack((dispatch.traced(shared), dispatch.traced(center_coef)))
-        loss, stats, *_ = _pairwise_op(*tensors, traced, *wanted)
+        loss, stats, *_ = _pairwise_op(*tensors, traced, impl, *wanted)
         stats = stats.detach()
     else:
-        results = _pairwise_loss(*tensors, _numbers(margin, center_coef), *wanted)
+        results = _pairwise_loss(*tensors, _numbers(margin, center_coef), impl, *wanted)
         loss, stats = fused_loss.attach(results, (chosen, rejected), wanted), results[1]
     return loss, PairwiseStats(*stats.unbind())
 
@@ -76,7 +77,7 @@ def _numbers(margin: float | Tensor | None, center_coef: float) -> tuple[float, 
     )
 
 
-# --- C++ on the CPU: csrc/cpu/pairwise_loss.cpp ---------------------------------------------------
+# --- C++ on the CPU: csrc/cpu/pairwise_loss.cpp; Triton on a GPU: triton/pairwise_loss.py ---------
 
 
 def _pairwise_loss(
@@ -84,6 +85,7 @@ def _pairwise_loss(
     rejected: Tensor,
     margins: Tensor | None,
     numbers: tuple[float, float],
+    impl: str,
     want_chosen: bool,
     want_rejected: bool,
 ) -> fused_loss.Results:
@@ -93,32 +95,36 @@ def _pairwise_loss(
     stats = loss.new_empty(len(PairwiseStats._fields))
     grad_chosen = gradient_like(chosen, loss, want_chosen)
     grad_rejected = gradient_like(chosen, loss, want_rejected)
-    dispatch.cpu.pairwise_loss(
-        *inputs, *numbers, loss, stats,
-        grad_chosen, grad_rejected, torch.get_num_threads(),
-    )  # fmt: skip
+    arguments = (*inputs, *numbers, loss, stats, grad_chosen, grad_rejected)
+    if impl == "triton":
+        dispatch.triton_kernels("pairwise_loss").pairwise_loss(*arguments)
+    else:
+        dispatch.cpu.pairwise_loss(*arguments, torch.get_num_threads())
     return loss, stats, grad_chosen, grad_rejected
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
 
 
-@torch.library.custom_op("ppo_kernels::pairwise_loss", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "ppo_kernels::pairwise_loss", mutates_args=(), device_types=dispatch.DEVICES
+)
 def _pairwise_op(
     chosen: Tensor,
     rejected: Tensor,
     margins: Tensor | None,
     numbers: Tensor,
+    impl: str,
     want_chosen: bool,
     want_rejected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checked = _numbers(*numbers.tolist())
-    results = _pairwise_loss(chosen, rejected, margins, checked, want_chosen, want_rejected)
+    results = _pairwise_loss(chosen, rejected, margins, checked, impl, want_chosen, want_rejected)
     return fused_loss.without_none(results)
 
 
 @_pairwise_op.register_fake
-def _(chosen, rejected, margins, numbers, *wanted):  # type: ignore[no-untyped-def]
+def _(chosen, rejected, margins, numbers, impl, *wanted):  # type: ignore[no-untyped-def]
     dtype = dispatch.accumulator(dispatch.common_dtype(chosen, rejected, margins))
     loss = chosen.new_empty((), dtype=dtype)
     stats = loss.new_empty(len(PairwiseStats._fields))

@@ -84,10 +84,12 @@ def ppo_policy_loss(
     )  # fmt: skip
     if moments is not None:
         checks.tensor(POLICY, "moments", moments, shape=(3,), like=("logprobs", logprobs))
-    numbers = (clip_range, dual_clip, normalizer, entropy_coef, kl_coef)
-    if dispatch.resolve(POLICY, impl, logprobs.device) == "reference":
+    numbers = (clip_range, dual_clip, entropy_coef, kl_coef)
+    impl = dispatch.resolve(POLICY, impl, logprobs.device)
+    if impl == "reference":
         if not torch.compiler.is_compiling():
             _policy_numbers(*numbers)
+            _normalizer(POLICY, normalizer)
             checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
         return reference.ppo_policy_loss(
             logprobs, old_logprobs, advantages, mask=mask, cu_seqlens=cu_seqlens,
@@ -102,13 +104,14 @@ def ppo_policy_loss(
     wanted = fused_loss.wanted(logprobs, entropy)
     if not dispatch.eager(*tensors):
         low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
-        traced = _traced(low, high, dual_clip, normalizer, entropy_coef, kl_coef)
-        loss, stats, *_ = _policy_op(*tensors, traced, reduction, kl_estimator, *wanted)
+        traced = _traced(low, high, dual_clip, entropy_coef, kl_coef), _traced_scalar(normalizer)
+        loss, stats, *_ = _policy_op(*tensors, *traced, reduction, kl_estimator, impl, *wanted)
         stats = stats.detach()
     else:
         results = _policy_loss(
-            *tensors, _policy_numbers(*numbers), reduction, kl_estimator, *wanted
-        )
+            *tensors, _policy_numbers(*numbers), _normalizer(POLICY, normalizer), reduction,
+            kl_estimator, impl, *wanted,
+        )  # fmt: skip
         loss, stats = fused_loss.attach(results, (logprobs, entropy), wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
 
@@ -146,9 +149,11 @@ def ppo_value_loss(
         VALUE, mask, cu_seqlens, needs_sequences=reduction == "sequence_mean", values=values,
         old_values=old_values, returns=returns,
     )  # fmt: skip
-    if dispatch.resolve(VALUE, impl, values.device) == "reference":
+    impl = dispatch.resolve(VALUE, impl, values.device)
+    if impl == "reference":
         if not torch.compiler.is_compiling():
-            _value_numbers(clip_range, normalizer)
+            _value_clip(clip_range)
+            _normalizer(VALUE, normalizer)
             checks.boundaries(VALUE, cu_seqlens, values.shape[0])
         return reference.ppo_value_loss(
             values, old_values, returns, mask=mask, cu_seqlens=cu_seqlens, clip_range=clip_range,
@@ -158,10 +163,12 @@ def ppo_value_loss(
     tensors = (values, old_values, returns, mask, cu_seqlens)
     wanted = fused_loss.wanted(values)
     if not dispatch.eager(*tensors):
-        loss, stats, _ = _value_op(*tensors, _traced(clip_range, normalizer), reduction, *wanted)
+        traced = _traced(clip_range)[0], _traced_scalar(normalizer)
+        loss, stats, _ = _value_op(*tensors, *traced, reduction, impl, *wanted)
         stats = stats.detach()
     else:
-        results = _value_loss(*tensors, _value_numbers(clip_range, normalizer), reduction, *wanted)
+        numbers = _value_clip(clip_range), _normalizer(VALUE, normalizer)
+        results = _value_loss(*tensors, *numbers, reduction, impl, *wanted)
         loss, stats = fused_loss.attach(results, (values,), wanted), results[1]
     return loss, ValueStats(*stats.unbind())
 
@@ -172,47 +179,47 @@ def ppo_value_loss(
 def _policy_numbers(
     clip_range: float | tuple[float, float],
     dual_clip: float | None,
-    normalizer: float | Tensor | None,
     entropy_coef: float,
     kl_coef: float,
 ) -> tuple[float, ...]:
-    """(low, high, dual_clip, normalizer, entropy_coef, kl_coef)."""
+    """(low, high, dual_clip, entropy_coef, kl_coef)."""
     return (
         *checks.clip_bounds(POLICY, clip_range),
         math.inf if dual_clip is None else checks.number(POLICY, "dual_clip", dual_clip, gt=1.0),
-        _normalizer(POLICY, normalizer),
         checks.number(POLICY, "entropy_coef", entropy_coef),
         checks.number(POLICY, "kl_coef", kl_coef),
     )
 
 
-def _value_numbers(
-    clip_range: float | None, normalizer: float | Tensor | None
-) -> tuple[float, float]:
-    if clip_range is not None:
-        clip_range = checks.number(VALUE, "clip_range", clip_range, ge=0.0)
-    return (math.inf if clip_range is None else clip_range), _normalizer(VALUE, normalizer)
+def _value_clip(clip_range: float | None) -> float:
+    return (
+        math.inf if clip_range is None else checks.number(VALUE, "clip_range", clip_range, ge=0.0)
+    )
 
 
-def _normalizer(op: str, normalizer: float | Tensor | None) -> float:
+def _normalizer(op: str, normalizer: float | Tensor | None) -> float | Tensor | None:
+    """As a number, but for a GPU's tensor: that is not waited for."""
     if normalizer is None:
-        return math.inf
+        return None
     value = checks.scalar(op, "normalizer", normalizer, ge=0.0)
-    # Only the kernels of the CPU need the value itself; a GPU's tensor is not waited for.
-    on_cpu = not isinstance(value, Tensor) or value.device.type == "cpu"
-    return float(value) if on_cpu else math.inf
+    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
-def _traced(*numbers: float | Tensor | None) -> Tensor:
+def _traced(*numbers: float | None) -> Tensor:
     """The numbers as one tensor, for a custom op while a graph is traced."""
     return torch.stack([dispatch.traced(math.inf if x is None else x) for x in numbers])
+
+
+def _traced_scalar(x: float | Tensor | None) -> Tensor | None:
+    """The same of one that may be a tensor, of any device."""
+    return None if x is None else dispatch.traced(x)
 
 
 def _untraced(x: float) -> float | None:
     return None if x == math.inf else x
 
 
-# --- C++ on the CPU: csrc/cpu/ppo_loss.cpp --------------------------------------------------------
+# --- C++ on the CPU: csrc/cpu/ppo_loss.cpp; Triton on a GPU: triton/ppo_loss.py -------------------
 
 
 def _policy_loss(
@@ -226,26 +233,35 @@ def _policy_loss(
     cu_seqlens: Tensor | None,
     moments: Tensor | None,
     numbers: tuple[float, ...],
+    normalizer: float | Tensor | None,
     reduction: str,
     kl_estimator: str,
+    impl: str,
     want_logprobs: bool,
     want_entropy: bool,
 ) -> fused_loss.Results:
     """(loss, statistics, gradient of logprobs, of entropy)."""
     checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
-    low, high, dual_clip, normalizer, entropy_coef, kl_coef = numbers
     inputs = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)
     dtype, inputs = dispatch.in_one_dtype(*inputs)
+    cu_seqlens = dispatch.offsets(cu_seqlens)
+    loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
+    grad_logprobs = gradient_like(logprobs, loss, want_logprobs)
+    grad_entropy = gradient_like(logprobs, loss, want_entropy)
+    if impl == "triton":
+        dispatch.triton_kernels("ppo_loss").ppo_policy_loss(
+            *inputs, mask, cu_seqlens, moments, numbers, normalizer, reduction, kl_estimator, loss,
+            stats, grad_logprobs, grad_entropy,
+        )  # fmt: skip
+        return loss, stats, grad_logprobs, grad_entropy
+    low, high, dual_clip, entropy_coef, kl_coef = numbers
     policy, entropies, old, advantage, ref, weights = inputs
     mean, scale = 0.0, 1.0
     if moments is not None:
         count, mean, m2 = moments.tolist()
         scale = 1 / math.sqrt(m2 / max(count, 1.0) + WHITEN_EPS)
-    loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
-    grad_logprobs = gradient_like(logprobs, loss, want_logprobs)
-    grad_entropy = gradient_like(logprobs, loss, want_entropy)
     dispatch.cpu.ppo_policy_loss(
-        mask, dispatch.offsets(cu_seqlens), policy, old, advantage, (mean, scale), weights,
+        mask, cu_seqlens, policy, old, advantage, (mean, scale), weights,
         (low, high, dual_clip), entropies, entropy_coef, ref, kl_coef,
         1 + KL_ESTIMATORS.index(kl_estimator), _reducing(reduction, normalizer), loss, stats,
         grad_logprobs, grad_entropy, torch.get_num_threads(),
@@ -259,27 +275,32 @@ def _value_loss(
     returns: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    numbers: tuple[float, float],
+    clip_range: float,
+    normalizer: float | Tensor | None,
     reduction: str,
+    impl: str,
     want_values: bool,
 ) -> fused_loss.Results:
     """(loss, statistics, gradient of values)."""
     checks.boundaries(VALUE, cu_seqlens, values.shape[0])
-    clip_range, normalizer = numbers
+    cu_seqlens = dispatch.offsets(cu_seqlens)
     dtype, inputs = dispatch.in_one_dtype(values, old_values, returns)
     loss, stats = _outputs(values, dtype, len(ValueStats._fields))
     grad_values = gradient_like(values, loss, want_values)
+    if impl == "triton":
+        dispatch.triton_kernels("ppo_loss").ppo_value_loss(
+            *inputs, mask, cu_seqlens, clip_range, normalizer, reduction, loss, stats, grad_values
+        )
+        return loss, stats, grad_values
     dispatch.cpu.ppo_value_loss(
-        mask, dispatch.offsets(cu_seqlens),
-        *inputs, clip_range,
-        _reducing(reduction, normalizer), loss, stats, grad_values,
-        torch.get_num_threads(),
+        mask, cu_seqlens, *inputs, clip_range, _reducing(reduction, normalizer), loss, stats,
+        grad_values, torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_values
 
 
-def _reducing(reduction: str, normalizer: float) -> tuple[int, float]:
-    return REDUCTIONS.index(reduction), -1.0 if normalizer == math.inf else normalizer
+def _reducing(reduction: str, normalizer: float | Tensor | None) -> tuple[int, float]:
+    return REDUCTIONS.index(reduction), -1.0 if normalizer is None else float(normalizer)
 
 
 def _outputs(like: Tensor, dtype: torch.dtype, stats: int) -> tuple[Tensor, Tensor]:
@@ -290,7 +311,9 @@ def _outputs(like: Tensor, dtype: torch.dtype, stats: int) -> tuple[Tensor, Tens
 # --- The same under torch.compile -----------------------------------------------------------------
 
 
-@torch.library.custom_op("ppo_kernels::ppo_policy_loss", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "ppo_kernels::ppo_policy_loss", mutates_args=(), device_types=dispatch.DEVICES
+)
 def _policy_op(
     logprobs: Tensor,
     entropy: Tensor | None,
@@ -302,18 +325,19 @@ def _policy_op(
     cu_seqlens: Tensor | None,
     moments: Tensor | None,
     numbers: Tensor,
+    normalizer: Tensor | None,
     reduction: str,
     kl_estimator: str,
+    impl: str,
     want_logprobs: bool,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low, high, dual_clip, normalizer, entropy_coef, kl_coef = numbers.tolist()
-    checked = _policy_numbers(
-        (low, high), _untraced(dual_clip), _untraced(normalizer), entropy_coef, kl_coef
-    )
+    low, high, dual_clip, entropy_coef, kl_coef = numbers.tolist()
+    checked = _policy_numbers((low, high), _untraced(dual_clip), entropy_coef, kl_coef)
     results = _policy_loss(
         logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
-        moments, checked, reduction, kl_estimator, want_logprobs, want_entropy,
+        moments, checked, _normalizer(POLICY, normalizer), reduction, kl_estimator, impl,
+        want_logprobs, want_entropy,
     )  # fmt: skip
     return fused_loss.without_none(results)
 
@@ -326,22 +350,25 @@ def _(logprobs, *rest):  # type: ignore[no-untyped-def]
     return fused_loss.without_none((loss, stats, *gradients))
 
 
-@torch.library.custom_op("ppo_kernels::ppo_value_loss", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "ppo_kernels::ppo_value_loss", mutates_args=(), device_types=dispatch.DEVICES
+)
 def _value_op(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    numbers: Tensor,
+    clip_range: Tensor,
+    normalizer: Tensor | None,
     reduction: str,
+    impl: str,
     want_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    clip_range, normalizer = numbers.tolist()
-    checked = _value_numbers(_untraced(clip_range), _untraced(normalizer))
     results = _value_loss(
-        values, old_values, returns, mask, cu_seqlens, checked, reduction, want_values
-    )
+        values, old_values, returns, mask, cu_seqlens, _value_clip(_untraced(clip_range.item())),
+        _normalizer(VALUE, normalizer), reduction, impl, want_values,
+    )  # fmt: skip
     return fused_loss.without_none(results)
 
 

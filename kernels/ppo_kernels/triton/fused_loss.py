@@ -1,0 +1,30 @@
+"""What a loss with ready-made gradients has left to do in its backward pass."""
+
+# No `from __future__ import annotations`: triton reads the annotations of kernels.
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_kernels.triton.launch import OPTIONS, SIZES, on
+
+TILE = 4096
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _scale(x, factor, count: tl.int64, SIZE: tl.constexpr):
+    by = tl.load(factor)
+    if by == 1.0:
+        return
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    tl.store(x + i, tl.load(x + i, mask=i < count) * by, mask=i < count)
+
+
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    """`x`, contiguous, multiplied in place by a 0-dim tensor. A factor of 1 costs nothing, and the
+    host need not know it."""
+    if x.numel():
+        with on(x.device):
+            _scale[(triton.cdiv(x.numel(), TILE),)](
+                x, factor, x.numel(), TILE, num_warps=8, **OPTIONS
+            )
+    return x

@@ -1,0 +1,240 @@
+"""Compile what the ops launch on GPUs that are not here: `python tests/ahead_of_time.py`.
+
+The ops are called as a user would, on CPU tensors; what they launch is compiled for each target
+instead of run. The table that comes out, a line for each kernel, configuration and target, says how
+many registers a thread and how much shared memory a block takes, and what is spilled to memory.
+`--write` puts it where tests/test_ahead_of_time.py finds it; that goes with one version of triton.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+import ppo_kernels
+from ppo_kernels import dispatch
+
+TABLE = Path(__file__).with_name("ahead_of_time.csv")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MOST_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+COLUMNS = ("kernel", "configuration", "target", "registers", "spilled", "shared")
+
+Launch = tuple[JITFunction, dict[str, str], dict[str, Any], dict[Any, Any], dict[str, Any]]
+
+
+def calls() -> Iterator[Callable[[], object]]:
+    """Calls that launch every kernel, in every form that a program has."""
+    rows, length = 6, 300
+    halves = torch.bfloat16, torch.float16
+    mask = torch.rand(rows, length) < 0.5
+    cu_seqlens = torch.arange(rows + 1, dtype=torch.int64) * length
+
+    def tokens(
+        count: int, dtype: torch.dtype = torch.float32, packed: bool = False
+    ) -> list[Tensor]:
+        shape = (rows * length,) if packed else (rows, length)
+        return list(torch.randn(count, *shape).to(dtype).unbind())
+
+    def shaped(dtype: torch.dtype, packed: bool = False, **settings: Any) -> Callable[[], object]:
+        logprobs, ref_logprobs, values = tokens(3, dtype, packed)
+        settings = {"kl_coef": 0.1, "impl": "triton"} | settings
+        scores = torch.randn(rows).to(dtype)
+        return lambda: ppo_kernels.kl_shaped_gae(scores, logprobs, ref_logprobs, values, **settings)
+
+    for estimator in ("k1", "k2", "k3"):
+        yield shaped(torch.float32, kl_estimator=estimator, mask=mask)
+    for dtype in (*halves, torch.float64):
+        yield shaped(dtype, kl_estimator="k3", mask=mask, kl_coef=torch.tensor(0.1))
+    yield shaped(torch.float32, packed=True, cu_seqlens=cu_seqlens, bootstrap=torch.randn(rows))
+    for size in (60, 250):
+        rewards, values = torch.randn(2, rows, size)
+        yield lambda r=rewards, v=values: ppo_kernels.gae(r, v, impl="triton")
+    long = torch.randn(3, 2, 9 * 1024 + 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y, z = long.to(dtype)
+        yield lambda x=x, y=y: ppo_kernels.gae(x, y, impl="triton")
+        yield lambda x=x, y=y, z=z: ppo_kernels.kl_shaped_gae(
+            x[:, 0], x, y, z, kl_coef=0.1, kl_estimator="k3", impl="triton"
+        )
+
+    def logprobs(vocab: int, dtype: torch.dtype, entropy: bool) -> Callable[[], object]:
+        logits = torch.randn(4, vocab).to(dtype).requires_grad_()
+        targets = torch.randint(vocab, (4,))
+
+        def both() -> object:
+            found = ppo_kernels.token_logprobs(
+                logits, targets, return_entropy=entropy, impl="triton"
+            )
+            outputs = found if isinstance(found, tuple) else (found,)
+            return torch.autograd.grad([x.sum() for x in outputs], logits)
+
+        return both
+
+    for dtype in (torch.float32, *halves, torch.float64):
+        for entropy in (False, True):
+            yield logprobs(49152, dtype, entropy)
+    yield logprobs(50257, torch.bfloat16, True)  # nothing divides it
+    for vocab in (50, 1000, 3000):
+        yield logprobs(vocab, torch.float32, True)
+
+    def policy(dtype: torch.dtype, packed: bool = False, **settings: Any) -> Callable[[], object]:
+        x = tokens(6, dtype, packed)
+        logprobs, entropy = x[0].requires_grad_(), x[1].requires_grad_()
+        settings = {"impl": "triton"} | settings
+        if settings.pop("whole", False):
+            settings |= dict(entropy=entropy, entropy_coef=0.1, ref_logprobs=x[4], is_weights=x[5],
+                             dual_clip=3.0, moments=torch.ones(3), kl_coef=0.1)  # fmt: skip
+        return lambda: ppo_kernels.ppo_policy_loss(logprobs, x[2], x[3], **settings)
+
+    def value(dtype: torch.dtype, packed: bool = False, **settings: Any) -> Callable[[], object]:
+        x = tokens(3, dtype, packed)
+        return lambda: ppo_kernels.ppo_value_loss(
+            x[0].requires_grad_(), x[1], x[2], **settings, impl="triton"
+        )
+
+    for loss in (policy, value):
+        for dtype in (torch.float32, *halves, torch.float64):
+            yield loss(dtype, mask=mask)
+        yield loss(torch.float32, reduction="sequence_mean", mask=mask)
+        yield loss(torch.float32, packed=True, reduction="sequence_mean", cu_seqlens=cu_seqlens)
+        yield loss(torch.float32, reduction="sum", normalizer=torch.tensor(3.0))
+    for estimator in ("k1", "k2", "k3"):
+        yield policy(torch.float32, whole=True, kl_estimator=estimator, mask=mask)
+    yield policy(torch.bfloat16, whole=True, mask=mask)
+    yield policy(torch.float32, mask=mask.t().contiguous().t())
+
+    for dtype in (torch.float32, *halves, torch.float64):
+        chosen, rejected, margin = torch.randn(3, 9).to(dtype)
+        yield lambda c=chosen, r=rejected: ppo_kernels.pairwise_loss(
+            c.requires_grad_(), r.requires_grad_(), impl="triton"
+        )
+        yield lambda c=chosen, r=rejected, m=margin: ppo_kernels.pairwise_loss(
+            c, r, margin=m, impl="triton"
+        )
+
+    gradient, factor = torch.randn(9), torch.tensor(2.0)
+    yield lambda: dispatch.triton_kernels("fused_loss").scale(gradient, factor)
+
+
+def launches() -> dict[tuple[str, str], Launch]:
+    """What the calls launch, by kernel and configuration."""
+    found: dict[tuple[str, str], Launch] = {}
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launch = _described(self, args, named)
+        found.setdefault((self.__name__, _configuration(launch)), launch)
+
+    before = JITFunction.run, dispatch._INTERPRETED
+    # Nothing is interpreted, but CPU tensors are to be taken.
+    JITFunction.run, dispatch._INTERPRETED = record, True
+    try:
+        for call in calls():
+            call()
+    finally:
+        JITFunction.run, dispatch._INTERPRETED = before
+    return found
+
+
+def _described(function: JITFunction, args: tuple[Any, ...], named: dict[str, Any]) -> Launch:
+    """What triton would specialise such a launch on."""
+    given = dict(zip(function.arg_names, args, strict=False))
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for number, parameter in enumerate(function.params):
+        x = given[parameter.name]
+        specialised = isinstance(x, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or x is None or (specialised and x == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = x
+            continue
+        signature[parameter.name] = parameter.annotation_type or mangle_type(x)
+        if isinstance(x, Tensor) or (specialised and x % 16 == 0):
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    return function, signature, constants, attributes, named
+
+
+def _configuration(launch: Launch) -> str:
+    """The types of the tensors, what is there, and the constants."""
+    function, signature, constants, attributes, options = launch
+    types = [f"{name}:{kind[1:]}" for name, kind in signature.items() if kind.startswith("*")]
+    wide = [
+        function.params[number].name for (number,) in attributes
+        if not signature[function.params[number].name].startswith("*")
+    ]  # fmt: skip
+    given = [f"{name}={x}" for name, x in constants.items() if x is not None]
+    return " ".join((*types, *given, *(f"16|{name}" for name in wide),
+                     f"warps={options.get('num_warps', 4)}"))  # fmt: skip
+
+
+def resources(launch: Launch, target: str) -> dict[str, int]:
+    """Compile; what the program takes."""
+    function, signature, constants, attributes, options = launch
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    if "cubin" in compiled.asm:
+        registers, spilled = _of_cubin(compiled.asm["cubin"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        # Scalar registers are spilled to lanes of others, not to memory.
+        spilled = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+
+
+def _of_cubin(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack, which is where spills go)."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in {text[:2000]}")
+    return int(match.group(1))
+
+
+def table() -> list[dict[str, Any]]:
+    return [
+        {"kernel": kernel, "configuration": configuration, "target": target}
+        | resources(launch, target)
+        for (kernel, configuration), launch in sorted(launches().items(), key=lambda x: x[0])
+        for target in TARGETS
+    ]
+
+
+def main() -> None:
+    rows = table()
+    to = TABLE.open("w", newline="") if "--write" in sys.argv[1:] else sys.stdout
+    print(f"# triton {triton.__version__}", file=to)
+    writer = csv.DictWriter(to, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

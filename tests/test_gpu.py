@@ -1,0 +1,233 @@
+"""The kernels on a GPU: random cases of every op, and what only a GPU shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import ops
+import pytest
+import torch
+from fuzz.cases import CASES, Case, make_case
+from fuzz.check import Failure, check
+from torch import Tensor
+
+import ppo_kernels
+from ppo_kernels import dispatch, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand"),
+]
+CASES_OF_EACH_OP = 200
+
+
+def to_gpu(x: Any) -> Any:
+    """The same view of the same memory, garbage around it included, on the GPU."""
+    if not isinstance(x, Tensor):
+        return x
+    storage = x.detach().untyped_storage().cuda()
+    moved = torch.empty(0, dtype=x.dtype, device="cuda").set_(
+        storage, x.storage_offset(), x.shape, x.stride()
+    )
+    return moved.requires_grad_(x.requires_grad)
+
+
+def on_gpu(op: str) -> Callable[..., Any]:
+    """The op on the GPU, for CPU tensors, through which gradients flow back."""
+
+    def run(**arguments: Any) -> Any:
+        class Moved(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return to_gpu(x.detach())
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return grad.cpu()
+
+        moved = {
+            name: Moved.apply(x) if isinstance(x, Tensor) and x.requires_grad else to_gpu(x)
+            for name, x in arguments.items()
+        }
+        result = partial(getattr(ppo_kernels, op), impl="triton")(**moved)
+        return torch.utils._pytree.tree_map(lambda x: x.cpu(), result)
+
+    return run
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_random_cases(op: str) -> None:
+    messages = []
+    for seed in range(CASES_OF_EACH_OP):
+        case: Case = make_case(op, seed)
+        try:
+            check(case, on_gpu(op), guarded=False)
+        except Failure as failure:
+            messages.append(f"seed {seed}: {failure}")
+    assert not messages, "\n".join(messages[:5])
+
+
+def tokens(count: int, *shape: int) -> list[Tensor]:
+    return list(torch.randn(count, *shape, device="cuda").unbind())
+
+
+def test_rows_beyond_the_limit_of_a_grids_second_dimension() -> None:
+    rewards, values = tokens(2, 70_000, 3)
+    a = ppo_kernels.gae(rewards, values)
+    b = reference.gae(rewards, values)
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3, 200_000), (600, 5_000)])
+def test_long_rows(shape: tuple[int, int]) -> None:
+    """In chunks, and walked through; against the C++ kernel."""
+    logprobs, ref_logprobs, values = (x.cpu() for x in tokens(3, *shape))
+    given = {"scores": torch.randn(shape[0]), "logprobs": logprobs, "values": values}
+    given |= {"ref_logprobs": ref_logprobs, "kl_coef": 0.1, "mask": torch.rand(shape) < 0.9}
+    a = on_gpu("kl_shaped_gae")(**given)
+    torch.testing.assert_close(a, ppo_kernels.kl_shaped_gae(**given), rtol=1e-5, atol=1e-5)
+
+
+def test_more_logits_than_an_int32_counts() -> None:
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("takes 12 GiB of GPU memory")
+    rows, vocab = 20_000, 120_000
+    logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")
+    logits[-1] = torch.randn(vocab)
+    targets = torch.full((rows,), vocab - 1, device="cuda")
+    expected = torch.log_softmax(logits[-1].double(), 0)
+    logits.requires_grad_()
+    found = ppo_kernels.token_logprobs(logits, targets)
+    torch.testing.assert_close(found[-1].double(), expected[-1], rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found[-1], logits)
+    wanted = -expected.exp()
+    wanted[-1] += 1
+    torch.testing.assert_close(gradient[-1].double(), wanted, rtol=1e-2, atol=1e-6)
+    assert not gradient[0].any()
+
+
+def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
+    """All ops, forward and backward, on tensors of the GPU."""
+    torch.manual_seed(seed)
+    rows, length, vocab = 8, 70, 500
+    logprobs, old, ref, values, returns = tokens(5, rows, length)
+    mask = torch.rand(rows, length, device="cuda") < 0.8
+    scores, bootstrap = tokens(2, rows)
+    kl_coef, normalizer = torch.tensor(0.1, device="cuda"), torch.tensor(50.0, device="cuda")
+    logits = torch.randn(rows, length, vocab, device="cuda")
+    targets = torch.randint(vocab, (rows, length), device="cuda")
+    for x in (logprobs, values, logits, scores):
+        x.requires_grad_()
+
+    def run() -> list[Tensor]:
+        shaped = ppo_kernels.kl_shaped_gae(
+            scores.detach(), logprobs.detach(), ref, values.detach(), kl_coef=kl_coef, mask=mask,
+            bootstrap=bootstrap,
+        )  # fmt: skip
+        found = ppo_kernels.token_logprobs(logits, targets, return_entropy=True)
+        policy, stats = ppo_kernels.ppo_policy_loss(
+            logprobs, old, shaped.advantages, mask=mask, moments=shaped.moments, ref_logprobs=ref,
+            kl_coef=0.1, normalizer=normalizer,
+        )  # fmt: skip
+        value, _ = ppo_kernels.ppo_value_loss(values, old, returns, mask=mask)
+        pairs, _ = ppo_kernels.pairwise_loss(scores, bootstrap)
+        total = policy + 2 * value + pairs + sum(x.sum() for x in found)
+        gradients = torch.autograd.grad(total, (logprobs, values, logits, scores))
+        return [*shaped, *stats, total.detach(), *gradients]
+
+    return run
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    run = everything()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_of_all_ops() -> None:
+    run = everything()
+    expected = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for _ in range(2):
+        graph.replay()
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_same_bits_every_time() -> None:
+    run = everything()
+    expected = run()
+    for _ in range(20):
+        for a, b in zip(run(), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_another_stream() -> None:
+    expected = everything()()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = everything()()
+    torch.cuda.synchronize()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+def test_another_device() -> None:
+    rewards, values = (x.to("cuda:1") for x in tokens(2, 4, 9))
+    advantages, _ = ppo_kernels.gae(rewards, values)
+    assert advantages.device == rewards.device
+    torch.testing.assert_close(advantages, reference.gae(rewards, values)[0])
+
+
+def test_new_lengths_and_coefficients_compile_nothing() -> None:
+    kernels = dispatch.triton_kernels("gae")
+
+    def call(rows: int, length: int, gamma: float, coef: float) -> None:
+        logprobs, ref, values = tokens(3, rows, length)
+        (scores,) = tokens(1, rows)
+        ppo_kernels.kl_shaped_gae(scores, logprobs, ref, values, kl_coef=coef, gamma=gamma)
+
+    def compiled() -> int:
+        caches = (kernels.walk.device_caches, kernels.merge.device_caches)
+        return sum(len(cache[0]) for of in caches for cache in of.values())
+
+    call(7, 300, 0.9, 0.1)
+    before = compiled()
+    for i in range(8):
+        call(7 + i, 304 + 13 * i, 0.9 + 0.01 * i, 0.1 * i)
+    assert compiled() == before
+
+
+def test_gradients_of_a_graph_that_is_kept() -> None:
+    """A factor is multiplied in place only where what was saved is not needed again."""
+    logprobs, old, advantages = tokens(3, 4, 9)
+    logprobs.requires_grad_()
+    loss, _ = ppo_kernels.ppo_policy_loss(logprobs, old, advantages)
+    (once,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, logprobs, retain_graph=True)
+    (again,) = torch.autograd.grad(2 * loss, logprobs)
+    ops.assert_same_bits({"": thrice}, {"": 3 * once})
+    ops.assert_same_bits({"": again}, {"": 2 * once})
+
+
+def test_compiles_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    logits = torch.randn(6, 100, device="cuda", requires_grad=True)
+    targets = torch.randint(100, (6,), device="cuda")
+    compiled = torch.compile(ppo_kernels.token_logprobs, fullgraph=True)
+    found = compiled(logits, targets)
+    torch.testing.assert_close(found, ppo_kernels.token_logprobs(logits, targets))
