@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -73,7 +74,7 @@ def _triton() -> Availability:
         return Availability(True, "interpreted, as TRITON_INTERPRET=1: any device, very slow")
     if not torch.cuda.is_available():
         return Availability(False, "no GPU: torch.cuda.is_available() is False")
-    return Availability(True, f"compiled for {torch.cuda.get_device_name()}")
+    return Availability(True, f"triton {importlib.metadata.version('triton')}")
 
 
 @functools.cache

@@ -291,8 +291,8 @@ def merge(
         shift = d_sum / tl.maximum(n_sum, 1.0)
         tl.store(moments, n_sum)
         tl.store(moments + 1, tl.where(n_sum > 0, origin + shift, 0.0))
-        m2 = m2_sum - d_sum * shift
-        tl.store(moments + 2, tl.where(m2 < 0.0, 0.0, m2))  # NaN stays
+        spread = m2_sum - d_sum * shift
+        tl.store(moments + 2, tl.where(spread < 0.0, 0.0, spread))  # NaN stays
     elif kl_partials is not None:
         b = tl.program_id(0).to(tl.int64) - 1
         total = number(0.0, tl.float64)
