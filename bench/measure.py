@@ -68,7 +68,8 @@ def measure(
 
 def _implementations(case: Case, impls: Sequence[str]) -> Iterator[tuple[str, Run]]:
     for impl, availability in implementations()[case.op].items():
-        can_run = availability.available and (impl != "cpp" or case.device == "cpu")
+        belongs = {"reference": case.device, "cpp": "cpu"}.get(impl, "cuda") == case.device
+        can_run = availability.available and belongs  # Triton's interpreter is not for timing
         if impl in impls or (not impls and can_run and impl != "reference"):
             yield impl, partial(case.ours, impl=impl)
     if not impls or ALTERNATIVES in impls:

@@ -33,7 +33,6 @@ _OPTIONAL = {
 _COST = {
     "cpp": "ops on the CPU run in plain PyTorch, several times slower and with more memory",
     "triton": "ops on a GPU run in plain PyTorch",
-    "cuda": "none: triton has every op",
 }
 _TOLERANCE = 1e-4  # absolute and relative, fp32 against fp32
 
@@ -101,10 +100,12 @@ def _operations(report: Report) -> None:
     table = ppo_kernels.implementations()
     gpu = torch.cuda.is_available()
     for impl in dispatch.IMPLS:
-        found = {table[op][impl] for op in table}
-        for availability in found:
+        for availability in {table[op][impl] for op in table}:
             if availability.available:
                 report.line("ok", impl, availability.reason)
+            elif availability == dispatch.NOT_WRITTEN:
+                ops = [op for op in table if table[op][impl] == availability]
+                report.line("info", impl, f"not written yet: {', '.join(ops)}")
             elif impl == "cpp" and importlib.util.find_spec("ppo_kernels._cpu"):
                 report.line("BROKEN", impl, f"{availability.reason}; cost: {_COST[impl]}")
             else:
@@ -175,6 +176,11 @@ def _logprob_example(generator: torch.Generator) -> Example:
     return [logits, targets], {"return_entropy": True, "temperature": 0.7}
 
 
+def _ranking_example(generator: torch.Generator) -> Example:
+    scores = torch.randn((5, 4), generator=generator)
+    return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
+
+
 _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "gae": lambda g: (_tokens(g, 2), {"mask": _mask()}),
     "kl_shaped_gae": _shaped_example,
@@ -182,6 +188,8 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "ppo_policy_loss": lambda g: (_tokens(g, 3), {"mask": _mask()}),
     "ppo_value_loss": lambda g: (_tokens(g, 3), {"mask": _mask()}),
     "pairwise_loss": lambda g: (list(torch.randn((2, 33), generator=g)), {"center_coef": 0.01}),
+    "ranking_loss": _ranking_example,
+    "sample": lambda g: ([torch.randn((3, 101), generator=g)], {"seed": 1, "offset": 2}),
 }
 
 

@@ -130,6 +130,18 @@ def calls() -> Iterator[Callable[[], object]]:
             c, r, margin=m, impl="triton"
         )
 
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        scores = torch.randn(3, 5).to(dtype).requires_grad_()
+        ranks = torch.randint(5, (3, 5))
+        yield lambda s=scores, r=ranks: ppo_kernels.ranking_loss(s, r, impl="triton")
+        for settings in ({}, {"top_k": 5, "top_p": 0.9}):
+            yield lambda s=settings, d=dtype: ppo_kernels.sample(
+                torch.randn(2, 49152).to(d), **s, seed=1, offset=0, impl="triton"
+            )
+    yield lambda: ppo_kernels.sample(
+        torch.randn(2, 300), top_p=0.9, seed=1, offset=torch.tensor(3), impl="triton"
+    )
+
     gradient, factor = torch.randn(9), torch.tensor(2.0)
     yield lambda: dispatch.triton_kernels("fused_loss").scale(gradient, factor)
 

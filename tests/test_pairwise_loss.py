@@ -10,11 +10,12 @@ import torch
 from ops import assert_error_rule, assert_same_bits, implementations_of, run, views
 from torch import Tensor
 
-from ppo_kernels import dispatch, pairwise_loss, reference
+from ppo_kernels import dispatch, pairwise_loss, ranking_loss, reference
 from ppo_kernels.pairwise_loss import _pairwise_op
 
 IMPLS = pytest.mark.parametrize("impl", implementations_of("pairwise_loss"))
 NEEDS_CPP = pytest.mark.skipif(dispatch.cpu is None, reason="the C++ extension is not built")
+NAN = math.nan
 WRT = ("chosen", "rejected")
 
 
@@ -170,3 +171,77 @@ def test_compile_without_breaks_or_recompiles() -> None:
         torch.testing.assert_close(
             torch.autograd.grad(got[0], chosen), torch.autograd.grad(expected[0], chosen)
         )
+
+
+# --- Rankings -------------------------------------------------------------------------------------
+
+OF_RANKINGS = pytest.mark.parametrize("impl", implementations_of("ranking_loss"))
+
+
+def ranking(prompts: int, candidates: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """With ties in ranks and in scores, absent responses (of score NaN), prompts without a pair."""
+    ranks = torch.randint(-1, 4, (prompts, candidates))
+    ranks[::5] = 2
+    scores = 2 * torch.randn(prompts, candidates)
+    scores[:, 1::3] = scores[:, :1]
+    return {"scores": scores.to(dtype).masked_fill(ranks < 0, NAN), "ranks": ranks}
+
+
+@OF_RANKINGS
+def test_rankings_are_all_their_pairs(impl: str) -> None:
+    scores, ranks = torch.randn(4, 5, dtype=torch.float64), torch.randint(-1, 3, (4, 5))
+    ranks[2] = 1  # no pair: does not count
+    losses, differences = [], []
+    for s, r in zip(scores.tolist(), ranks.tolist(), strict=True):
+        of = [a - b for a, i in zip(s, r, strict=True) for b, j in zip(s, r, strict=True)
+              if 0 <= i < j]  # fmt: skip
+        if of:
+            losses.append(sum(math.log1p(math.exp(-d)) for d in of) / len(of))
+        differences += of
+    loss, stats = ranking_loss(scores, ranks, impl=impl)
+    assert loss.item() == pytest.approx(sum(losses) / len(losses))
+    assert stats.accuracy.item() == pytest.approx(
+        sum(d > 0 for d in differences) / len(differences)
+    )
+    assert stats.margin.item() == pytest.approx(sum(differences) / len(differences))
+
+
+@OF_RANKINGS
+def test_two_responses_are_a_pair(impl: str) -> None:
+    chosen, rejected = torch.randn(2, 6)
+    scores, ranks = torch.stack((rejected, chosen), 1), torch.tensor([[1, 0]]).expand(6, 2)
+    torch.testing.assert_close(
+        ranking_loss(scores, ranks, impl=impl), pairwise_loss(chosen, rejected, impl="reference")
+    )
+
+
+@pytest.mark.parametrize("kernel", implementations_of("ranking_loss", but=("reference",)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_error_rule_of_rankings(kernel: str, dtype: torch.dtype) -> None:
+    for shape in ((0, 3), (1, 0), (1, 1), (2, 2), (7, 5)):
+        given = ranking(*shape, dtype)
+        assert_error_rule(ranking_loss, reference.ranking_loss, given, ("scores",), impl=kernel)
+    for _, view in views(given["scores"]):
+        strided = given | {"scores": view}
+        assert_error_rule(ranking_loss, reference.ranking_loss, strided, ("scores",), impl=kernel)
+
+
+@OF_RANKINGS
+def test_errors_of_rankings(impl: str) -> None:
+    scores, ranks = torch.randn(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"ranking_loss: scores must be \[P, K\]"):
+        ranking_loss(scores[0], ranks[0], impl=impl)
+    with pytest.raises(ValueError, match="ranking_loss: ranks must have shape"):
+        ranking_loss(scores, ranks[:1], impl=impl)
+    with pytest.raises(TypeError, match="ranking_loss: ranks must be int32 or int64"):
+        ranking_loss(scores, ranks.float(), impl=impl)
+
+
+@OF_RANKINGS
+def test_rankings_compile_without_a_break(impl: str) -> None:
+    given = ranking(5, 4) | {"impl": impl}
+    torch._dynamo.reset()
+    compiled = torch.compile(ranking_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        run(compiled, given, ("scores",)), run(ranking_loss, given, ("scores",))
+    )

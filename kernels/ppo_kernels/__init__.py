@@ -3,8 +3,9 @@
 from ppo_kernels.dispatch import implementations
 from ppo_kernels.gae import ShapedGAE, gae, kl_shaped_gae
 from ppo_kernels.logprob import token_logprobs
-from ppo_kernels.pairwise_loss import PairwiseStats, pairwise_loss
+from ppo_kernels.pairwise_loss import PairwiseStats, pairwise_loss, ranking_loss
 from ppo_kernels.ppo_loss import PolicyStats, ValueStats, ppo_policy_loss, ppo_value_loss
+from ppo_kernels.sample import sample
 
 __all__ = [
     "PairwiseStats",
@@ -17,5 +18,7 @@ __all__ = [
     "pairwise_loss",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "ranking_loss",
+    "sample",
     "token_logprobs",
 ]

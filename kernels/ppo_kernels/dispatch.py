@@ -24,6 +24,8 @@ OPS = (
     "ppo_policy_loss",
     "ppo_value_loss",
     "pairwise_loss",
+    "ranking_loss",
+    "sample",
 )
 
 
@@ -61,6 +63,8 @@ def _load_extension() -> tuple[Any, Availability]:
 
 # The compiled module, None where it is missing.
 cpu, _CPP = _load_extension()
+NOT_WRITTEN = Availability(False, "not written yet")
+_WITHOUT_CPP = ("ranking_loss", "sample")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # How triton's own decorators decide, once, when the kernels are imported.
@@ -89,9 +93,10 @@ def implementations() -> dict[str, dict[str, Availability]]:
         "reference": Availability(True, "plain PyTorch, any device"),
         "cpp": _CPP,
         "triton": _triton(),
-        "cuda": Availability(False, "not written yet"),
+        "cuda": NOT_WRITTEN,
     }
-    return {op: dict(available) for op in OPS}
+    without_cpp = available | {"cpp": NOT_WRITTEN}
+    return {op: dict(without_cpp if op in _WITHOUT_CPP else available) for op in OPS}
 
 
 def resolve(op: str, impl: str, device: torch.device) -> str:
@@ -101,6 +106,8 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
     where one is named that cannot run.
     """
     if impl == "auto":
+        if device.type == "cpu" and op in _WITHOUT_CPP:
+            return "reference"
         if device.type == "cpu" and cpu is not None:
             return "cpp"
         if device.type == "cuda" and HAS_TRITON:

@@ -1,4 +1,4 @@
-"""The pairwise preference loss that trains reward models."""
+"""The preference losses that train reward models: of pairs, and of rankings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ppo_kernels import checks, dispatch, fused_loss, reference
 from ppo_kernels.fused_loss import gradient_like
 from ppo_kernels.reference import PairwiseStats
 
-OP = "pairwise_loss"
+OP, RANKING = "pairwise_loss", "ranking_loss"
 
 
 def pairwise_loss(
@@ -68,6 +68,48 @@ def pairwise_loss(
     return loss, PairwiseStats(*stats.unbind())
 
 
+def ranking_loss(
+    scores: Tensor, ranks: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, PairwiseStats]:
+    """Bradley-Terry loss of rankings, all ordered pairs of a prompt (Ouyang et al. 2022, eq. 1).
+
+    The mean over the prompts of each one's mean over its pairs of -log sigmoid(s_better - s_worse):
+    a prompt weighs the same however many pairs it has, and nothing where it has none.
+    Differentiable, once, in the scores.
+
+    Args:
+        scores: `[P, K]`, any floating dtype and strides: K responses to each of P prompts.
+        ranks: `[P, K]` int32 or int64, lower is better; equal ranks are no pair; below 0 is absent,
+            its score is not read.
+        impl: "auto", or one of `implementations()["ranking_loss"]`.
+
+    Returns:
+        (loss, statistics): as `pairwise_loss`; the statistics are over all pairs alike.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+        RuntimeError: for an `impl` that cannot run, with the reason.
+    """
+    checks.tensor(RANKING, "scores", scores)
+    if scores.ndim != 2:
+        raise ValueError(f"{RANKING}: scores must be [P, K], but has shape {tuple(scores.shape)}")
+    checks.tensor(
+        RANKING, "ranks", ranks, checks.INDEX_DTYPES, shape=tuple(scores.shape),
+        like=("scores", scores),
+    )  # fmt: skip
+    impl = dispatch.resolve(RANKING, impl, scores.device)
+    if impl == "reference":
+        return reference.ranking_loss(scores, ranks)
+    wanted = fused_loss.wanted(scores)
+    if not dispatch.eager(scores, ranks):
+        loss, stats, _ = _ranking_op(scores, ranks, *wanted)
+        stats = stats.detach()
+    else:
+        results = _ranking_loss(scores, ranks, *wanted)
+        loss, stats = fused_loss.attach(results, (scores,), wanted), results[1]
+    return loss, PairwiseStats(*stats.unbind())
+
+
 def _numbers(margin: float | Tensor | None, center_coef: float) -> tuple[float, float]:
     """(margin that all pairs share, center_coef), checked."""
     shared = margin is not None and not isinstance(margin, Tensor)
@@ -103,6 +145,15 @@ def _pairwise_loss(
     return loss, stats, grad_chosen, grad_rejected
 
 
+def _ranking_loss(scores: Tensor, ranks: Tensor, want_scores: bool) -> fused_loss.Results:
+    """(loss, statistics, gradient of the scores), by Triton."""
+    loss = scores.new_empty((), dtype=dispatch.accumulator(scores.dtype))
+    stats = loss.new_empty(len(PairwiseStats._fields))
+    grad_scores = gradient_like(scores, loss, want_scores)
+    dispatch.triton_kernels("pairwise_loss").ranking_loss(scores, ranks, loss, stats, grad_scores)
+    return loss, stats, grad_scores
+
+
 # --- The same under torch.compile -----------------------------------------------------------------
 
 
@@ -132,4 +183,19 @@ def _(chosen, rejected, margins, numbers, impl, *wanted):  # type: ignore[no-unt
     return fused_loss.without_none((loss, stats, *gradients))
 
 
+@torch.library.custom_op(
+    "ppo_kernels::ranking_loss", mutates_args=(), device_types=dispatch.DEVICES
+)
+def _ranking_op(scores: Tensor, ranks: Tensor, want_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return fused_loss.without_none(_ranking_loss(scores, ranks, want_scores))
+
+
+@_ranking_op.register_fake
+def _(scores, ranks, want_scores):  # type: ignore[no-untyped-def]
+    loss = scores.new_empty((), dtype=dispatch.accumulator(scores.dtype))
+    stats = loss.new_empty(len(PairwiseStats._fields))
+    return fused_loss.without_none((loss, stats, gradient_like(scores, loss, want_scores)))
+
+
 fused_loss.register(_pairwise_op, trained=2)
+fused_loss.register(_ranking_op, trained=1)

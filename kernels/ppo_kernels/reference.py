@@ -302,7 +302,85 @@ def pairwise_loss(
     return _token_mean(loss, pairs), stats
 
 
+# The same for rankings, all ordered pairs of a prompt's responses (Ouyang et al. 2022,
+# arXiv:2203.02155, eq. 1), each prompt weighing the same:
+#   mean over prompts of the mean over its pairs of -log sigmoid(s_better - s_worse)
+def ranking_loss(scores: Tensor, ranks: Tensor) -> tuple[Tensor, PairwiseStats]:
+    """Loss (0-dim) of `[P, K]` scores; lower ranks are better, equal ones no pair, negative absent.
+
+    A prompt without any pair does not count. The statistics are over all pairs alike.
+    """
+    (scores,) = _accumulated(scores)
+    there = ranks >= 0
+    scores = _real(scores, there)
+    better = there[:, :, None] & there[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
+    difference = scores[:, :, None] - scores[:, None, :]
+    loss = _real(-F.logsigmoid(difference), better)
+    count = better.sum((1, 2))
+    of_prompts = loss.sum((1, 2)) / count.clamp(min=1)
+    with torch.no_grad():
+        wins = (difference > 0).to(loss.dtype) + (difference == 0).to(loss.dtype) / 2
+        stats = PairwiseStats(_token_mean(wins, better), _token_mean(difference, better))
+    return of_prompts.sum() / (count > 0).sum().clamp(min=1), stats
+
+
+# Sampling from softmax(z / T) cut to the top_k most likely tokens, then to the fewest of these that
+# have a probability of at least top_p together (Holtzman et al. 2020, arXiv:1904.09751); tokens as
+# likely as the last that is kept are kept too. The token is the first at which the cumulative
+# probability, in the order of the vocabulary, exceeds a uniform number.
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int,
+    offset: int | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Tokens `[...]` (int64) from logits `[..., V]`, and their log-probs in what is kept."""
+    (logits,) = _accumulated(logits)
+    z = logits.reshape(-1, logits.shape[-1]) / temperature
+    if 0 < top_k < z.shape[-1]:
+        z = z.masked_fill(z < z.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        descending = z.sort(dim=-1, descending=True).values
+        p = descending.softmax(-1)
+        kept = p.cumsum(-1) - p < top_p
+        lowest = descending.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        z = z.masked_fill(z < lowest, -torch.inf)
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    below = p.double().cumsum(-1)
+    uniform = _uniform(seed, offset, len(z), z.device)[:, None] * below[:, -1:]
+    last = (p > 0).long().cumsum(-1).argmax(-1)
+    tokens = torch.minimum((below <= uniform).sum(-1), last)
+    shape = logits.shape[:-1]
+    return tokens.reshape(shape), log_p.gather(-1, tokens[:, None]).reshape(shape)
+
+
 # --------------------------------------------------------------------------------------------------
+
+
+# Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405), the first word of each counter.
+def _uniform(seed: int, offset: int | Tensor, count: int, device: torch.device) -> Tensor:
+    """`[count]` float64 multiples of 2^-32 in [0, 1), of the counters from `offset` on."""
+    low = 0xFFFFFFFF
+    counter = torch.arange(count, device=device) + offset
+    a, b = counter & low, (counter >> 32) & low
+    c, d = torch.zeros_like(a), torch.zeros_like(a)
+    key_a, key_b = seed & low, (seed >> 32) & low
+
+    def product(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+        """(high, low) words of a 64-bit product, without leaving int64."""
+        lower, upper = (x & 0xFFFF) * by, (x >> 16) * by
+        middle = upper + (lower >> 16)
+        return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)
+
+    for _ in range(10):
+        (high_a, low_a), (high_c, low_c) = product(a, 0xD2511F53), product(c, 0xCD9E8D57)
+        a, b, c, d = high_c ^ b ^ key_a, low_c, high_a ^ d ^ key_b, low_a
+        key_a, key_b = (key_a + 0x9E3779B9) & low, (key_b + 0xBB67AE85) & low
+    return a.double() * 2.0**-32
 
 
 def _accumulated(*tensors: Tensor | None) -> Any:

@@ -22,6 +22,12 @@ def load(pointer, offsets, keep, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def logit_row(i, inner, outer_stride, inner_stride):
+    """Where row i of logits begins; see `launch.logit_rows`."""
+    return i // inner * outer_stride + i % inner * inner_stride
+
+
+@triton.jit
 def is_real(mask, offsets, inside):
     """Which tokens are inside and, where there is a mask, True in it."""
     if mask is None:

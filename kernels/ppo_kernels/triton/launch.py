@@ -8,17 +8,20 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-# Arguments that nothing is specialised on: a new length compiles nothing anew.
+# Arguments that nothing is specialised on: a new length compiles nothing anew. A vocabulary is a
+# model's own, and not among them: that 16 divides it makes for wide loads.
 SIZES = [
-    "T", "count", "chunks", "sequences", "steps", "counters", "programs", "rewards_row",
-    "logprobs_row", "old_row", "ref_row", "advantages_row", "entropy_row", "weights_row",
-    "values_row", "returns_row", "mask_row", "out_row",
+    "T", "count", "inner", "outer_stride", "inner_stride", "seed", "prompts", "candidates",
+    "offset", "top_k", "scores_row", "ranks_row", "chunks", "sequences", "steps", "counters",
+    "programs", "rewards_row", "logprobs_row", "old_row", "ref_row", "advantages_row",
+    "entropy_row", "weights_row", "values_row", "returns_row", "mask_row", "out_row",
 ]  # fmt: skip
 
 # Products and sums become one operation. Said aloud, as triton's default is about to change.
 OPTIONS = {"enable_fp_fusion": True}
 
 _INTERPRETED_PROCESSORS = 8
+_LOGIT_BYTES = 8192  # of a row at a time, in the accumulation dtype
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -44,3 +47,19 @@ def side_by_side(x: Tensor | None) -> Tensor | None:
 def row(x: Tensor | None) -> int:
     """From one row of a `[B, T]` tensor to the next, in elements; 0 of a packed or absent one."""
     return 0 if x is None or x.ndim == 1 else x.stride(0)
+
+
+def logit_rows(logits: Tensor) -> tuple[Tensor, int, int, int]:
+    """The logits, and (inner, outer stride, inner stride) of their rows in at most two dimensions:
+    a copy where more cannot be told so."""
+    if logits.ndim > 3:
+        logits = logits.flatten(0, -3)
+    if logits.ndim == 3:
+        return logits, max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
+    return logits, 1, logits.stride(0) if logits.ndim == 2 else 0, 0
+
+
+def logit_tiling(vocab: int, accumulated: torch.dtype) -> tuple[int, int]:
+    """(logits at a time, warps): 8 logits a thread, in float64 4."""
+    size = min(max(1 << (vocab - 1).bit_length(), 64), _LOGIT_BYTES // accumulated.itemsize)
+    return size, min(max(size * accumulated.itemsize // 1024, 1), 8)

@@ -17,27 +17,16 @@ Backward, from the saved M, log_norm, H and log p_y, for gradients g of log p_y 
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.reference import IGNORED_TARGET
-from ppo_kernels.triton.common import expm1, log_from_one, number, softplus
-from ppo_kernels.triton.launch import OPTIONS, on
+from ppo_kernels.triton.common import expm1, log_from_one, logit_row, number, softplus
+from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, logit_tiling, on
 
 IGNORED = tl.constexpr(IGNORED_TARGET)
 LOG2_E = tl.constexpr(1.4426950408889634)
-BLOCK_BYTES = 8192  # of a row at a time, in the accumulation dtype
-
-# The vocabulary is a model's own: what is known of it (16 divides it) makes for wide loads.
-_SIZES = ["count", "inner", "outer_stride", "inner_stride", "out_stride"]
-
-
-@triton.jit
-def _row(i, inner, outer_stride, inner_stride):
-    """Where row i of the logits begins."""
-    return i // inner * outer_stride + i % inner * inner_stride
 
 
 @triton.jit
@@ -68,7 +57,7 @@ def _summed(z, m, sums, dots, scale, ENTROPY: tl.constexpr):
     return m_new, sums * factor + e, dots
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     logits, targets, logprobs, entropy, state, temperature: tl.float64, vocab, inner: tl.int64,
     outer_stride: tl.int64, inner_stride: tl.int64, count: tl.int64, SIZE: tl.constexpr,
@@ -83,7 +72,7 @@ def forward(
         if entropy is not None:
             tl.store(entropy + i, 0.0)
         return
-    logits += _row(i, inner, outer_stride, inner_stride)
+    logits += logit_row(i, inner, outer_stride, inner_stride)
     # Exponents in base 2: one multiplication less for each class.
     scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
     m = number(float("-inf"), DTYPE)
@@ -129,7 +118,7 @@ def _gradient(z, j, y, at_y, m, log_norm, g, g_h, h, inverse_t, ENTROPY: tl.cons
     return tl.where(j == y, at_y, tl.where(p == 0.0, 0.0, -p * by * inverse_t))
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def backward(
     logits, targets, grad_logprobs, grad_entropy, logprobs, entropy, state, grad_logits,
     temperature: tl.float64, vocab, inner: tl.int64, outer_stride: tl.int64,
@@ -154,7 +143,7 @@ def backward(
         for start in range(0, vocab, SIZE):
             tl.store(grad_logits + start + j, zeros, mask=start + j < vocab)
         return
-    logits += _row(i, inner, outer_stride, inner_stride)
+    logits += logit_row(i, inner, outer_stride, inner_stride)
     inverse_t = 1.0 / number(temperature, DTYPE)
     m, log_norm, log_p = tl.load(state + i), tl.load(state + count + i), tl.load(logprobs + i)
     # 1 - p_y without cancellation.
@@ -175,22 +164,6 @@ def backward(
         tl.store(grad_logits + whole + j, dz.to(OUT), mask=inside)
 
 
-def _layout(logits: Tensor) -> tuple[Tensor, int, int, int]:
-    """The logits, and (inner, outer stride, inner stride) of their rows in at most two dimensions:
-    a copy where more cannot be told so."""
-    if logits.ndim > 3:
-        logits = logits.flatten(0, -3)
-    if logits.ndim == 3:
-        return logits, max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
-    return logits, 1, logits.stride(0) if logits.ndim == 2 else 0, 0
-
-
-def _tiling(vocab: int, accumulated: torch.dtype) -> tuple[int, int]:
-    """(logits at a time, warps): 8 logits a thread, in float64 4."""
-    size = min(max(triton.next_power_of_2(vocab), 64), BLOCK_BYTES // accumulated.itemsize)
-    return size, min(max(size * accumulated.itemsize // 1024, 1), 8)
-
-
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
@@ -202,8 +175,8 @@ def token_logprobs(
     """Fill the last three, contiguous ones, from logits whose rows are contiguous."""
     if not targets.numel():
         return
-    logits, *rows = _layout(logits)
-    size, warps = _tiling(logits.shape[-1], logprobs.dtype)
+    logits, *rows = logit_rows(logits)
+    size, warps = logit_tiling(logits.shape[-1], logprobs.dtype)
     with on(logits.device):
         forward[(targets.numel(),)](
             logits, targets, logprobs, entropy, state, temperature, logits.shape[-1], *rows,
@@ -225,8 +198,8 @@ def token_logprobs_backward(
     """Fill the last, a contiguous one."""
     if not targets.numel():
         return
-    logits, *rows = _layout(logits)
-    size, warps = _tiling(logits.shape[-1], logprobs.dtype)
+    logits, *rows = logit_rows(logits)
+    size, warps = logit_tiling(logits.shape[-1], logprobs.dtype)
     with on(logits.device):
         backward[(targets.numel(),)](
             logits, targets, grad_logprobs, grad_entropy, logprobs, entropy, state, grad_logits,

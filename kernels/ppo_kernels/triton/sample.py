@@ -1,0 +1,151 @@
+"""`sample`: a token from each row of logits, and its log-prob, a program for each row.
+
+One pass for the maximum and the sum of e^{z/T}, one for the first token at which the running sum
+exceeds u times that, u a random number. With top-k or top-p, the lowest logit that is kept is first
+found by bisection, over the bits of a number: as integers, they are in the order of the numbers.
+"""
+
+# No `from __future__ import annotations`: triton reads the annotations of kernels.
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_kernels.triton.common import log_from_one, logit_row, number
+from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, logit_tiling, on
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _logits(logits, start, vocab, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    j = start + tl.arange(0, SIZE)
+    return tl.load(logits + j, mask=j < vocab, other=float("-inf")).to(DTYPE)
+
+
+@triton.jit
+def _ordered(z):
+    """Integers in the order of the numbers."""
+    if z.dtype == tl.float64:
+        bits = z.to(tl.int64, bitcast=True)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+    else:
+        bits = z.to(tl.int32, bitcast=True)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+
+
+@triton.jit
+def _weight(z, m, scale, lowest):
+    """e^{(z - m) / T} where z is kept."""
+    return tl.where(_ordered(z) >= lowest, tl.exp2((z - m) * scale), 0.0)
+
+
+@triton.jit
+def _kept(
+    logits, vocab, m, scale, lowest, COUNT: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr
+):
+    """How many are kept, or their weight."""
+    lanes = tl.zeros((SIZE,), DTYPE)
+    for start in range(0, vocab, SIZE):
+        z = _logits(logits, start, vocab, SIZE, DTYPE)
+        if COUNT:
+            inside = start + tl.arange(0, SIZE) < vocab
+            lanes += (inside & (_ordered(z) >= lowest)).to(DTYPE)
+        else:
+            lanes += _weight(z, m, scale, lowest)
+    return tl.sum(lanes.to(tl.float64))
+
+
+@triton.jit
+def _lowest_kept(
+    logits, vocab, m, scale, lowest, least, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The largest bound that still keeps `least`, which `lowest` does."""
+    above = _ordered(number(float("inf"), DTYPE)) + 1
+    while above > lowest + 1:
+        middle = (lowest >> 1) + (above >> 1) + (lowest & above & 1)  # a difference might overflow
+        enough = _kept(logits, vocab, m, scale, middle, COUNT, SIZE, DTYPE) >= least
+        lowest = tl.where(enough, middle, lowest)
+        above = tl.where(enough, above, middle)
+    return lowest
+
+
+@triton.jit(do_not_specialize=SIZES)
+def draw(
+    logits, tokens, logprobs, offset_pointer, temperature: tl.float64, top_p: tl.float64,
+    top_k: tl.int64, seed: tl.int64, offset: tl.int64, vocab, inner: tl.int64,
+    outer_stride: tl.int64, inner_stride: tl.int64, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """A row each."""
+    DTYPE: tl.constexpr = logprobs.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64)
+    logits += logit_row(i, inner, outer_stride, inner_stride)
+    scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
+
+    lanes = tl.full((SIZE,), float("-inf"), DTYPE)
+    for start in range(0, vocab, SIZE):
+        lanes = tl.maximum(lanes, _logits(logits, start, vocab, SIZE, DTYPE))
+    m = tl.max(lanes)
+    lowest = _ordered(number(float("-inf"), DTYPE))
+    if TOP_K:
+        least = number(top_k, tl.float64)
+        lowest = _lowest_kept(logits, vocab, m, scale, lowest, least, True, SIZE, DTYPE)
+    weight = _kept(logits, vocab, m, scale, lowest, False, SIZE, DTYPE)
+    if TOP_P:
+        least = number(top_p, tl.float64) * weight
+        lowest = _lowest_kept(logits, vocab, m, scale, lowest, least, False, SIZE, DTYPE)
+        weight = _kept(logits, vocab, m, scale, lowest, False, SIZE, DTYPE)
+
+    counter = offset + i
+    if offset_pointer is not None:
+        counter = tl.load(offset_pointer).to(tl.int64) + i
+    none = (counter * 0).to(tl.uint32)
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, low, high, none, none)
+    goal = word.to(tl.float64) * 2.3283064365386963e-10 * weight  # 2^-32
+
+    token = vocab + i * 0
+    last = i * 0  # the last one that can be drawn, where rounding leaves the goal out of reach
+    passed = number(0.0, tl.float64)
+    start = i * 0
+    while (token == vocab) & (start < vocab):
+        z = _logits(logits, start, vocab, SIZE, DTYPE)
+        e = _weight(z, m, scale, lowest)
+        j = start + tl.arange(0, SIZE)
+        last = tl.maximum(last, tl.max(tl.where(e > 0.0, j, 0)))
+        running = passed + tl.cumsum(e.to(tl.float64), 0)
+        over = (running > goal) & (e > 0.0)
+        token = tl.minimum(token, tl.min(tl.where(over, j, vocab)))
+        passed += tl.sum(e.to(tl.float64))
+        start += SIZE
+    token = tl.where(token == vocab, last, token)
+    tl.store(tokens + i, token)
+    d = (tl.load(logits + token).to(DTYPE) - m) / number(temperature, DTYPE)
+    tl.store(logprobs + i, d - log_from_one(weight.to(DTYPE)))
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    offset: int | Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+) -> None:
+    """Fill the last two, contiguous ones."""
+    if not tokens.numel():
+        return
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    logits, *rows = logit_rows(logits)
+    vocab = logits.shape[-1]
+    size, warps = logit_tiling(vocab, logprobs.dtype)
+    number, pointer = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    with on(logits.device):
+        draw[(tokens.numel(),)](
+            logits, tokens, logprobs, pointer, temperature, top_p, top_k, seed, number, vocab,
+            *rows, 0 < top_k < vocab, top_p < 1.0, size, num_warps=warps, **OPTIONS,
+        )  # fmt: skip
