@@ -15,16 +15,19 @@ GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
 # (size, rows, length). Few long rows: an agent's episodes rather than a batch of answers.
 _SHAPES: dict[str, list[tuple[Size, int, int]]] = {
     "cpu": [("small", 8, 64), ("medium", 512, 1024), ("large", 4096, 1024)],
-    "cuda": [("small", 8, 64), ("medium", 512, 2048), ("large", 4096, 8192)],
+    "cuda": [("small", 8, 64), ("medium", 512, 1024), ("large", 4096, 4096)],
 }
-_LONG_ROWS: tuple[Size, int, int] = ("large", 8, 32768)
+_LONG_ROWS: dict[str, tuple[Size, int, int]] = {
+    "cpu": ("large", 8, 32768),
+    "cuda": ("large", 8, 131072),
+}
 
 
 def cases(device: str) -> list[Case]:
     shapes = _SHAPES[device]
     return [
         *(_gae(device, *shape) for shape in shapes),
-        _gae(device, *_LONG_ROWS, variant="long rows"),
+        _gae(device, *_LONG_ROWS[device], variant="long rows"),
         *(_kl_shaped(device, *shape) for shape in shapes),
         *(_packed(device, *shape) for shape in shapes[1:]),
     ]

@@ -23,7 +23,12 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=c
 $python -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "no CUDA device")' || exit 1
 step build 90 "$python" setup.py build_ext --inplace
 step doctor 30 "$python" -m ppo_engine doctor
-step tests 150 "$python" -m pytest -q -m gpu tests
+step tests 150 "$python" -m pytest -q -m gpu tests/test_gpu.py
+for tool in memcheck racecheck initcheck; do
+  step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tests/gpu_memory.py
+done
+# Must fail: a fault is planted.
+step memcheck-planted 40 compute-sanitizer --error-exitcode 9 "$python" tests/gpu_memory.py plant
 step ops 200 "$python" bench/run.py --device cuda --seconds 0.3 --out "$out/ops.csv" --plot
 step e2e 120 "$python" bench/e2e.py --device cuda --out "$out/e2e.csv"
 echo "Everything is in $out"

@@ -14,7 +14,7 @@ CLIP_RANGE = 0.2
 
 _SHAPES: dict[str, list[tuple[Size, int, int]]] = {
     "cpu": [("small", 8, 64), ("medium", 512, 1024), ("large", 4096, 1024)],
-    "cuda": [("small", 8, 64), ("medium", 512, 2048), ("large", 4096, 8192)],
+    "cuda": [("small", 8, 64), ("medium", 512, 2048), ("large", 4096, 4096)],
 }
 
 

@@ -1,0 +1,37 @@
+"""A small call of every op on the GPU, for compute-sanitizer: `python tests/gpu_memory.py [plant]`.
+
+`plant` adds a kernel that writes beside its tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Torch would hand out parts of large blocks, where a write beside a tensor goes unnoticed.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+from test_gpu import everything
+
+import ppo_kernels
+from ppo_kernels import dispatch
+
+
+def main() -> None:
+    everything()()
+    logits = torch.randn(3, 1000, device="cuda")
+    ppo_kernels.sample(logits, top_k=9, top_p=0.9, seed=1, offset=0)
+    ppo_kernels.ranking_loss(logits[:, :5], torch.randint(-1, 4, (3, 5), device="cuda"))
+    long = torch.randn(2, 2, 9000, device="cuda")
+    ppo_kernels.gae(*long)
+    if "plant" in sys.argv[1:]:
+        # The gradient is said to be longer than its memory.
+        short = torch.ones(1024, device="cuda")
+        kernel = dispatch.triton_kernels("fused_loss")
+        kernel._scale[(1,)](short, torch.tensor(2.0, device="cuda"), 4096, kernel.TILE)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
