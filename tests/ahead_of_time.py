@@ -179,7 +179,8 @@ def _described(function: JITFunction, args: tuple[Any, ...], named: dict[str, An
             constants[parameter.name] = x
             continue
         signature[parameter.name] = parameter.annotation_type or mangle_type(x)
-        if isinstance(x, Tensor) or (specialised and x % 16 == 0):
+        aligned = isinstance(x, Tensor) and not parameter.do_not_specialize_on_alignment
+        if aligned or (specialised and x % 16 == 0):
             attributes[(number,)] = [["tt.divisibility", 16]]
     return function, signature, constants, attributes, named
 

@@ -46,7 +46,9 @@ def compiled() -> tuple[str, Rows]:
 
 @pytest.mark.slow
 def test_nothing_is_spilled_and_all_fits(compiled: tuple[str, Rows]) -> None:
-    _, rows = compiled
+    version, rows = compiled
+    if version != read(TABLE.read_text())[0]:
+        pytest.skip(f"the blocks are sized for another version; here {version}")
     assert {target for _, _, target in rows} == set(MOST_SHARED)
     for (kernel, configuration, target), takes in rows.items():
         assert takes["spilled"] == 0, (kernel, configuration, target)

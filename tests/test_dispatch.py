@@ -41,7 +41,8 @@ def test_implementations_say_what_can_run_and_why_not() -> None:
         assert table["reference"].available
         for availability in table.values():
             assert availability.reason
-    assert dispatch.cpu is None or dispatch.cpu.isa() in (table["cpp"].reason)
+        if dispatch.cpu is not None and table["cpp"] != dispatch.NOT_WRITTEN:
+            assert dispatch.cpu.isa() in table["cpp"].reason
 
 
 def test_auto_takes_the_fastest_of_a_device() -> None:

@@ -317,6 +317,16 @@ def test_gradients_half_way_go_to_the_even_one(dtype: torch.dtype) -> None:
     assert torch.equal(gradient, torch.stack((wanted, -wanted), 1))
 
 
+def test_a_nan_is_not_lost(impl: str) -> None:
+    """Also where nothing else of the row has any probability."""
+    logits = torch.tensor([[0.5, NAN, -INF], [0.5, NAN, 1.0], [NAN, 0.5, 0.0], [0.5, -INF, -INF]])
+    logprobs, entropy = token_logprobs(
+        logits, torch.zeros(4, dtype=torch.int64), return_entropy=True, impl=impl
+    )
+    assert logprobs[:3].isnan().all() and entropy[:3].isnan().all()
+    assert logprobs[3] == 0 and entropy[3] == 0
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 def test_compiles_without_a_graph_break(impl: str, entropy: bool) -> None:
     torch._dynamo.reset()

@@ -141,9 +141,16 @@ def number(
 
 
 def scalar(
-    op: str, name: str, value: object, *, gt: float = -math.inf, ge: float = -math.inf
+    op: str,
+    name: str,
+    value: object,
+    *,
+    like: tuple[str, Tensor],
+    gt: float = -math.inf,
+    ge: float = -math.inf,
 ) -> float | Tensor:
-    """A `number`, or a 0-dim tensor of real numbers, whose value is checked on the CPU only."""
+    """A `number`, also of a 0-dim tensor on the CPU; or such a tensor on the accelerator of `like`,
+    as it is: it is not waited for."""
     if not isinstance(value, Tensor):
         return number(op, name, value, gt=gt, ge=ge)
     if value.ndim != 0:
@@ -153,7 +160,8 @@ def scalar(
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{op}: {name} must be a real number, but is a tensor of {value.dtype}")
     if value.device.type == "cpu":
-        number(op, name, value.item(), gt=gt, ge=ge)
+        return number(op, name, value.item(), gt=gt, ge=ge)
+    _same_device(op, name, value, like[1].device, like[0])
     return value
 
 

@@ -66,7 +66,22 @@ cpu, _CPP = _load_extension()
 NOT_WRITTEN = Availability(False, "not written yet")
 _WITHOUT_CPP = ("ranking_loss", "sample")
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+def _triton_version() -> str:
+    """ "" where it is missing; torch's builds for AMD bring it under names of their own."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+# Found out once, at import: torch.compile cannot trace it.
+_TRITON_VERSION = _triton_version()
+HAS_TRITON = _TRITON_VERSION != ""
 # How triton's own decorators decide, once, when the kernels are imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -78,7 +93,7 @@ def _triton() -> Availability:
         return Availability(True, "interpreted, as TRITON_INTERPRET=1: any device, very slow")
     if not torch.cuda.is_available():
         return Availability(False, "no GPU: torch.cuda.is_available() is False")
-    return Availability(True, f"triton {importlib.metadata.version('triton')}")
+    return Availability(True, f"triton {_TRITON_VERSION}")
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def kl_shaped_gae(
     with torch.no_grad():
         if impl == "reference":
             if not torch.compiler.is_compiling():
-                checks.scalar(op, "kl_coef", kl_coef)
+                checks.scalar(op, "kl_coef", kl_coef, like=("logprobs", logprobs))
                 _check_values(op, gamma, lam, cu_seqlens, logprobs)
             return reference.kl_shaped_gae(
                 scores, logprobs, ref_logprobs, values, kl_coef=kl_coef, gamma=gamma, lam=lam,
@@ -179,7 +179,7 @@ def _kl_shaped_gae(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "kl_shaped_gae"
-    coef = checks.scalar(op, "kl_coef", kl_coef)
+    coef = checks.scalar(op, "kl_coef", kl_coef, like=("logprobs", logprobs))
     _check_values(op, gamma, lam, cu_seqlens, logprobs)
     dtype, inputs = dispatch.in_one_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
     scores, logprobs, ref_logprobs, values, bootstrap = inputs
@@ -193,7 +193,7 @@ def _kl_shaped_gae(
         return advantages, returns, kl, moments
     dispatch.cpu.gae(
         mask, cu_seqlens, values, bootstrap, None, scores, logprobs, ref_logprobs,
-        1 + KL_ESTIMATORS.index(kl_estimator), float(coef), gamma, lam, advantages, returns, kl,
+        1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl,
         moments, torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns, kl, moments

@@ -89,7 +89,7 @@ def ppo_policy_loss(
     if impl == "reference":
         if not torch.compiler.is_compiling():
             _policy_numbers(*numbers)
-            _normalizer(POLICY, normalizer)
+            _normalizer(POLICY, normalizer, logprobs)
             checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
         return reference.ppo_policy_loss(
             logprobs, old_logprobs, advantages, mask=mask, cu_seqlens=cu_seqlens,
@@ -109,8 +109,8 @@ def ppo_policy_loss(
         stats = stats.detach()
     else:
         results = _policy_loss(
-            *tensors, _policy_numbers(*numbers), _normalizer(POLICY, normalizer), reduction,
-            kl_estimator, impl, *wanted,
+            *tensors, _policy_numbers(*numbers), _normalizer(POLICY, normalizer, logprobs),
+            reduction, kl_estimator, impl, *wanted,
         )  # fmt: skip
         loss, stats = fused_loss.attach(results, (logprobs, entropy), wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
@@ -153,7 +153,7 @@ def ppo_value_loss(
     if impl == "reference":
         if not torch.compiler.is_compiling():
             _value_clip(clip_range)
-            _normalizer(VALUE, normalizer)
+            _normalizer(VALUE, normalizer, values)
             checks.boundaries(VALUE, cu_seqlens, values.shape[0])
         return reference.ppo_value_loss(
             values, old_values, returns, mask=mask, cu_seqlens=cu_seqlens, clip_range=clip_range,
@@ -167,7 +167,7 @@ def ppo_value_loss(
         loss, stats, _ = _value_op(*tensors, *traced, reduction, impl, *wanted)
         stats = stats.detach()
     else:
-        numbers = _value_clip(clip_range), _normalizer(VALUE, normalizer)
+        numbers = _value_clip(clip_range), _normalizer(VALUE, normalizer, values)
         results = _value_loss(*tensors, *numbers, reduction, impl, *wanted)
         loss, stats = fused_loss.attach(results, (values,), wanted), results[1]
     return loss, ValueStats(*stats.unbind())
@@ -197,12 +197,10 @@ def _value_clip(clip_range: float | None) -> float:
     )
 
 
-def _normalizer(op: str, normalizer: float | Tensor | None) -> float | Tensor | None:
-    """As a number, but for a GPU's tensor: that is not waited for."""
+def _normalizer(op: str, normalizer: float | Tensor | None, like: Tensor) -> float | Tensor | None:
     if normalizer is None:
         return None
-    value = checks.scalar(op, "normalizer", normalizer, ge=0.0)
-    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+    return checks.scalar(op, "normalizer", normalizer, like=("the tokens", like), ge=0.0)
 
 
 def _traced(*numbers: float | None) -> Tensor:
@@ -336,7 +334,7 @@ def _policy_op(
     checked = _policy_numbers((low, high), _untraced(dual_clip), entropy_coef, kl_coef)
     results = _policy_loss(
         logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
-        moments, checked, _normalizer(POLICY, normalizer), reduction, kl_estimator, impl,
+        moments, checked, _normalizer(POLICY, normalizer, logprobs), reduction, kl_estimator, impl,
         want_logprobs, want_entropy,
     )  # fmt: skip
     return fused_loss.without_none(results)
@@ -367,7 +365,7 @@ def _value_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     results = _value_loss(
         values, old_values, returns, mask, cu_seqlens, _value_clip(_untraced(clip_range.item())),
-        _normalizer(VALUE, normalizer), reduction, impl, want_values,
+        _normalizer(VALUE, normalizer, values), reduction, impl, want_values,
     )  # fmt: skip
     return fused_loss.without_none(results)
 

@@ -56,7 +56,8 @@ def sample(
         if not isinstance(x, int) or isinstance(x, bool):
             raise TypeError(f"{OP}: {name} must be an int, but is {x!r}")
         checks.number(OP, name, x, ge=0, lt=2**63)
-    checks.scalar(OP, "offset", offset, ge=0)
+    first = checks.scalar(OP, "offset", offset, like=("logits", logits), ge=0)
+    offset = first if isinstance(first, Tensor) else int(first)
     impl = dispatch.resolve(OP, impl, logits.device)
     with torch.no_grad():
         if impl == "reference":

@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton.launch import OPTIONS, SIZES, on
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on
 
 TILE = 4096
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def _scale(x, factor, count: tl.int64, SIZE: tl.constexpr):
     by = tl.load(factor)
     if by == 1.0:

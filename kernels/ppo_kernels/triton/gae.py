@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.triton.common import is_real, kl_estimate, load, number
-from ppo_kernels.triton.launch import OPTIONS, SIZES, on, processors, row, side_by_side
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, processors, row, side_by_side
 
 TILE = 512  # tokens of a row at a time, where a program walks through it
 CHUNK = 1024  # tokens of a long row for a program
@@ -140,7 +140,7 @@ def _moments(real, x, DTYPE: tl.constexpr):
     return count, mean, tl.sum(d * d)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def walk(
     rewards, logprobs, ref_logprobs, values, mask, scores, bootstrap, cu_seqlens, advantages,
     returns, kl, partials, kl_coef_pointer, T: tl.int64, rewards_row: tl.int64,
@@ -166,15 +166,15 @@ def walk(
     returns += b * out_row + first
 
     carry = _at_end(scores, bootstrap, b, gamma)
-    zero = number(0.0, DTYPE)
-    kl_sum, count, mean, m2 = zero, zero, zero, zero
+    zero, kl_sum = number(0.0, DTYPE), number(0.0, tl.float64)
+    count, mean, m2 = zero, zero, zero
     for tile in range(0, tl.cdiv(length, SIZE)):
         real, advantage, k, carry = _results(
             rewards, logprobs, ref_logprobs, values, mask, advantages, returns,
             length - tile * SIZE, carry, kl_coef, gamma, gamma_lam, ESTIMATOR, SIZE, DTYPE,
         )  # fmt: skip
         if ESTIMATOR is not None:
-            kl_sum += tl.sum(k)
+            kl_sum += tl.sum(k.to(tl.float64))
             # Chan, Golub, LeVeque 1979: the moments of two sets together.
             n, tile_mean, tile_m2 = _moments(real, advantage, DTYPE)
             share = n / tl.maximum(count + n, 1.0)
@@ -189,7 +189,7 @@ def walk(
         tl.store(partials + b * 3 + 2, m2)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def summarize(
     rewards, logprobs, ref_logprobs, values, mask, cu_seqlens, summaries, kl_coef_pointer,
     T: tl.int64, chunks: tl.int64, rewards_row: tl.int64, logprobs_row: tl.int64,
@@ -200,6 +200,8 @@ def summarize(
     """(a, u) of each chunk, `[B, chunks, 2]`, the last chunk of a sequence first."""
     b, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0).to(tl.int64) % chunks
     first, length = _sequence(cu_seqlens, b, T)
+    if chunk * SIZE >= length:  # there are as many chunks as the longest sequence may have
+        return
     kl_coef = _coefficient(kl_coef, kl_coef_pointer)
     if ESTIMATOR is None:
         rewards += b * rewards_row + first
@@ -221,7 +223,7 @@ def summarize(
     tl.store(summaries + 1, tl.sum(tl.where(i == SIZE - 1, u, 0.0)))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def finish(
     rewards, logprobs, ref_logprobs, values, mask, scores, bootstrap, cu_seqlens, summaries,
     advantages, returns, kl_partials, partials, kl_coef_pointer, T: tl.int64, chunks: tl.int64,
@@ -234,6 +236,12 @@ def finish(
     piece = tl.program_id(0).to(tl.int64)
     b, chunk = piece // chunks, piece % chunks
     first, length = _sequence(cu_seqlens, b, T)
+    if chunk * SIZE >= length:
+        if ESTIMATOR is not None:
+            tl.store(kl_partials + piece, 0.0)
+            for i in tl.static_range(3):
+                tl.store(partials + piece * 3 + i, 0.0)
+        return
     kl_coef = _coefficient(kl_coef, kl_coef_pointer)
     gamma, gamma_lam = number(gamma, tl.float64), number(gamma_lam, tl.float64)
     if ESTIMATOR is None:
@@ -262,13 +270,13 @@ def finish(
     )  # fmt: skip
     if ESTIMATOR is not None:
         count, mean, m2 = _moments(real, advantage, DTYPE)
-        tl.store(kl_partials + piece, tl.sum(k))
+        tl.store(kl_partials + piece, tl.sum(k.to(tl.float64)))
         tl.store(partials + piece * 3, count)
         tl.store(partials + piece * 3 + 1, mean)
         tl.store(partials + piece * 3 + 2, m2)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def merge(
     partials, moments, kl_partials, kl, count: tl.int64, chunks: tl.int64, SIZE: tl.constexpr
 ):
@@ -338,7 +346,7 @@ def gae(
             count, warps = rows * chunks, max(CHUNK // TOKENS_PER_WARP, 1)
             summaries = torch.empty(count, 2, dtype=torch.float64, device=device)
             accumulated = tl.float64 if advantages.dtype == torch.float64 else tl.float32
-            kl_partials = None if kl is None else advantages.new_empty(count)
+            kl_partials = None if kl is None else summaries.new_empty(count)
             partials = None if kl is None else advantages.new_empty(count, 3)
             if count:
                 summarize[(count,)](

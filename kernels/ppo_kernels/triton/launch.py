@@ -8,13 +8,21 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-# Arguments that nothing is specialised on: a new length compiles nothing anew. A vocabulary is a
-# model's own, and not among them: that 16 divides it makes for wide loads.
+# Arguments that nothing is specialised on: a new length compiles nothing anew. Not among them are a
+# vocabulary and what is a multiple of it, a model's own: that 16 divides them makes for wide loads.
 SIZES = [
-    "T", "count", "inner", "outer_stride", "inner_stride", "seed", "prompts", "candidates",
+    "T", "count", "inner", "seed", "prompts", "candidates",
     "offset", "top_k", "scores_row", "ranks_row", "chunks", "sequences", "steps", "counters",
     "programs", "rewards_row", "logprobs_row", "old_row", "ref_row", "advantages_row",
     "entropy_row", "weights_row", "values_row", "returns_row", "mask_row", "out_row",
+]  # fmt: skip
+
+# Pointers whose alignment is not looked at, as rows of any length start anywhere; it would gain
+# nothing: what is read from the end, or under a mask, is not read wide.
+TOKENS = [
+    "rewards", "logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "returns",
+    "advantages", "entropy", "is_weights", "mask", "scores", "ranks", "bootstrap", "cu_seqlens",
+    "chosen", "rejected", "margins", "moments", "x",
 ]  # fmt: skip
 
 # Products and sums become one operation. Said aloud, as triton's default is about to change.

@@ -86,9 +86,9 @@ def forward(
         z = _others(logits, whole, vocab, y, False, SIZE, DTYPE)
         m, sums, dots = _summed(z, m, sums, dots, scale, ENTROPY)
 
-    alone = m == float("-inf")  # no other class has any probability
-    m = tl.where(alone, 0.0, m)
     s = tl.sum(sums)
+    alone = s == 0.0  # no other class has any probability; not so where one is NaN
+    m = tl.where(alone, 0.0, m)
     log_s = tl.where(alone, float("-inf"), log_from_one(tl.where(alone, 1.0, s)))
     # What is no class has no log-prob; nothing is read beside the row.
     z_y = tl.load(logits + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(DTYPE)

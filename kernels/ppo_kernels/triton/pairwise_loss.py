@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.triton.common import exp, load, number, softplus, total
-from ppo_kernels.triton.launch import OPTIONS, SIZES, on, row, side_by_side
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, row, side_by_side
 
 TILE = 1024
 SUMS = 1024  # partial sums that are added up at a time
@@ -28,7 +28,7 @@ def sigmoid_of_minus(x):
     return tl.where(far, 0.0, exp(tl.where(far, 0.0, -softplus(x))))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def pairs(
     chosen, rejected, margins, grad_chosen, grad_rejected, partials, count: tl.int64,
     margin: tl.float64, center_coef: tl.float64, SIZE: tl.constexpr,
@@ -58,7 +58,7 @@ def pairs(
     tl.store(partials + 2 * programs, tl.sum(difference))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def totals(partials, loss, stats, programs: tl.int64, count: tl.int64, SIZE: tl.constexpr):
     """Loss and `PairwiseStats`, means over `count`."""
     share = 1.0 / tl.maximum(number(count, tl.float64), 1.0)
@@ -102,7 +102,7 @@ def _ranks(ranks, candidates, SIZE: tl.constexpr):
     return tl.load(ranks + j, mask=j < candidates, other=-1).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def count_ranked(
     ranks, counts, prompts: tl.int64, candidates: tl.int64, ranks_row: tl.int64, SIZE: tl.constexpr
 ):
@@ -116,7 +116,7 @@ def count_ranked(
     tl.store(counts + tl.program_id(0), found)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def rankings(
     scores, ranks, counts, grad_scores, partials, prompts: tl.int64, candidates: tl.int64,
     counters: tl.int64, scores_row: tl.int64, ranks_row: tl.int64, SIZE: tl.constexpr,
@@ -156,7 +156,7 @@ def rankings(
     tl.store(partials + 3 * prompts, tl.sum(margins))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def ranking_totals(partials, loss, stats, prompts: tl.int64, SIZE: tl.constexpr):
     """Loss, and `PairwiseStats` over all pairs."""
     tl.store(loss, total(partials, 0, prompts, SIZE))

@@ -28,7 +28,7 @@ from ppo_kernels.triton.common import (
     number,
     total,
 )  # fmt: skip
-from ppo_kernels.triton.launch import OPTIONS, SIZES, on, row, side_by_side
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, row, side_by_side
 
 WHITEN_EPS = tl.constexpr(_WHITEN_EPS)
 TILE, TILES = 512, 8  # tokens at a time, and how many times in a program
@@ -59,7 +59,7 @@ def _places(i, T, cu_seqlens, sequences, steps, LOOKUP: tl.constexpr):
         return low, i
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def weigh(mask, cu_seqlens, row_weights, T: tl.int64, mask_row: tl.int64, SIZE: tl.constexpr):
     """1 over the number of real tokens, or 0, of a sequence each."""
     b = tl.program_id(0).to(tl.int64)
@@ -75,11 +75,11 @@ def weigh(mask, cu_seqlens, row_weights, T: tl.int64, mask_row: tl.int64, SIZE: 
             t = start + tl.arange(0, SIZE)
             found += is_real(mask, t, t < length).to(tl.int32)
         count = tl.sum(found).to(tl.int64)
-    one = number(1.0, row_weights.dtype.element_ty)
-    tl.store(row_weights + b, tl.where(count > 0, one / tl.maximum(count, 1), 0.0))
+    share = 1.0 / tl.maximum(count, 1).to(tl.float64)
+    tl.store(row_weights + b, tl.where(count > 0, share, 0.0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def count_partly(
     mask, row_weights, counts, count: tl.int64, T: tl.int64, mask_row: tl.int64,
     LOOKUP: tl.constexpr, SIZE: tl.constexpr,
@@ -97,21 +97,22 @@ def count_partly(
 
 
 @triton.jit
-def _denominator(denominator, denominator_pointer, counts, counters, DTYPE: tl.constexpr):
+def _weight(denominator, denominator_pointer, counts, counters):
+    """1 over the denominator; in float64, as a GPU's division is none too exact in float32."""
     if counts is not None:
         p = tl.arange(0, COUNTERS)
-        found = tl.sum(tl.load(counts + p, mask=p < counters, other=0).to(tl.int64)).to(DTYPE)
+        found = tl.sum(tl.load(counts + p, mask=p < counters, other=0).to(tl.int64)).to(tl.float64)
     elif denominator_pointer is not None:
-        found = tl.load(denominator_pointer).to(DTYPE)
+        found = tl.load(denominator_pointer).to(tl.float64)
     else:
-        found = number(denominator, DTYPE)
-    return tl.where(found == 0.0, 1.0, found)
+        found = number(denominator, tl.float64)
+    return 1.0 / tl.where(found == 0.0, 1.0, found)
 
 
 # --- Policy loss ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def policy(
     logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs, moments,
     cu_seqlens, row_weights, counts, denominator_pointer, grad_logprobs, grad_entropy, partials,
@@ -124,12 +125,12 @@ def policy(
 ):  # fmt: skip
     """SIZE x TILES tokens each."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
-    weight = 1.0 / _denominator(denominator, denominator_pointer, counts, counters, DTYPE)
+    weight = _weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
     mean, scale = number(0.0, DTYPE), number(1.0, DTYPE)
     if moments is not None:
-        n = tl.load(moments).to(DTYPE)
         mean = tl.load(moments + 1).to(DTYPE)
-        scale = tl.rsqrt(tl.load(moments + 2).to(DTYPE) / tl.maximum(n, 1.0) + WHITEN_EPS)
+        n, m2 = tl.load(moments).to(tl.float64), tl.load(moments + 2).to(tl.float64)
+        scale = (1.0 / tl.sqrt(m2 / tl.maximum(n, 1.0) + WHITEN_EPS)).to(DTYPE)
     low, high = 1.0 - number(low, DTYPE), 1.0 + number(high, DTYPE)
     zeros = tl.zeros((SIZE,), DTYPE)
     losses, squares, clipped_count, ratios, most = zeros, zeros, zeros, zeros, zeros
@@ -194,7 +195,7 @@ def policy(
     tl.store(partials + 7 * programs, tl.sum(entropies))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def policy_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr):
     """Loss and `PolicyStats` from the partial sums."""
     tl.store(loss, total(partials, 0, programs, SIZE))
@@ -216,7 +217,7 @@ def policy_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr)
 # --- Value loss -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def value(
     values, old_values, returns, mask, cu_seqlens, row_weights, counts, denominator_pointer,
     grad_values, partials, count: tl.int64, T: tl.int64, sequences: tl.int64, steps: tl.int64,
@@ -226,7 +227,7 @@ def value(
 ):  # fmt: skip
     """SIZE x TILES tokens each; an infinite `clip` is none."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
-    weight = 1.0 / _denominator(denominator, denominator_pointer, counts, counters, DTYPE)
+    weight = _weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
     clip = number(clip, DTYPE)
     zeros = tl.zeros((SIZE,), DTYPE)
     losses, clipped_count, values_sum, errors, reals = zeros, zeros, zeros, zeros, zeros
@@ -257,7 +258,8 @@ def value(
         values_sum += v
         errors += error * error
         if start == first:
-            origin = tl.sum(target) / tl.maximum(tl.sum(real.to(DTYPE)), 1.0)
+            n = tl.sum(real.to(tl.int32)).to(tl.float64)
+            origin = (tl.sum(target).to(tl.float64) / tl.maximum(n, 1.0)).to(DTYPE)
         d = tl.where(real, target - origin, 0.0)
         deviations += d
         squares += d * d
@@ -277,7 +279,7 @@ def value(
     tl.store(partials + 6 * programs, tl.sum(squares) - deviation * shift)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def value_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr):
     """Loss and `ValueStats` from the partial sums."""
     tl.store(loss, total(partials, 0, programs, SIZE))

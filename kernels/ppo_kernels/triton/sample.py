@@ -143,6 +143,8 @@ def sample(
     logits, *rows = logit_rows(logits)
     vocab = logits.shape[-1]
     size, warps = logit_tiling(vocab, logprobs.dtype)
+    # The running sums take registers: of more logits a thread, some would be spilled.
+    size, warps = max(size // 2, 64), max(warps, 4)
     number, pointer = (0, offset) if isinstance(offset, Tensor) else (offset, None)
     with on(logits.device):
         draw[(tokens.numel(),)](
