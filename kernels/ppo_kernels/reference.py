@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppo_kernels.sequences import is_last_real, padded, per_token, places_inside, sequence_sums
+
 MAX_LOG_RATIO = 20.0  # exp(20) is about 5e8: the loss stays finite when policies have parted
 WHITEN_EPS = 1e-8
 IGNORED_TARGET = -100
@@ -78,9 +80,9 @@ def gae(
     """Return `(advantages, returns)`, shaped like `rewards`; `bootstrap` is `[B]`, default 0."""
     rewards, values, bootstrap = _accumulated(rewards, values, bootstrap)
     if cu_seqlens is not None:
-        inside = _inside(cu_seqlens)
-        rewards, values = (_padded(x, cu_seqlens) for x in (rewards, values))
-        mask = inside if mask is None else inside & _padded(mask, cu_seqlens)
+        inside = places_inside(cu_seqlens)
+        rewards, values = (padded(x, cu_seqlens) for x in (rewards, values))
+        mask = inside if mask is None else inside & padded(mask, cu_seqlens)
     elif mask is None:
         mask = torch.ones_like(rewards, dtype=torch.bool)
     rewards, values = _real(rewards, mask), _real(values, mask)
@@ -129,9 +131,9 @@ def kl_shaped_gae(
     log_ratio = _real(logprobs, mask) - _real(ref_logprobs, mask)
     kl = _kl_estimate(log_ratio, kl_estimator)
 
-    has_token = _sequence_sums(mask.long(), cu_seqlens) > 0
-    last = _is_last_real(mask, cu_seqlens)
-    terminal = _real(_per_token(_real(scores, has_token), logprobs, cu_seqlens), last)
+    has_token = sequence_sums(mask.long(), cu_seqlens) > 0
+    last = is_last_real(mask, cu_seqlens)
+    terminal = _real(per_token(_real(scores, has_token), logprobs, cu_seqlens), last)
     advantages, returns = gae(
         terminal - kl_coef * kl, values, gamma=gamma, lam=lam, mask=mask, bootstrap=bootstrap,
         cu_seqlens=cu_seqlens,
@@ -141,7 +143,7 @@ def kl_shaped_gae(
     mean = advantages.sum() / count.clamp(min=1)
     m2 = _real(advantages - mean, mask).square().sum()
     return ShapedGAE(
-        advantages, returns, _sequence_sums(kl, cu_seqlens), torch.stack((count, mean, m2))
+        advantages, returns, sequence_sums(kl, cu_seqlens), torch.stack((count, mean, m2))
     )
 
 
@@ -425,8 +427,8 @@ def _reduce(
     if reduction == "token_mean":
         total, denominator = loss.sum(), mask.sum()
     elif reduction == "sequence_mean":
-        tokens = _sequence_sums(mask.long(), cu_seqlens)
-        total = (_sequence_sums(loss, cu_seqlens) / tokens.clamp(min=1)).sum()
+        tokens = sequence_sums(mask.long(), cu_seqlens)
+        total = (sequence_sums(loss, cu_seqlens) / tokens.clamp(min=1)).sum()
         denominator = (tokens > 0).sum()
     elif reduction == "sum":
         total, denominator = loss.sum(), mask.new_ones((), dtype=torch.long)
@@ -441,41 +443,3 @@ def _reduce(
 
 def _token_mean(x: Tensor, mask: Tensor) -> Tensor:
     return _real(x, mask).sum() / mask.sum().clamp(min=1)
-
-
-def _sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`[B]` sums of a token tensor over each sequence."""
-    if cu_seqlens is None:
-        return x.sum(1)
-    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, _sequence_ids(cu_seqlens), x)
-
-
-def _per_token(x_B: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each sequence's number at each of its tokens."""
-    return x_B[:, None].expand_as(like) if cu_seqlens is None else x_B[_sequence_ids(cu_seqlens)]
-
-
-def _is_last_real(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """True at the last real token of each sequence: real, with no real one after it."""
-    mask_BT = mask if cu_seqlens is None else _padded(mask, cu_seqlens) & _inside(cu_seqlens)
-    last = mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
-    return last if cu_seqlens is None else last[_inside(cu_seqlens)]
-
-
-def _sequence_ids(cu_seqlens: Tensor) -> Tensor:
-    """`[N]`: the sequence that each packed token belongs to."""
-    lengths = cu_seqlens.long().diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-
-
-def _inside(cu_seqlens: Tensor) -> Tensor:
-    """`[B, T]`: which places of the padded layout hold a packed token."""
-    lengths = cu_seqlens.long().diff()
-    longest = int(lengths.max()) if len(lengths) else 0
-    return torch.arange(longest, device=lengths.device) < lengths[:, None]
-
-
-def _padded(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The packed `x_N` as `[B, T]`; places outside a sequence are 0."""
-    inside = _inside(cu_seqlens)
-    return x_N.new_zeros(inside.shape).masked_scatter(inside, x_N)

@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from ppo_kernels import reference
 from ppo_kernels.reference import IGNORED_TARGET, MAX_LOG_RATIO
+from ppo_kernels.sequences import sequence_sums
 
 # Units in the last place, by the dtype that an op computes in. Plain PyTorch in float64 is float64
 # itself, so that there all of the error has to fit.
@@ -99,7 +100,7 @@ def _kl_shaped_gae(a: dict[str, Any], exact: Named, upstream: Named) -> Magnitud
     sizes = {
         "output.advantages": shaped.advantages,
         "output.returns": shaped.returns,
-        "output.kl": reference._sequence_sums(kl, cu_seqlens),
+        "output.kl": sequence_sums(kl, cu_seqlens),
         "output.moments": torch.stack((torch.zeros_like(count), of_mean, of_m2)),
     }
     return sizes, {"output.moments": rough}
