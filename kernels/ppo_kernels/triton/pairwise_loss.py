@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton.common import exp, load, number, softplus, total
+from ppo_kernels.triton.common import exp, furthest, load, number, softplus, total
 from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, row, side_by_side
 
 TILE = 1024
@@ -24,7 +24,7 @@ COUNTERS = 256  # programs that count, at most
 @triton.jit
 def sigmoid_of_minus(x):
     """sigmoid(-x) = e^{-softplus(x)}, accurate where it is small."""
-    far = x > 80.0
+    far = x > furthest(x)
     return tl.where(far, 0.0, exp(tl.where(far, 0.0, -softplus(x))))
 
 
