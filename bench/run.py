@@ -49,8 +49,8 @@ def main() -> int:
         rows += found
     lines = list(verdicts(rows, device.type))
     if lines:
-        explained = EXPLANATIONS.get(device.type, "no page yet")
-        table.say("\n".join([f"\nTargets (those missed are explained in {explained})", *lines]))
+        page = EXPLANATIONS[device.type]
+        table.say("\n".join([f"\nTargets (those missed are explained in {page})", *lines]))
     common = {
         "device": machine.describe(device),
         "threads": torch.get_num_threads(),

@@ -9,7 +9,7 @@ from bench.case import Mode
 from bench.results import Row
 from ppo_kernels.dispatch import IMPLS
 
-EXPLANATIONS = {"cpu": "bench/notes/cpu.md"}
+EXPLANATIONS = {"cpu": "bench/notes/cpu.md", "cuda": "bench/notes/gpu.md"}
 
 
 class Target(NamedTuple):

@@ -34,7 +34,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MOST_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 COLUMNS = ("kernel", "configuration", "target", "registers", "spilled", "shared")
 
 Launch = tuple[JITFunction, dict[str, str], dict[str, Any], dict[Any, Any], dict[str, Any]]

@@ -26,7 +26,7 @@ def implementations_of(op: str, but: tuple[str, ...] = ()) -> list[Any]:
     return [
         pytest.param(impl, marks=[] if reason is None else pytest.mark.skip(reason=reason))
         for impl, a in implementations()[op].items()
-        if impl not in but and a.reason != "not written yet"
+        if impl not in but and a != dispatch.NOT_WRITTEN
         for reason in [_why_not(impl, a)]
     ]
 

@@ -68,7 +68,7 @@ _WITHOUT_CPP = ("ranking_loss", "sample")
 
 
 def _triton_version() -> str:
-    """ "" where it is missing; torch's builds for AMD bring it under names of their own."""
+    """Empty where it is missing; torch's builds for AMD bring it under names of their own."""
     if importlib.util.find_spec("triton") is None:
         return ""
     for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
