@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
@@ -41,7 +41,7 @@ build: $(VENV)/dev.stamp  ## the compiled kernels, in place, after a change in c
 	$(BIN)/python setup.py build_ext --inplace
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/ppo_kernels/_cpu*.so kernels/ppo_kernels/_build_info.json
+	rm -rf $(VENV) build dist *.egg-info kernels/ppo_kernels/_c*.so kernels/ppo_kernels/_build_info.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def cases(device: str) -> list[Case]:
         *(_gae(device, *shape) for shape in shapes),
         _gae(device, *_LONG_ROWS[device], variant="long rows"),
         *(_kl_shaped(device, *shape) for shape in shapes),
+        *([_kl_shaped(device, *_LONG_ROWS[device], variant="long rows")] * (device == "cuda")),
         *(_packed(device, *shape) for shape in shapes[1:]),
     ]
 
@@ -57,15 +59,22 @@ def _gae(device: str, size: Size, rows: int, length: int, variant: str = "") -> 
         device=device,
         inputs=inputs,
         ours=ours,
-        # Of long rows the plain loop is measured alone: seconds a call, and the faster of the two.
-        alternatives={"loop over T": loop(_step)}
-        | ({} if variant else {"loop, compiled step": loop(_compiled_step)}),
+        alternatives=_loops(device, variant, loop),
         # Read: rewards, values, mask; written: advantages, returns.
         costs={"fwd": _cost(rows * length, read=9, flops=6)},
     )
 
 
-def _kl_shaped(device: str, size: Size, rows: int, length: int) -> Case:
+def _loops(device: str, variant: str, loop: Callable[[Step], Run]) -> dict[str, Run]:
+    """Of long rows, on a CPU, the plain loop alone: seconds a call, and the faster of the two; on a
+    GPU none, as 131,072 steps of several kernels each take the host longer still."""
+    if variant and device == "cuda":
+        return {}
+    compiled = {} if variant else {"loop, compiled step": loop(_compiled_step)}
+    return {"loop over T": loop(_step)} | compiled
+
+
+def _kl_shaped(device: str, size: Size, rows: int, length: int, variant: str = "") -> Case:
     def inputs(on: torch.device) -> Inputs:
         return _rollout(rows, length, on)
 
@@ -77,16 +86,14 @@ def _kl_shaped(device: str, size: Size, rows: int, length: int) -> Case:
 
     return Case(
         op="kl_shaped_gae",
+        variant=variant,
         size=size,
         shape=f"{rows}x{length}",
         dtype=torch.float32,
         device=device,
         inputs=inputs,
         ours=ours,
-        alternatives={
-            "loop over T": lambda x: _shaped_loop(_step, x),
-            "loop, compiled step": lambda x: _shaped_loop(_compiled_step, x),
-        },
+        alternatives=_loops(device, variant, lambda step: partial(_shaped_loop, step)),
         # Read: both log-probs, values, mask; written: advantages, returns.
         costs={"fwd": _cost(rows * length, read=13, flops=15)},
     )
@@ -114,18 +121,20 @@ def _packed(device: str, size: Size, rows: int, length: int) -> Case:
 
     def padded_loop(step: Step) -> Run:
         def run(x: Inputs) -> Outputs:
-            lengths = x["cu_seqlens"].diff()
-            inside = torch.arange(length, device=lengths.device) < lengths[:, None]
+            starts = x["cu_seqlens"]
+            steps = torch.arange(tokens, device=starts.device)
+            # Indices, as a boolean mask makes the host wait for the GPU.
+            row = torch.searchsorted(starts, steps, right=True) - 1
+            place = row, steps - starts[row]
             padded = {
-                name: torch.zeros(inside.shape, device=lengths.device).masked_scatter(
-                    inside, x[name]
-                )
+                name: torch.zeros(rows, length, device=starts.device).index_put(place, x[name])
                 for name in ("logprobs", "ref_logprobs", "values")
             }
+            inside = torch.arange(length, device=starts.device) < starts.diff()[:, None]
             advantages, returns, kl, moments = _shaped_loop(
                 step, {"scores": x["scores"], "mask": inside, **padded}
             )
-            return advantages[inside], returns[inside], kl, moments
+            return advantages[place], returns[place], kl, moments
 
         return run
 

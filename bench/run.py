@@ -29,6 +29,8 @@ from ppo_kernels.dispatch import IMPLS, OPS, accumulator
 def main() -> int:
     options = _options()
     device = torch.device(options.device)
+    if device.type == "cuda":  # CUDA graphs are never captured on the default stream
+        torch.cuda.set_stream(torch.cuda.Stream())
     # Without, the time of large outputs is that of the page faults, ours and others' alike.
     keep_freed_memory()
     if options.threads:

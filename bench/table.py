@@ -58,7 +58,9 @@ def print_header() -> None:
     say(
         "floor: reading or copying the least bytes, in turn with the op, or the least FLOP at "
         "these rates,\nor one torch.add; x best: how many times faster than the best alternative; "
-        "peak: memory on top\nof the inputs; error: beside float64\n"
+        "peak: memory on top\nof the inputs; error: beside float64. On a GPU: a copy of as many "
+        "bytes for a floor; replays of CUDA\ngraphs, but of the smallest case, which shows what a "
+        "call costs the host, and of what waits for the GPU\n"
     )
     titles = ("", "mode", "ms", "(p20 to p80)", "GB/s", "x floor", "x best alt", "peak MB", "error")
     _console.print(_LINE.format(*titles), style="bold", markup=False)

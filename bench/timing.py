@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Before torch: its profiler announces each start and stop on the terminal otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -19,6 +20,7 @@ Call = Callable[[], object]
 
 _SAMPLE_SECONDS = 1e-3  # shorter calls are repeated within a sample, against the clock's own cost
 _LEAST_SAMPLES, _MOST_SAMPLES = 3, 200
+_CAPTURED = 100  # calls in a CUDA graph, at most
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,31 @@ class Timing:
 
 
 def time_in_turn(
-    device: torch.device, calls: Mapping[str, Sequence[Call]], seconds: float
+    device: torch.device,
+    calls: Mapping[str, Sequence[Call]],
+    seconds: float,
+    *,
+    replayed: bool = False,
 ) -> dict[str, Timing]:
     """Time each variant, about `seconds` of each, one sample of every variant in each round.
 
     What disturbs the machine for a while so disturbs all alike. A variant is a list of the same
-    call on copies of its inputs, rotated through: on a GPU they outgrow the cache together.
+    call on copies of its inputs, rotated through: on a GPU they outgrow the cache together. With
+    `replayed`, on a GPU, they are replayed from a CUDA graph where they can be: what the kernels
+    take, without what the host takes to launch them.
     """
     sample = _cuda_sample if device.type == "cuda" else _cpu_sample
+    counts = dict.fromkeys(calls, 1)  # of calls in one of what is repeated
     rotations = {name: _rotate(variant) for name, variant in calls.items()}
+    pool = torch.cuda.graph_pool_handle() if replayed else None
     repeats, wanted = {}, {}
     for name, rotation in rotations.items():
         sample(rotation, 1)
+        if replayed and not waits_for_the_device(calls[name][0]):
+            once = sample(rotation, 1)
+            counts[name] = max(len(calls[name]), min(math.ceil(_SAMPLE_SECONDS / once), _CAPTURED))
+            rotation = rotations[name] = _rotate([_captured(rotation, counts[name], pool)])
+            sample(rotation, 1)
         once = min(sample(rotation, 1) for _ in range(2))
         repeats[name] = max(1, math.ceil(_SAMPLE_SECONDS / once))
         wanted[name] = seconds / (repeats[name] * once)
@@ -55,10 +70,25 @@ def time_in_turn(
             if not due:
                 break
             for name in due:
-                samples[name].append(sample(rotations[name], repeats[name]) / repeats[name])
+                taken = sample(rotations[name], repeats[name])
+                samples[name].append(taken / repeats[name] / counts[name])
     finally:
         gc.enable()
     return {name: _timing(found) for name, found in samples.items()}
+
+
+def waits_for_the_device(call: Call) -> bool:
+    """Whether the call, warmed up before, makes the host wait for the GPU: no graph can have it."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def peak_extra_bytes(device: torch.device, call: Call) -> int:
@@ -85,6 +115,15 @@ def peak_extra_bytes(device: torch.device, call: Call) -> int:
 def _rotate(calls: Sequence[Call]) -> Iterator[Call]:
     while True:
         yield from calls
+
+
+def _captured(rotation: Iterator[Call], count: int, pool: Any) -> Call:
+    """So many calls as one CUDA graph. Graphs of one pool reuse each other's memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        for _ in range(count):
+            next(rotation)()
+    return graph.replay
 
 
 def _cpu_sample(rotation: Iterator[Call], repeats: int) -> float:

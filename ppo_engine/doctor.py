@@ -103,9 +103,9 @@ def _operations(report: Report) -> None:
         for availability in {table[op][impl] for op in table}:
             if availability.available:
                 report.line("ok", impl, availability.reason)
-            elif availability == dispatch.NOT_WRITTEN:
+            elif availability in (dispatch.NOT_WRITTEN, dispatch.NOT_NEEDED):
                 ops = [op for op in table if table[op][impl] == availability]
-                report.line("info", impl, f"not written yet: {', '.join(ops)}")
+                report.line("info", impl, f"{availability.reason}: {', '.join(ops)}")
             elif impl == "cpp" and importlib.util.find_spec("ppo_kernels._cpu"):
                 report.line("BROKEN", impl, f"{availability.reason}; cost: {_COST[impl]}")
             else:

@@ -12,7 +12,7 @@ import sys
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-from test_gpu import everything
+from test_gpu import everything, implementations
 
 import ppo_kernels
 from ppo_kernels import dispatch
@@ -24,7 +24,8 @@ def main() -> None:
     ppo_kernels.sample(logits, top_k=9, top_p=0.9, seed=1, offset=0)
     ppo_kernels.ranking_loss(logits[:, :5], torch.randint(-1, 4, (3, 5), device="cuda"))
     long = torch.randn(2, 2, 9000, device="cuda")
-    ppo_kernels.gae(*long)
+    for impl in implementations("gae"):
+        ppo_kernels.gae(*long, impl=impl)
     if "plant" in sys.argv[1:]:
         # The gradient is said to be longer than its memory.
         short = torch.ones(1024, device="cuda")

@@ -170,7 +170,9 @@ def test_what_cannot_run_says_why() -> None:
 def test_floor(
     monkeypatch: pytest.MonkeyPatch, cost: Cost, times: dict[str, float], floor: float
 ) -> None:
-    def timed(device: torch.device, calls: Any, seconds: float) -> dict[str, Timing]:
+    def timed(
+        device: torch.device, calls: Any, seconds: float, *, replayed: bool
+    ) -> dict[str, Timing]:
         assert times.keys() < calls.keys()
         return {name: Timing(x, x, x) for name in calls for x in [times.get(name, 0.07)]}
 

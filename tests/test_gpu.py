@@ -34,7 +34,15 @@ def to_gpu(x: Any) -> Any:
     return moved.requires_grad_(x.requires_grad)
 
 
-def on_gpu(op: str) -> Callable[..., Any]:
+def implementations(op: str) -> list[str]:
+    """Those of a GPU, whether they can run here or not."""
+    return ["triton"] + ["cuda"] * (op in dispatch.WITH_CUDA)
+
+
+BOTH = [(op, impl) for op in CASES for impl in implementations(op)]
+
+
+def on_gpu(op: str, impl: str) -> Callable[..., Any]:
     """The op on the GPU, for CPU tensors, through which gradients flow back."""
 
     def run(**arguments: Any) -> Any:
@@ -51,7 +59,7 @@ def on_gpu(op: str) -> Callable[..., Any]:
             name: Moved.apply(x) if isinstance(x, Tensor) and x.requires_grad else to_gpu(x)
             for name, x in arguments.items()
         }
-        result = partial(getattr(ppo_kernels, op), impl="triton")(**moved)
+        result = partial(getattr(ppo_kernels, op), impl=impl)(**moved)
         return torch.utils._pytree.tree_map(lambda x: x.cpu(), result)
 
     return run
@@ -61,20 +69,22 @@ def tokens(count: int, *shape: int) -> list[Tensor]:
     return list(torch.randn(count, *shape, device="cuda").unbind())
 
 
-def test_rows_beyond_the_limit_of_a_grids_second_dimension() -> None:
+@pytest.mark.parametrize("impl", implementations("gae"))
+def test_rows_beyond_the_limit_of_a_grids_second_dimension(impl: str) -> None:
     rewards, values = tokens(2, 70_000, 3)
-    a = ppo_kernels.gae(rewards, values)
+    a = ppo_kernels.gae(rewards, values, impl=impl)
     b = reference.gae(rewards, values)
     torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("shape", [(3, 200_000), (600, 5_000)])
-def test_long_rows(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("impl", implementations("kl_shaped_gae"))
+@pytest.mark.parametrize("shape", [(3, 200_000), (200, 20_000), (600, 5_000), (3000, 700)])
+def test_long_rows(shape: tuple[int, int], impl: str) -> None:
     """In chunks, and walked through; against the C++ kernel."""
     logprobs, ref_logprobs, values = (x.cpu() for x in tokens(3, *shape))
     given = {"scores": torch.randn(shape[0]), "logprobs": logprobs, "values": values}
     given |= {"ref_logprobs": ref_logprobs, "kl_coef": 0.1, "mask": torch.rand(shape) < 0.9}
-    a = on_gpu("kl_shaped_gae")(**given)
+    a = on_gpu("kl_shaped_gae", impl)(**given)
     torch.testing.assert_close(a, ppo_kernels.kl_shaped_gae(**given), rtol=1e-5, atol=1e-4)
 
 
@@ -106,14 +116,20 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
     kl_coef, normalizer = torch.tensor(0.1, device="cuda"), torch.tensor(50.0, device="cuda")
     logits = torch.randn(rows, length, vocab, device="cuda")
     targets = torch.randint(vocab, (rows, length), device="cuda")
+    long = tokens(3, 2, 20_000)
     for x in (logprobs, values, logits, scores):
         x.requires_grad_()
 
     def run() -> list[Tensor]:
-        shaped = ppo_kernels.kl_shaped_gae(
-            scores.detach(), logprobs.detach(), ref, values.detach(), kl_coef=kl_coef, mask=mask,
-            bootstrap=bootstrap,
-        )  # fmt: skip
+        shapeds = [
+            ppo_kernels.kl_shaped_gae(
+                scores.detach(), logprobs.detach(), ref, values.detach(), kl_coef=kl_coef,
+                mask=mask, bootstrap=bootstrap, impl=impl,
+            )
+            for impl in implementations("kl_shaped_gae")
+        ]  # fmt: skip
+        in_chunks = ppo_kernels.kl_shaped_gae(scores[:2].detach(), *long, kl_coef=kl_coef)
+        shaped = shapeds[0]
         found = ppo_kernels.token_logprobs(logits, targets, return_entropy=True)
         policy, stats = ppo_kernels.ppo_policy_loss(
             logprobs, old, shaped.advantages, mask=mask, moments=shaped.moments, ref_logprobs=ref,
@@ -123,7 +139,8 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         pairs, _ = ppo_kernels.pairwise_loss(scores, bootstrap)
         total = policy + 2 * value + pairs + sum(x.sum() for x in found)
         gradients = torch.autograd.grad(total, (logprobs, values, logits, scores))
-        return [*shaped, *stats, total.detach(), *gradients]
+        results = [x for found in (*shapeds, in_chunks) for x in found]
+        return [*results, *stats, total.detach(), *gradients]
 
     return run
 
@@ -187,7 +204,9 @@ def test_new_lengths_and_coefficients_compile_nothing() -> None:
     def call(rows: int, length: int, gamma: float, coef: float) -> None:
         logprobs, ref, values = tokens(3, rows, length)
         (scores,) = tokens(1, rows)
-        ppo_kernels.kl_shaped_gae(scores, logprobs, ref, values, kl_coef=coef, gamma=gamma)
+        ppo_kernels.kl_shaped_gae(
+            scores, logprobs, ref, values, kl_coef=coef, gamma=gamma, impl="triton"
+        )
 
     def compiled() -> int:
         caches = (kernels.walk.device_caches, kernels.merge.device_caches)
@@ -240,13 +259,13 @@ def test_a_coefficient_on_the_cpu() -> None:
     assert torch.equal(a.advantages, b.advantages)
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_random_cases(op: str) -> None:
+@pytest.mark.parametrize(("op", "impl"), BOTH)
+def test_random_cases(op: str, impl: str) -> None:
     messages = []
     for seed in range(CASES_OF_EACH_OP):
         case: Case = make_case(op, seed)
         try:
-            check(case, on_gpu(op), guarded=False)
+            check(case, on_gpu(op, impl), guarded=False)
         except Failure as failure:
             messages.append(f"seed {seed}: {failure}")
     assert not messages, "\n".join(messages[:5])

@@ -194,6 +194,38 @@ def test_nan_and_no_class_at_all_stay_visible(impl: str) -> None:
     assert token_logprobs(first, torch.tensor([0]), impl=impl).isnan().all()
 
 
+@pytest.mark.parametrize("vocab", [1, 13, 1000, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_in_place_of_the_logits(kernel: str, vocab: int, dtype: torch.dtype) -> None:
+    given = inputs((5,), vocab, dtype)
+    hidden = given["logits"].requires_grad_()
+    found = []
+    for inplace in (False, True):
+        logits = hidden * 1
+        seen: list[Tensor] = []
+        logits.register_hook(seen.append)
+        outputs = token_logprobs(
+            **given | {"logits": logits}, inplace_backward=inplace, impl=kernel
+        )
+        (outputs[0].sum() + outputs[1].sum()).backward(retain_graph=True)
+        assert (seen[0].data_ptr() == logits.data_ptr()) == inplace
+        found.append(seen[0])
+        if inplace:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                outputs[0].sum().backward()
+    assert torch.equal(*found)
+
+
+def test_a_gradient_in_place_only_where_it_can_be(kernel: str) -> None:
+    """Not of a leaf, whose values are the user's; nor of logits with other ones between."""
+    leaf = torch.randn(2, 4, 9, requires_grad=True)
+    for logits in (leaf, (leaf * 1)[:, 1:]):
+        before = logits.detach().clone()
+        targets = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+        token_logprobs(logits, targets, inplace_backward=True, impl=kernel).sum().backward()
+        assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("gap", [5.0, 7.0, 12.0, 16.0, 25.0, 60.0, 75.0])
 def test_peaked_logits_keep_their_digits(kernel: str, gap: float) -> None:
     """1 - p of a nearly certain target, and so its gradient, must not cancel (Liger #1329).

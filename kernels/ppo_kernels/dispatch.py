@@ -36,15 +36,15 @@ class Availability(NamedTuple):
     reason: str
 
 
-def _why_not_built() -> str:
-    """What setup.py recorded when it could not build the extension."""
+def _why_not_built(name: str) -> str:
+    """What setup.py recorded when it could not build the extension `_cpu` or `_cuda`."""
     info = Path(__file__).with_name("_build_info.json")
-    if not info.exists():
+    recorded = json.loads(info.read_text()).get(name) if info.exists() else None
+    if recorded is None:
         return (
-            "the compiled extension ppo_kernels._cpu is not there: install the package, or build "
-            "it in place with `python setup.py build_ext --inplace`"
+            f"the compiled extension ppo_kernels._{name} is not there: install the package, or "
+            "build it in place with `python setup.py build_ext --inplace`"
         )
-    recorded = json.loads(info.read_text())
     if recorded["built"]:
         return "the compiled extension was built for another Python: install the package again"
     return f"{recorded['reason']} (mend that, then install the package again)"
@@ -54,17 +54,31 @@ def _load_extension() -> tuple[Any, Availability]:
     try:
         _cpu = importlib.import_module("ppo_kernels._cpu")
     except ModuleNotFoundError:
-        return None, Availability(False, _why_not_built())
+        return None, Availability(False, _why_not_built("cpu"))
     except ImportError as error:
         return None, Availability(False, f"the compiled extension does not load: {error}")
     # Raises where PPO_KERNELS_ISA names an instruction set that cannot run here.
     return _cpu, Availability(True, f"{_cpu.isa()} of {', '.join(_cpu.supported_isas())}")
 
 
-# The compiled module, None where it is missing.
+def _load_cuda() -> tuple[Any, str]:
+    """The module of the CUDA kernels, None where it is missing; and then, why."""
+    try:
+        return importlib.import_module("ppo_kernels._cuda"), ""
+    except ModuleNotFoundError:
+        return None, _why_not_built("cuda")
+    except ImportError as error:
+        return None, f"the compiled extension does not load: {error}"
+
+
+# The compiled modules, None where one is missing.
 cpu, _CPP = _load_extension()
+cuda, _WHY_NO_CUDA = _load_cuda()
 NOT_WRITTEN = Availability(False, "not written yet")
 _WITHOUT_CPP = ("ranking_loss", "sample")
+# Where they are faster than Triton's, which bench/notes/gpu.md has the figures of.
+WITH_CUDA = ("gae", "kl_shaped_gae")
+NOT_NEEDED = Availability(False, "none, as triton's leave nothing to gain")
 
 
 def _triton_version() -> str:
@@ -97,6 +111,28 @@ def _triton() -> Availability:
 
 
 @functools.cache
+def _cuda() -> Availability:
+    if cuda is None:
+        return Availability(False, _WHY_NO_CUDA)
+    if cuda.device_type == "cuda" and not torch.cuda.is_available():
+        return Availability(False, "no GPU: torch.cuda.is_available() is False")
+    if torch.version.hip:
+        return Availability(False, "for NVIDIA's GPUs only")
+    # An old driver, or a GPU of another generation.
+    why_not = cuda.why_not(torch.cuda.current_device() if cuda.device_type == "cuda" else 0)
+    return Availability(not why_not, why_not or "compiled by nvcc")
+
+
+def _cuda_can_run() -> bool:
+    return _cuda().available
+
+
+if cuda is not None and torch.version.cuda:
+    # torch.compile cannot trace what asks the driver.
+    _cuda_can_run = torch.compiler.assume_constant_result(_cuda_can_run)
+
+
+@functools.cache
 def triton_kernels(name: str) -> Any:
     """The module of that name in `ppo_kernels.triton`, imported when it is first needed."""
     return importlib.import_module(f"ppo_kernels.triton.{name}")
@@ -108,10 +144,14 @@ def implementations() -> dict[str, dict[str, Availability]]:
         "reference": Availability(True, "plain PyTorch, any device"),
         "cpp": _CPP,
         "triton": _triton(),
-        "cuda": NOT_WRITTEN,
+        "cuda": _cuda(),
     }
-    without_cpp = available | {"cpp": NOT_WRITTEN}
-    return {op: dict(without_cpp if op in _WITHOUT_CPP else available) for op in OPS}
+    return {
+        op: available
+        | ({"cpp": NOT_WRITTEN} if op in _WITHOUT_CPP else {})
+        | ({} if op in WITH_CUDA else {"cuda": NOT_NEEDED})
+        for op in OPS
+    }
 
 
 def resolve(op: str, impl: str, device: torch.device) -> str:
@@ -125,6 +165,8 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
             return "reference"
         if device.type == "cpu" and cpu is not None:
             return "cpp"
+        if device.type == "cuda" and op in WITH_CUDA and _cuda_can_run():
+            return "cuda"
         if device.type == "cuda" and HAS_TRITON:
             return "triton"
         if device.type in ("cpu", "cuda"):
@@ -134,11 +176,15 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
         raise ValueError(
             f"{op}: impl must be 'auto' or one of {', '.join(map(repr, IMPLS))}, but is {impl!r}"
         )
-    can_run, reason = (True, "") if impl == "reference" else implementations()[op][impl]
+    can_run, reason = True, ""
+    if impl != "reference" and not (impl == "cuda" and op in WITH_CUDA and _cuda_can_run()):
+        can_run, reason = implementations()[op][impl]
     if not can_run:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
     if impl == "cpp" and device.type != "cpu":
         raise RuntimeError(f"{op}: impl='cpp' runs on CPU tensors, but these are on {device}")
+    if impl == "cuda" and device.type != cuda.device_type:
+        raise RuntimeError(f"{op}: impl='cuda' runs on a GPU's tensors, but these are on {device}")
     if impl == "triton" and device.type != "cuda" and not _INTERPRETED:
         raise RuntimeError(
             f"{op}: impl='triton' runs on a GPU's tensors, but these are on {device}"
@@ -220,6 +266,13 @@ def in_one_dtype(first: Tensor, *others: Tensor | None) -> tuple[torch.dtype, tu
         if x is not None and x.dtype is not dtype:
             return dtype, tuple(None if x is None else x.to(dtype) for x in tensors)
     return dtype, tensors
+
+
+def side_by_side(x: Tensor | None) -> Tensor | None:
+    """`x` with the elements of its last dimension next to each other: a copy where they are not."""
+    if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1:
+        return x
+    return x.contiguous()
 
 
 def offsets(cu_seqlens: Tensor | None) -> Tensor | None:

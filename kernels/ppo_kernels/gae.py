@@ -5,6 +5,8 @@ Advantages are constants of the PPO losses: the results carry no gradient, whate
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -133,7 +135,7 @@ def _check_values(
     checks.boundaries(op, cu_seqlens, tokens.shape[0])
 
 
-# --- C++ on the CPU: csrc/cpu/gae.cpp; Triton on a GPU: triton/gae.py -----------------------------
+# --- C++ on the CPU: csrc/cpu/gae.cpp; on a GPU CUDA: csrc/cuda/gae.cu, Triton: triton/gae.py -----
 
 
 def _gae(
@@ -157,10 +159,14 @@ def _gae(
             advantages, returns, None, None,
         )  # fmt: skip
         return advantages, returns
-    dispatch.cpu.gae(
+    arguments = (
         mask, cu_seqlens, values, bootstrap, rewards, None, None, None, 0, 0.0, gamma, lam,
-        advantages, returns, None, None, torch.get_num_threads(),
+        advantages, returns, None, None,
     )  # fmt: skip
+    if impl == "cuda":
+        _on_gpu(*arguments)
+    else:
+        dispatch.cpu.gae(*arguments, torch.get_num_threads())
     return advantages, returns
 
 
@@ -191,12 +197,42 @@ def _kl_shaped_gae(
             kl_estimator, coef, gamma, lam, advantages, returns, kl, moments,
         )  # fmt: skip
         return advantages, returns, kl, moments
-    dispatch.cpu.gae(
+    arguments = (
         mask, cu_seqlens, values, bootstrap, None, scores, logprobs, ref_logprobs,
-        1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl,
-        moments, torch.get_num_threads(),
+        1 + KL_ESTIMATORS.index(kl_estimator), coef, gamma, lam, advantages, returns, kl, moments,
     )  # fmt: skip
+    if impl == "cuda":
+        _on_gpu(*arguments)
+    else:
+        dispatch.cpu.gae(*arguments, torch.get_num_threads())
     return advantages, returns, kl, moments
+
+
+def _on_gpu(
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    values: Tensor,
+    bootstrap: Tensor | None,
+    rewards: Tensor | None,
+    scores: Tensor | None,
+    logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kl_estimator: int,
+    kl_coef: float | Tensor,
+    gamma: float,
+    lam: float,
+    *outputs: Tensor | None,
+) -> None:
+    tokens = (mask, values, rewards, logprobs, ref_logprobs)
+    mask, wide, rewards, logprobs, ref_logprobs = map(dispatch.side_by_side, tokens)
+    coef, coef_on_gpu = (0.0, kl_coef) if isinstance(kl_coef, Tensor) else (kl_coef, None)
+    device = values.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    empty = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+    dispatch.cuda.gae(
+        mask, cu_seqlens, wide, bootstrap, rewards, scores, logprobs, ref_logprobs, kl_estimator,
+        coef, coef_on_gpu, gamma, lam, *outputs, device.index or 0, stream, empty,
+    )  # fmt: skip
 
 
 def _outputs(

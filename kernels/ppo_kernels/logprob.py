@@ -22,6 +22,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: Literal[False] = False,
+    inplace_backward: bool = False,
     impl: str = "auto",
 ) -> Tensor: ...
 
@@ -33,6 +34,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: bool,
+    inplace_backward: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -43,6 +45,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    inplace_backward: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
@@ -60,6 +63,10 @@ def token_logprobs(
             read, its log-prob and entropy are 0.
         temperature: positive.
         return_entropy: whether to return the entropy too, in nats.
+        inplace_backward: whether the backward pass may write the gradient over the logits, which
+            saves a tensor of their size. Whoever needs them afterwards (another backward pass, or
+            what they came from) gets autograd's error of a tensor modified in place. Has no effect
+            on a leaf, on logits that are not contiguous, on "reference" and under torch.compile.
         impl: "auto", or one of `implementations()["token_logprobs"]`.
 
     Returns:
@@ -90,7 +97,9 @@ def token_logprobs(
             logits, targets, dispatch.traced(temperature), return_entropy, impl
         )
     elif logits.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, return_entropy, impl)
+        logprobs, entropy = _TokenLogprobs.apply(
+            logits, targets, temperature, return_entropy, inplace_backward, impl
+        )
     else:
         logprobs, entropy, _ = _forward(logits, targets, temperature, return_entropy, False, impl)
     return (logprobs, entropy) if return_entropy else logprobs
@@ -155,14 +164,15 @@ def _backward(
     state: Tensor,
     temperature: float,
     impl: str,
+    inplace: bool = False,
 ) -> Tensor:
-    """The gradient of the logits, contiguous."""
+    """The gradient of the logits, contiguous; with `inplace`, in their place."""
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
     if grad_logprobs is not None:
         grad_logprobs = grad_logprobs.contiguous()
     if grad_entropy is not None:
         grad_entropy = grad_entropy.contiguous()
-    grad_logits = dispatch.empty_like(logits, logits.dtype)
+    grad_logits = logits.detach() if inplace else dispatch.empty_like(logits, logits.dtype)
     arguments = (
         logits, targets, temperature, grad_logprobs, grad_entropy, logprobs, entropy, state,
         grad_logits,
@@ -186,11 +196,13 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         want_entropy: bool,
+        inplace: bool,
         impl: str,
     ) -> tuple[Tensor, Tensor | None]:
         logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy, True, impl)
         ctx.save_for_backward(logits, targets, logprobs, entropy, state)
         ctx.temperature, ctx.impl = temperature, impl
+        ctx.inplace = inplace and logits.is_contiguous() and not logits.is_leaf
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -200,13 +212,15 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 5
+            return (None,) * 6
         logits, targets, logprobs, entropy, state = ctx.saved_tensors
         grad = _backward(
             grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state,
-            ctx.temperature, ctx.impl,
+            ctx.temperature, ctx.impl, ctx.inplace,
         )  # fmt: skip
-        return grad, None, None, None, None
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return grad, None, None, None, None, None
 
 
 # --- The same under torch.compile -----------------------------------------------------------------

@@ -22,6 +22,34 @@ def load(pointer, offsets, keep, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def places(LANES: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr):
+    """[LANES, EACH]: 0, 1, 2, …, so laid out that a lane's EACH are in one thread. ALIGNED: side by
+    side, to be read at once; else so that a warp's are side by side."""
+    if ALIGNED:
+        return tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    else:
+        return tl.arange(0, LANES)[:, None] + tl.arange(0, EACH)[None, :] * LANES
+
+
+@triton.jit
+def read(pointer, offsets, inside, WHOLE: tl.constexpr):
+    """What is inside (all, with WHOLE), 0 beside it."""
+    if WHOLE:
+        return tl.load(pointer + offsets)
+    else:
+        return tl.load(pointer + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def write(pointer, offsets, x, inside, WHOLE: tl.constexpr):
+    """Where `read` reads."""
+    if WHOLE:
+        tl.store(pointer + offsets, x)
+    else:
+        tl.store(pointer + offsets, x, mask=inside)
+
+
+@triton.jit
 def logit_row(i, inner, outer_stride, inner_stride):
     """Where row i of logits begins; see `launch.logit_rows`."""
     return i // inner * outer_stride + i % inner * inner_stride

@@ -29,7 +29,6 @@ TOKENS = [
 OPTIONS = {"enable_fp_fusion": True}
 
 _INTERPRETED_PROCESSORS = 8
-_LOGIT_BYTES = 8192  # of a row at a time, in the accumulation dtype
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -45,13 +44,6 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def side_by_side(x: Tensor | None) -> Tensor | None:
-    """`x` with the elements of its last dimension next to each other: a copy where they are not."""
-    if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1:
-        return x
-    return x.contiguous()
-
-
 def row(x: Tensor | None) -> int:
     """From one row of a `[B, T]` tensor to the next, in elements; 0 of a packed or absent one."""
     return 0 if x is None or x.ndim == 1 else x.stride(0)
@@ -65,9 +57,3 @@ def logit_rows(logits: Tensor) -> tuple[Tensor, int, int, int]:
     if logits.ndim == 3:
         return logits, max(logits.shape[1], 1), logits.stride(0), logits.stride(1)
     return logits, 1, logits.stride(0) if logits.ndim == 2 else 0, 0
-
-
-def logit_tiling(vocab: int, accumulated: torch.dtype) -> tuple[int, int]:
-    """(logits at a time, warps): 8 logits a thread, in float64 4."""
-    size = min(max(1 << (vocab - 1).bit_length(), 64), _LOGIT_BYTES // accumulated.itemsize)
-    return size, min(max(size * accumulated.itemsize // 1024, 1), 8)

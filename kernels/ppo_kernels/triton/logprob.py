@@ -1,19 +1,23 @@
 """`token_logprobs`: log-prob of the target y and entropy of softmax(z / T), a program for each row.
 
 The target is kept apart from the other classes, so that nothing cancels where it has nearly all of
-the probability. With M the largest z_j of the others, over j != y, in one pass:
+the probability. In one pass over j != y, with M the largest z_j of the others (each lane has its
+own, until the end), and exponents in base 2:
 
-  d_j = (z_j - M) / T,  S = sum e^{d_j},  U = sum e^{d_j} d_j
+  d_j = (z_j - M) log2(e) / T,  S = sum 2^{d_j},  U = sum 2^{d_j} d_j
 
   a        = (z_y - M) / T - log S              the log-odds of y
   log p_y  = -softplus(-a),  log(1 - p_y) = -softplus(a)
-  log p_j  = d_j - log_norm,  log_norm = log S + softplus(a)
-  H        = h(p_y) + (1 - p_y) (log S - U / S),  h(p) = -p log p - (1 - p) log(1 - p)
+  log2 p_j = d_j - log_norm,  log_norm = log2(e) (log S + softplus(a))
+  H        = h(p_y) + (1 - p_y) (log S - ln 2 U / S),  h(p) = -p log p - (1 - p) log(1 - p)
 
 The last line is the chain rule of entropy: which of y and the rest, then which of the rest.
 Backward, from the saved M, log_norm, H and log p_y, for gradients g of log p_y and g_H of H:
 
   dz_j = -p_j (g + g_H (log p_j + H)) / T,  and g / T more at j = y
+
+What takes the time is not memory but instructions, so most logits get few: tiles without the target
+need no comparison, and a lane's maximum is that of the EACH logits it has in registers.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -22,49 +26,43 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.reference import IGNORED_TARGET
-from ppo_kernels.triton.common import expm1, log_from_one, logit_row, number, softplus
-from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, logit_tiling, on
+from ppo_kernels.triton.common import expm1, log_from_one, logit_row, number, places, softplus
+from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, on
 
 IGNORED = tl.constexpr(IGNORED_TARGET)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _others(
-    logits, start, vocab, target, WHOLE: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr
-):
-    """SIZE logits from `start` on; -inf at the target and, unless all are there, after the last."""
-    j = start + tl.arange(0, SIZE)
-    if WHOLE:
-        z = tl.load(logits + j)
-    else:
-        z = tl.load(logits + j, mask=j < vocab, other=float("-inf"))
-    return tl.where(j == target, float("-inf"), z.to(DTYPE))
+LN_2 = tl.constexpr(0.6931471805599453)
+FORWARD_BYTES, BACKWARD_BYTES = 4096, 8192  # of a row at a time; a lane takes 16
+NO_MORE = tl.constexpr(-2000.0)  # 2^x is 0 there
 
 
 @triton.jit
 def _summed(z, m, sums, dots, scale, ENTROPY: tl.constexpr):
-    """The running maximum M and the sums S and U, in lanes, with these logits too."""
-    m_new = tl.maximum(m, tl.max(z))
+    """The running M, S and U of each lane, with these logits too."""
+    m_new = tl.maximum(m, tl.max(z, 1))
     # -inf as long as there is none: then 0 is as good.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     down = tl.where(m == float("-inf"), 0.0, (m - m_safe) * scale)
-    factor = tl.where(m == float("-inf"), 0.0, tl.exp2(down))
-    d = (z - m_safe) * scale
+    factor = tl.exp2(down)
+    # Not z * scale - M * scale, one instruction less: large logits that differ little cancel.
+    d = (z - m_safe[:, None]) * scale
     e = tl.exp2(d)
     if ENTROPY:
-        dots = (dots + down * sums) * factor + tl.where(e > 0.0, e * d, e)
-    return m_new, sums * factor + e, dots
+        # Not 0 times -inf; NaN is in e.
+        dots = (dots + down * sums) * factor + tl.sum(e * tl.maximum(d, NO_MORE), 1)
+    return m_new, sums * factor + tl.sum(e, 1), dots
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     logits, targets, logprobs, entropy, state, temperature: tl.float64, vocab, inner: tl.int64,
-    outer_stride: tl.int64, inner_stride: tl.int64, count: tl.int64, SIZE: tl.constexpr,
+    outer_stride: tl.int64, inner_stride: tl.int64, count: tl.int64, LANES: tl.constexpr,
+    EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A row each; `state` `[2, count]` takes M and log_norm."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
     ENTROPY: tl.constexpr = entropy is not None
+    SIZE: tl.constexpr = LANES * EACH
     i = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + i)
     if y == IGNORED:
@@ -73,48 +71,60 @@ def forward(
             tl.store(entropy + i, 0.0)
         return
     logits += logit_row(i, inner, outer_stride, inner_stride)
-    # Exponents in base 2: one multiplication less for each class.
     scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
-    m = number(float("-inf"), DTYPE)
-    sums = tl.zeros((SIZE,), DTYPE)
-    dots = tl.zeros((SIZE,), DTYPE)
-    whole = vocab // SIZE * SIZE
-    for start in range(0, whole, SIZE):
-        z = _others(logits, start, vocab, y, True, SIZE, DTYPE)
-        m, sums, dots = _summed(z, m, sums, dots, scale, ENTROPY)
-    if whole < vocab:
-        z = _others(logits, whole, vocab, y, False, SIZE, DTYPE)
+    j = places(LANES, EACH, ALIGNED)
+    m = tl.full((LANES,), float("-inf"), DTYPE)
+    sums = tl.zeros((LANES,), DTYPE)
+    dots = tl.zeros((LANES,), DTYPE)
+    tiles = vocab // SIZE
+    apart = tl.where((y >= 0) & (y < tiles * SIZE), y // SIZE, tiles).to(tl.int32)
+    for tile in tl.range(0, tl.where(apart < tiles, tiles - 1, tiles), loop_unroll_factor=2):
+        start = (tile + (tile >= apart).to(tl.int32)) * SIZE
+        m, sums, dots = _summed(
+            tl.load(logits + start + j).to(DTYPE), m, sums, dots, scale, ENTROPY
+        )
+    # The target's tile, if it is not the last, and the last one, which may be shorter.
+    for last in range(tl.where(apart < tiles, 0, 1), 2):
+        start = tl.where(last == 0, apart, tiles) * SIZE
+        z = tl.load(logits + start + j, mask=start + j < vocab, other=float("-inf")).to(DTYPE)
+        z = tl.where(start + j == y, float("-inf"), z)
         m, sums, dots = _summed(z, m, sums, dots, scale, ENTROPY)
 
-    s = tl.sum(sums)
-    alone = s == 0.0  # no other class has any probability; not so where one is NaN
-    m = tl.where(alone, 0.0, m)
+    top = tl.max(m)
+    alone = top == float("-inf")  # no other class has any probability; not so where one is NaN
+    top = tl.where(alone, 0.0, top)
+    down = tl.where(m == float("-inf"), 0.0, (m - top) * scale)
+    factor = tl.exp2(down)
+    s = tl.sum(sums * factor)
+    alone = alone & (s == 0.0)
     log_s = tl.where(alone, float("-inf"), log_from_one(tl.where(alone, 1.0, s)))
     # What is no class has no log-prob; nothing is read beside the row.
     z_y = tl.load(logits + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(DTYPE)
-    log_odds = (z_y - m) / number(temperature, DTYPE) - log_s
+    log_odds = (z_y - top) / number(temperature, DTYPE) - log_s
     log_p, log_rest = -softplus(-log_odds), -softplus(log_odds)
     tl.store(logprobs + i, log_p)
     if entropy is not None:
-        of_others = tl.where(alone, 0.0, log_s - tl.sum(dots) / (tl.where(alone, 1.0, s) * LOG2_E))
+        dot = tl.sum((dots + down * sums) * factor)
+        of_others = tl.where(alone, 0.0, log_s - dot * LN_2 / tl.where(alone, 1.0, s))
         p, rest = tl.exp(log_p), tl.exp(log_rest)
         # p log p is 0 where p is 0.
         h = tl.where(p == 0.0, 0.0, -p * log_p) + tl.where(rest == 0.0, 0.0, -rest * log_rest)
         tl.store(entropy + i, h + tl.where(rest == 0.0, 0.0, rest * of_others))
     if state is not None:
-        tl.store(state + i, m)
-        # Where y is alone, any number does: the others' e^{d} is 0.
-        tl.store(state + count + i, tl.where(alone, 0.0, log_s + softplus(log_odds)))
+        tl.store(state + i, top)
+        # Where y is alone, any number does: the others' 2^d is 0.
+        log_norm = (log_s + softplus(log_odds)) * LOG2_E
+        tl.store(state + count + i, tl.where(alone, 0.0, log_norm))
 
 
 @triton.jit
-def _gradient(z, j, y, at_y, m, log_norm, g, g_h, h, inverse_t, ENTROPY: tl.constexpr):
-    """Of the logits z, at the places j."""
-    log_p = (z - m) * inverse_t - log_norm
-    p = tl.exp2(log_p * LOG2_E)
-    by = g
+def _gradient(z, j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, ENTROPY: tl.constexpr):
+    """Of the logits z, at the places j: at_0 + slope log2 p is g + g_H (log p + H)."""
+    log_p = (z - m) * scale - log_norm
+    p = tl.exp2(log_p)
+    by = at_0
     if ENTROPY:
-        by = g + g_h * (log_p + h)
+        by = at_0 + slope * log_p
     return tl.where(j == y, at_y, tl.where(p == 0.0, 0.0, -p * by * inverse_t))
 
 
@@ -122,12 +132,14 @@ def _gradient(z, j, y, at_y, m, log_norm, g, g_h, h, inverse_t, ENTROPY: tl.cons
 def backward(
     logits, targets, grad_logprobs, grad_entropy, logprobs, entropy, state, grad_logits,
     temperature: tl.float64, vocab, inner: tl.int64, outer_stride: tl.int64,
-    inner_stride: tl.int64, count: tl.int64, SIZE: tl.constexpr,
+    inner_stride: tl.int64, count: tl.int64, LANES: tl.constexpr, EACH: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A row each; `grad_logits` is contiguous, `[count, vocab]`."""
+    """A row each; `grad_logits` is contiguous, `[count, vocab]`, and may be the logits."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
     OUT: tl.constexpr = grad_logits.dtype.element_ty
     ENTROPY: tl.constexpr = grad_entropy is not None
+    SIZE: tl.constexpr = LANES * EACH
     i = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + i)
     g, g_h, h = number(0.0, DTYPE), number(0.0, DTYPE), number(0.0, DTYPE)
@@ -136,15 +148,16 @@ def backward(
             g = tl.load(grad_logprobs + i).to(DTYPE)
         if grad_entropy is not None:
             g_h, h = tl.load(grad_entropy + i).to(DTYPE), tl.load(entropy + i)
-    j = tl.arange(0, SIZE)
+    j = places(LANES, EACH, ALIGNED)
     grad_logits += i * vocab
     if (g == 0.0) & (g_h == 0.0):  # nothing of the row is read
-        zeros = tl.zeros((SIZE,), OUT)
+        zeros = tl.zeros((LANES, EACH), OUT)
         for start in range(0, vocab, SIZE):
             tl.store(grad_logits + start + j, zeros, mask=start + j < vocab)
         return
     logits += logit_row(i, inner, outer_stride, inner_stride)
     inverse_t = 1.0 / number(temperature, DTYPE)
+    scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
     m, log_norm, log_p = tl.load(state + i), tl.load(state + count + i), tl.load(logprobs + i)
     # 1 - p_y without cancellation.
     at_y = -g * expm1(tl.where(log_p < -80.0, -80.0, log_p))
@@ -152,16 +165,27 @@ def backward(
         p = tl.exp(log_p)
         at_y -= tl.where(p == 0.0, 0.0, g_h * p * (log_p + h))
     at_y *= inverse_t
+    at_0, slope = g + g_h * h, g_h * LN_2
     whole = vocab // SIZE * SIZE
     for start in range(0, whole, SIZE):
         z = tl.load(logits + start + j).to(DTYPE)
-        dz = _gradient(z, start + j, y, at_y, m, log_norm, g, g_h, h, inverse_t, ENTROPY)
+        dz = _gradient(z, start + j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, ENTROPY)
         tl.store(grad_logits + start + j, dz.to(OUT))
     if whole < vocab:
         inside = whole + j < vocab
         z = tl.load(logits + whole + j, mask=inside, other=0.0).to(DTYPE)
-        dz = _gradient(z, whole + j, y, at_y, m, log_norm, g, g_h, h, inverse_t, ENTROPY)
+        dz = _gradient(z, whole + j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, ENTROPY)
         tl.store(grad_logits + whole + j, dz.to(OUT), mask=inside)
+
+
+def _tiling(logits: Tensor, rows: list[int], most: int) -> tuple[tuple[int, int, bool], int]:
+    """((lanes, logits of each, whether they can be read at once), warps) of a tile: 16 bytes a
+    lane, `most` bytes in all."""
+    each, vocab = 16 // logits.element_size(), max(logits.shape[-1], 1)
+    lanes = min(max(triton.next_power_of_2(triton.cdiv(vocab, each)), 32), most // 16)
+    # By 16 elements, which is what triton looks for.
+    aligned = logits.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in (vocab, *rows[1:]))
+    return (lanes, each, aligned), max(lanes // 32, 1)
 
 
 def token_logprobs(
@@ -176,11 +200,11 @@ def token_logprobs(
     if not targets.numel():
         return
     logits, *rows = logit_rows(logits)
-    size, warps = logit_tiling(logits.shape[-1], logprobs.dtype)
+    tiling, warps = _tiling(logits, rows, FORWARD_BYTES)
     with on(logits.device):
         forward[(targets.numel(),)](
             logits, targets, logprobs, entropy, state, temperature, logits.shape[-1], *rows,
-            targets.numel(), size, num_warps=warps, **OPTIONS,
+            targets.numel(), *tiling, num_warps=warps, **OPTIONS,
         )  # fmt: skip
 
 
@@ -199,10 +223,10 @@ def token_logprobs_backward(
     if not targets.numel():
         return
     logits, *rows = logit_rows(logits)
-    size, warps = logit_tiling(logits.shape[-1], logprobs.dtype)
+    tiling, warps = _tiling(logits, rows, BACKWARD_BYTES)
     with on(logits.device):
         backward[(targets.numel(),)](
             logits, targets, grad_logprobs, grad_entropy, logprobs, entropy, state, grad_logits,
-            temperature, logits.shape[-1], *rows, targets.numel(), size, num_warps=warps,
+            temperature, logits.shape[-1], *rows, targets.numel(), *tiling, num_warps=warps,
             **OPTIONS,
         )  # fmt: skip

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels.dispatch import side_by_side
 from ppo_kernels.reference import WHITEN_EPS as _WHITEN_EPS
 from ppo_kernels.triton.common import (
     MAX_LOG_RATIO,
@@ -26,15 +27,20 @@ from ppo_kernels.triton.common import (
     kl_estimate,
     load,
     number,
-    total,
+    places,
+    read,
+    write,
 )  # fmt: skip
-from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, row, side_by_side
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, processors, row
 
 WHITEN_EPS = tl.constexpr(_WHITEN_EPS)
-TILE, TILES = 512, 8  # tokens at a time, and how many times in a program
-WARPS = 8  # 2 tokens a thread: of 4, some registers would be spilled
-COUNTERS = tl.constexpr(256)  # programs that count, at most
-SUMS = 1024  # partial sums that are added up at a time
+LANES, EACH, WARPS = 256, 4, 8  # tokens at a time; where each has to be looked up, EACH is 1
+STAGES = 3  # of tiles on their way
+PROGRAMS = 3  # for each multiprocessor, at most
+TILE = 512  # tokens of a sequence at a time, where its real ones are counted
+COUNTING_LANES = 256
+COUNTERS = tl.constexpr(1024)  # programs that count, at most
+SUMS = 512  # partial sums that are added up at a time
 POLICY_SUMS, VALUE_SUMS = 8, 7  # for each program
 
 
@@ -59,6 +65,15 @@ def _places(i, T, cu_seqlens, sequences, steps, LOOKUP: tl.constexpr):
         return low, i
 
 
+@triton.jit
+def _at(b, t, row, LOOKUP: tl.constexpr):
+    """From the first token on; of tokens in one piece said so that they can be read wide."""
+    if LOOKUP:
+        return b * row + t
+    else:
+        return t
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def weigh(mask, cu_seqlens, row_weights, T: tl.int64, mask_row: tl.int64, SIZE: tl.constexpr):
     """1 over the number of real tokens, or 0, of a sequence each."""
@@ -79,21 +94,35 @@ def weigh(mask, cu_seqlens, row_weights, T: tl.int64, mask_row: tl.int64, SIZE: 
     tl.store(row_weights + b, tl.where(count > 0, share, 0.0))
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
+@triton.jit(do_not_specialize=SIZES)  # but on alignment: tokens in one piece are read wide
 def count_partly(
     mask, row_weights, counts, count: tl.int64, T: tl.int64, mask_row: tl.int64,
-    LOOKUP: tl.constexpr, SIZE: tl.constexpr,
+    LOOKUP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """How many tokens are real, or else (with `row_weights`) sequences; a part each."""
-    found = tl.zeros((SIZE,), tl.int32)
-    for start in range(tl.program_id(0).to(tl.int64) * SIZE, count, tl.num_programs(0) * SIZE):
-        i = start + tl.arange(0, SIZE)
+    found = tl.zeros((LANES,), tl.int32)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    begins = program * LANES
+    if ALIGNED:  # 16 tokens a lane, as 4 words of 4 bytes
+        words = mask.to(tl.pointer_type(tl.int32), bitcast=True)
+        halves = tl.zeros((LANES,), tl.int32)  # two counts, of 16 bits up to 2^34 tokens
+        tiles = count // (16 * LANES)
+        for tile in tl.range(program, tiles, programs, loop_unroll_factor=4):
+            x = tl.load(words + tile * 4 * LANES + places(LANES, 4, True))
+            x = x | (x >> 4)
+            x = x | (x >> 2)
+            x = (x | (x >> 1)) & 0x01010101  # of each byte, whether it is not 0
+            halves += tl.sum((x & 0x00FF00FF) + ((x >> 8) & 0x00FF00FF), 1)
+        found += (halves & 0xFFFF) + (halves >> 16)
+        begins += tiles * 16 * LANES
+    for start in range(begins, count, programs * LANES):
+        i = start + tl.arange(0, LANES)
         if row_weights is None:
             b, t = _places(i, T, None, 0, 0, LOOKUP)
-            found += is_real(mask, b * mask_row + t, i < count).to(tl.int32)
+            found += is_real(mask, _at(b, t, mask_row, LOOKUP), i < count).to(tl.int32)
         else:
             found += (tl.load(row_weights + i, mask=i < count, other=0.0) > 0).to(tl.int32)
-    tl.store(counts + tl.program_id(0), tl.sum(found))
+    tl.store(counts + program, tl.sum(found))
 
 
 @triton.jit
@@ -112,7 +141,7 @@ def _weight(denominator, denominator_pointer, counts, counters):
 # --- Policy loss ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
+@triton.jit(do_not_specialize=SIZES)  # but on alignment: tokens in one piece are read wide
 def policy(
     logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs, moments,
     cu_seqlens, row_weights, counts, denominator_pointer, grad_logprobs, grad_entropy, partials,
@@ -121,10 +150,12 @@ def policy(
     weights_row: tl.int64, entropy_row: tl.int64, ref_row: tl.int64, denominator: tl.float64,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64, entropy_coef: tl.float64,
     kl_coef: tl.float64, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, LOOKUP: tl.constexpr,
-    SIZE: tl.constexpr, TILES: tl.constexpr,
+    ALIGNED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """SIZE x TILES tokens each."""
+    """Every so many tiles of tokens each. Masked tokens are read, as a lane's are read at once, and
+    put to 0."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
+    SIZE: tl.constexpr = LANES * EACH
     weight = _weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
     mean, scale = number(0.0, DTYPE), number(1.0, DTYPE)
     if moments is not None:
@@ -132,59 +163,69 @@ def policy(
         n, m2 = tl.load(moments).to(tl.float64), tl.load(moments + 2).to(tl.float64)
         scale = (1.0 / tl.sqrt(m2 / tl.maximum(n, 1.0) + WHITEN_EPS)).to(DTYPE)
     low, high = 1.0 - number(low, DTYPE), 1.0 + number(high, DTYPE)
-    zeros = tl.zeros((SIZE,), DTYPE)
+    zeros = tl.zeros((LANES,), DTYPE)
     losses, squares, clipped_count, ratios, most = zeros, zeros, zeros, zeros, zeros
     kls, entropies, reals = zeros, zeros, zeros
-    first = tl.program_id(0).to(tl.int64) * TILES * SIZE
-    for start in range(first, tl.minimum(first + TILES * SIZE, count), SIZE):
-        i = start + tl.arange(0, SIZE)
-        inside = i < count
-        b, t = _places(i, T, cu_seqlens, sequences, steps, LOOKUP)
-        real = is_real(mask, b * mask_row + t, inside)
-        log_p = load(logprobs, b * logprobs_row + t, real, DTYPE)
-        log_ratio = log_p - load(old_logprobs, b * old_row + t, real, DTYPE)
-        advantage = (load(advantages, b * advantages_row + t, real, DTYPE) - mean) * scale
-        ratio = exp(clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-        unclipped = -advantage * ratio
-        clipped = -advantage * clamp(ratio, low, high)
-        is_clipped = real & (clipped > unclipped)
-        loss = tl.where(is_clipped, clipped, unclipped)
-        slope = tl.where(is_clipped | (tl.abs(log_ratio) > MAX_LOG_RATIO), 0.0, unclipped)
-        if DUAL:
-            bound = -number(dual_clip, DTYPE) * advantage
-            is_bound = (advantage < 0.0) & (bound < loss)
-            loss, slope = tl.where(is_bound, bound, loss), tl.where(is_bound, 0.0, slope)
-        if is_weights is not None:
-            w = load(is_weights, b * weights_row + t, real, DTYPE)
-            loss, slope = loss * w, slope * w
-        if ref_logprobs is not None:
-            to_ref = log_p - load(ref_logprobs, b * ref_row + t, real, DTYPE)
-            k, k_slope = kl_estimate(to_ref, ESTIMATOR)
-            kls += k
-            loss += number(kl_coef, DTYPE) * k
-            slope += number(kl_coef, DTYPE) * k_slope
-        if entropy is not None:
-            h = load(entropy, b * entropy_row + t, real, DTYPE)
-            entropies += h
-            loss -= number(entropy_coef, DTYPE) * h
-        token_weight = weight + zeros
-        if row_weights is not None:
-            token_weight *= tl.load(row_weights + b, mask=real, other=0.0)
-        if grad_logprobs is not None:
-            tl.store(grad_logprobs + i, tl.where(real, slope * token_weight, 0.0), mask=inside)
-        if grad_entropy is not None:
-            of_entropy = -number(entropy_coef, DTYPE) * token_weight
-            tl.store(grad_entropy + i, tl.where(real, of_entropy, 0.0), mask=inside)
-        losses += tl.where(real, loss * token_weight, 0.0)
-        squares += log_ratio * log_ratio * 0.5
-        clipped_count += is_clipped.to(DTYPE)
-        ratio = tl.where(real, ratio, 0.0)
-        ratios += ratio
-        most = tl.maximum(most, ratio)
-        reals += real.to(DTYPE)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    whole = count // SIZE
+    for part in tl.static_range(2):  # whole tiles, and then what remains, the first program's
+        ends = tl.cdiv(count, SIZE) if part else whole
+        for tile in tl.range(
+            whole + program if part else program, ends, programs, num_stages=1 if part else STAGES
+        ):
+            i = tile * SIZE + places(LANES, EACH, ALIGNED)
+            inside = i < count
+            b, t = _places(i, T, cu_seqlens, sequences, steps, LOOKUP)
+            log_p = read(logprobs, _at(b, t, logprobs_row, LOOKUP), inside, part == 0).to(DTYPE)
+            old = read(old_logprobs, _at(b, t, old_row, LOOKUP), inside, part == 0).to(DTYPE)
+            at = _at(b, t, advantages_row, LOOKUP)
+            advantage = read(advantages, at, inside, part == 0).to(DTYPE)
+            real = inside
+            if mask is not None:
+                real = read(mask, _at(b, t, mask_row, LOOKUP), inside, part == 0).to(tl.int1)
+            log_ratio = tl.where(real, log_p - old, 0.0)
+            advantage = tl.where(real, (advantage - mean) * scale, 0.0)
+            ratio = exp(clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+            unclipped = -advantage * ratio
+            clipped = -advantage * clamp(ratio, low, high)
+            is_clipped = clipped > unclipped
+            loss = tl.where(is_clipped, clipped, unclipped)
+            slope = tl.where(is_clipped | (tl.abs(log_ratio) > MAX_LOG_RATIO), 0.0, unclipped)
+            if DUAL:
+                bound = -number(dual_clip, DTYPE) * advantage
+                is_bound = (advantage < 0.0) & (bound < loss)
+                loss, slope = tl.where(is_bound, bound, loss), tl.where(is_bound, 0.0, slope)
+            if is_weights is not None:
+                w = read(is_weights, _at(b, t, weights_row, LOOKUP), inside, part == 0).to(DTYPE)
+                loss, slope = tl.where(real, loss * w, 0.0), tl.where(real, slope * w, 0.0)
+            if ref_logprobs is not None:
+                ref = read(ref_logprobs, _at(b, t, ref_row, LOOKUP), inside, part == 0).to(DTYPE)
+                k, k_slope = kl_estimate(tl.where(real, log_p - ref, 0.0), ESTIMATOR)
+                kls += tl.sum(k, 1)
+                loss += number(kl_coef, DTYPE) * k
+                slope += tl.where(real, number(kl_coef, DTYPE) * k_slope, 0.0)
+            if entropy is not None:
+                h = read(entropy, _at(b, t, entropy_row, LOOKUP), inside, part == 0).to(DTYPE)
+                h = tl.where(real, h, 0.0)
+                entropies += tl.sum(h, 1)
+                loss -= number(entropy_coef, DTYPE) * h
+            token_weight = tl.where(real, weight, 0.0)
+            if row_weights is not None:
+                token_weight *= tl.load(row_weights + b, mask=real, other=0.0)
+            if grad_logprobs is not None:
+                write(grad_logprobs, i, slope * token_weight, inside, part == 0)
+            if grad_entropy is not None:
+                of_entropy = -number(entropy_coef, DTYPE) * token_weight
+                write(grad_entropy, i, of_entropy, inside, part == 0)
+            losses += tl.sum(loss * token_weight, 1)
+            squares += tl.sum(log_ratio * log_ratio, 1) * 0.5
+            clipped_count += tl.sum(is_clipped.to(DTYPE), 1)
+            ratio = tl.where(real, ratio, 0.0)
+            ratios += tl.sum(ratio, 1)
+            most = tl.maximum(most, tl.max(ratio, 1))
+            reals += tl.sum(real.to(DTYPE), 1)
 
-    partials += tl.program_id(0)
-    programs = tl.num_programs(0)
+    partials += program
     tl.store(partials, tl.sum(losses))
     tl.store(partials + programs, tl.sum(reals))
     tl.store(partials + 2 * programs, tl.sum(squares))
@@ -198,77 +239,97 @@ def policy(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def policy_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr):
     """Loss and `PolicyStats` from the partial sums."""
-    tl.store(loss, total(partials, 0, programs, SIZE))
-    count = tl.maximum(total(partials, 1, programs, SIZE), 1.0)
-    tl.store(stats, total(partials, 2, programs, SIZE) / count)
-    tl.store(stats + 1, total(partials, 3, programs, SIZE) / count)
-    ratios = total(partials, 4, programs, SIZE)
-    tl.store(stats + 2, ratios / count)
-    most = number(0.0, partials.dtype.element_ty)
+    zeros = tl.zeros((SIZE,), tl.float64)
+    losses, reals, squares, clipped_count, ratios = zeros, zeros, zeros, zeros, zeros
+    most, kls, entropies = zeros, zeros, zeros
     for start in range(0, programs, SIZE):
         p = start + tl.arange(0, SIZE)
-        x = tl.load(partials + 5 * programs + p, mask=p < programs, other=0.0)
-        most = tl.maximum(most, tl.max(x))
-    tl.store(stats + 3, tl.where(ratios == ratios, most.to(tl.float64), ratios))  # or NaN
-    tl.store(stats + 4, total(partials, 6, programs, SIZE) / count)
-    tl.store(stats + 5, total(partials, 7, programs, SIZE) / count)
+        there = p < programs
+        losses += load(partials, p, there, tl.float64)
+        reals += load(partials, programs + p, there, tl.float64)
+        squares += load(partials, 2 * programs + p, there, tl.float64)
+        clipped_count += load(partials, 3 * programs + p, there, tl.float64)
+        ratios += load(partials, 4 * programs + p, there, tl.float64)
+        most = tl.maximum(most, load(partials, 5 * programs + p, there, tl.float64))
+        kls += load(partials, 6 * programs + p, there, tl.float64)
+        entropies += load(partials, 7 * programs + p, there, tl.float64)
+    count = tl.maximum(tl.sum(reals), 1.0)
+    ratio = tl.sum(ratios)
+    tl.store(loss, tl.sum(losses))
+    tl.store(stats, tl.sum(squares) / count)
+    tl.store(stats + 1, tl.sum(clipped_count) / count)
+    tl.store(stats + 2, ratio / count)
+    tl.store(stats + 3, tl.where(ratio == ratio, tl.max(most), ratio))  # or NaN
+    tl.store(stats + 4, tl.sum(kls) / count)
+    tl.store(stats + 5, tl.sum(entropies) / count)
 
 
 # --- Value loss -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
+@triton.jit(do_not_specialize=SIZES)  # but on alignment: tokens in one piece are read wide
 def value(
     values, old_values, returns, mask, cu_seqlens, row_weights, counts, denominator_pointer,
     grad_values, partials, count: tl.int64, T: tl.int64, sequences: tl.int64, steps: tl.int64,
     counters: tl.int64, values_row: tl.int64, old_row: tl.int64, returns_row: tl.int64,
     mask_row: tl.int64, denominator: tl.float64, clip: tl.float64, LOOKUP: tl.constexpr,
-    SIZE: tl.constexpr, TILES: tl.constexpr,
+    ALIGNED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """SIZE x TILES tokens each; an infinite `clip` is none."""
+    """Every so many tiles of tokens each, as in `policy`; an infinite `clip` is none."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
+    SIZE: tl.constexpr = LANES * EACH
     weight = _weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
     clip = number(clip, DTYPE)
-    zeros = tl.zeros((SIZE,), DTYPE)
+    zeros = tl.zeros((LANES,), DTYPE)
     losses, clipped_count, values_sum, errors, reals = zeros, zeros, zeros, zeros, zeros
-    # Of the returns, about one of them, so that a large mean cancels nothing.
-    origin = number(0.0, DTYPE)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    # Each lane sums its returns about the largest of its first: a large mean cancels nothing.
+    origins = zeros
     deviations, squares = zeros, zeros
-    first = tl.program_id(0).to(tl.int64) * TILES * SIZE
-    for start in range(first, tl.minimum(first + TILES * SIZE, count), SIZE):
-        i = start + tl.arange(0, SIZE)
-        inside = i < count
-        b, t = _places(i, T, cu_seqlens, sequences, steps, LOOKUP)
-        real = is_real(mask, b * mask_row + t, inside)
-        v = load(values, b * values_row + t, real, DTYPE)
-        old = load(old_values, b * old_row + t, real, DTYPE)
-        target = load(returns, b * returns_row + t, real, DTYPE)
-        error = v - target
-        clipped_error = clamp(v, old - clip, old + clip) - target
-        is_clipped = real & (clipped_error * clipped_error > error * error)
-        square = tl.where(is_clipped, clipped_error * clipped_error, error * error)
-        token_weight = weight + zeros
-        if row_weights is not None:
-            token_weight *= tl.load(row_weights + b, mask=real, other=0.0)
-        if grad_values is not None:
-            slope = tl.where(real & (is_clipped == 0), error * token_weight, 0.0)
-            tl.store(grad_values + i, slope, mask=inside)
-        losses += tl.where(real, square * token_weight * 0.5, 0.0)
-        clipped_count += is_clipped.to(DTYPE)
-        values_sum += v
-        errors += error * error
-        if start == first:
-            n = tl.sum(real.to(tl.int32)).to(tl.float64)
-            origin = (tl.sum(target).to(tl.float64) / tl.maximum(n, 1.0)).to(DTYPE)
-        d = tl.where(real, target - origin, 0.0)
-        deviations += d
-        squares += d * d
-        reals += real.to(DTYPE)
+    whole = count // SIZE
+    for part in tl.static_range(2):  # whole tiles, and then what remains, the first program's
+        ends = tl.cdiv(count, SIZE) if part else whole
+        for tile in tl.range(
+            whole + program if part else program, ends, programs, num_stages=1 if part else STAGES
+        ):
+            i = tile * SIZE + places(LANES, EACH, ALIGNED)
+            inside = i < count
+            b, t = _places(i, T, cu_seqlens, sequences, steps, LOOKUP)
+            v = read(values, _at(b, t, values_row, LOOKUP), inside, part == 0).to(DTYPE)
+            old = read(old_values, _at(b, t, old_row, LOOKUP), inside, part == 0).to(DTYPE)
+            target = read(returns, _at(b, t, returns_row, LOOKUP), inside, part == 0).to(DTYPE)
+            real = inside
+            if mask is not None:
+                real = read(mask, _at(b, t, mask_row, LOOKUP), inside, part == 0).to(tl.int1)
+            v = tl.where(real, v, 0.0)
+            error = tl.where(real, v - target, 0.0)
+            clipped_error = tl.where(real, clamp(v, old - clip, old + clip) - target, 0.0)
+            is_clipped = clipped_error * clipped_error > error * error
+            square = tl.where(is_clipped, clipped_error * clipped_error, error * error)
+            token_weight = tl.where(real, weight, 0.0)
+            if row_weights is not None:
+                token_weight *= tl.load(row_weights + b, mask=real, other=0.0)
+            if grad_values is not None:
+                slope = tl.where(is_clipped, 0.0, error * token_weight)
+                write(grad_values, i, slope, inside, part == 0)
+            losses += tl.sum(square * token_weight, 1) * 0.5
+            clipped_count += tl.sum(is_clipped.to(DTYPE), 1)
+            values_sum += tl.sum(v, 1)
+            errors += tl.sum(error * error, 1)
+            largest = tl.max(tl.where(real, target, float("-inf")), 1)
+            origins = tl.where((reals == 0.0) & (largest > float("-inf")), largest, origins)
+            d = tl.where(real, target - origins[:, None], 0.0)
+            deviations += tl.sum(d, 1)
+            squares += tl.sum(d * d, 1)
+            reals += tl.sum(real.to(DTYPE), 1)
 
-    partials += tl.program_id(0)
-    programs = tl.num_programs(0)
+    partials += program
     n = tl.sum(reals)
-    deviation = tl.sum(deviations)
+    origin = tl.max(tl.where(reals > 0.0, origins, float("-inf")))
+    origin = tl.where(origin > float("-inf"), origin, 0.0)
+    apart = tl.where(reals > 0.0, origins - origin, 0.0)
+    deviation = tl.sum(deviations + reals * apart)
+    squares += apart * (2.0 * deviations + reals * apart)
     shift = deviation / tl.maximum(n, 1.0)
     tl.store(partials, tl.sum(losses))
     tl.store(partials + programs, n)
@@ -282,25 +343,32 @@ def value(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def value_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr):
     """Loss and `ValueStats` from the partial sums."""
-    tl.store(loss, total(partials, 0, programs, SIZE))
-    count = tl.maximum(total(partials, 1, programs, SIZE), 1.0)
-    tl.store(stats, total(partials, 2, programs, SIZE) / count)
-    tl.store(stats + 1, total(partials, 3, programs, SIZE) / count)
     # The moments of all returns from those of each program, about the mean of the first.
     origin = tl.load(partials + 5 * programs, mask=programs > 0, other=0.0).to(tl.float64)
-    deviation, m2 = number(0.0, tl.float64), number(0.0, tl.float64)
+    zeros = tl.zeros((SIZE,), tl.float64)
+    losses, reals, clipped_count, values_sum, errors = zeros, zeros, zeros, zeros, zeros
+    deviations, squares = zeros, zeros
     for start in range(0, programs, SIZE):
         p = start + tl.arange(0, SIZE)
-        n = tl.load(partials + programs + p, mask=p < programs, other=0.0).to(tl.float64)
-        mean = tl.load(partials + 5 * programs + p, mask=p < programs, other=0.0).to(tl.float64)
-        own = tl.load(partials + 6 * programs + p, mask=p < programs, other=0.0).to(tl.float64)
-        d = tl.where(n > 0.0, mean - origin, 0.0)
-        deviation += tl.sum(n * d)
-        m2 += tl.sum(own + n * d * d)
+        there = p < programs
+        n = load(partials, programs + p, there, tl.float64)
+        d = tl.where(n > 0.0, load(partials, 5 * programs + p, there, tl.float64) - origin, 0.0)
+        losses += load(partials, p, there, tl.float64)
+        reals += n
+        clipped_count += load(partials, 2 * programs + p, there, tl.float64)
+        values_sum += load(partials, 3 * programs + p, there, tl.float64)
+        errors += load(partials, 4 * programs + p, there, tl.float64)
+        deviations += n * d
+        squares += load(partials, 6 * programs + p, there, tl.float64) + n * d * d
+    count = tl.maximum(tl.sum(reals), 1.0)
+    deviation = tl.sum(deviations)
     shift = deviation / count
+    tl.store(loss, tl.sum(losses))
+    tl.store(stats, tl.sum(clipped_count) / count)
+    tl.store(stats + 1, tl.sum(values_sum) / count)
     tl.store(stats + 2, origin + shift)
-    tl.store(stats + 3, total(partials, 4, programs, SIZE) / count)
-    tl.store(stats + 4, (m2 - deviation * shift) / count)
+    tl.store(stats + 3, tl.sum(errors) / count)
+    tl.store(stats + 4, (tl.sum(squares) - deviation * shift) / count)
 
 
 # --- Launches -------------------------------------------------------------------------------------
@@ -325,7 +393,11 @@ class _Sweep:
         sequences = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         in_one_piece = all(x is None or x.is_contiguous() for x in tokens)
         self.lookup = by_sequence or not in_one_piece
-        self.programs = triton.cdiv(count, TILE * TILES)
+        # Tokens that can be read wide: of rows of any length, the first need not begin well.
+        self.aligned = not self.lookup and all(x is None or x.data_ptr() % 16 == 0 for x in tokens)
+        self.each = 1 if self.lookup else EACH
+        tiles = triton.cdiv(count, LANES * self.each)
+        self.programs = min(tiles, PROGRAMS * processors(like.device))
         self.denominator = 1.0
         row_weights = counts = pointer = None
         counters = 0
@@ -341,12 +413,12 @@ class _Sweep:
             self.denominator = normalizer
         elif by_sequence or (reduction == "token_mean" and mask is not None):
             items = sequences if by_sequence else count
-            counters = min(triton.cdiv(items, TILE), COUNTERS.value)
+            counters = min(triton.cdiv(items, 16 * COUNTING_LANES), COUNTERS.value)
             counts = torch.empty(max(counters, 1), dtype=torch.int32, device=like.device)
             if counters:
                 count_partly[(counters,)](
-                    mask, row_weights, counts, items, length, row(mask), not in_one_piece, TILE,
-                    **OPTIONS,
+                    mask, row_weights, counts, items, length, row(mask), not in_one_piece,
+                    self.aligned, COUNTING_LANES, num_warps=8, **OPTIONS,
                 )  # fmt: skip
         elif reduction == "token_mean":
             self.denominator = float(count)
@@ -386,8 +458,8 @@ def ppo_policy_loss(
             policy[(sweep.programs,)](
                 *tokens, side_by_side(moments), *sweep.pointers, grad_logprobs, grad_entropy,
                 partials, *sweep.sizes, *map(row, tokens), sweep.denominator, *numbers,
-                numbers[2] != math.inf, kl_estimator, sweep.lookup, TILE, TILES, num_warps=WARPS,
-                **OPTIONS,
+                numbers[2] != math.inf, kl_estimator, sweep.lookup,
+                sweep.aligned, LANES, sweep.each, STAGES, num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
         policy_totals[(1,)](partials, loss, stats, sweep.programs, SUMS, **OPTIONS)
 
@@ -414,7 +486,7 @@ def ppo_value_loss(
         if sweep.programs:
             value[(sweep.programs,)](
                 *tokens, *sweep.pointers, grad_values, partials, *sweep.sizes, *map(row, tokens),
-                sweep.denominator, clip_range, sweep.lookup, TILE, TILES, num_warps=WARPS,
-                **OPTIONS,
+                sweep.denominator, clip_range, sweep.lookup, sweep.aligned,
+                LANES, sweep.each, STAGES, num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
         value_totals[(1,)](partials, loss, stats, sweep.programs, SUMS, **OPTIONS)

@@ -1,8 +1,9 @@
 """`sample`: a token from each row of logits, and its log-prob, a program for each row.
 
-One pass for the maximum and the sum of e^{z/T}, one for the first token at which the running sum
-exceeds u times that, u a random number. With top-k or top-p, the lowest logit that is kept is first
-found by bisection, over the bits of a number: as integers, they are in the order of the numbers.
+One pass for the maximum and the sum of e^{z/T}, and one for the first token at which the running
+sum exceeds u times that, u a random number. With top-k or top-p, the lowest logit that is kept is
+first found by bisection, over the bits of a number: as integers, they are in the order of the
+numbers.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -10,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton.common import log_from_one, logit_row, number
-from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, logit_tiling, on
+from ppo_kernels.triton.common import log_from_one, logit_row, number, places
+from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, on
 
+_TILE_BYTES = 4096  # of a row at a time, in the accumulation dtype
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -56,6 +58,28 @@ def _kept(
 
 
 @triton.jit
+def _largest_and_weight(
+    logits, vocab, scale, LANES: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The largest logit, and the weight of all, in one pass: each lane has its own maximum until
+    the end."""
+    m = tl.full((LANES,), float("-inf"), DTYPE)
+    sums = tl.zeros((LANES,), DTYPE)
+    for start in range(0, vocab, LANES * EACH):
+        j = start + places(LANES, EACH, ALIGNED)
+        z = tl.load(logits + j, mask=j < vocab, other=float("-inf")).to(DTYPE)
+        m_new = tl.maximum(m, tl.max(z, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        e = tl.exp2((z - m_safe[:, None]) * scale)
+        sums = sums * tl.exp2((m - m_safe) * scale) + tl.sum(e, 1)
+        m = m_new
+    top = tl.max(m)
+    factor = tl.where(m == float("-inf"), 0.0, tl.exp2((m - top) * scale))
+    return top, tl.sum((sums * factor).to(tl.float64))
+
+
+@triton.jit
 def _lowest_kept(
     logits, vocab, m, scale, lowest, least, COUNT: tl.constexpr, SIZE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -75,7 +99,7 @@ def draw(
     logits, tokens, logprobs, offset_pointer, temperature: tl.float64, top_p: tl.float64,
     top_k: tl.int64, seed: tl.int64, offset: tl.int64, vocab, inner: tl.int64,
     outer_stride: tl.int64, inner_stride: tl.int64, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    SIZE: tl.constexpr,
+    SIZE: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A row each."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
@@ -83,15 +107,12 @@ def draw(
     logits += logit_row(i, inner, outer_stride, inner_stride)
     scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
 
-    lanes = tl.full((SIZE,), float("-inf"), DTYPE)
-    for start in range(0, vocab, SIZE):
-        lanes = tl.maximum(lanes, _logits(logits, start, vocab, SIZE, DTYPE))
-    m = tl.max(lanes)
+    m, weight = _largest_and_weight(logits, vocab, scale, SIZE // EACH, EACH, ALIGNED, DTYPE)
     lowest = _ordered(number(float("-inf"), DTYPE))
     if TOP_K:
         least = number(top_k, tl.float64)
         lowest = _lowest_kept(logits, vocab, m, scale, lowest, least, True, SIZE, DTYPE)
-    weight = _kept(logits, vocab, m, scale, lowest, False, SIZE, DTYPE)
+        weight = _kept(logits, vocab, m, scale, lowest, False, SIZE, DTYPE)
     if TOP_P:
         least = number(top_p, tl.float64) * weight
         lowest = _lowest_kept(logits, vocab, m, scale, lowest, least, False, SIZE, DTYPE)
@@ -142,12 +163,14 @@ def sample(
         logits = logits.contiguous()
     logits, *rows = logit_rows(logits)
     vocab = logits.shape[-1]
-    size, warps = logit_tiling(vocab, logprobs.dtype)
     # The running sums take registers: of more logits a thread, some would be spilled.
-    size, warps = max(size // 2, 64), max(warps, 4)
+    size = min(max(triton.next_power_of_2(vocab), 64), _TILE_BYTES // logprobs.element_size())
+    warps = 8 if size * logprobs.element_size() >= 4096 else 4
+    each = 16 // logits.element_size()
+    aligned = logits.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in (vocab, *rows[1:]))
     number, pointer = (0, offset) if isinstance(offset, Tensor) else (offset, None)
     with on(logits.device):
         draw[(tokens.numel(),)](
             logits, tokens, logprobs, pointer, temperature, top_p, top_k, seed, number, vocab,
-            *rows, 0 < top_k < vocab, top_p < 1.0, size, num_warps=warps, **OPTIONS,
+            *rows, 0 < top_k < vocab, top_p < 1.0, size, each, aligned, num_warps=warps, **OPTIONS,
         )  # fmt: skip
