@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,71 @@ def test_an_implementation_that_cannot_run_says_why() -> None:
         dispatch.resolve("gae", "cpp", torch.device("cuda"))
     with pytest.raises(RuntimeError, match="impl='cuda' cannot run: "):
         dispatch.resolve("gae", "cuda", CPU)
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out about the CUDA kernels."""
+    dispatch._cuda.cache_clear()
+    yield
+    dispatch._cuda.cache_clear()
+
+
+class _Driver:
+    """The CUDA module, on a machine whose driver says so."""
+
+    device_type = "cuda"
+
+    def __init__(self, why_not: str) -> None:
+        self.answer = why_not
+
+    def why_not(self, device: int) -> str:
+        return self.answer
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("why_not", ["", "CUDA driver version is insufficient"])
+def test_an_old_driver_is_a_reason(monkeypatch: pytest.MonkeyPatch, why_not: str) -> None:
+    monkeypatch.setattr(dispatch, "cuda", _Driver(why_not))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "_cuda_can_run", lambda: dispatch._cuda().available)
+    table = ppo_kernels.implementations()
+    assert table["gae"]["cuda"] == (not why_not, why_not or "compiled by nvcc")
+    assert not table["token_logprobs"]["cuda"].available
+    gpu = torch.device("cuda")
+    assert dispatch.resolve("gae", "auto", gpu) == ("triton" if why_not else "cuda")
+    assert dispatch.resolve("token_logprobs", "auto", gpu) == "triton"
+    if why_not:
+        with pytest.raises(RuntimeError, match="impl='cuda' cannot run: CUDA driver version"):
+            dispatch.resolve("gae", "cuda", gpu)
+    else:
+        assert dispatch.resolve("gae", "cuda", gpu) == "cuda"
+        with pytest.raises(RuntimeError, match=r"impl='cuda' runs on a GPU's tensors, .* on cpu"):
+            dispatch.resolve("gae", "cuda", CPU)
+
+
+@pytest.mark.skipif(dispatch.cuda is None, reason=dispatch._WHY_NO_CUDA)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")
+def test_without_a_driver_the_cuda_kernels_say_so() -> None:
+    assert "CUDA" in dispatch.cuda.why_not(0)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "reason"),
+    [
+        (None, "_cuda is not there: install the package"),
+        ({"cuda": {"built": False, "reason": "nvcc is not on the PATH"}}, "^nvcc .*mend that"),
+        ({"cuda": {"built": True}}, "built for another Python"),
+    ],
+)
+def test_what_was_not_built_has_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recorded: Any, reason: str
+) -> None:
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    if recorded is not None:
+        (tmp_path / "_build_info.json").write_text(json.dumps(recorded))
+    assert re.search(reason, dispatch._why_not_built("cuda"))
 
 
 def test_triton_wants_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def pairwise_loss(
     margins = None if margins is None else margins.contiguous()
     given = (chosen.contiguous(), rejected.contiguous(), margins)
     aligned = all(x is None or x.data_ptr() % 16 == 0 for x in given)
-    each = EACH if aligned else EACH // 2  # of more, some registers would be spilled
+    each = EACH if aligned else 1  # of more, some registers would be spilled
     programs = min(triton.cdiv(count, LANES * each), PROGRAMS * processors(loss.device))
     partials = loss.new_empty(COLUMNS, programs)
     with on(loss.device):
