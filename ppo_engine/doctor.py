@@ -31,6 +31,7 @@ _OPTIONAL = {
     "accelerate": "reading the demo's model: pip install 'ppo-engine[demo]'",
 }
 _COST = {
+    "cuda": "on a GPU, Triton's take their place, up to three times slower (GAE)",
     "cpp": "ops on the CPU run in plain PyTorch, several times slower and with more memory",
     "triton": "ops on a GPU run in plain PyTorch",
 }

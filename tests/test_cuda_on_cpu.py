@@ -57,10 +57,10 @@ def processors(
 ) -> Iterator[int]:
     """Of few, a warp takes a row; of many, a block, or a row is cut into chunks."""
     monkeypatch.setattr(dispatch, "cuda", module)
-    dispatch._cuda.cache_clear()
+    dispatch._cuda_on.cache_clear()
     module.pretend_processors(request.param)
     yield request.param
-    dispatch._cuda.cache_clear()
+    dispatch._cuda_on.cache_clear()
 
 
 @pytest.mark.parametrize("op", dispatch.WITH_CUDA)
@@ -96,16 +96,6 @@ def test_long_rows(shape: tuple[int, int], packed: bool, processors: int) -> Non
         for a, b in zip(found, expected, strict=True):
             scale = b.abs().max().item()
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5 * scale)
-
-
-def test_same_bits_every_time(processors: int) -> None:
-    tokens = torch.randn(3, 9, 3000)
-    first, *others = (
-        ppo_kernels.kl_shaped_gae(torch.ones(9), *tokens, kl_coef=0.1, impl="cuda")
-        for _ in range(3)
-    )
-    for other in others:
-        assert all(map(torch.equal, first, other))
 
 
 def test_no_rows(processors: int) -> None:

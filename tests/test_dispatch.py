@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def test_an_implementation_that_cannot_run_says_why() -> None:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What was found out about the CUDA kernels."""
-    dispatch._cuda.cache_clear()
+    dispatch._cuda_on.cache_clear()
     yield
-    dispatch._cuda.cache_clear()
+    dispatch._cuda_on.cache_clear()
 
 
 class _Driver:
@@ -87,7 +88,7 @@ class _Driver:
     def __init__(self, why_not: str) -> None:
         self.answer = why_not
 
-    def why_not(self, device: int) -> str:
+    def why_not(self) -> str:
         return self.answer
 
 
@@ -97,7 +98,7 @@ def test_an_old_driver_is_a_reason(monkeypatch: pytest.MonkeyPatch, why_not: str
     monkeypatch.setattr(dispatch, "cuda", _Driver(why_not))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(dispatch, "_cuda_can_run", lambda: dispatch._cuda().available)
+    monkeypatch.setattr(dispatch, "on", lambda device: nullcontext())
     table = ppo_kernels.implementations()
     assert table["gae"]["cuda"] == (not why_not, why_not or "compiled by nvcc")
     assert not table["token_logprobs"]["cuda"].available
@@ -116,7 +117,7 @@ def test_an_old_driver_is_a_reason(monkeypatch: pytest.MonkeyPatch, why_not: str
 @pytest.mark.skipif(dispatch.cuda is None, reason=dispatch._WHY_NO_CUDA)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")
 def test_without_a_driver_the_cuda_kernels_say_so() -> None:
-    assert "CUDA" in dispatch.cuda.why_not(0)
+    assert "CUDA" in dispatch.cuda.why_not()
 
 
 @pytest.mark.parametrize(

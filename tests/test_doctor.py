@@ -73,6 +73,18 @@ def test_missing_extension_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -
     assert "no C++17 compiler was found; cost: ops on the CPU run in plain PyTorch" in text
 
 
+def test_a_gpu_without_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        dispatch, "_cuda", lambda device=None: dispatch.Availability(False, "no nvcc")
+    )
+    monkeypatch.setattr(doctor, "_check", lambda *_: None)  # there is no GPU to check them on
+    monkeypatch.setattr(doctor, "_machine", lambda report: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    status, text = examine()
+    assert status == 0
+    assert "no nvcc; cost: on a GPU, Triton's take their place" in text
+
+
 def test_extension_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     without_cpp(monkeypatch, "undefined symbol")
     pretend_built(monkeypatch, object())

@@ -180,6 +180,16 @@ def test_minus_infinity_is_probability_zero(impl: str) -> None:
     check(arguments, impl)
 
 
+@pytest.mark.parametrize("masked", [slice(0, 16), slice(40, 1000), slice(0, 999)])
+def test_a_vocabulary_masked_with_the_lowest_number(kernel: str, masked: slice) -> None:
+    """Logits may differ by more than a float holds."""
+    given = inputs((3,), 1000)
+    given["targets"] = torch.tensor([999, 30, 3])
+    given["logits"][:, masked] = torch.finfo(torch.float32).min
+    given["logits"][:, given["targets"]] = torch.randn(3, 3)
+    check(given, kernel)
+
+
 def test_nan_and_no_class_at_all_stay_visible(impl: str) -> None:
     logits = torch.randn(3, 5000)
     logits[0, 4000] = NAN
@@ -219,7 +229,7 @@ def test_a_gradient_in_place_of_the_logits(kernel: str, vocab: int, dtype: torch
 def test_a_gradient_in_place_only_where_it_can_be(kernel: str) -> None:
     """Not of a leaf, whose values are the user's; nor of logits with other ones between."""
     leaf = torch.randn(2, 4, 9, requires_grad=True)
-    for logits in (leaf, (leaf * 1)[:, 1:]):
+    for logits in (leaf, leaf.view(8, 9), leaf[0], (leaf * 1)[:, 1:]):
         before = logits.detach().clone()
         targets = torch.zeros(logits.shape[:-1], dtype=torch.int64)
         token_logprobs(logits, targets, inplace_backward=True, impl=kernel).sum().backward()

@@ -18,41 +18,18 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Makes a device the current one, as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_));
-    if (device != before_) check(cudaSetDevice(device));
-    changed_ = device != before_;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-int processors(int device) {
-  int count = 0;
+int processors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
 }
 
-// Empty, or why the kernels cannot run on that device.
-std::string why_not(int device) {
+// Empty, or why the kernels cannot run on the current device.
+std::string why_not() {
   int devices = 0;
   cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error == cudaSuccess) {
-    try {
-      OnDevice on(device);
-      error = can_run();
-    } catch (const std::runtime_error& failure) {
-      return failure.what();
-    }
-  }
+  if (error == cudaSuccess) error = can_run();
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // forgotten, so that no later call reports it
   return cudaGetErrorString(error);
@@ -68,13 +45,13 @@ Tokens per_sequence(const Tensor& x) {
   return {x.data(), x.stride(0), 0};
 }
 
-// `empty` makes room: empty(bytes) is a tensor of the same device.
+// On the current device, which is the tensors'. `empty` makes room: empty(bytes) is a tensor there.
 void call_gae(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& values,
               const Tensor& bootstrap, const Tensor& rewards, const Tensor& scores,
               const Tensor& logprobs, const Tensor& ref_logprobs, int kl_estimator,
               double kl_coef, const Tensor& kl_coef_on_device, double gamma, double lam,
               const Tensor& advantages, const Tensor& returns, const Tensor& kl,
-              const Tensor& moments, int device, uintptr_t stream, const py::function& empty) {
+              const Tensor& moments, uintptr_t stream, const py::function& empty) {
   GaeArgs args{};
   args.dtype = values.dtype();
   if (cu_seqlens) {
@@ -101,8 +78,7 @@ void call_gae(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& values
   args.returns = tokens(returns);
   args.kl = kl.data();
   args.moments = moments.data();
-  OnDevice on(device);
-  const GaePlan plan = plan_gae(args, processors(device));
+  const GaePlan plan = plan_gae(args, processors());
   py::object room;
   Tensor workspace;
   if (plan.workspace_bytes > 0) {
@@ -123,6 +99,6 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("device_type") = "cuda";
 #endif
-  m.def("why_not", &ppo::cuda::why_not, "Empty, or why the kernels cannot run on that device.");
+  m.def("why_not", &ppo::cuda::why_not, "Empty, or why the kernels cannot run on the current device.");
   m.def("gae", &ppo::cuda::call_gae);
 }

@@ -12,8 +12,9 @@
 // Many rows: one or several warps walk through the tiles of a row, from its end. Few long rows: each
 // tile is a chunk of its own. It says what it does to a carry, waits until all chunks to its right
 // have said so too, and takes these together, in their order: results do not depend on which chunk
-// came first. Chunks are numbered from the right, and blocks begin in the order of their numbers, so
-// what a chunk waits for has begun. The last block of all merges the moments, in a fixed order too.
+// came first. Chunks are numbered from the right; that blocks begin in the order of their numbers,
+// so that what a chunk waits for has begun, is not promised by CUDA, but it is what GPUs do, and what
+// NVIDIA's own scan (CUB) relies on. The last block of all merges the moments, in a fixed order too.
 #include "gae.h"
 
 #include <algorithm>
@@ -222,7 +223,7 @@ __device__ double summed_over_lanes(double x) {
   return x;
 }
 
-// Of all warps; each lane 0 brings its own. Between two of these, the threads meet elsewhere too.
+// Of all warps; each lane 0 brings its own.
 __device__ double summed_over_warps(double x, double* shared) {
   const int warps = blockDim.x / kWarp;
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
@@ -262,7 +263,7 @@ __device__ Partial merged_over_warps(Partial x, Partial* shared) {
 
 // --- Chunks ----------------------------------------------------------------------------------
 
-// What the chunks to the right of this one do together, in lane 31 of the calling warp.
+// What the chunks to the right of this one do together, in every lane of the calling warp.
 __device__ Affine said_by_those_at_the_right(const Workspace& workspace, int64_t row, int64_t rows,
                                              int64_t chunk, int lane) {
   Affine all = identity();
@@ -341,7 +342,8 @@ __global__ void __launch_bounds__(kThreads, kInChunks ? kBlocksOfChunks : kBlock
   Sums sums{};
   double kl = 0;
 
-  const int64_t step = plan.blocks * (alone ? kWarps : 1);  // of a chunk there is only one
+  // Only where each warp has a row are there several to a block, one after the other.
+  const int64_t step = plan.blocks * (alone ? kWarps : 1);
   for (int64_t b = kInChunks ? piece % args.rows.count : alone ? piece * kWarps + warp : piece;
        b < args.rows.count; b += step) {
     const Sequence<T, kCount> s(args, b);
@@ -540,7 +542,7 @@ GaePlan plan_gae(const GaeArgs& args, int processors) {
       plan.warps *= 2;
     }
     plan.blocks = plan.warps == 1 ? std::min((rows + kWarps - 1) / kWarps, side_by_side / kWarps)
-                                  : std::min(rows, side_by_side / plan.warps);
+                                  : rows;
   }
   const bool shaped = args.kl_estimator != KL::none;
   if (shaped || plan.in_chunks) {

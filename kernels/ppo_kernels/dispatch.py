@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ NOT_WRITTEN = Availability(False, "not written yet")
 _WITHOUT_CPP = ("ranking_loss", "sample")
 # Where they are faster than Triton's, which bench/notes/gpu.md has the figures of.
 WITH_CUDA = ("gae", "kl_shaped_gae")
-NOT_NEEDED = Availability(False, "none, as triton's leave nothing to gain")
+NOT_NEEDED = Availability(False, "none: triton's are used")
 
 
 def _triton_version() -> str:
@@ -111,25 +112,30 @@ def _triton() -> Availability:
 
 
 @functools.cache
-def _cuda() -> Availability:
+def _cuda_on(index: int) -> Availability:
+    """On the GPU of that number: there may be others, of other generations."""
     if cuda is None:
         return Availability(False, _WHY_NO_CUDA)
-    if cuda.device_type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(cuda.device_type, index)
+    if device.type == "cuda" and not torch.cuda.is_available():
         return Availability(False, "no GPU: torch.cuda.is_available() is False")
     if torch.version.hip:
         return Availability(False, "for NVIDIA's GPUs only")
-    # An old driver, or a GPU of another generation.
-    why_not = cuda.why_not(torch.cuda.current_device() if cuda.device_type == "cuda" else 0)
+    with on(device):
+        why_not = cuda.why_not()  # an old driver, or a GPU of another generation
     return Availability(not why_not, why_not or "compiled by nvcc")
 
 
-def _cuda_can_run() -> bool:
-    return _cuda().available
+def _cuda(device: torch.device | None = None) -> Availability:
+    index = None if device is None else device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _cuda_on(index)
 
 
 if cuda is not None and torch.version.cuda:
     # torch.compile cannot trace what asks the driver.
-    _cuda_can_run = torch.compiler.assume_constant_result(_cuda_can_run)
+    _cuda = torch.compiler.assume_constant_result(_cuda)
 
 
 @functools.cache
@@ -138,20 +144,19 @@ def triton_kernels(name: str) -> Any:
     return importlib.import_module(f"ppo_kernels.triton.{name}")
 
 
+def _availability(op: str, impl: str, device: torch.device | None = None) -> Availability:
+    if impl == "reference":
+        return Availability(True, "plain PyTorch, any device")
+    if impl == "cpp":
+        return NOT_WRITTEN if op in _WITHOUT_CPP else _CPP
+    if impl == "triton":
+        return _triton()
+    return _cuda(device) if op in WITH_CUDA else NOT_NEEDED
+
+
 def implementations() -> dict[str, dict[str, Availability]]:
-    """What can run here: `{op: {impl: Availability(available, reason)}}`."""
-    available = {
-        "reference": Availability(True, "plain PyTorch, any device"),
-        "cpp": _CPP,
-        "triton": _triton(),
-        "cuda": _cuda(),
-    }
-    return {
-        op: available
-        | ({"cpp": NOT_WRITTEN} if op in _WITHOUT_CPP else {})
-        | ({} if op in WITH_CUDA else {"cuda": NOT_NEEDED})
-        for op in OPS
-    }
+    """What can run here: `{op: {impl: Availability(available, reason)}}`; on the current GPU."""
+    return {op: {impl: _availability(op, impl) for impl in IMPLS} for op in OPS}
 
 
 def resolve(op: str, impl: str, device: torch.device) -> str:
@@ -165,7 +170,7 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
             return "reference"
         if device.type == "cpu" and cpu is not None:
             return "cpp"
-        if device.type == "cuda" and op in WITH_CUDA and _cuda_can_run():
+        if device.type == "cuda" and op in WITH_CUDA and _cuda(device).available:
             return "cuda"
         if device.type == "cuda" and HAS_TRITON:
             return "triton"
@@ -176,9 +181,8 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
         raise ValueError(
             f"{op}: impl must be 'auto' or one of {', '.join(map(repr, IMPLS))}, but is {impl!r}"
         )
-    can_run, reason = True, ""
-    if impl != "reference" and not (impl == "cuda" and op in WITH_CUDA and _cuda_can_run()):
-        can_run, reason = implementations()[op][impl]
+    gpu = device if impl == "cuda" and device.type == "cuda" else None
+    can_run, reason = _availability(op, impl, gpu)
     if not can_run:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
     if impl == "cpp" and device.type != "cpu":
@@ -266,6 +270,11 @@ def in_one_dtype(first: Tensor, *others: Tensor | None) -> tuple[torch.dtype, tu
         if x is not None and x.dtype is not dtype:
             return dtype, tuple(None if x is None else x.to(dtype) for x in tensors)
     return dtype, tensors
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: the tensors' one, inside this."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def side_by_side(x: Tensor | None) -> Tensor | None:

@@ -226,13 +226,16 @@ def _on_gpu(
     tokens = (mask, values, rewards, logprobs, ref_logprobs)
     mask, wide, rewards, logprobs, ref_logprobs = map(dispatch.side_by_side, tokens)
     coef, coef_on_gpu = (0.0, kl_coef) if isinstance(kl_coef, Tensor) else (kl_coef, None)
+    if coef_on_gpu is not None and coef_on_gpu.dtype not in checks.FLOAT_DTYPES:
+        coef_on_gpu = coef_on_gpu.double()
     device = values.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     empty = functools.partial(torch.empty, dtype=torch.uint8, device=device)
-    dispatch.cuda.gae(
-        mask, cu_seqlens, wide, bootstrap, rewards, scores, logprobs, ref_logprobs, kl_estimator,
-        coef, coef_on_gpu, gamma, lam, *outputs, device.index or 0, stream, empty,
-    )  # fmt: skip
+    with dispatch.on(device):
+        dispatch.cuda.gae(
+            mask, cu_seqlens, wide, bootstrap, rewards, scores, logprobs, ref_logprobs,
+            kl_estimator, coef, coef_on_gpu, gamma, lam, *outputs, stream, empty,
+        )  # fmt: skip
 
 
 def _outputs(

@@ -66,7 +66,8 @@ def token_logprobs(
         inplace_backward: whether the backward pass may write the gradient over the logits, which
             saves a tensor of their size. Whoever needs them afterwards (another backward pass, or
             what they came from) gets autograd's error of a tensor modified in place. Has no effect
-            on a leaf, on logits that are not contiguous, on "reference" and under torch.compile.
+            on a leaf or a view of one, on logits that are not contiguous, on "reference" and under
+            torch.compile.
         impl: "auto", or one of `implementations()["token_logprobs"]`.
 
     Returns:
@@ -202,7 +203,8 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy, True, impl)
         ctx.save_for_backward(logits, targets, logprobs, entropy, state)
         ctx.temperature, ctx.impl = temperature, impl
-        ctx.inplace = inplace and logits.is_contiguous() and not logits.is_leaf
+        whole = logits if logits._base is None else logits._base
+        ctx.inplace = inplace and logits.is_contiguous() and not whole.is_leaf
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 

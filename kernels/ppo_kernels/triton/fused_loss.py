@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, processors
+from ppo_kernels.dispatch import on
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, processors
 
 TILE = 4096
 PROGRAMS = 2  # for each multiprocessor, at most

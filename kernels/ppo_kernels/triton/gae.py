@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.dispatch import side_by_side
+from ppo_kernels.dispatch import on, side_by_side
 from ppo_kernels.triton.common import is_real, kl_estimate, load, number
-from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, processors, row
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, processors, row
 
 TILE = 512  # tokens of a row at a time, where a program walks through it
 CHUNK = 1024  # tokens of a long row for a program

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,11 +28,6 @@ TOKENS = [
 OPTIONS = {"enable_fp_fusion": True}
 
 _INTERPRETED_PROCESSORS = 8
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: the tensors' one, inside this."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels.dispatch import on
 from ppo_kernels.reference import IGNORED_TARGET
 from ppo_kernels.triton.common import expm1, log_from_one, logit_row, number, places, softplus
-from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, on
+from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows
 
 IGNORED = tl.constexpr(IGNORED_TARGET)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -48,8 +49,10 @@ def _summed(z, m, sums, dots, scale, ENTROPY: tl.constexpr):
     d = (z - m_safe[:, None]) * scale
     e = tl.exp2(d)
     if ENTROPY:
-        # Not 0 times -inf; NaN is in e.
-        dots = (dots + down * sums) * factor + tl.sum(e * tl.maximum(d, NO_MORE), 1)
+        # Not 0 times -inf, also where logits differ by more than a float holds; NaN is in e.
+        dots = (dots + tl.maximum(down, NO_MORE) * sums) * factor + tl.sum(
+            e * tl.maximum(d, NO_MORE), 1
+        )
     return m_new, sums * factor + tl.sum(e, 1), dots
 
 
@@ -104,7 +107,7 @@ def forward(
     log_p, log_rest = -softplus(-log_odds), -softplus(log_odds)
     tl.store(logprobs + i, log_p)
     if entropy is not None:
-        dot = tl.sum((dots + down * sums) * factor)
+        dot = tl.sum((dots + tl.maximum(down, NO_MORE) * sums) * factor)
         of_others = tl.where(alone, 0.0, log_s - dot * LN_2 / tl.where(alone, 1.0, s))
         p, rest = tl.exp(log_p), tl.exp(log_rest)
         # p log p is 0 where p is 0.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.dispatch import side_by_side
+from ppo_kernels.dispatch import on, side_by_side
 from ppo_kernels.triton.common import (
     exp,
     furthest,
@@ -24,7 +24,7 @@ from ppo_kernels.triton.common import (
     total,
     write,
 )  # fmt: skip
-from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, processors, row
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, processors, row
 
 LANES, EACH, WARPS = 256, 4, 8  # of a tile of pairs
 PROGRAMS = 4  # for each multiprocessor, at most

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.dispatch import side_by_side
+from ppo_kernels.dispatch import on, side_by_side
 from ppo_kernels.reference import WHITEN_EPS as _WHITEN_EPS
 from ppo_kernels.triton.common import (
     MAX_LOG_RATIO,
@@ -31,7 +31,7 @@ from ppo_kernels.triton.common import (
     read,
     write,
 )  # fmt: skip
-from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, on, processors, row
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, processors, row
 
 WHITEN_EPS = tl.constexpr(_WHITEN_EPS)
 LANES, EACH, WARPS = 256, 4, 8  # tokens at a time; where each has to be looked up, EACH is 1

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels.dispatch import on
 from ppo_kernels.triton.common import log_from_one, logit_row, number, places
-from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, on
+from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows
 
 _TILE_BYTES = 4096  # of a row at a time, in the accumulation dtype
 LOG2_E = tl.constexpr(1.4426950408889634)
