@@ -5,9 +5,9 @@
 //
 // All that a token takes from its right is the carry c, which at the end of a sequence is
 // gamma bootstrap + score. What tokens do to it is an affine function, and these compose (scan.h):
-// a thread takes a group of neighbouring tokens, which it reads 16 bytes at once, a warp scans over its lanes by
-// shuffles, and the warps of a row over what each of them does. In double for every dtype, so that
-// the rounding errors of a long sequence do not pile up.
+// a thread takes a group of neighbouring tokens, which it reads 16 bytes at once, a warp scans over
+// its lanes by shuffles, and the warps of a row over what each of them does. In double for every
+// dtype, so that the rounding errors of a long sequence do not pile up.
 //
 // Many rows: one or several warps walk through the tiles of a row, from its end. Few long rows: each
 // tile is a chunk of its own. It says what it does to a carry, waits until all chunks to its right
@@ -36,7 +36,7 @@ constexpr int kBlocksOfChunks = 2;
 constexpr unsigned kAll = 0xffffffff;
 
 // What the workspace begins with, and what follows it.
-struct Counters { unsigned done, unused[3]; };
+struct alignas(16) Counters { unsigned done; };  // blocks
 struct Partial { Sums sums; double kl; };
 
 struct Workspace {
@@ -486,9 +486,9 @@ template <class T>
 cudaError_t launch_gae(const GaeArgs& args, const GaePlan& plan, void* workspace,
                        cudaStream_t stream) {
   const bool shaped = args.kl_estimator != KL::none;
-  const auto kernel = shaped ? plan.in_chunks ? gae_kernel<T, true, true> : gae_kernel<T, true, false>
-                      : plan.in_chunks ? gae_kernel<T, false, true>
-                                       : gae_kernel<T, false, false>;
+  const auto kernel =
+      shaped ? (plan.in_chunks ? gae_kernel<T, true, true> : gae_kernel<T, true, false>)
+             : (plan.in_chunks ? gae_kernel<T, false, true> : gae_kernel<T, false, false>);
   const int threads = plan.warps == 1 ? kThreads : plan.warps * kWarp;
   return launch(kernel, plan.blocks, threads, stream, args, plan, static_cast<char*>(workspace));
 }
@@ -531,7 +531,8 @@ GaePlan plan_gae(const GaeArgs& args, int processors) {
   plan.in_chunks = rows <= few && longest > 2 * chunk;
   if (plan.in_chunks) {
     plan.warps = kWarps;
-    plan.chunks = (longest + group_of_chunk - 1 + chunk - 1) / chunk;  // a row may begin within a group
+    // A row may begin within a group.
+    plan.chunks = (longest + group_of_chunk - 1 + chunk - 1) / chunk;
     plan.blocks = rows * plan.chunks;
   } else {
     // As few warps for a row as still fill the GPU, and not more than there are tokens for.
