@@ -19,16 +19,6 @@ namespace py = pybind11;
 namespace ppo {
 namespace {
 
-Tokens tokens(const Tensor& x) {  // [B, T], or packed [N]
-  if (!x) return {nullptr, 0, 0};
-  return {x.data(), x.dims() == 2 ? x.stride(0) : 0, x.stride(x.dims() - 1)};
-}
-
-Tokens per_sequence(const Tensor& x) {  // [B]
-  if (!x) return {nullptr, 0, 0};
-  return {x.data(), x.stride(0), 0};
-}
-
 // Tokens without boundaries, [N] alone, are one row.
 Rows rows(const Tensor& like, const Tensor& cu_seqlens) {
   if (!cu_seqlens) {

@@ -104,6 +104,16 @@ inline bool view(pybind11::handle object, Tensor& tensor) {
   return true;
 }
 
+inline Tokens tokens(const Tensor& x) {  // [B, T], or packed [N]
+  if (!x) return {nullptr, 0, 0};
+  return {x.data(), x.dims() == 2 ? x.stride(0) : 0, x.stride(x.dims() - 1)};
+}
+
+inline Tokens per_sequence(const Tensor& x) {  // [B]
+  if (!x) return {nullptr, 0, 0};
+  return {x.data(), x.stride(0), 0};
+}
+
 }  // namespace ppo
 
 namespace pybind11::detail {

@@ -75,10 +75,10 @@ def test_random_cases(op: str, processors: int) -> None:
     assert not messages, "\n".join(messages[:5])
 
 
-@pytest.mark.parametrize("shape", [(3, 9000), (2, 2051), (70, 300), (5, 4100), (1, 70_000)])
+@pytest.mark.parametrize("shape", [(3, 9000), (2, 2051), (70, 300), (5, 4100), (1, 140_000)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_long_rows(shape: tuple[int, int], packed: bool, processors: int) -> None:
-    """Walked through by a warp, by a block, and in chunks."""
+    """Walked through by a warp, by a block, and in chunks: of the last, more than a warp's 32."""
     generator = torch.Generator().manual_seed(1)
     rows, length = shape
     lengths = torch.randint(0, length, (rows,), generator=generator)

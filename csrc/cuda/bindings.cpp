@@ -35,16 +35,6 @@ std::string why_not() {
   return cudaGetErrorString(error);
 }
 
-Tokens tokens(const Tensor& x) {  // [B, T], or packed [N]; [B], one for each sequence
-  if (!x) return {nullptr, 0, 0};
-  return {x.data(), x.dims() == 2 ? x.stride(0) : 0, 1};
-}
-
-Tokens per_sequence(const Tensor& x) {
-  if (!x) return {nullptr, 0, 0};
-  return {x.data(), x.stride(0), 0};
-}
-
 // On the current device, which is the tensors'. `empty` makes room: empty(bytes) is a tensor there.
 void call_gae(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& values,
               const Tensor& bootstrap, const Tensor& rewards, const Tensor& scores,

@@ -17,11 +17,11 @@ SIZES = [
 ]  # fmt: skip
 
 # Pointers whose alignment is not looked at, as rows of any length start anywhere; it would gain
-# nothing: what is read from the end, or under a mask, is not read wide.
+# nothing: what is read from the end, or under a mask, is not read wide. (The losses are not among
+# those who use this: they read wide what is in one piece.)
 TOKENS = [
-    "rewards", "logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "returns",
-    "advantages", "entropy", "is_weights", "mask", "scores", "ranks", "bootstrap", "cu_seqlens",
-    "chosen", "rejected", "margins", "moments", "x",
+    "rewards", "logprobs", "ref_logprobs", "values", "returns", "advantages", "mask", "scores",
+    "ranks", "bootstrap", "cu_seqlens", "moments", "x",
 ]  # fmt: skip
 
 # Products and sums become one operation. Said aloud, as triton's default is about to change.

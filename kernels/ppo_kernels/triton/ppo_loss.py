@@ -4,15 +4,12 @@
   L   = w max(-A rho, -A clip(rho, 1 - low, 1 + high)) + kl_coef k(pi, pi_ref) - entropy_coef H
   L   = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
 
-A gradient needs the denominator of the mean, so where that is a number of tokens or of sequences,
-these are counted first, from the mask alone. Programs leave partial sums, which a last program adds
-up in a fixed order.
+Programs leave partial sums, which a last program adds up in a fixed order.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +20,6 @@ from ppo_kernels.triton.common import (
     MAX_LOG_RATIO,
     clamp,
     exp,
-    is_real,
     kl_estimate,
     load,
     number,
@@ -31,111 +27,14 @@ from ppo_kernels.triton.common import (
     read,
     write,
 )  # fmt: skip
-from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, processors, row
+from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, row
+from ppo_kernels.triton.sweep import LANES, Sweep, mean_weight, token_at, token_places
 
 WHITEN_EPS = tl.constexpr(_WHITEN_EPS)
-LANES, EACH, WARPS = 256, 4, 8  # tokens at a time; where each has to be looked up, EACH is 1
+WARPS = 8
 STAGES = 3  # of tiles on their way
-PROGRAMS = 3  # for each multiprocessor, at most
-TILE = 512  # tokens of a sequence at a time, where its real ones are counted
-COUNTING_LANES = 256
-COUNTERS = tl.constexpr(1024)  # programs that count, at most
 SUMS = 512  # partial sums that are added up at a time
 POLICY_SUMS, VALUE_SUMS = 8, 7  # for each program
-
-
-# --- Places, weights and denominators -------------------------------------------------------------
-
-
-@triton.jit
-def _places(i, T, cu_seqlens, sequences, steps, LOOKUP: tl.constexpr):
-    """(sequence, place in its row) of the tokens i. A packed batch is one row; so are all rows of
-    a padded one where nothing has to be looked up."""
-    if not LOOKUP:
-        return i * 0, i
-    elif cu_seqlens is None:
-        return i // T, i % T
-    else:
-        low, high = i * 0, i * 0 + sequences  # cu_seqlens[low] <= i < cu_seqlens[high]
-        for _ in range(0, steps):
-            middle = (low + high) // 2
-            above = tl.load(cu_seqlens + middle) > i
-            high = tl.where(above, middle, high)
-            low = tl.where(above, low, middle)
-        return low, i
-
-
-@triton.jit
-def _at(b, t, row, LOOKUP: tl.constexpr):
-    """From the first token on; of tokens in one piece said so that they can be read wide."""
-    if LOOKUP:
-        return b * row + t
-    else:
-        return t
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
-def weigh(mask, cu_seqlens, row_weights, T: tl.int64, mask_row: tl.int64, SIZE: tl.constexpr):
-    """1 over the number of real tokens, or 0, of a sequence each."""
-    b = tl.program_id(0).to(tl.int64)
-    first, length = T * 0, T
-    if cu_seqlens is not None:
-        first = tl.load(cu_seqlens + b)
-        length = tl.load(cu_seqlens + b + 1) - first
-    count = length
-    if mask is not None:
-        mask += b * mask_row + first
-        found = tl.zeros((SIZE,), tl.int32)
-        for start in range(0, length, SIZE):
-            t = start + tl.arange(0, SIZE)
-            found += is_real(mask, t, t < length).to(tl.int32)
-        count = tl.sum(found).to(tl.int64)
-    share = 1.0 / tl.maximum(count, 1).to(tl.float64)
-    tl.store(row_weights + b, tl.where(count > 0, share, 0.0))
-
-
-@triton.jit(do_not_specialize=SIZES)  # but on alignment: tokens in one piece are read wide
-def count_partly(
-    mask, row_weights, counts, count: tl.int64, T: tl.int64, mask_row: tl.int64,
-    LOOKUP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """How many tokens are real, or else (with `row_weights`) sequences; a part each."""
-    found = tl.zeros((LANES,), tl.int32)
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    begins = program * LANES
-    if ALIGNED:  # 16 tokens a lane, as 4 words of 4 bytes
-        words = mask.to(tl.pointer_type(tl.int32), bitcast=True)
-        halves = tl.zeros((LANES,), tl.int32)  # two counts, of 16 bits up to 2^34 tokens
-        tiles = count // (16 * LANES)
-        for tile in tl.range(program, tiles, programs, loop_unroll_factor=4):
-            x = tl.load(words + tile * 4 * LANES + places(LANES, 4, True))
-            x = x | (x >> 4)
-            x = x | (x >> 2)
-            x = (x | (x >> 1)) & 0x01010101  # of each byte, whether it is not 0
-            halves += tl.sum((x & 0x00FF00FF) + ((x >> 8) & 0x00FF00FF), 1)
-        found += (halves & 0xFFFF) + (halves >> 16)
-        begins += tiles * 16 * LANES
-    for start in range(begins, count, programs * LANES):
-        i = start + tl.arange(0, LANES)
-        if row_weights is None:
-            b, t = _places(i, T, None, 0, 0, LOOKUP)
-            found += is_real(mask, _at(b, t, mask_row, LOOKUP), i < count).to(tl.int32)
-        else:
-            found += (tl.load(row_weights + i, mask=i < count, other=0.0) > 0).to(tl.int32)
-    tl.store(counts + program, tl.sum(found))
-
-
-@triton.jit
-def _weight(denominator, denominator_pointer, counts, counters):
-    """1 over the denominator; in float64, as a GPU's division is none too exact in float32."""
-    if counts is not None:
-        p = tl.arange(0, COUNTERS)
-        found = tl.sum(tl.load(counts + p, mask=p < counters, other=0).to(tl.int64)).to(tl.float64)
-    elif denominator_pointer is not None:
-        found = tl.load(denominator_pointer).to(tl.float64)
-    else:
-        found = number(denominator, tl.float64)
-    return 1.0 / tl.where(found == 0.0, 1.0, found)
 
 
 # --- Policy loss ----------------------------------------------------------------------------------
@@ -156,7 +55,7 @@ def policy(
     put to 0."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SIZE: tl.constexpr = LANES * EACH
-    weight = _weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
+    weight = mean_weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
     mean, scale = number(0.0, DTYPE), number(1.0, DTYPE)
     if moments is not None:
         mean = tl.load(moments + 1).to(DTYPE)
@@ -175,14 +74,16 @@ def policy(
         ):
             i = tile * SIZE + places(LANES, EACH, ALIGNED)
             inside = i < count
-            b, t = _places(i, T, cu_seqlens, sequences, steps, LOOKUP)
-            log_p = read(logprobs, _at(b, t, logprobs_row, LOOKUP), inside, part == 0).to(DTYPE)
-            old = read(old_logprobs, _at(b, t, old_row, LOOKUP), inside, part == 0).to(DTYPE)
-            at = _at(b, t, advantages_row, LOOKUP)
+            b, t = token_places(i, T, cu_seqlens, sequences, steps, LOOKUP)
+            log_p = read(logprobs, token_at(b, t, logprobs_row, LOOKUP), inside, part == 0).to(
+                DTYPE
+            )
+            old = read(old_logprobs, token_at(b, t, old_row, LOOKUP), inside, part == 0).to(DTYPE)
+            at = token_at(b, t, advantages_row, LOOKUP)
             advantage = read(advantages, at, inside, part == 0).to(DTYPE)
             real = inside
             if mask is not None:
-                real = read(mask, _at(b, t, mask_row, LOOKUP), inside, part == 0).to(tl.int1)
+                real = read(mask, token_at(b, t, mask_row, LOOKUP), inside, part == 0).to(tl.int1)
             log_ratio = tl.where(real, log_p - old, 0.0)
             advantage = tl.where(real, (advantage - mean) * scale, 0.0)
             ratio = exp(clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
@@ -196,16 +97,20 @@ def policy(
                 is_bound = (advantage < 0.0) & (bound < loss)
                 loss, slope = tl.where(is_bound, bound, loss), tl.where(is_bound, 0.0, slope)
             if is_weights is not None:
-                w = read(is_weights, _at(b, t, weights_row, LOOKUP), inside, part == 0).to(DTYPE)
+                w = read(is_weights, token_at(b, t, weights_row, LOOKUP), inside, part == 0).to(
+                    DTYPE
+                )
                 loss, slope = tl.where(real, loss * w, 0.0), tl.where(real, slope * w, 0.0)
             if ref_logprobs is not None:
-                ref = read(ref_logprobs, _at(b, t, ref_row, LOOKUP), inside, part == 0).to(DTYPE)
+                ref = read(ref_logprobs, token_at(b, t, ref_row, LOOKUP), inside, part == 0).to(
+                    DTYPE
+                )
                 k, k_slope = kl_estimate(tl.where(real, log_p - ref, 0.0), ESTIMATOR)
                 kls += tl.sum(k, 1)
                 loss += number(kl_coef, DTYPE) * k
                 slope += tl.where(real, number(kl_coef, DTYPE) * k_slope, 0.0)
             if entropy is not None:
-                h = read(entropy, _at(b, t, entropy_row, LOOKUP), inside, part == 0).to(DTYPE)
+                h = read(entropy, token_at(b, t, entropy_row, LOOKUP), inside, part == 0).to(DTYPE)
                 h = tl.where(real, h, 0.0)
                 entropies += tl.sum(h, 1)
                 loss -= number(entropy_coef, DTYPE) * h
@@ -278,7 +183,7 @@ def value(
     """Every so many tiles of tokens each, as in `policy`; an infinite `clip` is none."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SIZE: tl.constexpr = LANES * EACH
-    weight = _weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
+    weight = mean_weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
     clip = number(clip, DTYPE)
     zeros = tl.zeros((LANES,), DTYPE)
     losses, clipped_count, values_sum, errors, reals = zeros, zeros, zeros, zeros, zeros
@@ -294,13 +199,13 @@ def value(
         ):
             i = tile * SIZE + places(LANES, EACH, ALIGNED)
             inside = i < count
-            b, t = _places(i, T, cu_seqlens, sequences, steps, LOOKUP)
-            v = read(values, _at(b, t, values_row, LOOKUP), inside, part == 0).to(DTYPE)
-            old = read(old_values, _at(b, t, old_row, LOOKUP), inside, part == 0).to(DTYPE)
-            target = read(returns, _at(b, t, returns_row, LOOKUP), inside, part == 0).to(DTYPE)
+            b, t = token_places(i, T, cu_seqlens, sequences, steps, LOOKUP)
+            v = read(values, token_at(b, t, values_row, LOOKUP), inside, part == 0).to(DTYPE)
+            old = read(old_values, token_at(b, t, old_row, LOOKUP), inside, part == 0).to(DTYPE)
+            target = read(returns, token_at(b, t, returns_row, LOOKUP), inside, part == 0).to(DTYPE)
             real = inside
             if mask is not None:
-                real = read(mask, _at(b, t, mask_row, LOOKUP), inside, part == 0).to(tl.int1)
+                real = read(mask, token_at(b, t, mask_row, LOOKUP), inside, part == 0).to(tl.int1)
             v = tl.where(real, v, 0.0)
             error = tl.where(real, v - target, 0.0)
             clipped_error = tl.where(real, clamp(v, old - clip, old + clip) - target, 0.0)
@@ -374,59 +279,6 @@ def value_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr):
 # --- Launches -------------------------------------------------------------------------------------
 
 
-class _Sweep:
-    """How a loss goes over its tokens, and what it divides by; launches what counts that."""
-
-    def __init__(
-        self,
-        tokens: tuple[Tensor | None, ...],
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        reduction: str,
-        normalizer: float | Tensor | None,
-        like: Tensor,
-    ) -> None:
-        first = tokens[0]
-        assert first is not None
-        by_sequence = reduction == "sequence_mean"
-        count, length = first.numel(), first.shape[-1]
-        sequences = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        in_one_piece = all(x is None or x.is_contiguous() for x in tokens)
-        self.lookup = by_sequence or not in_one_piece
-        # Tokens that can be read wide: of rows of any length, the first need not begin well.
-        self.aligned = not self.lookup and all(x is None or x.data_ptr() % 16 == 0 for x in tokens)
-        self.each = 1 if self.lookup else EACH
-        tiles = triton.cdiv(count, LANES * self.each)
-        self.programs = min(tiles, PROGRAMS * processors(like.device))
-        self.denominator = 1.0
-        row_weights = counts = pointer = None
-        counters = 0
-        if by_sequence:
-            row_weights = like.new_empty(sequences)
-            if sequences:
-                weigh[(sequences,)](
-                    mask, cu_seqlens, row_weights, length, row(mask), TILE, **OPTIONS
-                )
-        if isinstance(normalizer, Tensor):
-            pointer = normalizer
-        elif normalizer is not None:
-            self.denominator = normalizer
-        elif by_sequence or (reduction == "token_mean" and mask is not None):
-            items = sequences if by_sequence else count
-            counters = min(triton.cdiv(items, 16 * COUNTING_LANES), COUNTERS.value)
-            counts = torch.empty(max(counters, 1), dtype=torch.int32, device=like.device)
-            if counters:
-                count_partly[(counters,)](
-                    mask, row_weights, counts, items, length, row(mask), not in_one_piece,
-                    self.aligned, COUNTING_LANES, num_warps=8, **OPTIONS,
-                )  # fmt: skip
-        elif reduction == "token_mean":
-            self.denominator = float(count)
-        steps = max(sequences, 1).bit_length()
-        self.pointers = (cu_seqlens if by_sequence else None, row_weights, counts, pointer)
-        self.sizes = (count, length, sequences, steps, counters)
-
-
 def ppo_policy_loss(
     logprobs: Tensor,
     entropy: Tensor | None,
@@ -452,7 +304,7 @@ def ppo_policy_loss(
     given = (logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs)
     tokens = tuple(map(side_by_side, given))
     with on(loss.device):
-        sweep = _Sweep(tokens, mask, cu_seqlens, reduction, normalizer, loss)
+        sweep = Sweep(tokens, mask, cu_seqlens, reduction, normalizer, loss)
         partials = loss.new_empty(POLICY_SUMS, sweep.programs)
         if sweep.programs:
             policy[(sweep.programs,)](
@@ -481,7 +333,7 @@ def ppo_value_loss(
     mask = side_by_side(mask)
     tokens = (*map(side_by_side, (values, old_values, returns)), mask)
     with on(loss.device):
-        sweep = _Sweep(tokens, mask, cu_seqlens, reduction, normalizer, loss)
+        sweep = Sweep(tokens, mask, cu_seqlens, reduction, normalizer, loss)
         partials = loss.new_empty(VALUE_SUMS, sweep.programs)
         if sweep.programs:
             value[(sweep.programs,)](
