@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bench.timing import Call
+
 Mode = Literal["fwd", "bwd", "both"]
 Size = Literal["small", "medium", "large"]
 MODES: tuple[Mode, ...] = ("fwd", "bwd", "both")
@@ -35,7 +37,10 @@ class Case:
     `ours(inputs, impl=…)` and each of `alternatives` return the same outputs. `trained` names the
     inputs that get a gradient; `upstream` the inputs that hold the gradients of the outputs (one
     name each; without, the first output is a loss). `chunk` is how many rows at a time the exact
-    result is made of, where rows do not depend on each other and all at once would not fit.
+    result is made of, where rows do not depend on each other and all at once would not fit; inputs
+    that are `shared` belong to all rows, so their gradients add up, as do outputs of one number.
+    `least(inputs, mode)` does what must be done at the least, where that is not bytes moved. `kept`
+    is how many bytes of the memory hold the gradients as they are summed: the rest is extra.
     """
 
     op: str
@@ -51,6 +56,9 @@ class Case:
     trained: Sequence[str] = ()
     upstream: Sequence[str] = field(default=())
     chunk: int | None = None
+    shared: Sequence[str] = ()
+    least: Callable[[Inputs, Mode], list[Call]] | None = None
+    kept: Mapping[Mode, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

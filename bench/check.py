@@ -26,11 +26,19 @@ def exact(case: Case, inputs: Inputs) -> Outputs:
     if case.chunk is None:
         return _exact_rows(case, inputs)
     rows = len(next(iter(inputs.values())))
+    chunks = (slice(first, first + case.chunk) for first in range(0, rows, case.chunk))
     parts = [
-        _exact_rows(case, {name: x[first : first + case.chunk] for name, x in inputs.items()})
-        for first in range(0, rows, case.chunk)
+        _exact_rows(case, {k: x if k in case.shared else x[rows] for k, x in inputs.items()})
+        for rows in chunks
     ]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    of_shared = [False] * (len(parts[0]) - len(case.trained))
+    of_shared += [name in case.shared for name in case.trained]
+    return tuple(
+        sum(column, torch.zeros_like(column[0]))
+        if added or not column[0].ndim
+        else torch.cat(column)
+        for added, column in zip(of_shared, zip(*parts, strict=True), strict=True)
+    )
 
 
 def error(case: Case, inputs: Inputs, run: Run, truth: Outputs, *, gradients: bool) -> float:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.case import MODES, Case, Cost, Inputs, Mode, Run, gradients, leaves_of
+from bench.case import MODES, Case, Inputs, Mode, Run, gradients, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, least_call, least_traffic
 from bench.results import Row
@@ -22,7 +22,7 @@ ALTERNATIVES = "alternatives"
 # either far larger than its cache or meant to fit.
 _ROTATED_BYTES = 256 * 2**20
 _MOST_COPIES = 16
-_BYTES, _CALL = "least bytes", "least call"
+_LEAST, _CALL = "the least", "least call"
 
 
 def measure(
@@ -48,13 +48,14 @@ def measure(
         rows: dict[str, Row] = {}
         # The smallest case is there to show what a call costs the host.
         replayed = device.type == "cuda" and case.size != "small"
-        calls = _least(case.costs[mode], ceilings, device, replayed)
+        calls = _least(case, mode, inputs, ceilings, device, replayed)
         for name, run in runs.items():
             rows[name] = row = _described(case, mode, name)
             try:
                 row["error"] = error(case, inputs, run, truth, gradients=mode != "fwd")
                 call = _call(case, mode, inputs, run)
                 row["peak_bytes"] = peak_extra_bytes(device, call)
+                row["extra_bytes"] = row["peak_bytes"] - case.kept.get(mode, 0)
                 calls[name] = [call, *_copies(case, mode, inputs, run, device)]
             except WrongResult as wrong:
                 row["status"] = f"wrong: {wrong}"
@@ -101,18 +102,25 @@ def _rotated(device: torch.device, size: float) -> int:
 
 
 def _least(
-    cost: Cost, ceilings: Ceilings, device: torch.device, replayed: bool
+    case: Case,
+    mode: Mode,
+    inputs: Inputs,
+    ceilings: Ceilings,
+    device: torch.device,
+    replayed: bool,
 ) -> dict[str, list[Call]]:
-    """What the floor is measured by: the bytes moved and no more, and a call of an op.
-
-    In turn with the rows, so that what slows the machine down for a while slows both.
+    """What the floor is measured by: the bytes moved and no more, or what the case says, and a call
+    of an op. In turn with the rows, so that what slows the machine down for a while slows both.
     """
     least = {_CALL: [least_call(device)]}
+    if case.least is not None:
+        return least | {f"{_LEAST} 0": case.least(inputs, mode)}
+    cost = case.costs[mode]
     if not replayed and (cost.read + cost.written) / ceilings.read < ceilings.call:
         return least  # to move so little would mostly be the call of what moves it
     copies = _rotated(device, cost.read + cost.written)
     traffic = [least_traffic(device, cost.read, cost.written) for _ in range(copies)]
-    return least | {f"{_BYTES} {i}": [*w] for i, w in enumerate(zip(*traffic, strict=True))}
+    return least | {f"{_LEAST} {i}": [*w] for i, w in enumerate(zip(*traffic, strict=True))}
 
 
 def _described(case: Case, mode: Mode, impl: str) -> Row:
@@ -126,7 +134,7 @@ def _described(case: Case, mode: Mode, impl: str) -> Row:
         "status": "ok",
     } | dict.fromkeys(
         ("ms_p20", "ms_p50", "ms_p80", "gb_per_s", "tflop_per_s", "x_floor", "x_best_alternative",
-         "peak_bytes", "error", "floor_ms", "call_ms")
+         "peak_bytes", "extra_bytes", "error", "floor_ms", "call_ms")
     )  # fmt: skip
 
 
@@ -136,8 +144,8 @@ def _fill(
     """Times, and the ratios that give them a meaning."""
     cost = case.costs[mode]
     floor = max(
-        min((x.p50 for name, x in timings.items() if name.startswith(_BYTES)), default=0.0),
-        cost.flops / ceilings.matmul.get(accumulator(case.dtype), math.inf),
+        min((x.p50 for name, x in timings.items() if name.startswith(_LEAST)), default=0.0),
+        0.0 if case.least else cost.flops / ceilings.matmul.get(accumulator(case.dtype), math.inf),
         timings[_CALL].p50,
     )
     best_alternative = min(

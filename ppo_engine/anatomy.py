@@ -12,12 +12,14 @@ step. On a CPU time is wall time. On a GPU a moment belongs to the span that lau
 running then; while none runs, to the span in which the host is, for which the GPU waits.
 
 The transformer is the models' own work. Forward: every call of a model, of its layers without the
-head, or of the head alone (embedding, layers, norm; output or score layer), decoding's included.
+head, or of the head alone (embedding, layers, norm; output or score layer), decoding's included;
+and the head's matrix products, also those of the backward pass, where log-probs and the policy's
+loss are made from hidden states.
 Backward: the autograd nodes of the operations in those calls (a node carries the sequence number of
 the operation that made it), the sums of their gradients, and the accumulation into `.grad`. All
 else is not the transformer: sampling and the bookkeeping of `generate`, tokenizing, gathering
-response tokens, log-probs and their backward, GAE, losses, optimizer, autograd's own overhead, and
-a reward function, whatever it does.
+response tokens, what log-probs and losses take beside those products, GAE, optimizer, autograd's
+own overhead, and a reward function, whatever it does.
 
 What is approximate: the profiler adds microseconds to every operation, so phases of many small
 ones, decoding first, take a larger share than they do unprofiled. Operations of other threads, as
@@ -60,7 +62,8 @@ if TYPE_CHECKING:
 
 _PREFIX = "ppo."  # of span names in a trace, which holds other people's too
 _TRANSFORMER = "transformer"
-_LOGPROBS = "token_logprobs"
+_OF_THE_HEAD = ("logprobs", "losses")  # spans whose matrix products are the transformer's
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 _OTHER = "other"  # of a stage, or of the step, what no span inside it names
 _NODE = "autograd::engine::evaluate_function: "  # a node's backward, with the sum of its gradients
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -139,15 +142,16 @@ def read_anatomy(trace: Mapping[str, Any]) -> Anatomy:
     marks = [event for event in events if _is_mark(event)]
     [step] = [event for event in marks if event["name"] == f"{_PREFIX}step"]
     spans = [_as_span(event, event["name"].removeprefix(_PREFIX)) for event in marks]
-    makers = _makers(_Timeline(spans), [event for event in events if event["tid"] == step["tid"]])
+    timeline, ours = _Timeline(spans), [event for event in events if event["tid"] == step["tid"]]
+    makers = _makers(timeline, ours)
     for event in events:
-        if not event["name"].startswith(_NODE):
-            continue
-        maker = makers.get(event["args"].get("Sequence number"))
-        if maker == _TRANSFORMER or "AccumulateGrad" in event["name"]:  # into the models' own
+        if event["name"].startswith(_NODE):
+            maker = makers.get(event["args"].get("Sequence number"))
+            if maker == _TRANSFORMER or "AccumulateGrad" in event["name"]:  # into the models' own
+                spans.append(_as_span(event, _TRANSFORMER))
+    for event in ours:
+        if event["name"] in _PRODUCTS and ("", *timeline.at(event["ts"]))[-1] in _OF_THE_HEAD:
             spans.append(_as_span(event, _TRANSFORMER))
-        elif maker == _LOGPROBS:
-            spans.append(_as_span(event, f"{_LOGPROBS} backward"))
     return _divide(_Timeline(spans), _as_span(step, "step"), events)
 
 
@@ -296,7 +300,8 @@ def _relevant(entry: dict[str, Any]) -> dict[str, Any] | None:
     """The entry of a trace, or None for one of the many that the table does not need."""
     category = entry.get("cat")
     if category == "cpu_op":
-        needed = "Sequence number" in entry["args"] or entry["name"].startswith(_NODE)
+        name = entry["name"]
+        needed = "Sequence number" in entry["args"] or name.startswith(_NODE) or name in _PRODUCTS
     else:
         needed = category in (None, "user_annotation", *_KERNELS, *_LAUNCHES)
     return entry if needed else None

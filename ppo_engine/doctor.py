@@ -177,6 +177,18 @@ def _logprob_example(generator: torch.Generator) -> Example:
     return [logits, targets], {"return_entropy": True, "temperature": 0.7}
 
 
+def _linear_example(generator: torch.Generator) -> Example:
+    hidden, weight = (torch.randn(n, 24, generator=generator) for n in (40, 301))
+    targets = torch.randint(301, (40,), generator=generator)
+    return [hidden, weight, targets], {"temperature": 0.7, "softcap": 8.0}
+
+
+def _linear_loss_example(generator: torch.Generator) -> Example:
+    tensors, settings = _linear_example(generator)
+    old_logprobs, advantages = torch.randn((2, 40), generator=generator) - torch.tensor([[5], [0]])
+    return [*tensors, old_logprobs, advantages], settings
+
+
 def _ranking_example(generator: torch.Generator) -> Example:
     scores = torch.randn((5, 4), generator=generator)
     return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
@@ -186,6 +198,8 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "gae": lambda g: (_tokens(g, 2), {"mask": _mask()}),
     "kl_shaped_gae": _shaped_example,
     "token_logprobs": _logprob_example,
+    "linear_logprobs": _linear_example,
+    "linear_ppo_loss": _linear_loss_example,
     "ppo_policy_loss": lambda g: (_tokens(g, 3), {"mask": _mask()}),
     "ppo_value_loss": lambda g: (_tokens(g, 3), {"mask": _mask()}),
     "pairwise_loss": lambda g: (list(torch.randn((2, 33), generator=g)), {"center_coef": 0.01}),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from ppo_engine.rewards import (
 )
 from ppo_engine.rollout import Experience, Rollout
 from ppo_engine.text import Prompt
-from ppo_kernels import gae, kl_shaped_gae, ppo_policy_loss, ppo_value_loss
+from ppo_kernels import gae, kl_shaped_gae, ppo_value_loss
 from ppo_kernels.reference import ShapedGAE
 
 
@@ -168,8 +169,7 @@ class PPOEngine:
     def compare_with_reference(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of policy and reference, and the policy's entropies: each [B, T] fp32, 0 at
         padding. Their difference, summed over a response, estimates the KL divergence."""
-        logprobs, entropy = self._over(rollout, self._policy_logprobs)
-        ref_logprobs, _ = self._over(rollout, self._reference_logprobs)
+        logprobs, ref_logprobs, entropy = self._over(rollout, self._compare)
         return logprobs, ref_logprobs, entropy
 
     @span("update")
@@ -237,21 +237,18 @@ class PPOEngine:
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         self.policy.model.train()
         for part in map(experience.select, rows.split(settings.micro_batch_size)):
-            logprobs, entropy = self._policy_logprobs(part.rollout)
-            # Until the first step the old log-probs are these very numbers; measured again in
+            # Until the first step the old log-probs are those of this very pass; measured again in
             # another batch they would differ by rounding, and the ratio from 1.
             on_policy = self.policy_version == experience.policy_version
-            old_logprobs = logprobs.detach() if on_policy else part.logprobs
-            with span("losses"):
-                loss, stats = ppo_policy_loss(
-                    logprobs,
-                    old_logprobs,
+            with span("policy"):
+                loss, stats = self.policy.policy_loss(
+                    part.rollout,
+                    None if on_policy else part.logprobs,
                     part.advantages,
-                    mask=part.rollout.mask,
+                    self.config.generation.temperature,
                     clip_range=settings.clip_range,
                     moments=part.moments if settings.whiten_advantages else None,
                     normalizer=tokens,
-                    entropy=entropy if settings.entropy_coef else None,
                     entropy_coef=settings.entropy_coef,
                 )
             with span("backward"):
@@ -331,17 +328,23 @@ class PPOEngine:
         moments = torch.stack((count, mean, (real - mean).square().sum()))
         return ShapedGAE(advantages, returns, rewards.kl, moments)
 
-    @span("policy")
-    def _policy_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        return self.policy.response_logprobs(rollout, self.config.generation.temperature)
-
-    @span("reference")
-    def _reference_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def _compare(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probs, reference's log-probs, entropies) of a micro-batch."""
+        policy, reference = self.policy, self.reference or self.policy
         temperature = self.config.generation.temperature
-        if self.reference is None:
-            with self.policy.without_adapter():
-                return self.policy.response_logprobs(rollout, temperature)
-        return self.reference.response_logprobs(rollout, temperature)
+        unadapted = nullcontext() if self.reference else policy.without_adapter()
+        with span("policy"):
+            states = policy.states(rollout)
+        if policy.shares_head(reference):
+            with span("reference"), unadapted:
+                ref_states = reference.states(rollout)
+            found = policy.stacked_logprobs([states, ref_states], rollout, temperature)
+            (logprobs, entropy), (ref_logprobs, _) = found
+        else:
+            [(logprobs, entropy)] = policy.stacked_logprobs([states], rollout, temperature)
+            with span("reference"), unadapted:
+                ref_logprobs, _ = reference.response_logprobs(rollout, temperature)
+        return logprobs, ref_logprobs, entropy
 
     def _over(
         self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models
@@ -19,7 +20,8 @@ from ppo_engine.config import GenerationConfig, ModelConfig
 from ppo_engine.errors import UserError
 from ppo_engine.rollout import Rollout
 from ppo_engine.text import Prompt, encode_prompt, pad_left
-from ppo_kernels import token_logprobs
+from ppo_kernels import linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs
+from ppo_kernels.reference import PolicyStats
 
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice."
 
@@ -86,6 +88,12 @@ class Policy:
     def uses_own_logits(self) -> bool:
         """True where log-probs must come from the model's own logits (see `_find_head`)."""
         return self._head is None
+
+    @property
+    def makes_logits(self) -> bool:
+        """True where log-probs cannot come straight from hidden states: the model's own logits are
+        used, or those of an output layer that is more than a matrix (adapters, quantisation)."""
+        return self._head is None or type(self._output_layer) is not nn.Linear
 
     def reference(self) -> Policy | None:
         """A frozen copy; layers that the policy never trains are shared with it.
@@ -165,29 +173,115 @@ class Policy:
     def response_logprobs(self, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, each [B, T] fp32, 0 at padding.
 
-        Logits are made at response positions only, one position before the token they predict.
+        From hidden states at response positions only, one position before the token they predict.
         """
+        (found,) = self.stacked_logprobs([self.states(rollout)], rollout, temperature)
+        return found
+
+    def shares_head(self, other: Policy) -> bool:
+        """Whether the same output layer serves both, so that `stacked_logprobs` does."""
+        if self.makes_logits or other.makes_logits or self._head != other._head:
+            return False
+        ours, theirs = self._output_layer, other._output_layer
+        pairs = ((ours.weight, theirs.weight), (ours.bias, theirs.bias))
+        return all(a is b or a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+    def stacked_logprobs(
+        self, states: Sequence[Tensor], rollout: Rollout, temperature: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`response_logprobs` of several `states` of the same tokens; the head is read once."""
+        targets = rollout.response_ids[rollout.mask].expand(len(states), -1)
+        stacked = torch.stack([*states]) if len(states) > 1 else states[0][None]  # no copy
+        with span("logprobs"), models.compute(self.device, self.dtype):
+            if self.makes_logits:
+                logprobs, entropy = token_logprobs(
+                    self._logits(stacked),
+                    targets,
+                    temperature=temperature,
+                    return_entropy=True,
+                )
+            else:
+                logprobs, entropy = linear_logprobs(
+                    stacked,
+                    targets=targets,
+                    return_entropy=True,
+                    **self._linear(temperature),
+                )
+        mask = rollout.mask
+        return [
+            (
+                logprobs.new_zeros(mask.shape).masked_scatter(mask, of_tokens),
+                entropy.new_zeros(mask.shape).masked_scatter(mask, h),
+            )
+            for of_tokens, h in zip(logprobs, entropy, strict=True)
+        ]
+
+    def policy_loss(
+        self,
+        rollout: Rollout,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        temperature: float,
+        **settings: Any,
+    ) -> tuple[Tensor, PolicyStats]:
+        """PPO's loss of the response tokens; tensors are [B, T], `settings` those of the op.
+
+        Without `old_logprobs`, on policy: they are the very numbers that this pass makes.
+        """
+        states, mask = self.states(rollout), rollout.mask
+        targets, advantages = rollout.response_ids[mask], advantages[mask]
+        old = None if old_logprobs is None else old_logprobs[mask]
+        with span("losses"), models.compute(self.device, self.dtype):
+            if not self.makes_logits:
+                return linear_ppo_loss(
+                    states,
+                    targets=targets,
+                    old_logprobs=old,
+                    advantages=advantages,
+                    **self._linear(temperature),
+                    **settings,
+                )
+            logprobs, entropy = token_logprobs(
+                self._logits(states), targets, temperature=temperature, return_entropy=True
+            )
+            if old is None:
+                old = logprobs.detach()
+            return ppo_policy_loss(logprobs, old, advantages, entropy=entropy, **settings)
+
+    def states(self, rollout: Rollout) -> Tensor:
+        """The last hidden state before each response token, `[tokens, H]`; the logits there, where
+        the model's own are used."""
         ids, mask = rollout.sequences()
         start = rollout.prompt_ids.shape[1] - 1
-        base = models.unwrap(self.model).base_model
+        model = models.unwrap(self.model)
         # The last token predicts nothing that is needed.
-        inputs = models.base_inputs(base, ids[:, :-1], mask[:, :-1])
+        inputs = models.base_inputs(model.base_model, ids[:, :-1], mask[:, :-1])
         with models.compute(self.device, self.dtype):
             if self._head is None:
-                logits = self.model(**inputs).logits[:, start:][rollout.mask]
+                found = self.model(**inputs).logits
             else:
-                hidden = base(**inputs).last_hidden_state[:, start:][rollout.mask]
-                logits = self._head(models.unwrap(self.model), hidden)
-        targets = rollout.response_ids[rollout.mask]
-        with span("token_logprobs"):
-            logprobs, entropy = token_logprobs(
-                logits, targets, temperature=temperature, return_entropy=True
-            )
-        shape = rollout.mask.shape
-        return (
-            logprobs.new_zeros(shape).masked_scatter(rollout.mask, logprobs),
-            entropy.new_zeros(shape).masked_scatter(rollout.mask, entropy),
-        )
+                found = model.base_model(**inputs).last_hidden_state
+        states: Tensor = found[:, start:][rollout.mask]
+        return states
+
+    @property
+    def _output_layer(self) -> Any:
+        return models.unwrap(self.model).get_output_embeddings()
+
+    def _linear(self, temperature: float) -> dict[str, Any]:
+        """Arguments of `linear_logprobs` and `linear_ppo_loss`."""
+        assert self._head is not None
+        # c tanh(s z / c) / T = s (c / s) tanh(z / (c / s)) / T
+        scale, cap = self._head.scale, self._head.softcap
+        return {
+            "weight": self._output_layer.weight,
+            "bias": self._output_layer.bias,
+            "temperature": temperature / scale,
+            "softcap": None if cap is None else cap / scale,
+        }
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return states if self._head is None else self._head.logits(self._output_layer, states)
 
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer in Hugging Face format, adapters merged into the weights."""
@@ -195,12 +289,23 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-Head = Callable[[PreTrainedModel, Tensor], Tensor]
+@dataclass(frozen=True)
+class _Head:
+    """How a model's output layer becomes its logits."""
+
+    scale: float
+    softcap: float | None
+
+    def logits(self, output_layer: Any, hidden: Tensor) -> Tensor:
+        logits: Tensor = output_layer(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
 
 def _find_head(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> Head | None:
+) -> _Head | None:
     """How last hidden states become logits, or None where only the model itself knows.
 
     Families scale or cap their logits under different names; rather than trust a name, a probe
@@ -209,27 +314,20 @@ def _find_head(
     if model.get_output_embeddings() is None:
         return None
     text = model.config.get_text_config()
-    cap = getattr(text, "final_logit_softcapping", None)
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1)
-
-    def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(hidden)
-        if scale != 1.0:
-            logits = logits * scale
-        return torch.tanh(logits / cap) * cap if cap else logits
-
+    head = _Head(scale, getattr(text, "final_logit_softcapping", None) or None)
     ids = tokenizer(_PROBE_TEXT, return_tensors="pt", add_special_tokens=False)["input_ids"]
     ids = ids.to(device)
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits
         output = model.base_model(input_ids=ids, use_cache=False)
         made = (
-            head(model, output.last_hidden_state)
+            head.logits(model.get_output_embeddings(), output.last_hidden_state)
             if hasattr(output, "last_hidden_state")
             else own[:, :0]
         )
     same = made.shape == own.shape and torch.allclose(made, own, rtol=1e-4, atol=1e-4)
-    return head if same else None
+    return head if same and scale > 0 else None
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

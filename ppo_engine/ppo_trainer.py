@@ -92,6 +92,11 @@ class PPOTrainer:
                 "Logits are the model's own, for every position: its output layer could not be "
                 "reproduced from its hidden states. More memory and time, the same results."
             )
+        elif self.engine.policy.makes_logits:
+            self.notes.append(
+                "Logits are made for every response token, as the output layer has adapters or is "
+                "quantised. More memory and time, the same results."
+            )
         self.step = 0
 
     def train(self) -> dict[str, float]:

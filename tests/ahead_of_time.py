@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 import ppo_kernels
-from ppo_kernels import dispatch
+from ppo_kernels import dispatch, logprob
 
 TABLE = Path(__file__).with_name("ahead_of_time.csv")
 TARGETS = {
@@ -93,6 +93,20 @@ def calls() -> Iterator[Callable[[], object]]:
     yield logprobs(50257, torch.bfloat16, True)  # nothing divides it
     for vocab in (50, 1000, 3000):
         yield logprobs(vocab, torch.float32, True)
+
+    def capped(dtype: torch.dtype) -> Callable[[], object]:
+        logits, targets = torch.randn(4, 50257).to(dtype), torch.randint(50257, (4,))
+
+        def both() -> object:
+            found = logprob.forward(logits, targets, 1.0, True, True, "triton", 30.0)
+            return logprob.backward(
+                found[0], found[1], logits, targets, *found, 1.0, "triton", True, 30.0
+            )
+
+        return both
+
+    for dtype in (torch.float32, *halves, torch.float64):
+        yield capped(dtype)
 
     def policy(dtype: torch.dtype, packed: bool = False, **settings: Any) -> Callable[[], object]:
         x = tokens(6, dtype, packed)

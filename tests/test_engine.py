@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from ops import Watch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.config import (
@@ -23,6 +24,7 @@ from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
 from ppo_engine.kl_control import KLController
 from ppo_engine.rollout import Experience, Rollout
+from ppo_kernels import head
 
 PROMPTS = ["Hello", "A longer prompt", "Hi", "Once upon a time", "a", "Tell me", "x y z", "Why?"]
 
@@ -137,6 +139,28 @@ def test_logprobs_are_those_of_the_models_own_logits():
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("settings", [{}, {"trainable_layers": 1}])
+def test_a_step_makes_no_tensor_of_tokens_times_vocab(settings, monkeypatch):
+    """Logits there are of a decoded token, and of a chunk."""
+    monkeypatch.setattr(head, "_TOKENS", {"cpu": 64})
+    monkeypatch.setattr(head, "_TOKENS_OF_TILES", 64)
+    config = PPOConfig(
+        policy=ModelConfig(**settings),
+        generation=GenerationConfig(max_new_tokens=40),
+        ppo=PPOSettings(rollout_batch_size=16, mini_batch_size=16, micro_batch_size=16),
+        run=RunConfig(dtype="float32"),
+    )
+    engine = PPOEngine(tiny_model(), vowels, config=config, tokenizer=tiny_tokenizer())
+    with Watch(width=259) as watch:
+        rollout = engine.generate(["A prompt", "Another prompt"] * 8)
+        engine.update(engine.estimate_advantages(rollout, engine.score(rollout)))
+    tokens = int(rollout.mask.sum())
+    assert 64 * 259 <= watch.largest <= 80 * 259 < tokens * 259 / 4
+    with Watch(width=259) as watch:  # which sees those of the model itself
+        engine.policy.model(*rollout.sequences())
+    assert watch.largest >= tokens * 259
 
 
 def test_sampling_follows_the_temperature():

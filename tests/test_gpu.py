@@ -14,7 +14,7 @@ from fuzz.check import Failure, check
 from torch import Tensor
 
 import ppo_kernels
-from ppo_kernels import dispatch, reference
+from ppo_kernels import dispatch, head, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -188,6 +188,89 @@ def test_another_stream() -> None:
     torch.cuda.synchronize()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def head_inputs(dtype: torch.dtype, tokens: int = 300) -> dict[str, Any]:
+    """Arguments of `linear_ppo_loss` on the GPU; some tokens are masked, with NaN for a state."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 64), torch.randn(1003, 64) / 4
+    mask = torch.rand(tokens) < 0.8
+    hidden[~mask] = float("nan")
+    found = {
+        "hidden": hidden.to(dtype), "weight": weight.to(dtype),
+        "bias": torch.randn(1003).to(dtype), "targets": torch.randint(1003, (tokens,)),
+        "old_logprobs": torch.randn(tokens) - 7, "advantages": torch.randn(tokens), "mask": mask,
+    }  # fmt: skip
+    given = {name: x.cuda() for name, x in found.items()}
+    for name in ("hidden", "weight", "bias"):
+        given[name].requires_grad_()
+    return given | {"temperature": 0.8, "softcap": 9.0, "entropy_coef": 0.01}
+
+
+def linear_ops(given: dict[str, Any]) -> list[Tensor]:
+    """Loss, log-probs and entropies, and what both make of the gradients."""
+    trained = [given[name] for name in ("hidden", "weight", "bias")]
+    loss, stats = ppo_kernels.linear_ppo_loss(**given)
+    of_loss = torch.autograd.grad(loss, trained)
+    shared = {name: given[name] for name in ("hidden", "weight", "bias", "temperature", "softcap")}
+    targets = given["targets"].masked_fill(~given["mask"], -100)
+    logprobs, entropy = ppo_kernels.linear_logprobs(**shared, targets=targets, return_entropy=True)
+    of_logprobs = torch.autograd.grad((logprobs + entropy).sum(), trained)
+    return [loss.detach(), *stats, logprobs, entropy, *of_loss, *of_logprobs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_ops(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_TOKENS", {"cuda": 128})  # several chunks
+    given = head_inputs(dtype)
+    exact = {
+        name: x.detach().double().cpu().requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x.cpu() if isinstance(x, Tensor) else x
+        for name, x in given.items()
+    }  # fmt: skip
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for found, expected in zip(linear_ops(given), linear_ops(exact), strict=True):
+        worst = (found.cpu().double() - expected).abs().max()
+        assert worst <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+def test_linear_ops_do_not_wait_for_the_gpu() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = head_inputs(dtype)
+        linear_ops(given)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            linear_ops(given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_linear_ops_in_a_cuda_graph() -> None:
+    given = head_inputs(torch.bfloat16)
+    expected = linear_ops(given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = linear_ops(given)
+    graph.replay()
+    torch.testing.assert_close(found, expected)
+
+
+def test_linear_loss_takes_the_memory_of_a_chunk() -> None:
+    """Beside the gradients, here 16,384 tokens of which 4,096 at a time have logits."""
+    width, vocab, tokens = 256, 32_000, 16_384
+    hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(vocab, (tokens,), device="cuda")
+    advantages = torch.randn(tokens, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ppo_kernels.linear_ppo_loss(hidden, weight, targets, None, advantages)[0].backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    sums = 4 * width * (tokens + vocab)
+    assert extra < 2 * 4096 * vocab + 2 * sums < 2 * tokens * vocab
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")

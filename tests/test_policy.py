@@ -8,6 +8,8 @@ from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
@@ -15,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
 )
 
 from ppo_engine import models
@@ -22,6 +26,7 @@ from ppo_engine.config import GenerationConfig as Sampling
 from ppo_engine.config import ModelConfig
 from ppo_engine.errors import UserError
 from ppo_engine.policy import Policy
+from ppo_kernels import ppo_policy_loss
 
 CPU = torch.device("cpu")
 
@@ -56,6 +61,13 @@ def capped_model() -> Gemma2ForCausalLM:
     ).eval()  # fmt: skip
 
 
+def untied_model():
+    model = tiny_model()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=259, n_positions=256, n_embd=32, n_layer=2, n_head=4)
@@ -63,13 +75,104 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-@pytest.mark.parametrize("make", [tiny_model, capped_model, gpt2])
+def scaled_model() -> CohereForCausalLM:
+    torch.manual_seed(0)
+    return CohereForCausalLM(
+        CohereConfig(
+            vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, logit_scale=0.3, pad_token_id=0,
+            eos_token_id=258, bos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+
+
+def model_with_a_bias() -> PhiForCausalLM:
+    torch.manual_seed(0)
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, pad_token_id=0, eos_token_id=258, bos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_model, capped_model, gpt2, scaled_model, model_with_a_bias])
 def test_logprobs_equal_those_of_the_models_own_logits(make):
     policy = open_policy(make())
-    assert not policy.uses_own_logits
+    assert not policy.uses_own_logits and not policy.makes_logits
     rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     found, _ = policy.response_logprobs(rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_on_the_head_are_not_passed_over():
+    """The output layer is then more than its matrix: it makes the logits itself."""
+    pytest.importorskip("peft")
+    from ppo_engine.config import LoraConfig
+
+    lora = LoraConfig(rank=2, target_modules=["lm_head", "q_proj"])
+    policy = open_policy(untied_model(), ModelConfig(lora=lora))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert policy.makes_logits and not policy.uses_own_logits
+    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    found, _ = policy.response_logprobs(rollout, 1.0)
+    torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
+    loss, stats = policy.policy_loss(rollout, None, torch.ones_like(found), 1.0)
+    loss.backward()
+    assert stats.ratio_max == 1
+    for name, parameter in policy.model.named_parameters():
+        if "lm_head" in name and "lora" in name:
+            assert parameter.grad.any()
+
+
+@pytest.mark.parametrize("make", [tiny_model, capped_model, scaled_model, model_with_a_bias])
+def test_the_loss_is_that_of_the_models_own_logits(make):
+    """Values and the gradients of every weight."""
+    policy = open_policy(make())
+    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=7))
+    advantages = torch.randn(rollout.mask.shape)
+    old = own_logprobs(policy, rollout).detach() + 0.1 * torch.randn(rollout.mask.shape)
+    found = []
+    for own in (False, True):
+        policy.model.zero_grad()
+        if own:
+            logprobs = own_logprobs(policy, rollout)
+            loss, stats = ppo_policy_loss(logprobs, old, advantages, mask=rollout.mask)
+        else:
+            loss, stats = policy.policy_loss(rollout, old, advantages, 1.0)
+        loss.backward()
+        gradients = [p.grad.clone() for p in policy.model.parameters()]
+        found.append((loss.detach(), stats.approx_kl, stats.clip_fraction, *gradients))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_a_trained_bias_is_not_the_references():
+    """Also where the weight is tied to the embedding, frozen, and shared."""
+    model = model_with_a_bias()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    policy = open_policy(model, ModelConfig(trainable_layers=1))
+    reference = policy.reference()
+    assert policy.model.lm_head.weight.data_ptr() == reference.model.lm_head.weight.data_ptr()
+    assert policy.model.lm_head.bias.requires_grad and not policy.shares_head(reference)
+
+
+def test_states_under_one_head_are_compared_at_once():
+    policy = open_policy(tiny_model(), ModelConfig(trainable_layers=1))
+    reference = policy.reference()
+    assert policy.shares_head(reference) and not open_policy(tiny_model()).shares_head(reference)
+    with torch.no_grad():
+        policy.model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    states = [p.states(rollout) for p in (policy, reference)]
+    both = policy.stacked_logprobs(states, rollout, 0.7)
+    for one, found in zip((policy, reference), both, strict=True):
+        torch.testing.assert_close(found, one.response_logprobs(rollout, 0.7))
+    assert not torch.equal(both[0][0], both[1][0])
 
 
 def test_a_head_that_cannot_be_reproduced_uses_the_models_own_logits():

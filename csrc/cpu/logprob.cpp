@@ -14,6 +14,9 @@
 // Backward, from the saved M, log_norm, H and log p_y, for gradients g of log p_y and g_H of H:
 //
 //   dz_j = -p_j (g + g_H (log p_j + H)) / T,  and g / T more at j = y
+//
+// With a softcap c, z_j = c tanh(x_j / c) of the logits x_j that are read, and
+// dx_j = dz_j (1 - (z_j / c)^2).
 #include <cmath>
 
 #include "exp.h"
@@ -80,29 +83,55 @@ float block_max_of_halves(const Half* z, int64_t n) {
 float block_max(const bf16* z, int64_t n) { return block_max_of_halves(z, n); }
 float block_max(const f16* z, int64_t n) { return block_max_of_halves(z, n); }
 
+// c tanh(x / c), by e^{-2 |x| / c} - 1: that loses no digits near 0. Without kCapped, x.
+template <bool kCapped, class A>
+inline Vec<A> capped(Vec<A> x, A cap) {
+  if constexpr (!kCapped) return x;
+  const Bits<A> sign = bit_cast<Bits<A>>(splat(A(-0.0)));
+  const Vec<A> size = bit_cast<Vec<A>>(bit_cast<Bits<A>>(x) & ~sign);
+  const Vec<A> exponent = size * (-2 / cap), least = splat(-kExpMax<A>);
+  const Vec<A> e = expm1_bounded<A>(exponent < least ? least : exponent);
+  const Vec<A> y = e / (e + 2) * -cap;
+  return bit_cast<Vec<A>>(bit_cast<Bits<A>>(y) | (bit_cast<Bits<A>>(x) & sign));
+}
+
+template <bool kCapped, class A>
+inline A capped_one(A x, A cap) {
+  return capped<kCapped>(splat(x), cap)[0];
+}
+
 // S and U of the classes seen so far, U without the 1 / T: sum e^{d_j} (z_j - M). For M, any number
 // near the largest logit will do, and M only changes where it must.
 //
 // Exponents are in base 2: e^{d_j} = 2^{c (z_j - M)}, c = log2(e) / T. Where that loses nothing, the
 // subtraction is left to the exponent: 2^{c z_j - R}, R the integer next to c M. A block whose
 // exponents turn out not to lie in a range that is safe is done again, with care.
-template <class T, bool kEntropy, class A = Accumulator<T>>
+template <class T, bool kEntropy, bool kCapped, class A = Accumulator<T>>
 class OnlineSums {
  public:
   A shift = -kInfinity<A>;  // M; -inf: none yet
 
-  explicit OnlineSums(double temperature) : c(A(kLog2E / temperature)) {}
+  // Goes on from what `so_far` says of other classes.
+  OnlineSums(double temperature, double softcap, const RowSums& so_far)
+      : c(A(kLog2E / temperature)), cap(A(softcap)) {
+    sums_[0] = so_far.sum;
+    dots_[0] = so_far.dot;
+    set_shift(A(so_far.shift));
+  }
 
-  double sum() const { return total(sums_); }
-  double dot() const { return total(dots_); }
+  RowSums result(double target) const {
+    return {double(shift), total(sums_), total(dots_), target};
+  }
 
-  // All classes of a row but the target, which is as if it had no probability.
+  // All classes of a row but the target, which is as if it had no probability; it may be elsewhere.
   void add_others(const T* z, int64_t vocab, int64_t target) {
-    const int64_t whole = vocab / kStep<T> * kStep<T>, with_target = target / kStep<T> * kStep<T>;
-    add_few(z, with_target, vocab, target);
+    const int64_t whole = vocab / kStep<T> * kStep<T>;
+    const bool here = target >= 0 && target < vocab;
+    const int64_t with_target = here ? target / kStep<T> * kStep<T> : whole;
+    if (here) add_few(z, with_target, vocab, target);
     add(z, 0, with_target);
     add(z, with_target + kStep<T>, whole);
-    if (with_target < whole && whole < vocab) add_few(z, whole, vocab, target);
+    if (whole < vocab && !(here && with_target == whole)) add_few(z, whole, vocab, target);
   }
 
  private:
@@ -113,7 +142,7 @@ class OnlineSums {
   // Exponents up to here are in range; a far M would cost digits.
   static constexpr int kHeadroom = 2;
 
-  const A c;
+  const A c, cap;
   Doubles sums_{}, dots_{};
   double r_ = 0, correction_ = 1;  // R, 2^{R - c M + kHeadroom}
   bool fits_ = true;  // false: a block was out of range and not for an M too small
@@ -130,19 +159,20 @@ class OnlineSums {
       n = end - begin < kBlock ? end - begin : kBlock;
       if (fits_ && shift != -kInfinity<A> && add_block(z + begin, n)) continue;
       const A before = shift;
-      add_with_care(z + begin, n);
+      add_with_care<kCapped>(z + begin, n);
       fits_ = fits_ && shift > before;
     }
   }
 
   // The step, or less, that begins at `begin`, without the target.
   void add_few(const T* z, int64_t begin, int64_t vocab, int64_t target) {
-    T step[kStep<T>];
-    for (T& x : step) narrow(-kInfinity<A>, x);
-    const int64_t n = vocab - begin < kStep<T> ? vocab - begin : kStep<T>;
-    std::memcpy(step, z + begin, size_t(n) * sizeof(T));
-    if (begin <= target && target < begin + n) narrow(-kInfinity<A>, step[target - begin]);
-    add_with_care(step, kStep<T>);
+    A step[kStep<T>];
+    for (int64_t i = 0; i < kStep<T>; ++i) {
+      const int64_t j = begin + i;
+      const bool other = j < vocab && j != target;
+      step[i] = other ? capped_one<kCapped, A>(widen(z[j]), cap) : -kInfinity<A>;
+    }
+    add_with_care<false>(step, kStep<T>);
   }
 
   // Whole steps. False, and nothing added, if an exponent is out of range or NaN, or M far.
@@ -152,7 +182,7 @@ class OnlineSums {
     const Exp2<A> power(c, A(kByExponent ? r_ + kHeadroom : kHeadroom));
     Bits<A> exponents{};
     Vec<A> sum, dot;
-    add_terms(z, n, sum, dot, [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
+    add_terms<kCapped>(z, n, sum, dot, [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
       const Vec<A> d = kByExponent ? x : x - m, e = power(d, exponents);
       sum += e;
       if (kEntropy) dot += e * d;
@@ -162,13 +192,14 @@ class OnlineSums {
     return true;
   }
 
-  __attribute__((noinline)) void add_with_care(const T* z, int64_t n) {
-    raise_shift(block_max(z, n));
+  template <bool kCap, class U>
+  __attribute__((noinline)) void add_with_care(const U* z, int64_t n) {
+    raise_shift(capped_one<kCap, A>(block_max(z, n), cap));
     // Without any finite logit yet, 0 does for M: -inf gives 2^y = 0, NaN stays NaN.
     const Vec<A> m = splat(shift == -kInfinity<A> ? A(0) : shift);
     const Exp2<A> power(c, 0);
     Vec<A> sum, dot;
-    add_terms(z, n, sum, dot, [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
+    add_terms<kCap>(z, n, sum, dot, [&](Vec<A> x, Vec<A>& sum, Vec<A>& dot) {
       const Vec<A> d = larger(power.at_least(), x - m), e = power(d);
       sum += e;
       if (kEntropy) dot += e * d;
@@ -176,17 +207,17 @@ class OnlineSums {
     add_totals(sum, dot, 1);
   }
 
-  template <class Term>
-  static void add_terms(const T* z, int64_t n, Vec<A>& sum, Vec<A>& dot, const Term& term) {
+  template <bool kCap, class U, class Term>
+  void add_terms(const U* z, int64_t n, Vec<A>& sum, Vec<A>& dot, const Term& term) const {
     Vec<A> sums[2] = {}, dots[2] = {};
     for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
-      for (int b = 0; b < 2 * kLanes<A> * int(sizeof(T)); b += 64) {
+      for (int b = 0; b < 2 * kLanes<A> * int(sizeof(U)); b += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(z + i) + kPrefetchBytes + b);
       }
       Vec<A> a, b;
       load_two(z + i, a, b);
-      term(a, sums[0], dots[0]);
-      term(b, sums[1], dots[1]);
+      term(capped<kCap>(a, cap), sums[0], dots[0]);
+      term(capped<kCap>(b, cap), sums[1], dots[1]);
     }
     sum = sums[0] + sums[1];
     dot = dots[0] + dots[1];
@@ -206,6 +237,10 @@ class OnlineSums {
       dots_ = factor == 0 ? Doubles{} : factor * (dots_ + delta * sums_);
       sums_ *= factor;
     }
+    set_shift(to);
+  }
+
+  void set_shift(A to) {
     shift = to;
     r_ = std::nearbyint(double(c) * double(shift));
     correction_ = std::exp2(std::fma(-double(c), double(shift), r_) + kHeadroom);
@@ -217,7 +252,7 @@ double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::l
 // -p log p, given log p.
 double surprise(double log_p) { return log_p < -745 ? 0 : -std::exp(log_p) * log_p; }
 
-template <class T, bool kEntropy>
+template <class T, bool kEntropy, bool kCapped>
 void forward(const LogprobForward& args) {
   using A = Accumulator<T>;
   A* logprobs = static_cast<A*>(args.logprobs);
@@ -227,34 +262,45 @@ void forward(const LogprobForward& args) {
     static_cast<A*>(args.state)[i] = A(shift);
     static_cast<A*>(args.state)[args.count + i] = A(log_norm);
   };
+  const int64_t vocab = args.logits.vocab;
+  const bool last = args.first_class + vocab == args.classes;
 
   parallel_for(args.count, args.threads, [&](int64_t i) {
-    const int64_t y = args.targets[i];
-    if (y == kIgnored) {
+    const int64_t y = args.targets[i] - args.first_class;
+    if (args.targets[i] == kIgnored) {
       logprobs[i] = 0;
       if (kEntropy) entropies[i] = 0;
       return keep(i, 0, 0);
     }
     const T* z = logits_row<const T>(args.logits, i);
-    OnlineSums<T, kEntropy> others(args.temperature);
-    others.add_others(z, args.logits.vocab, y);
+    const RowSums none{-kInfinity<double>, 0, 0, 0};
+    const RowSums so_far = args.first_class > 0 ? args.sums[i] : none;
+    OnlineSums<T, kEntropy, kCapped> others(args.temperature, args.softcap, so_far);
+    others.add_others(z, vocab, y);
+    const bool here = y >= 0 && y < vocab;
+    const RowSums sums = others.result(
+        here ? double(capped_one<kCapped, A>(widen(z[y]), A(args.softcap))) : so_far.target);
+    if (!last) {
+      args.sums[i] = sums;
+      return;
+    }
 
-    const double shift = others.shift == -kInfinity<A> ? 0 : double(others.shift);
-    const double log_sum = std::log(others.sum());
-    const double log_odds = (double(widen(z[y])) - shift) / args.temperature - log_sum;
+    const double shift = others.shift == -kInfinity<A> ? 0 : sums.shift;
+    const double log_sum = std::log(sums.sum);
+    const double log_odds = (sums.target - shift) / args.temperature - log_sum;
     const double log_p = -softplus(-log_odds), log_rest = -softplus(log_odds);
     logprobs[i] = A(log_p);
     // Where y is the only possible class, any finite number does: the others' e^{d} is 0.
-    keep(i, shift, others.sum() == 0 ? 0 : log_sum - log_rest);
+    keep(i, shift, sums.sum == 0 ? 0 : log_sum - log_rest);
     if (kEntropy) {
-      const double mean_d = others.dot() / others.sum() / args.temperature;
-      const double rest = others.sum() == 0 ? 0 : log_sum - mean_d;
+      const double mean_d = sums.dot / sums.sum / args.temperature;
+      const double rest = sums.sum == 0 ? 0 : log_sum - mean_d;
       entropies[i] = A(surprise(log_p) + surprise(log_rest) + std::exp(log_rest) * rest);
     }
   });
 }
 
-template <class T>
+template <class T, bool kCapped>
 void backward(const LogprobBackward& args) {
   using A = Accumulator<T>;
   const A* grad_logprobs = static_cast<const A*>(args.grad_logprobs);
@@ -282,10 +328,16 @@ void backward(const LogprobBackward& args) {
     const double k = std::exp2(r - norm) / args.temperature;
     const A constant = A(-(g + double(g_entropy) * (double(entropy) - log_norms[i])) * k);
     const A slope = A(-double(g_entropy) * k / args.temperature);
-    const auto gradient = [&](Vec<A> x) {
-      const Vec<A> d = larger(power.at_least(), x - shift);
-      return power(d) * (constant + slope * d);
+    const A cap = A(args.softcap);
+    const auto uncapped = [&](auto z) {  // dz / dx
+      return A(1) - (z * (1 / cap)) * (z * (1 / cap));
     };
+    const auto gradient = [&](Vec<A> x) {
+      const Vec<A> z = capped<kCapped>(x, cap), d = larger(power.at_least(), z - shift);
+      const Vec<A> dz = power(d) * (constant + slope * d);
+      return kCapped ? dz * uncapped(z) : dz;
+    };
+    const A factor_at_target = kCapped ? uncapped(capped_one<kCapped, A>(widen(z[y]), cap)) : A(1);
     int64_t j = 0;
     for (; j + 2 * kLanes<A> <= vocab; j += 2 * kLanes<A>) {
       Vec<A> a, b;
@@ -304,7 +356,7 @@ void backward(const LogprobBackward& args) {
     if (g_entropy != 0 && log_p > -745) {
       at_target -= g_entropy * std::exp(log_p) * (log_p + entropy);
     }
-    narrow(A(at_target / args.temperature), dz[y]);
+    narrow(A(at_target / args.temperature * factor_at_target), dz[y]);
   });
 }
 
@@ -313,12 +365,16 @@ void backward(const LogprobBackward& args) {
 void token_logprobs(const LogprobForward& args) {
   with_dtype(args.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return args.entropy ? forward<T, true>(args) : forward<T, false>(args);
+    if (std::isfinite(args.softcap)) return forward<T, true, true>(args);
+    return args.entropy ? forward<T, true, false>(args) : forward<T, false, false>(args);
   });
 }
 
 void token_logprobs_backward(const LogprobBackward& args) {
-  with_dtype(args.logits.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
+  with_dtype(args.logits.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return std::isfinite(args.softcap) ? backward<T, true>(args) : backward<T, false>(args);
+  });
 }
 
 }  // namespace ppo::PPO_ISA

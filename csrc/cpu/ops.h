@@ -83,11 +83,20 @@ struct LogitRows {
 //   M         a number near the largest logit apart from the target's
 //   log_norm  log p_j = (z_j - M) / temperature - log_norm
 
+// Of a row's classes seen so far but the target: M, sum e^{(z_j - M) / temperature}, the same times
+// z_j - M; and the target's logit.
+struct RowSums {
+  double shift, sum, dot, target;
+};
+
 struct LogprobForward {
   LogitRows logits;
   int64_t count;           // N
   const int64_t* targets;  // [N]
   double temperature;
+  double softcap;  // infinite: none
+  int64_t first_class, classes;  // the logits are those of classes from first_class on, of so many
+  RowSums* sums;   // scratch, [N], from one part of the classes to the next; null: all are here
   void* logprobs;  // out, [N], accumulation dtype
   void* entropy;   // out, [N], or null
   void* state;     // out, [2, N], or null
@@ -99,6 +108,7 @@ struct LogprobBackward {
   int64_t count;
   const int64_t* targets;
   double temperature;
+  double softcap;
   const void* grad_logprobs;  // [N] or null
   const void* grad_entropy;   // [N] or null
   const void* logprobs;

@@ -2,6 +2,8 @@
 
 from ppo_kernels.dispatch import implementations
 from ppo_kernels.gae import ShapedGAE, gae, kl_shaped_gae
+from ppo_kernels.linear_logprob import linear_logprobs
+from ppo_kernels.linear_ppo_loss import linear_ppo_loss
 from ppo_kernels.logprob import token_logprobs
 from ppo_kernels.pairwise_loss import PairwiseStats, pairwise_loss, ranking_loss
 from ppo_kernels.ppo_loss import PolicyStats, ValueStats, ppo_policy_loss, ppo_value_loss
@@ -15,6 +17,8 @@ __all__ = [
     "gae",
     "implementations",
     "kl_shaped_gae",
+    "linear_logprobs",
+    "linear_ppo_loss",
     "pairwise_loss",
     "ppo_policy_loss",
     "ppo_value_loss",

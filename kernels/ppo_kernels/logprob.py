@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -89,7 +91,8 @@ def token_logprobs(
     impl = dispatch.resolve(OP, impl, logits.device)
     if impl == "reference":
         if not torch.compiler.is_compiling():
-            _check_values(temperature, targets, logits.shape[-1])
+            checks.number(OP, "temperature", temperature, gt=0.0)
+            check_targets(OP, targets, logits.shape[-1])
         return reference.token_logprobs(
             logits, targets, temperature=temperature, return_entropy=return_entropy
         )
@@ -102,23 +105,23 @@ def token_logprobs(
             logits, targets, temperature, return_entropy, inplace_backward, impl
         )
     else:
-        logprobs, entropy, _ = _forward(logits, targets, temperature, return_entropy, False, impl)
+        logprobs, entropy, _ = forward(logits, targets, temperature, return_entropy, False, impl)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _check_values(temperature: float, targets: Tensor, vocab: int) -> None:
-    checks.number(OP, "temperature", temperature, gt=0.0)
+def check_targets(op: str, targets: Tensor, vocab: int) -> None:
+    """Raise ValueError for the first that is no class; trusted where they are not on the CPU."""
     if targets.device.type == "cpu":
         wrong = ((targets < 0) & (targets != IGNORED_TARGET)) | (targets >= vocab)
         if wrong.any():
-            raise _no_class(targets, int(wrong.flatten().int().argmax()), vocab)
+            raise _no_class(op, targets, int(wrong.flatten().int().argmax()), vocab)
 
 
-def _no_class(targets: Tensor, at: int, vocab: int) -> ValueError:
+def _no_class(op: str, targets: Tensor, at: int, vocab: int) -> ValueError:
     place = [int(i) for i in torch.unravel_index(torch.tensor(at), targets.shape)]
     value = int(targets.flatten()[at])
     return ValueError(
-        f"{OP}: targets{place or ''} is {value}, but must be a class, 0 to {vocab - 1}, or -100 "
+        f"{op}: targets{place or ''} is {value}, but must be a class, 0 to {vocab - 1}, or -100 "
         "to be ignored"
     )
 
@@ -126,15 +129,17 @@ def _no_class(targets: Tensor, at: int, vocab: int) -> ValueError:
 # --- C++ on the CPU: csrc/cpu/logprob.cpp; Triton on a GPU: triton/logprob.py ---------------------
 
 
-def _forward(
+def forward(
     logits: Tensor,
     targets: Tensor,
     temperature: float,
     want_entropy: bool,
     want_state: bool,
     impl: str,
+    softcap: float = math.inf,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(logprobs, entropy, state for `_backward`), None where not wanted."""
+    """(logprobs, entropy, state for `backward`), None where not wanted. An infinite `softcap` is
+    none."""
     checks.number(OP, "temperature", temperature, gt=0.0)
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
     dtype = dispatch.accumulator(logits.dtype)
@@ -142,20 +147,42 @@ def _forward(
     entropy = torch.empty_like(logprobs) if want_entropy else None
     state = logprobs.new_empty((2, *targets.shape)) if want_state else None
     if impl == "triton":
-        _check_values(temperature, targets, logits.shape[-1])
+        check_targets(OP, targets, logits.shape[-1])
         dispatch.triton_kernels("logprob").token_logprobs(
-            logits, targets, temperature, logprobs, entropy, state
+            logits, targets, temperature, softcap, logprobs, entropy, state
         )
         return logprobs, entropy, state
+    vocab = logits.shape[-1]
     wrong = dispatch.cpu.token_logprobs(
-        logits, targets, temperature, logprobs, entropy, state, torch.get_num_threads()
-    )
+        logits, targets, temperature, softcap, logprobs, entropy, state, None, 0, vocab,
+        torch.get_num_threads(),
+    )  # fmt: skip
     if wrong >= 0:
-        raise _no_class(targets, wrong, logits.shape[-1])
+        raise _no_class(OP, targets, wrong, vocab)
     return logprobs, entropy, state
 
 
-def _backward(
+def forward_of_tiles(
+    tiles: Iterable[tuple[int, Tensor]],
+    vocab: int,
+    targets: Tensor,
+    temperature: float,
+    softcap: float,
+    logprobs: Tensor,
+    entropy: Tensor,
+) -> None:
+    """The same in C++ of logits `[n, …]` that come as some of the `vocab` classes after the others,
+    each with the number of its first class; fills the last two. The targets have been
+    checked."""
+    sums = logprobs.new_empty(*targets.shape, 4, dtype=torch.float64)
+    for first, logits in tiles:
+        dispatch.cpu.token_logprobs(
+            logits, targets, temperature, softcap, logprobs, entropy, None, sums, first, vocab,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
@@ -166,6 +193,7 @@ def _backward(
     temperature: float,
     impl: str,
     inplace: bool = False,
+    softcap: float = math.inf,
 ) -> Tensor:
     """The gradient of the logits, contiguous; with `inplace`, in their place."""
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
@@ -175,8 +203,8 @@ def _backward(
         grad_entropy = grad_entropy.contiguous()
     grad_logits = logits.detach() if inplace else dispatch.empty_like(logits, logits.dtype)
     arguments = (
-        logits, targets, temperature, grad_logprobs, grad_entropy, logprobs, entropy, state,
-        grad_logits,
+        logits, targets, temperature, softcap, grad_logprobs, grad_entropy, logprobs, entropy,
+        state, grad_logits,
     )  # fmt: skip
     if impl == "triton":
         dispatch.triton_kernels("logprob").token_logprobs_backward(*arguments)
@@ -200,7 +228,7 @@ class _TokenLogprobs(torch.autograd.Function):
         inplace: bool,
         impl: str,
     ) -> tuple[Tensor, Tensor | None]:
-        logprobs, entropy, state = _forward(logits, targets, temperature, want_entropy, True, impl)
+        logprobs, entropy, state = forward(logits, targets, temperature, want_entropy, True, impl)
         ctx.save_for_backward(logits, targets, logprobs, entropy, state)
         ctx.temperature, ctx.impl = temperature, impl
         whole = logits if logits._base is None else logits._base
@@ -216,7 +244,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 6
         logits, targets, logprobs, entropy, state = ctx.saved_tensors
-        grad = _backward(
+        grad = backward(
             grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state,
             ctx.temperature, ctx.impl, ctx.inplace,
         )  # fmt: skip
@@ -234,7 +262,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _forward_op(
     logits: Tensor, targets: Tensor, temperature: Tensor, want_entropy: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return without_none(_forward(logits, targets, temperature.item(), want_entropy, True, impl))
+    return without_none(forward(logits, targets, temperature.item(), want_entropy, True, impl))
 
 
 @_forward_op.register_fake
@@ -261,7 +289,7 @@ def _backward_op(
     temperature: Tensor,
     impl: str,
 ) -> Tensor:
-    return _backward(
+    return backward(
         grad_logprobs, grad_entropy, logits, targets, logprobs, entropy, state, temperature.item(),
         impl,
     )  # fmt: skip

@@ -88,8 +88,8 @@ def ppo_policy_loss(
     impl = dispatch.resolve(POLICY, impl, logprobs.device)
     if impl == "reference":
         if not torch.compiler.is_compiling():
-            _policy_numbers(*numbers)
-            _normalizer(POLICY, normalizer, logprobs)
+            policy_numbers(POLICY, *numbers)
+            checked_normalizer(POLICY, normalizer, logprobs)
             checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
         return reference.ppo_policy_loss(
             logprobs, old_logprobs, advantages, mask=mask, cu_seqlens=cu_seqlens,
@@ -104,13 +104,17 @@ def ppo_policy_loss(
     wanted = fused_loss.wanted(logprobs, entropy)
     if not dispatch.eager(*tensors):
         low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
-        traced = _traced(low, high, dual_clip, entropy_coef, kl_coef), _traced_scalar(normalizer)
+        traced = (
+            traced_numbers(low, high, dual_clip, entropy_coef, kl_coef),
+            traced_scalar(normalizer),
+        )
         loss, stats, *_ = _policy_op(*tensors, *traced, reduction, kl_estimator, impl, *wanted)
         stats = stats.detach()
     else:
-        results = _policy_loss(
-            *tensors, _policy_numbers(*numbers), _normalizer(POLICY, normalizer, logprobs),
-            reduction, kl_estimator, impl, *wanted,
+        given = checked_normalizer(POLICY, normalizer, logprobs)
+        results = policy_loss(
+            *tensors, policy_numbers(POLICY, *numbers), given, reduction, kl_estimator, impl,
+            *wanted,
         )  # fmt: skip
         loss, stats = fused_loss.attach(results, (logprobs, entropy), wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
@@ -153,7 +157,7 @@ def ppo_value_loss(
     if impl == "reference":
         if not torch.compiler.is_compiling():
             _value_clip(clip_range)
-            _normalizer(VALUE, normalizer, values)
+            checked_normalizer(VALUE, normalizer, values)
             checks.boundaries(VALUE, cu_seqlens, values.shape[0])
         return reference.ppo_value_loss(
             values, old_values, returns, mask=mask, cu_seqlens=cu_seqlens, clip_range=clip_range,
@@ -163,20 +167,21 @@ def ppo_value_loss(
     tensors = (values, old_values, returns, mask, cu_seqlens)
     wanted = fused_loss.wanted(values)
     if not dispatch.eager(*tensors):
-        traced = _traced(clip_range)[0], _traced_scalar(normalizer)
+        traced = traced_numbers(clip_range)[0], traced_scalar(normalizer)
         loss, stats, _ = _value_op(*tensors, *traced, reduction, impl, *wanted)
         stats = stats.detach()
     else:
-        numbers = _value_clip(clip_range), _normalizer(VALUE, normalizer, values)
+        numbers = _value_clip(clip_range), checked_normalizer(VALUE, normalizer, values)
         results = _value_loss(*tensors, *numbers, reduction, impl, *wanted)
         loss, stats = fused_loss.attach(results, (values,), wanted), results[1]
     return loss, ValueStats(*stats.unbind())
 
 
-# Checked, and as the kernels take them: infinite stands for None, as also in `_traced`.
+# Checked, and as the kernels take them: infinite stands for None, as also in `traced_numbers`.
 
 
-def _policy_numbers(
+def policy_numbers(
+    op: str,
     clip_range: float | tuple[float, float],
     dual_clip: float | None,
     entropy_coef: float,
@@ -184,10 +189,10 @@ def _policy_numbers(
 ) -> tuple[float, ...]:
     """(low, high, dual_clip, entropy_coef, kl_coef)."""
     return (
-        *checks.clip_bounds(POLICY, clip_range),
-        math.inf if dual_clip is None else checks.number(POLICY, "dual_clip", dual_clip, gt=1.0),
-        checks.number(POLICY, "entropy_coef", entropy_coef),
-        checks.number(POLICY, "kl_coef", kl_coef),
+        *checks.clip_bounds(op, clip_range),
+        math.inf if dual_clip is None else checks.number(op, "dual_clip", dual_clip, gt=1.0),
+        checks.number(op, "entropy_coef", entropy_coef),
+        checks.number(op, "kl_coef", kl_coef),
     )
 
 
@@ -197,30 +202,32 @@ def _value_clip(clip_range: float | None) -> float:
     )
 
 
-def _normalizer(op: str, normalizer: float | Tensor | None, like: Tensor) -> float | Tensor | None:
+def checked_normalizer(
+    op: str, normalizer: float | Tensor | None, like: Tensor
+) -> float | Tensor | None:
     if normalizer is None:
         return None
     return checks.scalar(op, "normalizer", normalizer, like=("the tokens", like), ge=0.0)
 
 
-def _traced(*numbers: float | None) -> Tensor:
+def traced_numbers(*numbers: float | None) -> Tensor:
     """The numbers as one tensor, for a custom op while a graph is traced."""
     return torch.stack([dispatch.traced(math.inf if x is None else x) for x in numbers])
 
 
-def _traced_scalar(x: float | Tensor | None) -> Tensor | None:
+def traced_scalar(x: float | Tensor | None) -> Tensor | None:
     """The same of one that may be a tensor, of any device."""
     return None if x is None else dispatch.traced(x)
 
 
-def _untraced(x: float) -> float | None:
+def untraced(x: float) -> float | None:
     return None if x == math.inf else x
 
 
 # --- C++ on the CPU: csrc/cpu/ppo_loss.cpp; Triton on a GPU: triton/ppo_loss.py -------------------
 
 
-def _policy_loss(
+def policy_loss(
     logprobs: Tensor,
     entropy: Tensor | None,
     old_logprobs: Tensor,
@@ -243,7 +250,7 @@ def _policy_loss(
     inputs = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)
     dtype, inputs = dispatch.in_one_dtype(*inputs)
     cu_seqlens = dispatch.offsets(cu_seqlens)
-    loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
+    loss, stats = outputs(logprobs, dtype, len(PolicyStats._fields))
     grad_logprobs = gradient_like(logprobs, loss, want_logprobs)
     grad_entropy = gradient_like(logprobs, loss, want_entropy)
     if impl == "triton":
@@ -283,7 +290,7 @@ def _value_loss(
     checks.boundaries(VALUE, cu_seqlens, values.shape[0])
     cu_seqlens = dispatch.offsets(cu_seqlens)
     dtype, inputs = dispatch.in_one_dtype(values, old_values, returns)
-    loss, stats = _outputs(values, dtype, len(ValueStats._fields))
+    loss, stats = outputs(values, dtype, len(ValueStats._fields))
     grad_values = gradient_like(values, loss, want_values)
     if impl == "triton":
         dispatch.triton_kernels("ppo_loss").ppo_value_loss(
@@ -301,7 +308,7 @@ def _reducing(reduction: str, normalizer: float | Tensor | None) -> tuple[int, f
     return REDUCTIONS.index(reduction), -1.0 if normalizer is None else float(normalizer)
 
 
-def _outputs(like: Tensor, dtype: torch.dtype, stats: int) -> tuple[Tensor, Tensor]:
+def outputs(like: Tensor, dtype: torch.dtype, stats: int) -> tuple[Tensor, Tensor]:
     loss = like.new_empty((), dtype=dispatch.accumulator(dtype))
     return loss, loss.new_empty(stats)
 
@@ -331,11 +338,11 @@ def _policy_op(
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low, high, dual_clip, entropy_coef, kl_coef = numbers.tolist()
-    checked = _policy_numbers((low, high), _untraced(dual_clip), entropy_coef, kl_coef)
-    results = _policy_loss(
+    checked = policy_numbers(POLICY, (low, high), untraced(dual_clip), entropy_coef, kl_coef)
+    results = policy_loss(
         logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
-        moments, checked, _normalizer(POLICY, normalizer, logprobs), reduction, kl_estimator, impl,
-        want_logprobs, want_entropy,
+        moments, checked, checked_normalizer(POLICY, normalizer, logprobs), reduction, kl_estimator,
+        impl, want_logprobs, want_entropy,
     )  # fmt: skip
     return fused_loss.without_none(results)
 
@@ -343,7 +350,7 @@ def _policy_op(
 @_policy_op.register_fake
 def _(logprobs, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(logprobs, *rest[:5])
-    loss, stats = _outputs(logprobs, dtype, len(PolicyStats._fields))
+    loss, stats = outputs(logprobs, dtype, len(PolicyStats._fields))
     gradients = (gradient_like(logprobs, loss, want) for want in rest[-2:])
     return fused_loss.without_none((loss, stats, *gradients))
 
@@ -364,8 +371,8 @@ def _value_op(
     want_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     results = _value_loss(
-        values, old_values, returns, mask, cu_seqlens, _value_clip(_untraced(clip_range.item())),
-        _normalizer(VALUE, normalizer, values), reduction, impl, want_values,
+        values, old_values, returns, mask, cu_seqlens, _value_clip(untraced(clip_range.item())),
+        checked_normalizer(VALUE, normalizer, values), reduction, impl, want_values,
     )  # fmt: skip
     return fused_loss.without_none(results)
 
@@ -373,7 +380,7 @@ def _value_op(
 @_value_op.register_fake
 def _(values, old_values, returns, *rest):  # type: ignore[no-untyped-def]
     dtype = dispatch.common_dtype(values, old_values, returns)
-    loss, stats = _outputs(values, dtype, len(ValueStats._fields))
+    loss, stats = outputs(values, dtype, len(ValueStats._fields))
     return fused_loss.without_none((loss, stats, gradient_like(values, loss, rest[-1])))
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppo_kernels.philox import uniform_numbers
 from ppo_kernels.sequences import is_last_real, padded, per_token, places_inside, sequence_sums
 
 MAX_LOG_RATIO = 20.0  # exp(20) is about 5e8: the loss stays finite when policies have parted
@@ -172,6 +173,28 @@ def token_logprobs(
     return logprobs, _real(entropy, wanted)
 
 
+# The same of a language model's head, z = hidden weight^T + bias, capped: z <- c tanh(z / c).
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of `targets` `[...]` from hidden states `[..., H]` and a weight `[V, H]`.
+
+    The product is in the dtype of its factors, as `torch.nn.Linear` makes it.
+    """
+    hidden = _real(hidden, (targets != IGNORED_TARGET).unsqueeze(-1))
+    (logits,) = _accumulated(F.linear(hidden, weight, bias))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return token_logprobs(logits, targets, temperature=temperature, return_entropy=return_entropy)
+
+
 # PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), as a loss:
 #   rho_t = exp(clamp(log pi - log pi_old, -20, 20))
 #   L_t   = max(-A rho, -A clip(rho, 1 - low, 1 + high))
@@ -237,6 +260,35 @@ def ppo_policy_loss(
             entropy=_token_mean(torch.zeros_like(loss) if entropy is None else entropy, mask),
         )
     return _reduce(loss, mask, cu_seqlens, reduction, normalizer), stats
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, PolicyStats]:
+    """`ppo_policy_loss` of `linear_logprobs` and their entropy; without old log-probs, on policy.
+
+    Differentiable in `hidden`, `weight` and `bias`.
+    """
+    if mask is not None:
+        targets = targets.masked_fill(~mask, IGNORED_TARGET)
+    logprobs, entropy = linear_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap,
+        return_entropy=True,
+    )  # fmt: skip
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    return ppo_policy_loss(
+        logprobs, old_logprobs, advantages, mask=mask, entropy=entropy, **settings
+    )
 
 
 # The clipped value loss (Schulman et al. 2017; as in openai/baselines ppo2 and Ouyang et al. 2022):
@@ -353,7 +405,7 @@ def sample(
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     below = p.double().cumsum(-1)
-    uniform = _uniform(seed, offset, len(z), z.device)[:, None] * below[:, -1:]
+    uniform = uniform_numbers(seed, offset, len(z), z.device)[:, None] * below[:, -1:]
     last = (p > 0).long().cumsum(-1).argmax(-1)
     tokens = torch.minimum((below <= uniform).sum(-1), last)
     shape = logits.shape[:-1]
@@ -361,28 +413,6 @@ def sample(
 
 
 # --------------------------------------------------------------------------------------------------
-
-
-# Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405), the first word of each counter.
-def _uniform(seed: int, offset: int | Tensor, count: int, device: torch.device) -> Tensor:
-    """`[count]` float64 multiples of 2^-32 in [0, 1), of the counters from `offset` on."""
-    low = 0xFFFFFFFF
-    counter = torch.arange(count, device=device) + offset
-    a, b = counter & low, (counter >> 32) & low
-    c, d = torch.zeros_like(a), torch.zeros_like(a)
-    key_a, key_b = seed & low, (seed >> 32) & low
-
-    def product(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-        """(high, low) words of a 64-bit product, without leaving int64."""
-        lower, upper = (x & 0xFFFF) * by, (x >> 16) * by
-        middle = upper + (lower >> 16)
-        return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)
-
-    for _ in range(10):
-        (high_a, low_a), (high_c, low_c) = product(a, 0xD2511F53), product(c, 0xCD9E8D57)
-        a, b, c, d = high_c ^ b ^ key_a, low_c, high_a ^ d ^ key_b, low_a
-        key_a, key_b = (key_a + 0x9E3779B9) & low, (key_b + 0xBB67AE85) & low
-    return a.double() * 2.0**-32
 
 
 def _accumulated(*tensors: Tensor | None) -> Any:

@@ -10,12 +10,14 @@ def sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """`[B]` sums of a token tensor over each sequence."""
     if cu_seqlens is None:
         return x.sum(1)
-    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_ids(cu_seqlens), x)
+    return x.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_ids(cu_seqlens, len(x)), x)
 
 
 def per_token(x_B: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Each sequence's number at each of its tokens."""
-    return x_B[:, None].expand_as(like) if cu_seqlens is None else x_B[sequence_ids(cu_seqlens)]
+    if cu_seqlens is None:
+        return x_B[:, None].expand_as(like)
+    return x_B[sequence_ids(cu_seqlens, len(like))]
 
 
 def is_last_real(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -25,10 +27,11 @@ def is_last_real(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return last if cu_seqlens is None else last[places_inside(cu_seqlens)]
 
 
-def sequence_ids(cu_seqlens: Tensor) -> Tensor:
-    """`[N]`: the sequence that each packed token belongs to."""
+def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """`[N]`: the sequence that each of that many packed tokens belongs to."""
     lengths = cu_seqlens.long().diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    ids = torch.arange(len(lengths), device=lengths.device)
+    return torch.repeat_interleave(ids, lengths, output_size=tokens)
 
 
 def places_inside(cu_seqlens: Tensor) -> Tensor:

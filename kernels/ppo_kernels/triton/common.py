@@ -97,6 +97,16 @@ def expm1(x):
 
 
 @triton.jit
+def tanh(x):
+    """By e^(-2|x|) - 1, which loses no digits near 0."""
+    size = tl.abs(x)
+    size = tl.where(size > 40.0, 40.0, size)  # NaN stays
+    e = expm1(-2.0 * size)
+    y = -e / (e + 2.0)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)) by its series."""
     TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 8

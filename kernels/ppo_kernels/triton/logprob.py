@@ -16,18 +16,31 @@ Backward, from the saved M, log_norm, H and log p_y, for gradients g of log p_y 
 
   dz_j = -p_j (g + g_H (log p_j + H)) / T,  and g / T more at j = y
 
+With a softcap c, z_j = c tanh(x_j / c) of the logits x_j that are read, and dx_j = dz_j (1 -
+(z_j / c)^2).
+
 What takes the time is not memory but instructions, so most logits get few: tiles without the target
 need no comparison, and a lane's maximum is that of the EACH logits it has in registers.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.dispatch import on
 from ppo_kernels.reference import IGNORED_TARGET
-from ppo_kernels.triton.common import expm1, log_from_one, logit_row, number, places, softplus
+from ppo_kernels.triton.common import (
+    expm1,
+    log_from_one,
+    logit_row,
+    number,
+    places,
+    softplus,
+    tanh,
+)
 from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows
 
 IGNORED = tl.constexpr(IGNORED_TARGET)
@@ -35,6 +48,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 FORWARD_BYTES, BACKWARD_BYTES = 4096, 8192  # of a row at a time; a lane takes 16
 NO_MORE = tl.constexpr(-2000.0)  # 2^x is 0 there
+
+
+@triton.jit
+def _capped(x, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        return softcap * tanh(x / softcap)
+    else:
+        return x
 
 
 @triton.jit
@@ -58,9 +79,9 @@ def _summed(z, m, sums, dots, scale, ENTROPY: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    logits, targets, logprobs, entropy, state, temperature: tl.float64, vocab, inner: tl.int64,
-    outer_stride: tl.int64, inner_stride: tl.int64, count: tl.int64, LANES: tl.constexpr,
-    EACH: tl.constexpr, ALIGNED: tl.constexpr,
+    logits, targets, logprobs, entropy, state, temperature: tl.float64, softcap: tl.float64, vocab,
+    inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, count: tl.int64,
+    CAPPED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A row each; `state` `[2, count]` takes M and log_norm."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
@@ -75,6 +96,7 @@ def forward(
         return
     logits += logit_row(i, inner, outer_stride, inner_stride)
     scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
+    cap = number(softcap, DTYPE)
     j = places(LANES, EACH, ALIGNED)
     m = tl.full((LANES,), float("-inf"), DTYPE)
     sums = tl.zeros((LANES,), DTYPE)
@@ -83,14 +105,14 @@ def forward(
     apart = tl.where((y >= 0) & (y < tiles * SIZE), y // SIZE, tiles).to(tl.int32)
     for tile in tl.range(0, tl.where(apart < tiles, tiles - 1, tiles), loop_unroll_factor=2):
         start = (tile + (tile >= apart).to(tl.int32)) * SIZE
-        m, sums, dots = _summed(
-            tl.load(logits + start + j).to(DTYPE), m, sums, dots, scale, ENTROPY
-        )
+        z = _capped(tl.load(logits + start + j).to(DTYPE), cap, CAPPED)
+        m, sums, dots = _summed(z, m, sums, dots, scale, ENTROPY)
     # The target's tile, if it is not the last, and the last one, which may be shorter.
     for last in range(tl.where(apart < tiles, 0, 1), 2):
         start = tl.where(last == 0, apart, tiles) * SIZE
-        z = tl.load(logits + start + j, mask=start + j < vocab, other=float("-inf")).to(DTYPE)
-        z = tl.where(start + j == y, float("-inf"), z)
+        others = (start + j < vocab) & (start + j != y)
+        z = _capped(tl.load(logits + start + j, mask=others, other=0.0).to(DTYPE), cap, CAPPED)
+        z = tl.where(others, z, float("-inf"))
         m, sums, dots = _summed(z, m, sums, dots, scale, ENTROPY)
 
     top = tl.max(m)
@@ -103,6 +125,7 @@ def forward(
     log_s = tl.where(alone, float("-inf"), log_from_one(tl.where(alone, 1.0, s)))
     # What is no class has no log-prob; nothing is read beside the row.
     z_y = tl.load(logits + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(DTYPE)
+    z_y = _capped(z_y, cap, CAPPED)
     log_odds = (z_y - top) / number(temperature, DTYPE) - log_s
     log_p, log_rest = -softplus(-log_odds), -softplus(log_odds)
     tl.store(logprobs + i, log_p)
@@ -121,22 +144,29 @@ def forward(
 
 
 @triton.jit
-def _gradient(z, j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, ENTROPY: tl.constexpr):
-    """Of the logits z, at the places j: at_0 + slope log2 p is g + g_H (log p + H)."""
+def _gradient(
+    x, j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, softcap, ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Of the logits x, at the places j: at_0 + slope log2 p is g + g_H (log p + H)."""
+    z = _capped(x, softcap, CAPPED)
     log_p = (z - m) * scale - log_norm
     p = tl.exp2(log_p)
     by = at_0
     if ENTROPY:
         by = at_0 + slope * log_p
-    return tl.where(j == y, at_y, tl.where(p == 0.0, 0.0, -p * by * inverse_t))
+    dz = tl.where(j == y, at_y, tl.where(p == 0.0, 0.0, -p * by * inverse_t))
+    if CAPPED:
+        dz *= 1.0 - (z / softcap) * (z / softcap)
+    return dz
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     logits, targets, grad_logprobs, grad_entropy, logprobs, entropy, state, grad_logits,
-    temperature: tl.float64, vocab, inner: tl.int64, outer_stride: tl.int64,
-    inner_stride: tl.int64, count: tl.int64, LANES: tl.constexpr, EACH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    temperature: tl.float64, softcap: tl.float64, vocab, inner: tl.int64, outer_stride: tl.int64,
+    inner_stride: tl.int64, count: tl.int64, CAPPED: tl.constexpr, LANES: tl.constexpr,
+    EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A row each; `grad_logits` is contiguous, `[count, vocab]`, and may be the logits."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
@@ -161,6 +191,7 @@ def backward(
     logits += logit_row(i, inner, outer_stride, inner_stride)
     inverse_t = 1.0 / number(temperature, DTYPE)
     scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
+    cap = number(softcap, DTYPE)
     m, log_norm, log_p = tl.load(state + i), tl.load(state + count + i), tl.load(logprobs + i)
     # 1 - p_y without cancellation.
     at_y = -g * expm1(tl.where(log_p < -80.0, -80.0, log_p))
@@ -171,13 +202,17 @@ def backward(
     at_0, slope = g + g_h * h, g_h * LN_2
     whole = vocab // SIZE * SIZE
     for start in range(0, whole, SIZE):
-        z = tl.load(logits + start + j).to(DTYPE)
-        dz = _gradient(z, start + j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, ENTROPY)
+        x = tl.load(logits + start + j).to(DTYPE)
+        dz = _gradient(
+            x, start + j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, cap, ENTROPY, CAPPED
+        )
         tl.store(grad_logits + start + j, dz.to(OUT))
     if whole < vocab:
         inside = whole + j < vocab
-        z = tl.load(logits + whole + j, mask=inside, other=0.0).to(DTYPE)
-        dz = _gradient(z, whole + j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, ENTROPY)
+        x = tl.load(logits + whole + j, mask=inside, other=0.0).to(DTYPE)
+        dz = _gradient(
+            x, whole + j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, cap, ENTROPY, CAPPED
+        )
         tl.store(grad_logits + whole + j, dz.to(OUT), mask=inside)
 
 
@@ -195,19 +230,21 @@ def token_logprobs(
     logits: Tensor,
     targets: Tensor,
     temperature: float,
+    softcap: float,
     logprobs: Tensor,
     entropy: Tensor | None,
     state: Tensor | None,
 ) -> None:
-    """Fill the last three, contiguous ones, from logits whose rows are contiguous."""
+    """Fill the last three, contiguous ones, from logits whose rows are contiguous; an infinite
+    softcap is none."""
     if not targets.numel():
         return
     logits, *rows = logit_rows(logits)
     tiling, warps = _tiling(logits, rows, FORWARD_BYTES)
     with on(logits.device):
         forward[(targets.numel(),)](
-            logits, targets, logprobs, entropy, state, temperature, logits.shape[-1], *rows,
-            targets.numel(), *tiling, num_warps=warps, **OPTIONS,
+            logits, targets, logprobs, entropy, state, temperature, softcap, logits.shape[-1],
+            *rows, targets.numel(), math.isfinite(softcap), *tiling, num_warps=warps, **OPTIONS,
         )  # fmt: skip
 
 
@@ -215,6 +252,7 @@ def token_logprobs_backward(
     logits: Tensor,
     targets: Tensor,
     temperature: float,
+    softcap: float,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logprobs: Tensor,
@@ -230,6 +268,6 @@ def token_logprobs_backward(
     with on(logits.device):
         backward[(targets.numel(),)](
             logits, targets, grad_logprobs, grad_entropy, logprobs, entropy, state, grad_logits,
-            temperature, logits.shape[-1], *rows, targets.numel(), *tiling, num_warps=warps,
-            **OPTIONS,
+            temperature, softcap, logits.shape[-1], *rows, targets.numel(),
+            math.isfinite(softcap), *tiling, num_warps=warps, **OPTIONS,
         )  # fmt: skip

@@ -1,0 +1,229 @@
+"""The matrix products of a language model's head, a chunk of tokens at a time.
+
+Hidden states become logits, and the logits' gradient those of hidden states, weight and bias. Every
+chunk's logits take the place of the last one's, so nothing of the size [tokens, vocab] ever exists.
+The products are torch's; here is which of them, in what dtype, and how many tokens at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import dispatch
+from ppo_kernels.reference import IGNORED_TARGET
+
+# Tokens of a chunk. Each chunk reads the whole weight, and adds to its whole gradient: so many that
+# this costs a few percent of the products (bench/notes/cpu.md, gpu.md), as few as that takes.
+_TOKENS = {"cpu": 256, "cuda": 4096}
+# Of one whose logits come a tile of classes at a time, small enough to be used while in the cache.
+_TOKENS_OF_TILES, _BYTES_OF_TILES = 1024, 4 * 2**20
+_FEWEST_TOKENS = 32  # however little memory there is
+_MULTIPLE = 16  # of tokens in a chunk, for the products' sake
+_ASK_FROM = 64 * 2**20  # bytes of logits from which on the free memory is looked at
+_SHARE = 1 / 4  # of it that they may take
+_TILE_BYTES = 4 * 2**20  # of the weight in another dtype than its own, on a CPU
+_MEMORY = Path("/proc/meminfo")  # Linux's
+
+
+class Head:
+    """logits = hidden @ weight.T + bias, of the tokens whose target is not -100, and its gradients.
+
+    Args:
+        hidden: `[..., H]`. weight: `[V, H]`. bias: `[V]` or None. targets: `[...]`.
+        dtype: what autocast wants the products in, or the dtype of all three.
+        want: whether gradients of hidden, weight and bias are to be made.
+        tiled: whether a chunk's logits come by `logit_tiles`, not all at once.
+
+    On a CPU, tokens of target -100 are left out. A GPU would have to be waited for to count them:
+    there they stay, and get a gradient of 0 whatever their hidden states are.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        want: Sequence[bool] = (False, False, False),
+        *,
+        tiled: bool = False,
+    ) -> None:
+        self._leaves_out = leaves_out(hidden.device)
+        self.dtype = dtype if multiplies(dtype, hidden.device) else torch.float32
+        self.shape = targets.shape
+        self._hidden = hidden.reshape(-1, hidden.shape[-1])
+        self._weight = _factor(weight)
+        if hidden.device.type != "cpu":  # at once: a tile at a time would take a launch for each
+            self._weight = self._weight.to(self.dtype)
+        self._bias = None if bias is None else bias.to(self.dtype)
+        self._ignored = targets.reshape(-1) == IGNORED_TARGET
+        rows = (~self._ignored).nonzero().squeeze(1) if self._leaves_out else None
+        self._rows = None if rows is None or len(rows) == len(self._hidden) else rows
+        self.targets = self.pick(targets).to(torch.int64).contiguous()
+
+        count, self.vocab = len(self.targets), len(weight)
+        self.tiled = tiled
+        self._classes = self.vocab  # of a tile
+        if tiled:
+            self._chunk = min(count, _TOKENS_OF_TILES)
+            fit = _BYTES_OF_TILES // (max(self._chunk, 1) * self.dtype.itemsize)
+            self._classes = min(self.vocab, fit)
+        else:
+            self._chunk = chunk_tokens(count, self.vocab * self.dtype.itemsize, hidden.device)
+        self._logits = hidden.new_empty(self._chunk, self._classes, dtype=self.dtype)
+        sums = dispatch.accumulator(self.dtype)
+
+        def room(x: Tensor, filled: bool) -> Tensor:
+            return (x.new_empty if filled else x.new_zeros)(x.shape, dtype=sums)
+
+        self._grad_hidden = (
+            room(self._hidden, self._rows is None and self.vocab > 0) if want[0] else None
+        )
+        self._grad_weight = room(weight, count > 0) if want[1] else None
+        self._grad_bias = room(bias, False) if bias is not None and want[2] else None
+        self._hidden_shape = hidden.shape
+
+    def chunks(self) -> Iterator[slice]:
+        """Places of the tokens, in the order of `targets`."""
+        for first in range(0, len(self.targets), max(self._chunk, 1)):
+            yield slice(first, min(first + self._chunk, len(self.targets)))
+
+    def pick(self, x: Tensor) -> Tensor:
+        """`[n]`: of a number `[...]` for each token, those of the tokens that are not left out."""
+        x = x.reshape(-1)
+        return x if self._rows is None else x[self._rows]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """`[...]`, what `pick` picks from: 0 where a token was left out."""
+        if self._rows is not None:
+            x = x.new_zeros(len(self._hidden)).index_copy(0, self._rows, x)
+        return x.view(self.shape)
+
+    def states(self, place: slice) -> Tensor:
+        """The chunk's hidden states `[n, H]`."""
+        hidden = self._hidden[place if self._rows is None else self._rows[place]]
+        return hidden.to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, V]` of a chunk's hidden states, in the place of the last chunk's."""
+        logits = self._logits[: len(hidden)]
+        for classes, weight in self._tiles():
+            self._product(hidden, classes, weight, logits[:, classes])
+        return logits
+
+    def logit_tiles(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Of a chunk's hidden states, logits `[n, …]` of some classes and the first class of them;
+        each takes the place of the last."""
+        for classes, weight in self._tiles():
+            logits = self._logits[: len(hidden), : len(weight)]
+            self._product(hidden, classes, weight, logits)
+            yield classes.start, logits
+
+    def _product(self, hidden: Tensor, classes: slice, weight: Tensor, logits: Tensor) -> None:
+        if self._bias is None:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            torch.addmm(self._bias[classes], hidden, weight.t(), out=logits)
+
+    def add_gradients(self, place: slice, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Add a chunk's part to the gradients that are wanted."""
+        if self._grad_hidden is not None:
+            into = self._grad_hidden[place]
+            if self._rows is not None:
+                into = into.new_empty(hidden.shape)
+            for classes, weight in self._tiles():
+                _add_product(into, grad_logits[:, classes], weight, fresh=classes.start == 0)
+            if self._rows is not None:
+                self._grad_hidden[self._rows[place]] = into
+        if self._grad_weight is not None:
+            if not self._leaves_out:  # 0 times NaN is NaN
+                hidden = hidden.masked_fill(self._ignored[place, None], 0)
+            _add_product(self._grad_weight, grad_logits.t(), hidden, fresh=place.start == 0)
+        if self._grad_bias is not None:
+            self._grad_bias += grad_logits.sum(0, dtype=self._grad_bias.dtype)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias, None where not wanted: float32, or float64 for float64."""
+        of_hidden = self._grad_hidden
+        if of_hidden is not None:
+            of_hidden = of_hidden.view(self._hidden_shape)
+        return of_hidden, self._grad_weight, self._grad_bias
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Classes, and their rows of the weight in the dtype of the products."""
+        vocab, width = self._weight.shape
+        same = self._weight.dtype is self.dtype
+        step = self._classes
+        if not same:
+            step = min(step, max(1, _TILE_BYTES // max(width * self.dtype.itemsize, 1)))
+        room = None if same else self._weight.new_empty(step, width, dtype=self.dtype)
+        for first in range(0, vocab, max(step, 1)):
+            classes = slice(first, min(first + step, vocab))
+            weight = self._weight[classes]
+            yield classes, weight if room is None else room[: len(weight)].copy_(weight)
+
+
+def chunk_tokens(count: int, token_bytes: int, device: torch.device) -> int:
+    """How many of `count` tokens a chunk has, at so many bytes of logits each."""
+    most = _TOKENS[device.type]
+    if min(most, count) * token_bytes > _ASK_FROM:
+        fit = _SHARE * _free_bytes(device) / token_bytes
+        most = max(_FEWEST_TOKENS, int(min(most, fit)) // _MULTIPLE * _MULTIPLE)
+    chunks = math.ceil(count / most)
+    even = math.ceil(count / max(chunks, 1))
+    return min(count, math.ceil(even / _MULTIPLE) * _MULTIPLE)
+
+
+def leaves_out(device: torch.device) -> bool:
+    """Whether tokens that need no logits are left out, for which the host has to count them."""
+    return device.type == "cpu"
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices in that dtype itself. A CPU that does not takes many
+    times as long as in float32."""
+    if device.type != "cpu" or dtype.itemsize > 2:
+        return True
+    if dtype == torch.float16:
+        return torch.cpu._is_amx_fp16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Of memory for tensors; infinite where that cannot be told."""
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return math.inf
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        [line] = [x for x in _MEMORY.read_text().splitlines() if x.startswith("MemAvailable:")]
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _factor(x: Tensor) -> Tensor:
+    """A matrix that BLAS takes as it is, by rows or by columns; of any other, a copy."""
+    (rows, columns), (down, right) = x.shape, x.stride()
+    return (
+        x if (right == 1 and down >= columns) or (down == 1 and right >= rows) else x.contiguous()
+    )
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+    """into = a @ b where `fresh`, then into += a @ b; `into` may have the wider dtype."""
+    if a.dtype is into.dtype:
+        into.addmm_(a, b, beta=0 if fresh else 1)
+    elif a.device.type == "cuda":  # without a product in the narrow dtype between
+        torch.addmm(into, a, b, beta=0 if fresh else 1, out_dtype=into.dtype, out=into)
+    elif fresh:
+        into.copy_(a @ b)
+    else:
+        into += a @ b

@@ -1,0 +1,275 @@
+"""PPO's policy loss from hidden states, with its gradients made in the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import checks, dispatch, fused_loss, ppo_loss, reference
+from ppo_kernels.head import Head
+from ppo_kernels.linear_logprob import (
+    check_head,
+    check_values,
+    in_own_dtypes,
+    sweep,
+    untraced_numbers,
+    whole,
+)
+from ppo_kernels.reference import IGNORED_TARGET, PolicyStats
+from ppo_kernels.sequences import per_token, sequence_sums
+
+OP = "linear_ppo_loss"
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip_range: float | tuple[float, float] = 0.2,
+    dual_clip: float | None = None,
+    moments: Tensor | None = None,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    is_weights: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, PolicyStats]:
+    """`ppo_policy_loss` of `linear_logprobs`, with all gradients made in the forward pass.
+
+    What the loss says of a token's log-prob hangs on that token alone, so each chunk's logits turn
+    into their gradient at once, and that into those of `hidden`, `weight` and `bias`: 6 N V H
+    operations in all, the logits made once. Backward only multiplies by what comes in.
+    Extra memory: as `linear_logprobs`, and until backward the gradients in float32.
+
+    Args:
+        hidden: `[B, T, H]`, or packed `[N, H]`: the state that each target is predicted from.
+        weight, bias, temperature, softcap: as for `linear_logprobs`.
+        targets: `[B, T]` or `[N]`; where the mask is False, anything.
+        old_logprobs: shaped like the targets; or None for the log-probs of this very pass, on
+            policy: then every ratio is exactly 1, and no pass is needed to measure them before.
+        advantages and all others: as for `ppo_policy_loss`, shaped like the targets.
+        impl: "auto", or one of `implementations()["linear_ppo_loss"]`.
+
+    Returns:
+        (loss, statistics), as `ppo_policy_loss`; the entropy is measured also where `entropy_coef`
+        is 0.
+
+    Raises:
+        As `linear_logprobs` and `ppo_policy_loss`.
+    """
+    weight, bias = whole(weight), whole(bias)
+    dtype = check_head(OP, hidden, weight, targets, bias)
+    checks.choice(OP, "reduction", reduction, ppo_loss.REDUCTIONS)
+    checks.choice(OP, "kl_estimator", kl_estimator, ppo_loss.KL_ESTIMATORS)
+    checks.tokens(
+        OP, mask, cu_seqlens, needs_sequences=reduction == "sequence_mean",
+        advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        is_weights=is_weights,
+    )  # fmt: skip
+    checks.tensor(OP, "advantages", advantages, shape=tuple(targets.shape), like=("hidden", hidden))
+    if moments is not None:
+        checks.tensor(OP, "moments", moments, shape=(3,), like=("hidden", hidden))
+    impl = dispatch.resolve(OP, impl, hidden.device)
+    if mask is not None:  # what stands there is no target
+        targets = targets.masked_fill(~mask, IGNORED_TARGET)
+    settings = (clip_range, dual_clip, entropy_coef, kl_coef)
+    if impl == "reference":
+        if not torch.compiler.is_compiling():
+            check_values(OP, targets, len(weight), temperature, softcap)
+            ppo_loss.policy_numbers(OP, *settings)
+            ppo_loss.checked_normalizer(OP, normalizer, hidden)
+            checks.boundaries(OP, cu_seqlens, targets.shape[0])
+        return reference.linear_ppo_loss(
+            hidden, weight, targets, old_logprobs, advantages, bias=bias, temperature=temperature,
+            softcap=softcap, mask=mask, cu_seqlens=cu_seqlens, clip_range=clip_range,
+            dual_clip=dual_clip, moments=moments, reduction=reduction, normalizer=normalizer,
+            entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
+            kl_estimator=kl_estimator, is_weights=is_weights,
+        )  # fmt: skip
+
+    trained = (hidden, weight, bias)
+    tensors = (*trained, targets, old_logprobs, advantages, ref_logprobs, is_weights, mask,
+               cu_seqlens, moments)  # fmt: skip
+    wanted = fused_loss.wanted(*trained)
+    if not dispatch.eager(*tensors):
+        low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+        traced = ppo_loss.traced_numbers(
+            temperature, softcap, low, high, dual_clip, entropy_coef, kl_coef
+        )
+        loss, stats, *_ = _loss_op(
+            *tensors, traced, ppo_loss.traced_scalar(normalizer), reduction, kl_estimator, dtype,
+            impl, *wanted,
+        )  # fmt: skip
+        stats = stats.detach()
+    else:
+        of_head = check_values(OP, targets, len(weight), temperature, softcap)
+        results = _loss(
+            *tensors, of_head, ppo_loss.policy_numbers(OP, *settings),
+            ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator, dtype,
+            impl, *wanted,
+        )  # fmt: skip
+        loss, stats = fused_loss.attach(results, trained, wanted), results[1]
+    return loss, PolicyStats(*stats.unbind())
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    moments: Tensor | None,
+    of_head: tuple[float, float],
+    of_policy: tuple[float, ...],
+    normalizer: float | Tensor | None,
+    reduction: str,
+    kl_estimator: str,
+    dtype: torch.dtype,
+    impl: str,
+    *want: bool,
+) -> fused_loss.Results:
+    """(loss, statistics, gradients of hidden, weight and bias)."""
+    checks.boundaries(OP, cu_seqlens, targets.shape[0])
+    entropy_coef = of_policy[3]
+    with in_own_dtypes(hidden.device):
+        tiled = impl == "cpp" and not any(want)
+        head = Head(hidden, weight, bias, targets, dtype, want, tiled=tiled)
+        denominator, weights = _denominator(targets, mask, cu_seqlens, reduction, normalizer)
+        # float16 would lose gradients of a mean over many tokens: there it comes last.
+        late = head.dtype == torch.float16
+        given = [
+            None if x is None else head.pick(x)
+            for x in (old_logprobs, advantages, ref_logprobs, is_weights, weights)
+        ]
+
+        def slopes(place: slice, log_p: Tensor, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            old, advantage, ref, is_weight, weight = _at(place, given)
+            *_, g, g_h = ppo_loss.policy_loss(
+                log_p, h, log_p if old is None else old, advantage, ref, is_weight, None, None,
+                moments, of_policy, None if late else denominator, "sum", kl_estimator, impl, True,
+                entropy_coef != 0,
+            )  # fmt: skip
+            if weight is not None:
+                g, g_h = g * weight, None if g_h is None else g_h * weight
+            return g.to(log_p.dtype), None if g_h is None else g_h.to(log_p.dtype)
+
+        logprobs, entropy = sweep(head, *of_head, impl, slopes if any(want) else None)
+        loss, stats, *_ = ppo_loss.policy_loss(
+            logprobs, entropy, logprobs if old_logprobs is None else old_logprobs, advantages,
+            ref_logprobs, is_weights, mask, cu_seqlens, moments, of_policy, normalizer, reduction,
+            kl_estimator, impl, False, False,
+        )  # fmt: skip
+        made = head.gradients()
+        if late:
+            for g in made:
+                if g is not None:
+                    g /= denominator
+    return loss, stats, *made
+
+
+def _at(place: slice, tensors: list[Tensor | None]) -> Any:
+    return [None if x is None else x[place] for x in tensors]
+
+
+def _denominator(
+    targets: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> tuple[float | Tensor, Tensor | None]:
+    """What the sum of the weighted token losses is divided by, and the weights (None: all 1).
+
+    0, of a batch without any real token, counts as 1. The weights are at least 1, that of the
+    longest sequence's tokens, so that they cost float16 no digits.
+    """
+    real = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    found: float | Tensor = 1.0
+    if reduction == "token_mean":
+        found = real.sum()
+    if reduction != "sequence_mean":
+        return _not_zero(found if normalizer is None else normalizer), None
+    tokens = sequence_sums(real.long(), cu_seqlens)
+    found = _not_zero((tokens > 0).sum() if normalizer is None else normalizer)
+    tokens = tokens.clamp(min=1)
+    longest = tokens.max() if len(tokens) else 1
+    return found * longest, per_token(longest / tokens, targets, cu_seqlens)
+
+
+def _not_zero(x: float | Tensor) -> float | Tensor:
+    return torch.where(x == 0, 1, x) if isinstance(x, Tensor) else x or 1.0
+
+
+# --- The same under torch.compile -----------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "ppo_kernels::linear_ppo_loss", mutates_args=(), device_types=dispatch.DEVICES
+)
+def _loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    is_weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    moments: Tensor | None,
+    numbers: Tensor,
+    normalizer: Tensor | None,
+    reduction: str,
+    kl_estimator: str,
+    dtype: torch.dtype,
+    impl: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    low, high, dual_clip, entropy_coef, kl_coef = numbers[2:].tolist()
+    of_policy = ppo_loss.policy_numbers(
+        OP, (low, high), ppo_loss.untraced(dual_clip), entropy_coef, kl_coef
+    )
+    results = _loss(
+        hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, is_weights, mask,
+        cu_seqlens, moments, untraced_numbers(OP, targets, weight, numbers), of_policy,
+        ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator, dtype, impl,
+        want_hidden, want_weight, want_bias,
+    )  # fmt: skip
+    return fused_loss.without_none(results)
+
+
+@_loss_op.register_fake
+def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    dtype, want = dispatch.accumulator(rest[-5]), rest[-3:]
+    logprobs = hidden.new_empty(0, dtype=dtype)
+    of_tokens = dispatch.common_dtype(logprobs, *rest[1:5])
+    loss, stats = ppo_loss.outputs(hidden, of_tokens, len(PolicyStats._fields))
+    made = (
+        dispatch.empty_like(x, dtype) if wants and x is not None else None
+        for x, wants in zip((hidden, weight, bias), want, strict=True)
+    )
+    return fused_loss.without_none((loss, stats, *made))
+
+
+fused_loss.register(_loss_op, trained=3)
