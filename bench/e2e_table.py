@@ -85,7 +85,7 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
         ),
         (
             "logits of policy and reference",
-            "of response tokens only",
+            "none; log-probs from hidden states, of response tokens only",
             "of prompt and response tokens",
         ),
         (

@@ -50,7 +50,7 @@ def _ops(command: str, rows: list[_Row]) -> str:
         if ours is None:
             continue
         if ours["size"] == "small":
-            if ours["mode"] == "fwd":
+            if ours["mode"] == "fwd" and not ours["op"].startswith("linear"):
                 overheads.append(float(ours["x_floor"]))
                 calls.append(float(ours["floor_ms"]) * 1e3)
             continue
