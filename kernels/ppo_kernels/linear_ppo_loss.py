@@ -198,8 +198,8 @@ def _denominator(
 ) -> tuple[float | Tensor, Tensor | None]:
     """What the sum of the weighted token losses is divided by, and the weights (None: all 1).
 
-    0, of a batch without any real token, counts as 1. The weights are at least 1, that of the
-    longest sequence's tokens, so that they cost float16 no digits.
+    0, of a batch without any real token, counts as 1. The weights are around 1, that of a sequence
+    of the mean length, as float16 has few digits for small numbers.
     """
     real = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     found: float | Tensor = 1.0
@@ -210,8 +210,8 @@ def _denominator(
     tokens = sequence_sums(real.long(), cu_seqlens)
     found = _not_zero((tokens > 0).sum() if normalizer is None else normalizer)
     tokens = tokens.clamp(min=1)
-    longest = tokens.max() if len(tokens) else 1
-    return found * longest, per_token(longest / tokens, targets, cu_seqlens)
+    usual = tokens.double().mean() if len(tokens) else 1.0
+    return found * usual, per_token(usual / tokens, targets, cu_seqlens)
 
 
 def _not_zero(x: float | Tensor) -> float | Tensor:
