@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.resolve()
 BUILD = ROOT / "build" / "sanitize"
 PACKAGES = BUILD / "packages"
 COMPILER = os.environ.get("CXX", "c++")
-TESTS = ("gae", "logprob", "ppo_loss", "pairwise_loss")
+TESTS = ("gae", "logprob", "linear_logprob", "ppo_loss", "pairwise_loss")
 FUZZ_CASES = 200
 
 

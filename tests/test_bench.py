@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ops
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,8 +161,8 @@ def test_what_cannot_run_says_why() -> None:
 @pytest.mark.parametrize(
     ("cost", "times", "floor"),
     [
-        (Cost(1e6, 1e6, 0), {"least call": 1e-6, "least bytes 0": 3e-3}, 3.0),
-        (Cost(1e6, 0, 0), {"least call": 1e-6, "least bytes 0": 3e-3, "least bytes 1": 2e-3}, 2.0),
+        (Cost(1e6, 1e6, 0), {"least call": 1e-6, "the least 0": 3e-3}, 3.0),
+        (Cost(1e6, 0, 0), {"least call": 1e-6, "the least 0": 3e-3, "the least 1": 2e-3}, 2.0),
         (Cost(8, 8, 0), {"least call": 5e-6}, 0.005),
         (Cost(8, 8, 1e12), {"least call": 5e-6}, 1e4),
     ],
@@ -180,6 +181,39 @@ def test_floor(
     for row in rows_of(replace(small("gae"), costs={"fwd": cost})):
         assert row["floor_ms"] == pytest.approx(floor)
         assert row["x_floor"] == pytest.approx(70 / floor)
+
+
+def test_the_floor_of_the_linear_ops_is_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small("linear_ppo_loss")
+    inputs = case.inputs(CPU)
+    assert case.least is not None
+    with ops.Watch() as watch:
+        for call in case.least(inputs, "both"):
+            call()
+    assert watch.products == 3
+
+    def timed(device: torch.device, calls: Any, seconds: float, *, replayed: bool) -> Any:
+        return {name: Timing(x, x, x) for name in calls for x in [0.2 if "least" in name else 0.3]}
+
+    monkeypatch.setattr(sys.modules["bench.measure"], "time_in_turn", timed)
+    for row in rows_of(without_compiling(case)):
+        assert row["floor_ms"] == pytest.approx(200)
+        assert row["peak_bytes"] - row["extra_bytes"] == 4 * 16 * (8 + 64)
+
+
+def test_targets_of_memory_and_of_eager() -> None:
+    row: Row = {
+        "op": "linear_ppo_loss", "shape": "1024x576x49152", "dtype": "float32", "mode": "both",
+        "size": "large", "ms_p50": 2.0, "floor_ms": 1.0, "call_ms": 0.1, "x_floor": 2.0,
+    }  # fmt: skip
+    ours = row | {"impl": "cpp", "extra_bytes": 63e6}
+    eager = row | {"impl": "eager", "ms_p50": 5.0}
+    lines = [line for line in verdicts([ours, eager], "cpu") if "linear_ppo_loss" in line]
+    assert [line.split()[-1] for line in lines] == ["MISSED", "met", "met"]
+    assert "2.00x the floor" in lines[0] and "0.40x the eager" in lines[1]
+    assert "63 MB extra" in lines[2]
+    (missed,) = (x for x in verdicts([ours | {"extra_bytes": 65e6}], "cpu") if "65 MB extra" in x)
+    assert missed.endswith("MISSED")
 
 
 def test_least_traffic_moves_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
