@@ -25,8 +25,8 @@ from ppo_engine import models
 from ppo_engine.config import GenerationConfig as Sampling
 from ppo_engine.config import ModelConfig
 from ppo_engine.errors import UserError
-from ppo_engine.policy import Policy
-from ppo_kernels import ppo_policy_loss
+from ppo_engine.policy import Policy, _Head
+from ppo_kernels import ppo_policy_loss, token_logprobs
 
 CPU = torch.device("cpu")
 
@@ -149,6 +149,19 @@ def test_the_loss_is_that_of_the_models_own_logits(make):
         gradients = [p.grad.clone() for p in policy.model.parameters()]
         found.append((loss.detach(), stats.approx_kl, stats.clip_fraction, *gradients))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_that_scales_and_caps():
+    """Both at once, as no family here does: c tanh(s z / c)."""
+    policy = open_policy(model_with_a_bias())
+    policy._head = _Head(scale=0.3, softcap=0.8)
+    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    with torch.no_grad():
+        states = policy.states(rollout)
+        logits = policy._head.logits(policy.model.lm_head, states)
+    found, _ = policy.response_logprobs(rollout, 0.6)
+    expected = token_logprobs(logits, rollout.response_ids[rollout.mask], temperature=0.6)
+    torch.testing.assert_close(found[rollout.mask], expected)
 
 
 def test_a_trained_bias_is_not_the_references():
