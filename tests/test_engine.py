@@ -61,7 +61,10 @@ def test_first_kl_is_exactly_zero():
 
 def test_first_mini_batch_has_ratio_one():
     engine = make_engine(ppo={"micro_batch_size": 3})
-    metrics = engine.update(experience_of(engine))
+    experience = experience_of(engine)
+    # However far rounding took those that were measured.
+    moved = dataclasses.replace(experience, logprobs=experience.logprobs + 0.5)
+    metrics = engine.update(moved)
     assert metrics["policy/ratio_max"] == 1.0
     assert metrics["policy/clip_fraction"] == 0.0
     assert metrics["policy/approx_kl"] == 0.0
