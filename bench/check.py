@@ -26,10 +26,10 @@ def exact(case: Case, inputs: Inputs) -> Outputs:
     if case.chunk is None:
         return _exact_rows(case, inputs)
     rows = len(next(iter(inputs.values())))
-    chunks = (slice(first, first + case.chunk) for first in range(0, rows, case.chunk))
+    chunks = [slice(first, first + case.chunk) for first in range(0, rows, case.chunk)]
     parts = [
-        _exact_rows(case, {k: x if k in case.shared else x[rows] for k, x in inputs.items()})
-        for rows in chunks
+        _exact_rows(case, {k: x if k in case.shared else x[chunk] for k, x in inputs.items()})
+        for chunk in chunks
     ]
     of_shared = [False] * (len(parts[0]) - len(case.trained))
     of_shared += [name in case.shared for name in case.trained]

@@ -246,6 +246,8 @@ class Policy:
             )
             if old is None:
                 old = logprobs.detach()
+            if not settings.get("entropy_coef"):
+                entropy = entropy.detach()  # measured, not trained
             return ppo_policy_loss(logprobs, old, advantages, entropy=entropy, **settings)
 
     def states(self, rollout: Rollout) -> Tensor:
