@@ -260,7 +260,7 @@ class _Timeline:
 def _transformer_spans(engine: PPOEngine) -> Iterator[None]:
     """A span around each call of the models, while the context lasts."""
     causal = [policy.model for policy in (engine.policy, engine.reference) if policy is not None]
-    scoring = [engine.critic, getattr(engine.reward, "model", None)]
+    scoring = [getattr(scorer, "model", None) for scorer in (engine.critic, engine.reward)]
     modules: list[Any] = []
     for model in map(models.unwrap, causal):
         modules += [model, model.base_model, model.get_output_embeddings()]

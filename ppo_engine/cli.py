@@ -1,4 +1,4 @@
-"""The command line: `ppo-engine demo | reward | ppo | generate | doctor`.
+"""The command line: `ppo-engine demo | sft | reward | ppo | grpo | generate | doctor`.
 
 Settings come from --config, then from the flags, then from `key=value`. torch and transformers are
 imported by the commands that need them, so that help and mistakes in settings are instant.
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         [Flag("--model", "model", f"{_MODEL_HELP} in place of the embedded one")],
     )
     demo.add_argument("--smoke", action="store_true", help="every stage, tiny, within a minute")
+    demo.add_argument("--algorithm", choices=("ppo", "grpo"), help="of the last stage; default ppo")
     _add(
         commands,
         "reward",
@@ -90,22 +91,27 @@ def _parser() -> argparse.ArgumentParser:
             Flag("--data", "data.path", "preference pairs: JSONL, parquet, a saved data set"),
         ],
     )
-    ppo = _add(
-        commands,
-        "ppo",
-        _ppo,
-        "fine-tune a language model against a reward with PPO",
-        [
-            Flag("--model", "policy.path", f"{_MODEL_HELP} of the policy"),
-            Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
-        ],
-    )
-    ppo.add_argument(
-        "--reward", metavar="PATH", help="a reward model's name or folder, or file.py:function"
-    )
-    ppo.add_argument(
-        "--profile", action="store_true", help="write where a step's time goes, with a trace"
-    )
+    for name, summary in (
+        ("ppo", "fine-tune a language model against a reward with PPO"),
+        ("grpo", "the same with GRPO: groups of responses, no critic"),
+    ):
+        trains = _add(
+            commands,
+            name,
+            _ppo,
+            summary,
+            [
+                Flag("--model", "policy.path", f"{_MODEL_HELP} of the policy"),
+                Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
+            ],
+        )
+        trains.add_argument(
+            "--reward", metavar="PATH", help="a reward model's name or folder, or file.py:function"
+        )
+        trains.add_argument(
+            "--profile", action="store_true", help="write where a step's time goes, with a trace"
+        )
+        trains.set_defaults(algorithm=name)
     generate = _add(
         commands,
         "generate",
@@ -165,11 +171,16 @@ def _overrides(options: argparse.Namespace, rest: list[str], **keys: str) -> lis
     return found + rest
 
 
-def _load(cls: Any, options: argparse.Namespace, overrides: Sequence[str]) -> Any:
+def _load(
+    cls: Any,
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
     """The command's settings; None when a dry run has printed them."""
     from ppo_engine.config_io import dump_config, load_config
 
-    config = load_config(cls, options.config, overrides)
+    config = load_config(cls, options.config, overrides, defaults)
     if options.dry_run:
         print(dump_config(config), end="")
         return None
@@ -182,6 +193,8 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
     overrides = _overrides(options, rest, output_dir="output_dir", seed="seed")
     if options.smoke:
         overrides.insert(0, "smoke=true")
+    if options.algorithm is not None:
+        overrides.insert(0, f"algorithm={options.algorithm}")
     config = _load(DemoConfig, options, overrides)
     if config is not None:
         _quiet_libraries()
@@ -209,7 +222,7 @@ def _reward(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.config import PPOConfig
+    from ppo_engine.config import GRPO_DEFAULTS, PPOConfig
 
     overrides = _overrides(options, rest)
     if options.reward is not None:
@@ -218,7 +231,8 @@ def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
         overrides.insert(0, f"{key}={json.dumps(options.reward)}")
     if options.profile:
         overrides.insert(0, "profile=true")
-    config = _load(PPOConfig, options, overrides)
+    defaults = GRPO_DEFAULTS if options.algorithm == "grpo" else None
+    config = _load(PPOConfig, options, overrides, defaults)
     if config is None:
         return
     for value, what in (

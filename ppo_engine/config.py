@@ -7,7 +7,7 @@ One tree per command (`RewardModelConfig`, `PPOConfig`). The same names serve Py
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -105,23 +105,69 @@ class AdaptiveKLConfig:
 
 
 @_settings
-class PPOSettings:
-    """The algorithm (Schulman et al. 2017; Ouyang et al. 2022)."""
+class EnvironmentConfig:
+    """What answers the policy in a conversation of several turns; without a function, nothing."""
 
+    function: str | None = None  # "file.py:name" or "package.module:name"; see `conversation`
+    max_turns: PositiveInt = 4  # of the policy, each of at most generation.max_new_tokens
+
+
+@_settings
+class PPOSettings:
+    """The algorithm (Schulman et al. 2017; Ouyang et al. 2022) and its relatives.
+
+    `estimators` says what each estimator is; those without a critic use no value setting. The
+    losses are those of `ppo_kernels.ppo_policy_loss`.
+    """
+
+    estimator: Literal[
+        "gae", "monte_carlo", "td", "grpo", "dr_grpo", "rloo", "reinforce_pp", "remax"
+    ] = "gae"
+    group_size: PositiveInt = 1  # responses to each prompt
     rollout_batch_size: PositiveInt = 64  # responses per step
     mini_batch_size: PositiveInt = 32  # responses per optimizer step
     micro_batch_size: PositiveInt = 8  # responses per forward pass; memory only, not the result
     epochs: PositiveInt = 1
     gamma: Fraction = 1.0
-    lam: Fraction = 0.95
+    lam: Fraction = 0.95  # of gae
+    whiten_advantages: bool | None = None  # None: as the estimator's source does
+    whiten_rewards: bool = False
+
     kl_coef: NonNegativeFloat = 0.05
+    kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     adaptive_kl: AdaptiveKLConfig | None = None
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    value_clip_range: PositiveFloat | None = 0.2
+
+    objective: Literal["clip", "cispo"] = "clip"
+    ratio_level: Literal["token", "sequence"] = "token"  # "sequence" is GSPO
+    clip_range: (
+        Annotated[float, Field(gt=0, lt=1)]
+        | tuple[Annotated[float, Field(ge=0, le=1)], PositiveFloat]  # (low, high): "clip-higher"
+    ) = 0.2
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    # "sum" is over a constant, responses times generation.max_new_tokens (Dr. GRPO).
+    reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     entropy_coef: NonNegativeFloat = 0.0
-    whiten_advantages: bool = True
-    whiten_rewards: bool = False
+    # Weigh tokens by min(pi_old / pi_sampler, cap) where the sampler's log-probs are others than
+    # the trainer's: those of `Rollout.logprobs`, recorded in sampling.
+    importance_cap: PositiveFloat | None = None
+
+    value_clip_range: PositiveFloat | None = 0.2
+    critic_warmup_steps: NonNegativeInt = 0  # first steps, in which the critic alone is trained
+
+
+# What `ppo-engine grpo` starts from: as in Shao et al. 2024 (arXiv:2402.03300, section 4.2), in
+# smaller groups.
+GRPO_DEFAULTS: dict[str, Any] = {
+    "ppo": {
+        "estimator": "grpo",
+        "group_size": 8,
+        "kl_in": "loss",
+        "kl_estimator": "k3",
+        "kl_coef": 0.04,
+        "reduction": "sequence_mean",
+    }
+}
 
 
 @_settings
@@ -147,6 +193,7 @@ class PPOConfig:
     critic: ModelConfig = Field(default_factory=ModelConfig)
     data: PromptDataConfig = Field(default_factory=PromptDataConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     run: RunConfig = Field(default_factory=RunConfig)
     steps: PositiveInt = 100  # rollout batches
@@ -190,6 +237,7 @@ class DemoConfig:
     """`ppo-engine demo`."""
 
     model: str = ""  # Hugging Face name or folder; empty is the embedded SmolLM2-135M-Instruct
+    algorithm: Literal["ppo", "grpo"] = "ppo"  # of the last stage
     smoke: bool = False  # every stage with a tiny random model, within a minute
     output_dir: str = ""
     seed: int = 0

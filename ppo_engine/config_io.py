@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,15 +24,20 @@ Config = TypeVar("Config")
 
 
 def load_config(
-    cls: type[Config], file: str | None = None, overrides: Sequence[str] = ()
+    cls: type[Config],
+    file: str | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Config:
     """Settings of class `cls`: its defaults, then the YAML `file`, then `key.key=value` overrides.
+
+    `defaults`, nested as in a file, stand in place of those of the class.
 
     Values are YAML: `null` is None, `1e-5` a number, `[a, b]` a list. An override of a key in a
     section that is None by default (`ppo.adaptive_kl.target=3`) switches the section on. Raises
     one `UserError` that lists every problem.
     """
-    data = _read_file(file) if file is not None else {}
+    data = _over(defaults or {}, _read_file(file) if file is not None else {})
     problems: list[str] = []
     for override in overrides:
         try:
@@ -119,6 +124,17 @@ def _read_file(file: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: settings must be `key: value` lines, got {type(data).__name__}.")
     return data
+
+
+def _over(below: Mapping[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` completed with what only `below` has."""
+    found = dict(above)
+    for key, value in below.items():
+        if isinstance(value, Mapping) and isinstance(above.get(key) or {}, dict):
+            found[key] = _over(value, above.get(key) or {})
+        else:
+            found.setdefault(key, value)
+    return found
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:

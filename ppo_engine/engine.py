@@ -1,4 +1,4 @@
-"""One PPO step, in the order of the textbook:
+"""One step of PPO or a relative, in the order of the textbook:
 
     rollout    = engine.generate(prompts)                     # 1 the policy writes responses
     scores     = engine.score(rollout)                        # 2 the reward scores them
@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models, value_model
+from ppo_engine import models
 from ppo_engine.anatomy import span
-from ppo_engine.checkpoint import load_trainable_state, trainable_state
 from ppo_engine.config import PPOConfig
+from ppo_engine.conversation import Environment, load_environment
+from ppo_engine.critic import Critic
+from ppo_engine.estimators import Evidence, check_settings
 from ppo_engine.kl_control import KLController
-from ppo_engine.optim import make_optimizer, make_scheduler, optimizer_step
+from ppo_engine.optim import Learner
 from ppo_engine.policy import Policy
 from ppo_engine.rewards import (
     RewardFunction,
@@ -38,8 +41,7 @@ from ppo_engine.rewards import (
 )
 from ppo_engine.rollout import Experience, Rollout
 from ppo_engine.text import Prompt
-from ppo_kernels import gae, kl_shaped_gae, ppo_value_loss
-from ppo_kernels.reference import ShapedGAE
+from ppo_kernels.reference import MAX_LOG_RATIO
 
 
 class PPOEngine:
@@ -54,6 +56,8 @@ class PPOEngine:
             updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
             does, or the schedule to "constant".
         tokenizer: of a policy that is handed in loaded.
+        environment: answers the policy's turns; see `conversation.Environment`. None:
+            `config.environment`, by default responses of one turn.
 
     Raises:
         UserError: a model, reward or setting that cannot be used, before anything is trained.
@@ -66,8 +70,10 @@ class PPOEngine:
         *,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        environment: Callable[..., Any] | Environment | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
+        self.estimator = check_settings(config)
         self.device = models.choose_device(config.run.device)
         self.dtype = models.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
@@ -90,33 +96,61 @@ class PPOEngine:
             and same_tokenizer(self.reward.tokenizer, self.policy.tokenizer)
             else None
         )
-        self.critic = self._make_critic()
-
-        self.policy_optimizer = make_optimizer(self.policy.model, config.policy.optimizer)
-        self.critic_optimizer = make_optimizer(self.critic, config.critic.optimizer)
+        self.environment = load_environment(config.environment, environment)
         per_step = config.ppo.epochs * math.ceil(
             config.ppo.rollout_batch_size / config.ppo.mini_batch_size
         )
-        updates = config.steps * per_step
-        self.policy_scheduler = make_scheduler(
-            self.policy_optimizer, config.policy.optimizer, updates
+        self.critic = (
+            Critic(
+                config.critic,
+                self.policy,
+                self._shared_reward_model,
+                updates=config.steps * per_step,
+                seed=config.run.seed,
+            )
+            if self.estimator.critic
+            else None
         )
-        self.critic_scheduler = make_scheduler(
-            self.critic_optimizer, config.critic.optimizer, updates
+        self.learner = Learner(
+            self.policy.model,
+            config.policy.optimizer,
+            (config.steps - config.ppo.critic_warmup_steps) * per_step,
+            "the policy",
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
         self.normalizer = ScoreNormalizer() if config.reward.normalize else None
+        self.updates = 0
         self.policy_version = 0
 
     @span("generate")
     def generate(
-        self, prompts: Sequence[Prompt], columns: dict[str, list[Any]] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        columns: dict[str, list[Any]] | None = None,
+        *,
+        group_size: int | None = None,
     ) -> Rollout:
-        """Sample a response to each prompt: text, or chat messages.
+        """Sample responses to each prompt: text, or chat messages.
 
-        `columns` holds lists as long as `prompts`, handed on to a reward function.
+        `group_size` of them in a row, unless given those of the configuration. `columns` holds
+        lists as long as `prompts`, handed on to a reward function and an environment.
         """
-        return self.policy.generate(prompts, self.config.generation, columns)
+        config = self.config
+        size = config.ppo.group_size if group_size is None else group_size
+        columns = columns or {}
+        rollout = self.policy.generate(
+            _each(prompts, size),
+            config.generation,
+            {name: _each(column, size) for name, column in columns.items()},
+            environment=self.environment,
+            record_logprobs=config.ppo.importance_cap is not None,
+        )
+        if not self.estimator.greedy:
+            return rollout
+        greedy = self.policy.generate(
+            prompts, config.generation, columns, environment=self.environment, greedy=True
+        )
+        return replace(rollout, greedy=greedy)
 
     @span("score")
     def score(self, rollout: Rollout) -> Tensor:
@@ -130,9 +164,9 @@ class PPOEngine:
 
     @span("advantages")
     def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
-        """KL to the reference, values, and generalized advantages; `scores` are B numbers.
+        """KL to the reference, values, and advantages; `scores` are B numbers.
 
-        Raises ValueError where there is not one finite score for each response.
+        Raises ValueError where there is not one finite score for each response, or no whole groups.
         """
         scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)
         if scores.shape != (len(rollout),) or not scores.isfinite().all():
@@ -140,29 +174,44 @@ class PPOEngine:
                 f"scores must be {len(rollout)} finite numbers, one for each response, but are "
                 f"{tuple(scores.shape)}: {scores.flatten()[:8].tolist()}"
             )
+        self._check_groups(rollout)
         if self.normalizer is not None:
             scores = self.normalizer(scores)
         scores = apply_missing_eos(scores, rollout.finished, self.config.reward)
 
-        with torch.no_grad():
-            logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
-            (values,) = self._over(rollout, lambda part: (self._values(part),))
-        shaped = self._shaped_gae(scores, logprobs, ref_logprobs, values, rollout.mask)
+        settings = self.config.ppo
+        logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
+        values = self.values(rollout) if self.critic else None
+        in_reward = settings.kl_in == "reward"
+        with span("gae"):
+            shaped = self.estimator.estimate(
+                Evidence(
+                    scores,
+                    logprobs,
+                    ref_logprobs,
+                    rollout.mask,
+                    kl_coef=self.kl.coef if in_reward else torch.zeros_like(self.kl.coef),
+                    values=values,
+                    greedy_scores=self._greedy_scores(rollout),
+                ),
+                settings,
+            )
         kl_coef = self.kl.coef.clone()
         self.kl.update(shaped.kl.mean(), len(rollout))
         return Experience(
             rollout=rollout,
             scores=scores,
             advantages=shaped.advantages,
-            returns=shaped.returns,
             kl=shaped.kl,
             kl_coef=kl_coef,
             moments=shaped.moments,
             policy_version=self.policy_version,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
-            values=values,
             entropy=entropy,
+            values=values,
+            returns=None if values is None else shaped.returns,
+            is_weights=self._importance_weights(rollout, logprobs),
         )
 
     @torch.no_grad()
@@ -172,21 +221,33 @@ class PPOEngine:
         logprobs, ref_logprobs, entropy = self._over(rollout, self._compare)
         return logprobs, ref_logprobs, entropy
 
+    @torch.no_grad()
+    def values(self, rollout: Rollout) -> Tensor:
+        """The critic's value before each response token, [B, T] fp32; meaningless elsewhere."""
+        critic = self.critic
+        if critic is None:
+            raise ValueError(f"ppo.estimator={self.config.ppo.estimator} has no critic.")
+        (values,) = self._over(rollout, lambda part: (critic.values(part),))
+        return values
+
     @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
         settings = self.config.ppo
         metrics = self._objective_metrics(experience)
+        warming_up = self.updates < settings.critic_warmup_steps
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
             order = torch.randperm(len(experience), generator=self.shuffle)
             for rows in order.split(settings.mini_batch_size):
-                for found in (
-                    self._update_policy(experience, rows),
-                    self._update_critic(experience, rows),
-                ):
-                    for name, value in found.items():
-                        records[name].append(value)
+                found = {} if warming_up else self._update_policy(experience, rows)
+                if self.critic is not None:
+                    parts = map(experience.select, rows.split(settings.micro_batch_size))
+                    tokens = experience.rollout.mask[rows].sum()
+                    found |= self.critic.update(parts, tokens, settings)
+                for name, value in found.items():
+                    records[name].append(value)
+        self.updates += 1
         for name, values in records.items():
             over_steps = torch.stack(values)
             metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())
@@ -195,12 +256,9 @@ class PPOEngine:
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, for `load_state_dict` of an engine made alike."""
         return {
-            "policy": trainable_state(self.policy.model),
-            "critic": trainable_state(self.critic),
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "policy_scheduler": self.policy_scheduler.state_dict(),
-            "critic_scheduler": self.critic_scheduler.state_dict(),
+            "policy": self.learner.state_dict(),
+            "critic": self.critic.learner.state_dict() if self.critic else None,
+            "updates": self.updates,
             "policy_version": self.policy_version,
             "kl_coef": self.kl.coef,
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
@@ -208,22 +266,10 @@ class PPOEngine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_trainable_state(self.policy.model, state["policy"])
-        load_trainable_state(self.critic, state["critic"])
-        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.policy_scheduler.load_state_dict(state["policy_scheduler"])
-        self.critic_scheduler.load_state_dict(state["critic_scheduler"])
-        for optimizer, scheduler in (
-            (self.policy_optimizer, self.policy_scheduler),
-            (self.critic_optimizer, self.critic_scheduler),
-        ):
-            # A run may go on for more steps than it was begun with: the schedule is the new one.
-            settings = zip(
-                optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            )
-            for group, base, factor in settings:
-                group["lr"] = base * factor(scheduler.last_epoch)
+        self.learner.load_state_dict(state["policy"])
+        if self.critic is not None:
+            self.critic.learner.load_state_dict(state["critic"])
+        self.updates = state["updates"]
         self.policy_version = state["policy_version"]
         self.kl.coef.copy_(state["kl_coef"])
         if self.normalizer is not None:
@@ -235,6 +281,7 @@ class PPOEngine:
         settings = self.config.ppo
         tokens = experience.rollout.mask[rows].sum()
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        penalized = settings.kl_in == "loss"
         self.policy.model.train()
         for part in map(experience.select, rows.split(settings.micro_batch_size)):
             # Until the first step the old log-probs are those of this very pass; measured again in
@@ -247,86 +294,79 @@ class PPOEngine:
                     part.advantages,
                     self.config.generation.temperature,
                     clip_range=settings.clip_range,
-                    moments=part.moments if settings.whiten_advantages else None,
-                    normalizer=tokens,
+                    dual_clip=settings.dual_clip,
+                    moments=part.moments if self._whitens else None,
+                    reduction=settings.reduction,
+                    normalizer=self._normalizer(tokens, len(rows)),
                     entropy_coef=settings.entropy_coef,
+                    ref_logprobs=part.ref_logprobs if penalized else None,
+                    kl_coef=float(part.kl_coef) if penalized else 0.0,
+                    kl_estimator=settings.kl_estimator,
+                    is_weights=part.is_weights,
                 )
             with span("backward"):
                 loss.backward()
             share = part.rollout.mask.sum() / tokens
             found["policy/loss"] += loss.detach()
-            for name in ("approx_kl", "clip_fraction", "ratio_mean"):
+            for name in ("approx_kl", "clip_fraction", "ratio_mean", *["kl"] * penalized):
                 found[f"policy/{name}"] += getattr(stats, name) * share
             found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
         self.policy.model.eval()
-        found["policy/grad_norm"] = optimizer_step(
-            self.policy_optimizer, self.policy_scheduler, self.config.policy.optimizer, "the policy"
-        )
+        found["policy/grad_norm"] = self.learner.step()
         self.policy_version += 1
         return found
 
-    def _update_critic(self, experience: Experience, rows: Tensor) -> dict[str, Tensor]:
-        """One optimizer step of the critic on the same mini-batch."""
-        settings = self.config.ppo
-        tokens = experience.rollout.mask[rows].sum()
-        found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for part in map(experience.select, rows.split(settings.micro_batch_size)):
-            with span("losses"):
-                loss, stats = ppo_value_loss(
-                    self._values(part.rollout),
-                    part.values,
-                    part.returns,
-                    mask=part.rollout.mask,
-                    clip_range=settings.value_clip_range,
-                    normalizer=tokens,
-                )
-            with span("backward"):
-                loss.backward()
-            share = part.rollout.mask.sum() / tokens
-            found["value/loss"] += loss.detach()
-            found["value/clip_fraction"] += stats.clip_fraction * share
-        found["value/grad_norm"] = optimizer_step(
-            self.critic_optimizer, self.critic_scheduler, self.config.critic.optimizer, "the critic"
-        )
-        return found
+    @property
+    def _whitens(self) -> bool:
+        chosen = self.config.ppo.whiten_advantages
+        return self.estimator.whiten if chosen is None else chosen
 
-    @span("gae")
-    def _shaped_gae(
-        self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor
-    ) -> ShapedGAE:
-        settings = self.config.ppo
-        if not settings.whiten_rewards:
-            return kl_shaped_gae(
-                scores,
-                logprobs,
-                ref_logprobs,
-                values,
-                kl_coef=self.kl.coef,
-                gamma=settings.gamma,
-                lam=settings.lam,
-                kl_estimator=settings.kl_estimator,
-                mask=mask,
-            )
-        # With gamma = lam = 0 the returns are the shaped rewards themselves.
-        rewards = kl_shaped_gae(
-            scores,
-            logprobs,
-            ref_logprobs,
-            torch.zeros_like(values),
-            kl_coef=self.kl.coef,
-            gamma=0.0,
-            lam=0.0,
-            kl_estimator=settings.kl_estimator,
-            mask=mask,
+    def _normalizer(self, tokens: Tensor, responses: int) -> Tensor | float:
+        """What a mini-batch's sum of losses is divided by, whatever its micro-batches."""
+        match self.config.ppo.reduction:
+            case "token_mean":
+                return tokens
+            case "sequence_mean":
+                return float(responses)
+            case _:
+                return float(responses * self.config.generation.max_new_tokens)
+
+    def _check_groups(self, rollout: Rollout) -> None:
+        size = self.config.ppo.group_size
+        prompts = rollout.prompts
+        whole = len(prompts) % size == 0 and all(
+            prompts[row] == prompts[row - row % size] for row in range(len(prompts))
         )
-        count, _, m2 = rewards.moments
-        # Reward whitening scales and does not shift: a shift would pay for every token written.
-        scaled = rewards.returns * torch.rsqrt(m2 / count + 1e-8)
-        advantages, returns = gae(scaled, values, gamma=settings.gamma, lam=settings.lam, mask=mask)
-        real = advantages[mask]
-        mean = real.mean()
-        moments = torch.stack((count, mean, (real - mean).square().sum()))
-        return ShapedGAE(advantages, returns, rewards.kl, moments)
+        if self.estimator.group and not whole:
+            raise ValueError(
+                f"ppo.estimator={self.config.ppo.estimator} takes groups of {size} responses to "
+                f"one prompt, a group after the other, but the rollout has {len(prompts)} responses "
+                "in another order; see PPOEngine.generate."
+            )
+
+    def _greedy_scores(self, rollout: Rollout) -> Tensor | None:
+        """The score of the greedy response to each response's prompt, [B]."""
+        if not self.estimator.greedy:
+            return None
+        if rollout.greedy is None:
+            raise ValueError("ReMax needs Rollout.greedy, which PPOEngine.generate makes.")
+        scores = self.score(rollout.greedy)
+        if self.normalizer is not None:
+            scores = self.normalizer(scores)
+        scores = apply_missing_eos(scores, rollout.greedy.finished, self.config.reward)
+        return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
+
+    def _importance_weights(self, rollout: Rollout, logprobs: Tensor) -> Tensor | None:
+        """min(pi_old / pi_sampler, cap) of each token, [B, T] (truncated importance sampling;
+        Ionides 2008, as in Yao et al. 2025, "Your efficient RL framework secretly brings you
+        off-policy RL training")."""
+        cap = self.config.ppo.importance_cap
+        if cap is None:
+            return None
+        if rollout.logprobs is None:
+            raise ValueError("ppo.importance_cap needs Rollout.logprobs, those of the sampler.")
+        log_ratio = torch.where(rollout.mask, logprobs - rollout.logprobs, 0.0)
+        return log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
 
     def _compare(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probs, reference's log-probs, entropies) of a micro-batch."""
@@ -358,35 +398,8 @@ class PPOEngine:
             for column in zip(*found, strict=True)
         )
 
-    @span("critic")
-    def _values(self, rollout: Rollout) -> Tensor:
-        """The critic's value before each response token, [B, T] fp32."""
-        ids, mask = rollout.sequences()
-        start = rollout.prompt_ids.shape[1] - 1
-        with models.compute(self.device, self.dtype):
-            values = value_model.token_values(self.critic, ids[:, :-1], mask[:, :-1], start)
-        return values
-
-    def _make_critic(self) -> Any:
-        config = self.config
-        shared = self._shared_reward_model
-        reward_model = shared.model if shared is not None else None
-        critic = value_model.make_critic(
-            config.critic,
-            self.policy.tokenizer,
-            device=self.device,
-            policy=self.policy.model,
-            reward_model=reward_model,
-            seed=config.run.seed,
-        )
-        if reward_model is not None:
-            models.share_frozen_parameters(critic, reward_model)
-        return critic
-
     def _objective_metrics(self, experience: Experience) -> dict[str, float]:
         rollout, mask = experience.rollout, experience.rollout.mask
-        errors = (experience.values - experience.returns)[mask]
-        variance = experience.returns[mask].var(unbiased=False)
         found = {
             "objective/scores": experience.scores.mean(),
             "objective/scores_std": experience.scores.std(unbiased=False),
@@ -395,7 +408,20 @@ class PPOEngine:
             "objective/entropy": experience.entropy[mask].mean(),
             "objective/response_length": rollout.lengths.float().mean(),
             "objective/finished": rollout.finished.float().mean(),
-            "value/explained_variance": 1 - errors.var(unbiased=False) / variance.clamp_min(1e-8),
-            "policy/learning_rate": torch.tensor(self.policy_optimizer.param_groups[0]["lr"]),
+            "policy/learning_rate": torch.tensor(self.learner.learning_rate),
         }
+        if experience.values is not None and experience.returns is not None:
+            errors = (experience.values - experience.returns)[mask]
+            variance = experience.returns[mask].var(unbiased=False).clamp_min(1e-8)
+            found["value/explained_variance"] = 1 - errors.var(unbiased=False) / variance
+        if experience.is_weights is not None:
+            found["objective/importance_weight"] = experience.is_weights[mask].mean()
+        if self.estimator.group:  # those have nothing to say about what is better
+            groups = experience.scores.view(-1, self.config.ppo.group_size)
+            found["objective/equal_groups"] = (groups == groups[:, :1]).all(1).float().mean()
         return {name: float(value) for name, value in found.items()}
+
+
+def _each(items: Sequence[Any], times: int) -> list[Any]:
+    """Every item so many times in a row."""
+    return [item for item in items for _ in range(times)]

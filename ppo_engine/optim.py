@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,53 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ppo_engine.anatomy import span
+from ppo_engine.checkpoint import load_trainable_state, trainable_state
 from ppo_engine.config import OptimizerConfig
 from ppo_engine.errors import UserError
+
+
+class Learner:
+    """A model in training: its optimizer and schedule, and the state that it goes on from.
+
+    `updates` is the number of steps that the schedule is for; `name` stands in messages.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, updates: int, name: str) -> None:
+        self.model = model
+        self.config = config
+        self.name = name
+        self.optimizer = make_optimizer(model, config)
+        self.scheduler = make_scheduler(self.optimizer, config, updates)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> Tensor:
+        """One step with the gradients that are there; returns their norm before clipping."""
+        return optimizer_step(self.optimizer, self.scheduler, self.config, self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "weights": trainable_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A run may go on for more steps than it was begun with: the schedule is the new one."""
+        load_trainable_state(self.model, state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        settings = zip(
+            self.optimizer.param_groups,
+            self.scheduler.base_lrs,
+            self.scheduler.lr_lambdas,
+            strict=True,
+        )
+        for group, base, factor in settings:
+            group["lr"] = base * factor(self.scheduler.last_epoch)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:

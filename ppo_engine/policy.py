@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models
 from ppo_engine.anatomy import span
 from ppo_engine.config import GenerationConfig, ModelConfig
+from ppo_engine.conversation import Environment, as_rollout, converse
 from ppo_engine.errors import UserError
 from ppo_engine.rollout import Rollout
-from ppo_engine.text import Prompt, encode_prompt, pad_left
+from ppo_engine.text import Prompt
 from ppo_kernels import linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs
 from ppo_kernels.reference import PolicyStats
 
@@ -47,9 +48,6 @@ class Policy:
         models.resize_embeddings(model, tokenizer)
         models.disable_dropout(model)
         self.eos_ids = _eos_ids(model, tokenizer)
-        # The checkpoint's own sampling habits (repetition penalties, top-k) would make the sampled
-        # distribution another than the one whose log-probs are taken; they return when it is saved.
-        self._shipped_generation_config = model.generation_config
         self._head = _find_head(model, tokenizer, device)
 
     @classmethod
@@ -111,64 +109,33 @@ class Policy:
         """The weights as they were loaded, while the context lasts."""
         return self.model.disable_adapter()
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
         settings: GenerationConfig,
         columns: dict[str, list[Any]] | None = None,
+        *,
+        environment: Environment | None = None,
+        greedy: bool = False,
+        record_logprobs: bool = False,
     ) -> Rollout:
         """Sample one response to each prompt from softmax(logits / temperature).
 
         Top-k and top-p are off unless `settings` says otherwise: with them, the log-probs of the
-        full distribution are not those of the sampler.
+        full distribution are not those of the sampler (`record_logprobs` keeps these). With an
+        `environment`, a response has several turns. `greedy` takes the likeliest tokens.
         """
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        for index, ids in enumerate(encoded):
-            if not ids:
-                raise UserError(f"Prompt {index} is empty; a response needs something to answer.")
-        rows, mask = pad_left(encoded, self.tokenizer.pad_token_id)
-        prompt_ids = torch.tensor(rows, device=self.device)
-        prompt_mask = torch.tensor(mask, device=self.device)
-        base = models.unwrap(self.model)
-        base.generation_config = transformers.GenerationConfig(
-            eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id
+        columns = columns or {}
+        conversations = converse(
+            self,
+            prompts,
+            settings,
+            columns,
+            environment=environment,
+            greedy=greedy,
+            record_logprobs=record_logprobs,
         )
-        sampling = transformers.GenerationConfig(
-            do_sample=True,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=self.eos_ids,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        try:
-            with models.compute(self.device, self.dtype):
-                output = self.model.generate(
-                    input_ids=prompt_ids,
-                    attention_mask=prompt_mask.long(),
-                    generation_config=sampling,
-                )
-        finally:
-            base.generation_config = self._shipped_generation_config
-        response_ids = output[:, prompt_ids.shape[1] :]
-        is_eos = torch.isin(response_ids, torch.tensor(self.eos_ids, device=self.device))
-        # Real up to and including the first EOS: by position, never by comparing with the pad id.
-        response_mask = is_eos.long().cumsum(1) - is_eos.long() == 0
-        return Rollout(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            response_ids=response_ids,
-            mask=response_mask,
-            finished=is_eos.any(1),
-            prompts=list(prompts),
-            responses=[
-                str(self.tokenizer.decode(row[keep], skip_special_tokens=True))
-                for row, keep in zip(response_ids.cpu(), response_mask.cpu(), strict=True)
-            ],
-            columns=columns or {},
-        )
+        return as_rollout(conversations, self.tokenizer, self.device, columns)
 
     def response_logprobs(self, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, each [B, T] fp32, 0 at padding.
@@ -231,6 +198,10 @@ class Policy:
         states, mask = self.states(rollout), rollout.mask
         targets, advantages = rollout.response_ids[mask], advantages[mask]
         old = None if old_logprobs is None else old_logprobs[mask]
+        for name in ("ref_logprobs", "is_weights"):
+            if settings.get(name) is not None:
+                settings[name] = settings[name][mask]
+        settings["cu_seqlens"] = pad(rollout.lengths.cumsum(0), (1, 0))
         with span("losses"), models.compute(self.device, self.dtype):
             if not self.makes_logits:
                 return linear_ppo_loss(

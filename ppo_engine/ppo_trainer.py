@@ -26,6 +26,7 @@ from ppo_engine.checkpoint import (
 )
 from ppo_engine.config import PPOConfig
 from ppo_engine.config_io import as_dict, flatten
+from ppo_engine.conversation import Environment
 from ppo_engine.data import (
     PromptExample,
     SkippedLines,
@@ -61,11 +62,12 @@ class PPOTrainer:
         *,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        environment: Callable[..., Any] | Environment | None = None,
         console: Console | None = None,
     ) -> None:
-        """`policy`, `reward` and `tokenizer` are as `PPOEngine` takes them; `prompts` a file, or
-        texts, lists of chat messages, or dictionaries with `prompt` and further columns. What is
-        not given comes from `config`. Progress goes to `console`, by default the terminal."""
+        """`prompts` is a file, or texts, lists of chat messages, or dictionaries with `prompt` and
+        further columns; all else is as `PPOEngine` takes it. What is not given comes from `config`.
+        Progress goes to `console`, by default the terminal."""
         config = config or PPOConfig()
         # The run's config.yaml names what is trained, however it was given.
         if isinstance(policy, str) and policy:
@@ -79,7 +81,9 @@ class PPOTrainer:
         check_trackers(config.run.trackers)
         self.notes: list[str] = []
         examples = self._read(config.data.path if prompts is None else prompts)
-        self.engine = PPOEngine(policy, reward, config=config, tokenizer=tokenizer)
+        self.engine = PPOEngine(
+            policy, reward, config=config, tokenizer=tokenizer, environment=environment
+        )
         self.examples, skipped = limit_prompts(
             examples,
             self.engine.policy.tokenizer,
@@ -114,7 +118,7 @@ class PPOTrainer:
             run = self._open_run()
             self._restore(run)
         profiled = min(self.step + 2, self.config.steps) if self.config.profile else None
-        title = f"PPO, {len(self.examples)} prompts"
+        title = f"{self.title}, {len(self.examples)} prompts"
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in self.notes:
                 progress.note(note)
@@ -150,13 +154,19 @@ class PPOTrainer:
             progress.note(f"The policy is in {run.path / 'policy'}")
         if trackers is not None:
             trackers.close()
-        write_curves(run.path, run.path / "report.png", "PPO")
+        write_curves(run.path, run.path / "report.png", self.title)
         return metrics
+
+    @property
+    def title(self) -> str:
+        """The method's name."""
+        return "PPO" if self.engine.critic else self.config.ppo.estimator
 
     def batch(self, step: int) -> list[PromptExample]:
         """The prompts of step 0, 1, …: each pass over the data is a fresh permutation, known from
         the seed; a batch larger than the data goes on into the next pass."""
-        size, total = self.config.ppo.rollout_batch_size, len(self.examples)
+        settings, total = self.config.ppo, len(self.examples)
+        size = settings.rollout_batch_size // settings.group_size
         places = range(step * size, (step + 1) * size)
         orders = {
             epoch: random.Random(f"{self.config.run.seed}/{epoch}").sample(range(total), total)
@@ -205,7 +215,9 @@ class PPOTrainer:
 
     def _open_run(self) -> RunDirectory:
         config = self.config.run
-        return RunDirectory(config.output_dir, self.config, config.resume, command="ppo")
+        return RunDirectory(
+            config.output_dir, self.config, config.resume, command=self.title.lower()
+        )
 
     def _open_trackers(self, run: RunDirectory) -> Trackers:
         return Trackers(self.config.run.trackers, run.path, flatten(as_dict(self.config)))
@@ -242,8 +254,11 @@ class PPOTrainer:
     def _save_models(self, run: RunDirectory) -> None:
         with atomic_folder(run.path / "policy") as folder:
             self.engine.policy.save(folder)
-        with atomic_folder(run.path / "critic") as folder:
-            value_model.save_value_model(self.engine.critic, self.engine.policy.tokenizer, folder)
+        if self.engine.critic is not None:
+            with atomic_folder(run.path / "critic") as folder:
+                value_model.save_value_model(
+                    self.engine.critic.model, self.engine.policy.tokenizer, folder
+                )
 
     def _read(self, source: str | Path | Iterable[Any]) -> list[PromptExample]:
         if source == "":

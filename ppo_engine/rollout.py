@@ -18,37 +18,55 @@ from ppo_engine.text import Prompt
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses sampled from the policy. B responses, prompts of at most P tokens, T new tokens."""
+    """Responses sampled from the policy. B responses, prompts of at most P tokens, T new tokens.
+
+    In a conversation of several turns a response goes on through the environment's answers, whose
+    tokens the policy reads and does not learn from.
+    """
 
     prompt_ids: Tensor  # [B, P] long, padded on the left
     prompt_mask: Tensor  # [B, P] bool, True is a real token
     response_ids: Tensor  # [B, T] long, padded on the right
-    mask: Tensor  # [B, T] bool, True is a real response token, its EOS included
+    mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
     finished: Tensor  # [B] bool, the response ended with EOS
     prompts: Sequence[Prompt]  # as given
     responses: Sequence[str]  # decoded, without special tokens
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
+    environment_mask: Tensor | None = None  # [B, T] bool, True is a token of the environment's
+    logprobs: Tensor | None = None  # [B, T] fp32, of the sampler, where they were recorded
+    greedy: Rollout | None = None  # greedy responses to each distinct prompt, for ReMax
 
     def __len__(self) -> int:
         return len(self.response_ids)
 
     @property
     def lengths(self) -> Tensor:
-        """Real tokens of each response, [B] long."""
+        """Tokens of each response that the policy wrote, [B] long."""
         return self.mask.sum(1)
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool, True is a real token, whoever wrote it."""
+        return self.mask if self.environment_mask is None else self.mask | self.environment_mask
 
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Prompt and response joined: ids [B, P+T] long and attention mask [B, P+T] bool."""
         return (
             torch.cat((self.prompt_ids, self.response_ids), 1),
-            torch.cat((self.prompt_mask, self.mask), 1),
+            torch.cat((self.prompt_mask, self.response_mask), 1),
         )
 
     def select(self, rows: Tensor) -> Rollout:
-        """The given rows, without the padding columns that none of them needs."""
+        """The given rows, without the padding columns that none of them needs; `greedy`, which is
+        of the whole, stays behind."""
         prompt = self.prompt_mask[rows].sum(1).max()
-        start, stop = self.prompt_ids.shape[1] - int(prompt), int(self.lengths[rows].max())
+        start = self.prompt_ids.shape[1] - int(prompt)
+        stop = int(self.response_mask[rows].sum(1).max())
         picked = rows.tolist()
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows, :stop]
+
         return Rollout(
             prompt_ids=self.prompt_ids[rows, start:],
             prompt_mask=self.prompt_mask[rows, start:],
@@ -58,6 +76,8 @@ class Rollout:
             prompts=[self.prompts[i] for i in picked],
             responses=[self.responses[i] for i in picked],
             columns={name: [column[i] for i in picked] for name, column in self.columns.items()},
+            environment_mask=cut(self.environment_mask),
+            logprobs=cut(self.logprobs),
         )
 
 
@@ -69,17 +89,18 @@ class Experience:
     """A rollout with everything that an update needs; token tensors are [B, T] fp32."""
 
     rollout: Rollout
-    scores: Tensor  # [B] what the reward says, after normalization and the missing-EOS rule
-    logprobs: Tensor  # of the policy that sampled, at the sampling temperature
+    scores: Tensor  # [B] what the reward says, after normalization and penalties
+    logprobs: Tensor  # of the policy before the update, at the sampling temperature
     ref_logprobs: Tensor
-    values: Tensor
     advantages: Tensor  # not whitened: the loss whitens with `moments`
-    returns: Tensor
     kl: Tensor  # [B] sum over the response
-    kl_coef: Tensor  # 0-dim, the weight of the KL penalty in the rewards
+    kl_coef: Tensor  # 0-dim, the weight of the KL penalty
     moments: Tensor  # [3] (count, mean, M2) of the advantages
     entropy: Tensor  # of the policy at each token
     policy_version: int  # optimizer steps the policy had taken when it was measured
+    values: Tensor | None = None  # of the critic, where there is one
+    returns: Tensor | None = None  # what the critic learns
+    is_weights: Tensor | None = None  # truncated importance weights of the sampler's tokens
 
     def __len__(self) -> int:
         return len(self.rollout)

@@ -15,6 +15,8 @@ from ppo_engine.errors import UserError
 Message = dict[str, str]
 Prompt = str | list[Message]
 
+_TURN = "The policy's turn, of which no template changes a word."
+
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, ready for the model to go on from."""
@@ -24,6 +26,30 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     # The template has written every special token already.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str | Message, eos: str
+) -> list[int]:
+    """Token ids of an environment's answer to a turn of the policy's, up to where it goes on.
+
+    To chat messages the template writes what stands between: the rest of the policy's turn behind
+    `eos`, the token that ended it, the answer (text is a user's message), and the start of the
+    next turn. To a text prompt the answer is text, as it is.
+    """
+    if isinstance(prompt, str):
+        if not isinstance(answer, str):
+            raise UserError("To a prompt that is text, an environment answers with text.")
+        return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
+    turn = {"role": "assistant", "content": _TURN}
+    text = tokenizer.apply_chat_template(
+        [*prompt, turn, message], tokenize=False, add_generation_prompt=True
+    )
+    behind = str(text).rpartition(_TURN)[2]
+    before, found, after = behind.partition(eos)
+    rest = after if found and not before.strip() else behind
+    return list(tokenizer(rest, add_special_tokens=False)["input_ids"])
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, finished: bool) -> list[int]:

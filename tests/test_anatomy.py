@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
-from ppo_engine import PPOEngine, anatomy, cli, engine, models, optim, policy
+from ppo_engine import PPOEngine, anatomy, cli, critic, engine, estimators, models, optim, policy
 from ppo_engine.config import GenerationConfig, LoraConfig, ModelConfig, PPOConfig, PPOSettings
 from ppo_engine.config import RunConfig as Run
 from ppo_engine.rewards import RewardModel
@@ -186,11 +186,11 @@ def slow_sampling(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
         (slow_head, "advantages: logprobs", True),
         (lambda e, p: slow_layer(e, "reference"), "advantages: reference", True),
         (lambda e, p: slow_layer(e, "critic"), "advantages: critic", True),
-        (slow_function(engine, "kl_shaped_gae"), "advantages: gae", False),
+        (slow_function(estimators, "kl_shaped_gae"), "advantages: gae", False),
         (slow_function(engine, "apply_missing_eos"), "advantages: other", False),
         (slow_function(logprob, "forward_of_tiles"), "advantages: logprobs", False),
         (slow_function(policy, "linear_ppo_loss"), "update: losses", False),
-        (slow_function(engine, "ppo_value_loss"), "update: losses", False),
+        (slow_function(critic, "ppo_value_loss"), "update: losses", False),
         (slow_layer_backward, "update: backward", True),
         (slow_function(logprob, "backward"), "update: losses", False),
         (slow_function(optim, "clip_gradients"), "update: optimizer", False),
@@ -251,7 +251,7 @@ def test_a_step_that_fails_leaves_no_hook(tmp_path: Path) -> None:
     engine = PPOEngine(tiny_model(), length, config=config(), tokenizer=tiny_tokenizer())
 
     def hooks() -> int:
-        trained = (engine.policy.model, engine.critic)
+        trained = (engine.policy.model, engine.critic.model)
         return sum(
             len(part._forward_hooks) + len(part._forward_pre_hooks)
             for module in trained

@@ -1,0 +1,211 @@
+"""Advantage estimators: from the scores of responses to the advantages of their tokens.
+
+Each is a function `(Evidence, PPOSettings) -> ShapedGAE`, found by the name that `ppo.estimator`
+takes in `ESTIMATORS`, with what it needs: a critic, groups of responses to one prompt, a greedy
+response. All of them run on `kl_shaped_gae`. There are two kinds:
+
+- of tokens: rewards are the score at the end and the KL penalty of each token, and a token's
+  advantage comes from the rewards after it (with values, discount and lambda where there is a
+  critic; without, from their sum);
+- of sequences: a response has one reward, its score less the KL penalty of all its tokens, and
+  all its tokens have the advantage that comparing it to the others of its group gives.
+
+The penalty is 0 in both where it is a part of the loss (`ppo.kl_in=loss`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_engine.config import PPOConfig, PPOSettings
+from ppo_engine.errors import UserError
+from ppo_kernels import gae, kl_shaped_gae
+from ppo_kernels.reference import ShapedGAE
+
+_STD_EPS = 1e-6  # keeps the advantages of equal scores at 0
+
+
+class Evidence(NamedTuple):
+    """What an estimator may look at: B responses of at most T tokens, G to each prompt in a row."""
+
+    scores: Tensor  # [B] fp32
+    logprobs: Tensor  # [B, T] fp32, of the policy
+    ref_logprobs: Tensor  # [B, T] fp32
+    mask: Tensor  # [B, T] bool, True is a token of the policy's
+    kl_coef: Tensor  # 0-dim, of the penalty in the rewards
+    values: Tensor | None = None  # [B, T] fp32, of the critic
+    greedy_scores: Tensor | None = None  # [B] fp32, of the greedy responses to the same prompts
+
+
+def generalized(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16)."""
+    return _of_tokens(evidence, settings, evidence.scores, settings.lam)
+
+
+def monte_carlo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """Rewards to go less the value (the same, eq. 18: lambda = 1)."""
+    return _of_tokens(evidence, settings, evidence.scores, 1.0)
+
+
+def td(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """One-step temporal difference (the same, eq. 17: lambda = 0)."""
+    return _of_tokens(evidence, settings, evidence.scores, 0.0)
+
+
+def reinforce_pp(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """Rewards to go, whitened over the whole batch (REINFORCE++, Hu 2025, arXiv:2501.03262)."""
+    return _of_tokens(evidence, settings, evidence.scores, 1.0)
+
+
+def remax(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """Less the score of the greedy response (ReMax, Li et al. 2023, arXiv:2310.10505, eq. 4)."""
+    assert evidence.greedy_scores is not None
+    return _of_tokens(evidence, settings, evidence.scores - evidence.greedy_scores, 1.0)
+
+
+def grpo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """Rewards standardized within the group, by the unbiased deviation.
+
+    Shao et al. 2024 (DeepSeekMath, arXiv:2402.03300), section 4.1.2.
+    """
+    rewards = _of_groups(evidence, settings)
+    deviation = rewards.std(1, keepdim=True)
+    return _of_sequences(
+        evidence, settings, (rewards - rewards.mean(1, keepdim=True)) / (deviation + _STD_EPS)
+    )
+
+
+def dr_grpo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """Rewards less the group's mean (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, section 3.2).
+
+    Its loss sums over a constant: `ppo.reduction=sum`.
+    """
+    rewards = _of_groups(evidence, settings)
+    return _of_sequences(evidence, settings, rewards - rewards.mean(1, keepdim=True))
+
+
+def rloo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """Rewards less the mean of the others in the group (RLOO, Ahmadian et al. 2024,
+    arXiv:2402.14740, section 2.2): G / (G - 1) times those of `dr_grpo`."""
+    rewards = _of_groups(evidence, settings)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (settings.group_size - 1)
+    return _of_sequences(evidence, settings, rewards - others)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator with what it needs, and whether its source whitens what it gives."""
+
+    estimate: Callable[[Evidence, PPOSettings], ShapedGAE]
+    critic: bool = False
+    group: bool = False
+    greedy: bool = False
+    whiten: bool = False
+
+
+ESTIMATORS = {
+    "gae": Estimator(generalized, critic=True, whiten=True),
+    "monte_carlo": Estimator(monte_carlo, critic=True, whiten=True),
+    "td": Estimator(td, critic=True, whiten=True),
+    "grpo": Estimator(grpo, group=True),
+    "dr_grpo": Estimator(dr_grpo, group=True),
+    "rloo": Estimator(rloo, group=True),
+    "reinforce_pp": Estimator(reinforce_pp, whiten=True),
+    "remax": Estimator(remax, greedy=True),
+}
+
+
+def check_settings(config: PPOConfig) -> Estimator:
+    """The estimator that `config` names; a UserError where other settings do not go with it."""
+    settings = config.ppo
+    estimator = ESTIMATORS[settings.estimator]
+    name = f"ppo.estimator={settings.estimator}"
+    if estimator.group and settings.group_size < 2:
+        raise UserError(
+            f"{name} compares responses to the same prompt: set ppo.group_size to 2 or more."
+        )
+    if settings.rollout_batch_size % settings.group_size:
+        raise UserError(
+            f"ppo.rollout_batch_size={settings.rollout_batch_size} is not a multiple of "
+            f"ppo.group_size={settings.group_size}: a step holds whole groups."
+        )
+    if estimator.group and settings.whiten_rewards:
+        raise UserError(
+            f"ppo.whiten_rewards scales the rewards of tokens, of which {name} has none: leave it "
+            "out."
+        )
+    if settings.critic_warmup_steps and not estimator.critic:
+        raise UserError(f"{name} has no critic: leave ppo.critic_warmup_steps at 0.")
+    if settings.critic_warmup_steps >= config.steps:
+        raise UserError(
+            f"ppo.critic_warmup_steps={settings.critic_warmup_steps} leaves none of the "
+            f"{config.steps} steps to the policy: lower it, or raise steps."
+        )
+    if settings.dual_clip is not None and settings.objective != "clip":
+        raise UserError(
+            f"ppo.dual_clip bounds the clipped objective, and ppo.objective={settings.objective} "
+            "has none: leave it out."
+        )
+    return estimator
+
+
+def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: float) -> ShapedGAE:
+    values = evidence.values
+    if values is None:
+        values = torch.zeros_like(evidence.logprobs)
+    if not settings.whiten_rewards:
+        return _shaped(evidence, settings, scores, values, evidence.kl_coef, settings.gamma, lam)
+    # Without values, discount 0 makes the returns the shaped rewards themselves.
+    none = torch.zeros_like(values)
+    rewards = _shaped(evidence, settings, scores, none, evidence.kl_coef, 0.0, 0.0)
+    count, _, m2 = rewards.moments.unbind()
+    # Reward whitening scales and does not shift: a shift would pay for every token written.
+    scaled = rewards.returns * torch.rsqrt(m2 / count + 1e-8)
+    advantages, returns = gae(scaled, values, gamma=settings.gamma, lam=lam, mask=evidence.mask)
+    real = advantages[evidence.mask]
+    mean = real.mean()
+    moments = torch.stack((count, mean, (real - mean).square().sum()))
+    return ShapedGAE(advantages, returns, rewards.kl, moments)
+
+
+def _of_groups(evidence: Evidence, settings: PPOSettings) -> Tensor:
+    """The reward of each response, `[B / G, G]` in float64, which keeps equal ones equal."""
+    none = torch.zeros_like(evidence.logprobs)
+    kl = _shaped(evidence, settings, evidence.scores, none, evidence.kl_coef, 1.0, 1.0).kl
+    rewards = evidence.scores.double() - evidence.kl_coef * kl.double()
+    return rewards.view(-1, settings.group_size)
+
+
+def _of_sequences(evidence: Evidence, settings: PPOSettings, advantages: Tensor) -> ShapedGAE:
+    """The same advantage for all tokens of a response: a reward at its end, neither discounted
+    nor penalized."""
+    none = torch.zeros_like(evidence.logprobs)
+    scores = advantages.flatten().to(evidence.scores.dtype)
+    return _shaped(evidence, settings, scores, none, torch.zeros_like(evidence.kl_coef), 1.0, 1.0)
+
+
+def _shaped(
+    evidence: Evidence,
+    settings: PPOSettings,
+    scores: Tensor,
+    values: Tensor,
+    kl_coef: Tensor,
+    gamma: float,
+    lam: float,
+) -> ShapedGAE:
+    return kl_shaped_gae(
+        scores,
+        evidence.logprobs,
+        evidence.ref_logprobs,
+        values,
+        kl_coef=kl_coef,
+        gamma=gamma,
+        lam=lam,
+        kl_estimator=settings.kl_estimator,
+        mask=evidence.mask,
+    )

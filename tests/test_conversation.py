@@ -1,0 +1,198 @@
+"""Responses of several turns: the environment's tokens are read, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_engine import make_engine
+from tiny import tiny_model, tiny_tokenizer
+
+from ppo_engine import conversation
+from ppo_engine.config import EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig
+from ppo_engine.conversation import Environment
+from ppo_engine.engine import PPOEngine
+from ppo_engine.sampler import Continuation
+from ppo_kernels import gae
+
+CHAT = [{"role": "user", "content": "2+2?"}]
+TOKENIZER = tiny_tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+def say(text: str, finished: bool = True) -> Continuation:
+    ids = TOKENIZER(text)["input_ids"]
+    return Continuation([*ids, EOS] if finished else ids, finished, [])
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Lets the policy say what a test wants: turn by turn, a text for each row that goes on."""
+
+    def script(*turns: list[Continuation]) -> None:
+        left = list(turns)
+
+        def sample(policy, rows, *args, **kwargs):
+            said = left.pop(0)
+            assert len(said) == len(rows)
+            return said
+
+        monkeypatch.setattr(conversation, "sample", sample)
+
+    return script
+
+
+def engine_with(environment, max_turns: int = 3, **settings) -> PPOEngine:
+    return make_engine(
+        environment_function=environment,
+        environment=EnvironmentConfig(max_turns=max_turns),
+        **settings,
+    )
+
+
+def text_of(rollout, row: int, mask: torch.Tensor) -> str:
+    return TOKENIZER.decode(rollout.response_ids[row][mask[row]])
+
+
+def test_the_environments_turns_stand_between_the_policys(scripted):
+    seen = []
+
+    def environment(prompts, turns, hint):
+        seen.append((prompts, turns, hint))
+        return [None if t[0] == "four" else f"no, {h}" for t, h in zip(turns, hint, strict=True)]
+
+    engine = engine_with(environment)
+    scripted([say("five"), say("four"), say("six", finished=False)], [say("ok, 4")], [say("4!")])
+    rollout = engine.generate([CHAT] * 3, {"hint": ["a", "b", "c"]})
+    assert rollout.finished.tolist() == [True, True, False]
+    assert text_of(rollout, 0, rollout.mask) == "five<|im_end|>ok, 4<|im_end|>4!<|im_end|>"
+    between = "\n<|im_start|>user\nno, a<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(rollout, 0, rollout.environment_mask) == between * 2
+    # What the chat template writes of the whole conversation, but for the newline at its end.
+    said = ["five", "no, a", "ok, 4", "no, a", "4!"]
+    roles = ["assistant", "user"] * 3
+    chat = [*CHAT, *({"role": r, "content": c} for r, c in zip(roles, said, strict=False))]
+    ids, real = rollout.sequences()
+    whole = TOKENIZER.apply_chat_template(chat, tokenize=False)
+    assert TOKENIZER.decode(ids[0][real[0]]) == whole.rstrip("\n")
+    assert text_of(rollout, 1, rollout.response_mask) == "four<|im_end|>"
+    assert text_of(rollout, 2, rollout.response_mask) == "six"
+    assert rollout.columns["turns"] == [said, ["four"], ["six"]]
+    assert rollout.lengths.tolist() == [5 + 6 + 3, 5, 3]
+    assert [turns for _, turns, _ in seen] == [[["five"], ["four"]], [said[:3]]]
+    assert [hint for *_, hint in seen] == [["a", "b"], ["a"]]
+
+
+def test_text_prompts_and_the_turn_limit(scripted):
+    engine = engine_with(lambda prompts, turns: ["\nQ: more?\nA:"] * len(turns), max_turns=2)
+    scripted([say("yes")], [say("no")])
+    rollout = engine.generate(["Q: really?\nA:"])
+    assert text_of(rollout, 0, rollout.response_mask) == "yes<|im_end|>\nQ: more?\nA:no<|im_end|>"
+    assert rollout.responses == ["yes\n\n\nQ: more?\nA:\n\nno"]
+
+
+def test_an_answer_that_leaves_no_room_ends_the_conversation(scripted):
+    engine = engine_with(lambda prompts, turns: ["x" * 3000] * len(turns))
+    scripted([say("yes")])
+    rollout = engine.generate(["Q"])
+    assert text_of(rollout, 0, rollout.response_mask) == "yes<|im_end|>"
+    assert rollout.environment_mask is None
+
+
+def test_a_tool_answers_with_a_message_of_its_own(scripted):
+    engine = engine_with(lambda p, t: [{"role": "tool", "content": "4"}], max_turns=2)
+    scripted([say("calc")], [say("it is 4")])
+    rollout = engine.generate([CHAT])
+    between = "\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(rollout, 0, rollout.environment_mask) == between
+
+
+@pytest.fixture
+def conversed(scripted):
+    """An engine, and a rollout of which one response has three turns and one has one."""
+    engine = engine_with(
+        lambda prompts, turns: [None if t[0] == "four" else "no" for t in turns], max_turns=2,
+        ppo={"rollout_batch_size": 2, "mini_batch_size": 2, "micro_batch_size": 1},
+    )  # fmt: skip
+    scripted([say("five"), say("four")], [say("ok, 4")])
+    return engine, engine.generate([CHAT] * 2)
+
+
+def test_logprobs_are_those_of_the_whole_text(conversed):
+    """The policy has read the environment's tokens; its own alone have log-probs."""
+    engine, rollout = conversed
+    logprobs, entropy = engine.policy.response_logprobs(rollout, 1.0)
+    ids, real = rollout.sequences()
+    for row in range(2):
+        text = ids[row][real[row]][None]
+        own = torch.cat((rollout.prompt_mask[row] & False, rollout.mask[row]))[real[row]]
+        log_p = engine.policy.model(text).logits[0, :-1].log_softmax(-1)
+        expected = log_p.gather(1, text[0, 1:, None])[:, 0][own[1:]]
+        torch.testing.assert_close(logprobs[row][rollout.mask[row]], expected, rtol=1e-4, atol=1e-5)
+    assert not logprobs[~rollout.mask].any() and not entropy[~rollout.mask].any()
+
+
+def test_advantages_skip_the_environments_tokens(conversed):
+    engine, rollout = conversed
+    scores = torch.tensor([1.0, -2.0])
+    experience = engine.estimate_advantages(rollout, scores)
+    for row in range(2):
+        own = rollout.mask[row]
+        rewards = torch.zeros(int(own.sum()))  # the policy is its own reference: no penalty
+        rewards[-1] = scores[row]
+        advantages, returns = gae(rewards[None], experience.values[row][own][None], lam=0.95)
+        found = experience.advantages[row]
+        torch.testing.assert_close(found[own], advantages[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(experience.returns[row][own], returns[0], rtol=1e-5, atol=1e-6)
+        assert not found[~own].any()
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+def test_the_loss_is_of_the_policys_tokens_alone(scripted, estimator):
+    """Whatever its numbers say of the others: NaN at every one of the environment's tokens."""
+    weights = []
+    for poison in (False, True):
+        engine = engine_with(
+            lambda prompts, turns: ["no" if t[0] == "five" else None for t in turns], max_turns=2,
+            ppo={"rollout_batch_size": 2, "mini_batch_size": 2, "estimator": estimator,
+                 "group_size": 2, "kl_in": "loss", "ratio_level": "token"},
+        )  # fmt: skip
+        scripted([say("five"), say("four")], [say("ok, 4")])
+        rollout = engine.generate([CHAT])
+        experience = engine.estimate_advantages(rollout, torch.tensor([1.0, -2.0]))
+        if poison:
+            experience = dataclasses.replace(
+                experience,
+                **{
+                    name: getattr(experience, name).where(rollout.mask, float("nan"))
+                    for name in ("logprobs", "ref_logprobs", "advantages", "values", "returns")
+                    if getattr(experience, name) is not None
+                },
+            )
+        metrics = engine.update(experience)
+        assert all(torch.isfinite(torch.tensor(list(metrics.values()))))
+        weights.append([p.detach().clone() for p in engine.policy.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_sampled_turns_end_to_end():
+    """Without a script: a real policy, whose turns end often, in conversation."""
+    config = PPOConfig(
+        generation=GenerationConfig(max_new_tokens=6),
+        environment=EnvironmentConfig(max_turns=3),
+        run=RunConfig(dtype="float32"),
+    )
+    engine = PPOEngine(
+        tiny_model(), lambda prompts, responses, turns: [float(len(t)) for t in turns],
+        config=config, tokenizer=tiny_tokenizer(),
+        environment=lambda prompts, turns: ["go on"] * len(turns),
+    )  # fmt: skip
+    engine.policy.eos_ids = list(range(100, 259))
+    rollout = engine.generate([CHAT, "text"] * 4)
+    assert rollout.environment_mask.any() and not (rollout.environment_mask & rollout.mask).any()
+    scores = engine.score(rollout)
+    assert scores.tolist() == [len(t) for t in rollout.columns["turns"]] and scores.max() > 1
+    metrics = engine.update(engine.estimate_advantages(rollout, scores))
+    assert metrics["policy/ratio_max"] == 1.0 and metrics["objective/kl"] == 0.0
+    assert isinstance(engine.environment, Environment)
