@@ -27,7 +27,7 @@ from ppo_engine.anatomy import span
 from ppo_engine.config import PPOConfig
 from ppo_engine.conversation import Environment, load_environment
 from ppo_engine.critic import Critic
-from ppo_engine.estimators import Evidence, check_settings
+from ppo_engine.estimators import Evidence, check_groups, check_settings, equal_groups
 from ppo_engine.kl_control import KLController
 from ppo_engine.optim import Learner
 from ppo_engine.policy import Policy
@@ -39,9 +39,8 @@ from ppo_engine.rewards import (
     load_reward,
     same_tokenizer,
 )
-from ppo_engine.rollout import Experience, Rollout
+from ppo_engine.rollout import Experience, Rollout, importance_weights, objective_metrics
 from ppo_engine.text import Prompt
-from ppo_kernels.reference import MAX_LOG_RATIO
 
 
 class PPOEngine:
@@ -174,7 +173,8 @@ class PPOEngine:
                 f"scores must be {len(rollout)} finite numbers, one for each response, but are "
                 f"{tuple(scores.shape)}: {scores.flatten()[:8].tolist()}"
             )
-        self._check_groups(rollout)
+        if self.estimator.group:
+            check_groups(rollout.prompts, self.config.ppo)
         if self.normalizer is not None:
             scores = self.normalizer(scores)
         scores = apply_missing_eos(scores, rollout.finished, self.config.reward)
@@ -211,7 +211,7 @@ class PPOEngine:
             entropy=entropy,
             values=values,
             returns=None if values is None else shaped.returns,
-            is_weights=self._importance_weights(rollout, logprobs),
+            is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
         )
 
     @torch.no_grad()
@@ -234,7 +234,10 @@ class PPOEngine:
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
         settings = self.config.ppo
-        metrics = self._objective_metrics(experience)
+        metrics = objective_metrics(experience)
+        metrics["policy/learning_rate"] = self.learner.learning_rate
+        if self.estimator.group:
+            metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
         warming_up = self.updates < settings.critic_warmup_steps
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
@@ -331,19 +334,6 @@ class PPOEngine:
             case _:
                 return float(responses * self.config.generation.max_new_tokens)
 
-    def _check_groups(self, rollout: Rollout) -> None:
-        size = self.config.ppo.group_size
-        prompts = rollout.prompts
-        whole = len(prompts) % size == 0 and all(
-            prompts[row] == prompts[row - row % size] for row in range(len(prompts))
-        )
-        if self.estimator.group and not whole:
-            raise ValueError(
-                f"ppo.estimator={self.config.ppo.estimator} takes groups of {size} responses to "
-                f"one prompt, a group after the other, but the rollout has {len(prompts)} responses "
-                "in another order; see PPOEngine.generate."
-            )
-
     def _greedy_scores(self, rollout: Rollout) -> Tensor | None:
         """The score of the greedy response to each response's prompt, [B]."""
         if not self.estimator.greedy:
@@ -355,18 +345,6 @@ class PPOEngine:
             scores = self.normalizer(scores)
         scores = apply_missing_eos(scores, rollout.greedy.finished, self.config.reward)
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
-
-    def _importance_weights(self, rollout: Rollout, logprobs: Tensor) -> Tensor | None:
-        """min(pi_old / pi_sampler, cap) of each token, [B, T] (truncated importance sampling;
-        Ionides 2008, as in Yao et al. 2025, "Your efficient RL framework secretly brings you
-        off-policy RL training")."""
-        cap = self.config.ppo.importance_cap
-        if cap is None:
-            return None
-        if rollout.logprobs is None:
-            raise ValueError("ppo.importance_cap needs Rollout.logprobs, those of the sampler.")
-        log_ratio = torch.where(rollout.mask, logprobs - rollout.logprobs, 0.0)
-        return log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
 
     def _compare(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probs, reference's log-probs, entropies) of a micro-batch."""
@@ -397,29 +375,6 @@ class PPOEngine:
             torch.cat([pad(x, (0, width - x.shape[1])) for x in column])
             for column in zip(*found, strict=True)
         )
-
-    def _objective_metrics(self, experience: Experience) -> dict[str, float]:
-        rollout, mask = experience.rollout, experience.rollout.mask
-        found = {
-            "objective/scores": experience.scores.mean(),
-            "objective/scores_std": experience.scores.std(unbiased=False),
-            "objective/kl": experience.kl.mean(),
-            "objective/kl_coef": experience.kl_coef,
-            "objective/entropy": experience.entropy[mask].mean(),
-            "objective/response_length": rollout.lengths.float().mean(),
-            "objective/finished": rollout.finished.float().mean(),
-            "policy/learning_rate": torch.tensor(self.learner.learning_rate),
-        }
-        if experience.values is not None and experience.returns is not None:
-            errors = (experience.values - experience.returns)[mask]
-            variance = experience.returns[mask].var(unbiased=False).clamp_min(1e-8)
-            found["value/explained_variance"] = 1 - errors.var(unbiased=False) / variance
-        if experience.is_weights is not None:
-            found["objective/importance_weight"] = experience.is_weights[mask].mean()
-        if self.estimator.group:  # those have nothing to say about what is better
-            groups = experience.scores.view(-1, self.config.ppo.group_size)
-            found["objective/equal_groups"] = (groups == groups[:, :1]).all(1).float().mean()
-        return {name: float(value) for name, value in found.items()}
 
 
 def _each(items: Sequence[Any], times: int) -> list[Any]:

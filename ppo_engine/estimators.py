@@ -15,7 +15,7 @@ The penalty is 0 in both where it is a part of the loss (`ppo.kl_in=loss`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ppo_engine.config import PPOConfig, PPOSettings
 from ppo_engine.errors import UserError
+from ppo_engine.text import Prompt
 from ppo_kernels import gae, kl_shaped_gae
 from ppo_kernels.reference import ShapedGAE
 
@@ -152,6 +153,26 @@ def check_settings(config: PPOConfig) -> Estimator:
             "has none: leave it out."
         )
     return estimator
+
+
+def check_groups(prompts: Sequence[Prompt], settings: PPOSettings) -> None:
+    """Raise a ValueError unless responses stand in whole groups, each of one prompt."""
+    size = settings.group_size
+    whole = len(prompts) % size == 0 and all(
+        prompts[row] == prompts[row - row % size] for row in range(len(prompts))
+    )
+    if not whole:
+        raise ValueError(
+            f"ppo.estimator={settings.estimator} takes groups of {size} responses to one prompt, a "
+            f"group after the other, but the rollout has {len(prompts)} responses in another "
+            "order; see PPOEngine.generate."
+        )
+
+
+def equal_groups(scores: Tensor, settings: PPOSettings) -> float:
+    """The share of groups whose scores `[B]` are all equal: they say nothing of what is better."""
+    groups = scores.view(-1, settings.group_size)
+    return float((groups == groups[:, :1]).all(1).float().mean())
 
 
 def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: float) -> ShapedGAE:

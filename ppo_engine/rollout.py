@@ -6,6 +6,7 @@ same column. Response tokens are the unit of work: prompts get no log-probs, val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -115,3 +116,38 @@ class Experience:
             if entry.name not in _OF_THE_WHOLE and isinstance(value, Tensor):
                 picked[entry.name] = value[rows, :width] if value.ndim == 2 else value[rows]
         return replace(self, rollout=rollout, **picked)
+
+
+def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) -> Tensor | None:
+    """min(pi_old / pi_sampler, cap) of each token, [B, T] fp32; None without a cap.
+
+    Truncated importance sampling (Ionides 2008) for samplers whose log-probs are others than the
+    trainer's: by rounding, in another engine, or as top-k and top-p cut the distribution.
+    """
+    if cap is None:
+        return None
+    if rollout.logprobs is None:
+        raise ValueError("ppo.importance_cap needs Rollout.logprobs, those of the sampler.")
+    log_ratio = torch.where(rollout.mask, logprobs - rollout.logprobs, 0.0)
+    return log_ratio.clamp(max=math.log(cap)).exp()
+
+
+def objective_metrics(experience: Experience) -> dict[str, float]:
+    """What a step found before it learned anything from it."""
+    rollout, mask = experience.rollout, experience.rollout.mask
+    found = {
+        "objective/scores": experience.scores.mean(),
+        "objective/scores_std": experience.scores.std(unbiased=False),
+        "objective/kl": experience.kl.mean(),
+        "objective/kl_coef": experience.kl_coef,
+        "objective/entropy": experience.entropy[mask].mean(),
+        "objective/response_length": rollout.lengths.float().mean(),
+        "objective/finished": rollout.finished.float().mean(),
+    }
+    if experience.values is not None and experience.returns is not None:
+        errors = (experience.values - experience.returns)[mask]
+        variance = experience.returns[mask].var(unbiased=False).clamp_min(1e-8)
+        found["value/explained_variance"] = 1 - errors.var(unbiased=False) / variance
+    if experience.is_weights is not None:
+        found["objective/importance_weight"] = experience.is_weights[mask].mean()
+    return {name: float(value) for name, value in found.items()}

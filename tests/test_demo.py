@@ -17,15 +17,18 @@ from ppo_engine.errors import UserError
 pytest.importorskip("vaderSentiment", reason="the optional group `demo` is not installed")
 
 
-def test_smoke_runs_every_stage(tmp_path):
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_smoke_runs_every_stage(tmp_path, algorithm):
     out = io.StringIO()
     console = Console(file=out, width=120)
-    summary = run_demo(DemoConfig(smoke=True, output_dir=str(tmp_path / "demo")), console)
+    config = DemoConfig(algorithm=algorithm, smoke=True, output_dir=str(tmp_path / "demo"))
+    summary = run_demo(config, console)
     folder = tmp_path / "demo"
     assert json.loads((folder / "summary.json").read_text())["rise"] == summary["rise"]
     assert (folder / "reward" / "reward_model" / "config.json").exists()
-    assert (folder / "ppo" / "policy" / "config.json").exists()
-    assert (folder / "ppo" / "report.png").exists()
+    assert (folder / algorithm / "policy" / "config.json").exists()
+    assert (folder / algorithm / "report.png").exists()
+    assert (folder / algorithm / "critic").exists() == (algorithm == "ppo")
     assert summary["before"]["kl"] == 0.0  # the policy is the reference
     assert summary["after"]["kl"] != 0.0
     assert "stands in for the people" in out.getvalue().replace("\n", " ")

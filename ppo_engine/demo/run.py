@@ -3,8 +3,9 @@
 prompts ─▶ candidate responses ─▶ rankings ─▶ reward model ─▶ PPO ─▶ before and after
 
 VADER's compound score (Hutto and Gilbert 2014), a word-list measure of sentiment from -1 to 1,
-stands in for the people who would rank the candidates. PPO never sees it: it sees the reward model
-alone. That is why VADER on held-out prompts is an independent measure of what was learned.
+stands in for the people who would rank the candidates. PPO (or GRPO) never sees it: it sees the
+reward model alone. That is why VADER on held-out prompts is an independent measure of what was
+learned.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_engine import models
 from ppo_engine.config import (
+    GRPO_DEFAULTS,
     DemoConfig,
     GenerationConfig,
     ModelConfig,
@@ -111,7 +113,8 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
         run = RunDirectory(config.output_dir, config, command="demo")
         console.print(
             "VADER, a word-list measure of sentiment from -1 to 1, stands in for the people who "
-            "would rank the answers. PPO sees only the reward model trained on those rankings."
+            f"would rank the answers. {config.algorithm.upper()} sees only the reward model "
+            "trained on those rankings."
         )
         rankings = _rank_candidates(model, scale, config, sentiment, console)
         run.log_samples(0, rankings)
@@ -127,7 +130,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
         del reward_trainer  # its optimizer's memory
 
         trainer = PPOTrainer(
-            config=_ppo_config(model, scale, config, run.path),
+            config=_policy_config(model, scale, config, run.path),
             prompts=[prompt_about(topic, chat=chat) for topic in TRAINING_TOPICS[: scale.topics]],
             console=console,
         )
@@ -152,7 +155,8 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     show_result(console, summary, before, after)
     console.print(
         f"\nEverything is in {run.path}: the reward model in reward/reward_model, the policy in "
-        "ppo/policy, the curves in ppo/report.png and reward/report.png."
+        f"{config.algorithm}/policy, the curves in {config.algorithm}/report.png and "
+        "reward/report.png."
     )
     return summary
 
@@ -210,7 +214,7 @@ def _evaluate(
     """One response to each held-out prompt, measured."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        rollout = engine.generate(prompts)
+        rollout = engine.generate(prompts, group_size=1)
     vader = torch.tensor([sentiment(text) for text in rollout.responses])
     scores = engine.score(rollout).cpu()
     logprobs, ref_logprobs, _ = engine.compare_with_reference(rollout)
@@ -312,22 +316,25 @@ def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
     )
 
 
-def _ppo_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -> Any:
+def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -> Any:
     # Adam's first steps move every weight by the whole learning rate: without a warm-up, four of
     # them at 6e-4 took the policy 8 nats from the reference, and its answers fell apart.
     optimizer = OptimizerConfig(learning_rate=scale.learning_rate, warmup_fraction=0.1)
+    settings: dict[str, Any] = {
+        "rollout_batch_size": scale.responses,
+        "mini_batch_size": scale.responses // 4,
+        "micro_batch_size": 16,
+    }
+    if config.algorithm == "grpo":
+        settings |= {**GRPO_DEFAULTS["ppo"], "group_size": 4}
+    else:  # lambda: few steps, and the critic is too young for advantages to lean on it
+        settings |= {"kl_coef": scale.kl_coef, "lam": 1.0}
     return PPOConfig(
         policy=ModelConfig(path=model, trainable_layers=scale.layers, optimizer=optimizer),
         critic=ModelConfig(trainable_layers=scale.layers, optimizer=optimizer),
         reward=RewardConfig(path=str(folder / "reward" / "reward_model")),
         generation=GenerationConfig(max_new_tokens=scale.new_tokens),
-        ppo=PPOSettings(
-            rollout_batch_size=scale.responses,
-            mini_batch_size=scale.responses // 4,
-            micro_batch_size=16,
-            kl_coef=scale.kl_coef,
-            lam=1.0,  # few steps: the critic is too young for advantages to lean on it
-        ),
-        run=RunConfig(output_dir=str(folder / "ppo"), seed=config.seed, sample_every=2),
+        ppo=PPOSettings(**settings),
+        run=RunConfig(output_dir=str(folder / config.algorithm), seed=config.seed, sample_every=2),
         steps=scale.steps,
     )
