@@ -86,21 +86,81 @@ def test_later_epochs_move_the_ratio():
     assert engine.policy_version == 6
 
 
+@pytest.mark.parametrize(
+    "ppo",
+    [
+        {},
+        {"estimator": "rloo", "group_size": 4, "reduction": "sequence_mean"},
+        {"estimator": "dr_grpo", "group_size": 2, "reduction": "sum", "epochs": 2},
+        {"kl_in": "loss", "kl_estimator": "k3", "epochs": 2, "clip_range": (0.01, 0.03)},
+        {"dual_clip": 1.01, "epochs": 3, "importance_cap": 1.2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [1, 3])
-def test_micro_batches_add_up_to_the_mini_batch(size):
+def test_micro_batches_add_up_to_the_mini_batch(size, ppo):
     found = {}
     for micro in (8, size):
-        engine = make_engine(ppo={"micro_batch_size": micro, "entropy_coef": 0.1})
-        experience = experience_of(engine)
-        engine.update(experience)
-        found[micro] = [p.detach().clone() for p in engine.policy.model.parameters()] + [
-            p.detach().clone() for p in engine.critic.model.parameters()
-        ]
+        engine = make_engine(ppo={"micro_batch_size": micro, "entropy_coef": 0.1, **ppo})
+        rollout = engine.generate(PROMPTS[: 8 // engine.config.ppo.group_size])
+        engine.update(engine.estimate_advantages(rollout, torch.arange(8.0)))
+        found[micro] = [p.detach().clone() for p in engine.policy.model.parameters()]
+        if engine.critic is not None:
+            found[micro] += [p.detach().clone() for p in engine.critic.model.parameters()]
     start = [p.detach() for p in make_engine().policy.model.parameters()]
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(found[8], start, strict=False))
     for a, b in zip(found[8], found[size], strict=True):
         # Adam divides by the gradient's size: where that is about eps, rounding shows.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_the_loss_is_the_one_that_is_set():
+    """Gradient and value of one mini-batch against the formula, written out (float64)."""
+    settings = {"estimator": "dr_grpo", "group_size": 4, "reduction": "sum", "kl_in": "loss"}
+    settings |= {"kl_coef": 0.3, "kl_estimator": "k3", "entropy_coef": 0.05, "dual_clip": 2.0}
+    engine = make_engine(ppo={**settings, "clip_range": (0.1, 0.3)})
+    rollout = engine.generate(PROMPTS[:2])
+    experience = engine.estimate_advantages(rollout, torch.arange(8.0))
+    noise = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    experience = dataclasses.replace(
+        experience,
+        logprobs=experience.logprobs + noise,
+        ref_logprobs=experience.ref_logprobs - noise,
+        policy_version=-1,  # another than the one that is trained
+    )
+    before = [p.detach().clone() for p in engine.policy.model.parameters()]
+    gradients: list[torch.Tensor] = []
+    engine.learner.step = lambda: (
+        gradients.extend(  # type: ignore[method-assign]
+            p.grad.clone() for p in engine.policy.model.parameters()
+        )
+        or torch.zeros(())
+    )
+    metrics = engine.update(experience)
+
+    model = engine.policy.model.double()
+    model.load_state_dict({n: p.double() for (n, _), p in zip(
+        model.named_parameters(), before, strict=True)}, strict=False)  # fmt: skip
+    model.zero_grad()
+    ids, real = rollout.sequences()
+    positions = (real.long().cumsum(1) - 1).clamp_min(0)
+    logits = model(ids, attention_mask=real.long(), position_ids=positions).logits
+    start = rollout.prompt_ids.shape[1]
+    log_p = logits[:, start - 1 : -1].log_softmax(-1)
+    logprobs = log_p.gather(2, rollout.response_ids[..., None])[..., 0]
+    ratio = (logprobs - experience.logprobs.double()).exp()
+    a = experience.advantages.double()
+    loss = torch.maximum(-a * ratio, -a * ratio.clamp(0.9, 1.3))
+    loss = torch.where(a < 0, torch.minimum(loss, -2.0 * a), loss)
+    log_ratio = logprobs - experience.ref_logprobs.double()
+    loss = loss + 0.3 * ((-log_ratio).exp() - 1 + log_ratio)
+    loss = loss + 0.05 * (log_p.exp() * log_p).sum(-1)
+    total = loss[rollout.mask].sum() / (8 * 12)
+    total.backward()
+    assert metrics["policy/loss"] == pytest.approx(total.item(), rel=1e-5)
+    for found, parameter in zip(gradients, model.parameters(), strict=True):
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(found.double(), parameter.grad, rtol=1e-3, atol=1e-5 * scale)
 
 
 def pad_more(rollout: Rollout, left: int, right: int, pad: int) -> Rollout:

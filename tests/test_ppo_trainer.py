@@ -31,14 +31,17 @@ def length_reward(prompts, responses):
     return [len(response) / 10 for response in responses]
 
 
-def config(output: Path, *, steps: int = 2, resume: bool = False, **run) -> PPOConfig:
+def config(
+    output: Path, *, steps: int = 2, resume: bool = False, ppo: dict | None = None, **run
+) -> PPOConfig:
     optimizer = OptimizerConfig(learning_rate=1e-3)
+    batches = {"rollout_batch_size": 4, "mini_batch_size": 2, "micro_batch_size": 2}
     return PPOConfig(
         policy=ModelConfig(optimizer=optimizer),
         critic=ModelConfig(optimizer=optimizer),
         reward=RewardConfig(normalize=True),
         generation=GenerationConfig(max_new_tokens=6),
-        ppo=PPOSettings(rollout_batch_size=4, mini_batch_size=2, micro_batch_size=2),
+        ppo=PPOSettings(**batches, **(ppo or {})),
         run=RunConfig(output_dir=str(output), resume=resume, dtype="float32", **run),
         steps=steps,
     )
@@ -80,9 +83,12 @@ def test_a_run_leaves_its_folder(model, tmp_path):
     assert critic.config.num_labels == 1
 
 
-def test_a_resumed_run_is_the_same_run(model, tmp_path):
+@pytest.mark.parametrize(
+    "ppo", [{}, {"estimator": "grpo", "group_size": 2}, {"critic_warmup_steps": 3}], ids=str
+)
+def test_a_resumed_run_is_the_same_run(model, tmp_path, ppo):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    PPOTrainer(model, length_reward, PROMPTS, config=config(whole, steps=4)).train()
+    PPOTrainer(model, length_reward, PROMPTS, config=config(whole, steps=4, ppo=ppo)).train()
     calls = 0
 
     def failing_reward(prompts, responses):
@@ -92,7 +98,7 @@ def test_a_resumed_run_is_the_same_run(model, tmp_path):
             raise RuntimeError("the power went off")
         return length_reward(prompts, responses)
 
-    settings = {"steps": 4, "checkpoint_every": 2}
+    settings = {"steps": 4, "checkpoint_every": 2, "ppo": ppo}
     with pytest.raises(UserError, match="power"):
         PPOTrainer(model, failing_reward, PROMPTS, config=config(halves, **settings)).train()
     assert len(rows(halves / "metrics.jsonl")) == 3  # one more than the checkpoint knows of
@@ -105,6 +111,21 @@ def test_a_resumed_run_is_the_same_run(model, tmp_path):
         assert {k: v for k, v in a.items() if not k.startswith(timing)} == {
             k: v for k, v in b.items() if not k.startswith(timing)
         }
+
+
+def test_a_run_without_critic(model, tmp_path):
+    ppo = {"estimator": "grpo", "group_size": 2, "kl_in": "loss"}
+    trainer = PPOTrainer(
+        model, length_reward, PROMPTS, config=config(tmp_path / "run", ppo=ppo, sample_every=1)
+    )
+    assert len(trainer.batch(0)) == 2  # prompts, two responses to each
+    metrics = trainer.train()
+    assert {"policy/loss", "policy/kl", "objective/equal_groups"} <= metrics.keys()
+    assert not any(name.startswith("value/") for name in metrics)
+    assert not (tmp_path / "run" / "critic").exists()
+    samples = rows(tmp_path / "run" / "samples.jsonl")
+    assert samples[0]["prompt"] == samples[1]["prompt"] != samples[2]["prompt"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
 
 
 def test_a_run_that_goes_on_for_longer_follows_the_longer_schedule(model, tmp_path):
