@@ -201,8 +201,9 @@ void token_logprobs_backward(const Tensor& logits, const Tensor& targets, double
 
 // The token tensors of a loss. Where nothing hangs on the sequences and the rows of every tensor
 // follow one another in memory, they are taken as one long row.
-LossTokens loss_tokens(DType dtype, const Rows& rows, int reduction, double normalizer, int threads,
-                       const std::vector<Tokens*>& tensors, std::vector<double>& row_weights) {
+LossTokens loss_tokens(DType dtype, const Rows& rows, bool needs_sequences, int reduction,
+                       double normalizer, int threads, const std::vector<Tokens*>& tensors,
+                       std::vector<double>& row_weights) {
   LossTokens t{};
   t.dtype = dtype;
   t.rows = rows;
@@ -212,7 +213,10 @@ LossTokens loss_tokens(DType dtype, const Rows& rows, int reduction, double norm
   if (t.reduction == Reduction::sequence_mean) {
     row_weights.resize(size_t(t.rows.count));
     t.row_weights = row_weights.data();
-  } else if (t.rows.cu_seqlens != nullptr) {
+    needs_sequences = true;
+  }
+  if (needs_sequences) return t;
+  if (t.rows.cu_seqlens != nullptr) {
     t.rows = {1, t.rows.length, nullptr};
   } else {
     const int64_t length = t.rows.length;
@@ -246,9 +250,9 @@ void ppo_policy_loss(const Tensor& mask, const Tensor& cu_seqlens, const Tensor&
                      const Tensor& old_logprobs, const Tensor& advantages,
                      const Whitening& whitening, const Tensor& is_weights, const Clips& clips,
                      const Tensor& entropy, double entropy_coef, const Tensor& ref_logprobs,
-                     double kl_coef, int kl_estimator, const Reducing& reducing,
-                     const Tensor& loss, const Tensor& stats, const Tensor& grad_logprobs,
-                     const Tensor& grad_entropy, int threads) {
+                     double kl_coef, int kl_estimator, int objective, int ratio_level,
+                     const Reducing& reducing, const Tensor& loss, const Tensor& stats,
+                     const Tensor& grad_logprobs, const Tensor& grad_entropy, int threads) {
   PolicyLossArgs args{};
   Tokens mask_tokens = tokens(mask);
   args.logprobs = tokens(logprobs);
@@ -265,17 +269,22 @@ void ppo_policy_loss(const Tensor& mask, const Tensor& cu_seqlens, const Tensor&
   args.ref_logprobs = tokens(ref_logprobs);
   args.kl_coef = kl_coef;
   args.kl_estimator = KL(kl_estimator);
+  args.objective = Objective(objective);
+  args.ratio_level = RatioLevel(ratio_level);
   args.grad_logprobs = tokens(grad_logprobs);
   args.grad_entropy = tokens(grad_entropy);
   const DType dtype = common_dtype({&logprobs, &old_logprobs, &advantages, &is_weights, &entropy,
                                     &ref_logprobs});
-  std::vector<double> row_weights;
-  args.tokens = loss_tokens(dtype, rows(logprobs, cu_seqlens), std::get<0>(reducing),
-                            std::get<1>(reducing), threads,
+  const bool of_sequences = args.ratio_level == RatioLevel::sequence;
+  std::vector<double> row_weights, log_ratios;
+  args.tokens = loss_tokens(dtype, rows(logprobs, cu_seqlens), of_sequences,
+                            std::get<0>(reducing), std::get<1>(reducing), threads,
                             {&mask_tokens, &args.logprobs, &args.old_logprobs, &args.advantages,
                              &args.is_weights, &args.entropy, &args.ref_logprobs,
                              &args.grad_logprobs, &args.grad_entropy}, row_weights);
   args.tokens.mask = mask_tokens;
+  if (of_sequences) log_ratios.resize(size_t(args.tokens.rows.count));
+  args.log_ratios = log_ratios.data();
   std::vector<PolicySums> sums(loss_blocks(token_count(args.tokens.rows)));
   args.sums = sums.data();
   double results[7];
@@ -297,7 +306,7 @@ void ppo_value_loss(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& 
   args.grad_values = tokens(grad_values);
   const DType dtype = common_dtype({&values, &old_values, &returns});
   std::vector<double> row_weights;
-  args.tokens = loss_tokens(dtype, rows(values, cu_seqlens), std::get<0>(reducing),
+  args.tokens = loss_tokens(dtype, rows(values, cu_seqlens), false, std::get<0>(reducing),
                             std::get<1>(reducing), threads,
                             {&mask_tokens, &args.values, &args.old_values, &args.returns,
                              &args.grad_values}, row_weights);

@@ -34,7 +34,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ppo_policy_loss", {"reduction": "mean"}, ValueError, "or 'sum', but is 'mean'"),
     ("ppo_policy_loss", {"kl_estimator": "k4"}, ValueError, "'k1', 'k2' or 'k3', but is"),
     ("ppo_policy_loss", {"clip_range": -0.1}, ValueError, "clip_range must be .*>= 0.*but is -0.1"),
-    ("ppo_policy_loss", {"clip_range": (1.5, 0.2)}, ValueError, "clip_range must be .*< 1"),
+    ("ppo_policy_loss", {"clip_range": (1.5, 0.2)}, ValueError, "clip_range must be .*<= 1"),
     ("ppo_policy_loss", {"clip_range": (0.1, 0.2, 0.3)}, TypeError, r"a pair \(low, high\)"),
     ("ppo_policy_loss", {"clip_range": None}, TypeError, "clip_range must be a number"),
     ("ppo_policy_loss", {"dual_clip": 1.0}, ValueError, "dual_clip must be .*> 1, but is 1.0"),

@@ -337,7 +337,7 @@ def test_opcheck() -> None:
     tokens = [given[name] for name in TOKENS]
     for wanted in ((True, True, True), (False, True, False)):
         arguments = (*tensors, *tokens, None, None, given["moments"], numbers, None)
-        settings = ("token_mean", "k3", torch.float32, "cpp")
+        settings = ("token_mean", "k3", "clip", torch.float32, "cpp")
         torch.library.opcheck(
             torch.ops.ppo_kernels.linear_ppo_loss, (*arguments, *settings, *wanted)
         )

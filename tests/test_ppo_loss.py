@@ -439,7 +439,7 @@ def test_opcheck() -> None:
     normalizer = torch.tensor(4.0)
     torch.library.opcheck(
         ppo_loss._policy_op,
-        (*tensors, numbers, normalizer, "sequence_mean", "k3", "cpp", True, True),
+        (*tensors, numbers, normalizer, "sequence_mean", "k3", "clip", "token", "cpp", True, True),
     )
     v = arguments("ppo_value_loss", (3, 5), mask)
     values = v["values"].requires_grad_()

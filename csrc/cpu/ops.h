@@ -119,13 +119,15 @@ struct LogprobBackward {
 };
 
 enum class Reduction : int { token_mean = 0, sequence_mean = 1, sum = 2 };
+enum class Objective : int { clip = 0, cispo = 1 };
+enum class RatioLevel : int { token = 0, sequence = 1 };
 
 // What the token losses share. They go through the tokens in blocks of kTokensPerBlock, in order.
 constexpr int64_t kTokensPerBlock = 8192;
 
 struct LossTokens {
   DType dtype;  // of every input
-  Rows rows;    // sequence_mean: the sequences; else any rows that hold the tokens
+  Rows rows;    // the sequences, where something hangs on them; else any that hold the tokens
   Tokens mask;  // bool
   Reduction reduction;
   double normalizer;     // replaces the denominator; negative: none given
@@ -147,6 +149,9 @@ struct PolicyLossArgs {
   double dual_clip;  // infinite: none
   double entropy_coef, kl_coef;
   KL kl_estimator;
+  Objective objective;
+  RatioLevel ratio_level;
+  double* log_ratios;                  // scratch, one per sequence where the ratios are theirs
   PolicySums* sums;                    // scratch, one per block
   Tokens grad_logprobs, grad_entropy;  // out, accumulation dtype, or absent
   double* results;                     // out: loss, then the fields of PolicyStats

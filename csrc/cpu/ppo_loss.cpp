@@ -1,115 +1,18 @@
 // PPO's clipped policy loss and clipped value loss: loss, statistics and gradient in one sweep over
-// the tokens, tile by tile (tiles.h).
+// the tokens, block by block (sweep.h) and tile by tile (tiles.h).
 //
-// Blocks of tokens are of a fixed size, summed in float64, and merged in order, so that results are
-// the same bits for any number of threads. Masked tokens are 0 before any arithmetic; where one
-// lane's input could otherwise count (a ratio of 1), its result is made 0 too.
+// Masked tokens are 0 before any arithmetic; where one lane's input could otherwise count (a ratio
+// of 1), its result is made 0 too.
 #include <cmath>
 
 #include "exp.h"
-#include "threads.h"
+#include "sweep.h"
 #include "tiles.h"
 
 namespace ppo::PPO_ISA {
 namespace {
 
 constexpr double kMaxLogRatio = 20;
-
-// --- Blocks, weights and denominators ------------------------------------------------------------
-
-inline int64_t token_count(const Rows& rows) {
-  return rows.cu_seqlens ? rows.length : rows.count * rows.length;
-}
-
-inline int64_t block_count(const Rows& rows) {
-  return (token_count(rows) + kTokensPerBlock - 1) / kTokensPerBlock;
-}
-
-// Calls body(b, first, last) for each piece of a row in a block: tokens first to last of row b.
-template <class Body>
-void for_pieces(const Rows& rows, int64_t block, const Body& body) {
-  const int64_t* cu = rows.cu_seqlens;
-  int64_t token = block * kTokensPerBlock;
-  const int64_t total = token_count(rows);
-  const int64_t end = token + kTokensPerBlock < total ? token + kTokensPerBlock : total;
-  int64_t b = 0;
-  if (cu == nullptr) {
-    b = token / rows.length;
-  } else {
-    for (int64_t above = rows.count; above - b > 1;) {  // cu[b] <= token < cu[above]
-      const int64_t middle = b + (above - b) / 2;
-      (cu[middle] <= token ? b : above) = middle;
-    }
-  }
-  for (; token < end; ++b) {
-    const int64_t row_start = cu ? cu[b] : b * rows.length;
-    const int64_t first = token - row_start;
-    const int64_t size = row_size(rows, b);
-    const int64_t last = end - row_start < size ? end - row_start : size;
-    body(b, first, last);
-    token = row_start + last;
-  }
-}
-
-inline int64_t count_real(const LossTokens& tokens, int64_t b, int64_t first, int64_t last) {
-  const Row<const uint8_t> mask = row_of<const uint8_t>(tokens.mask, tokens.rows, b);
-  if (!mask) return last - first;
-  int64_t count = 0;
-  if (mask.stride == 1) {  // apart, so that the compiler may take many at a time
-    for (const uint8_t* m = mask.data + first; m < mask.data + last; ++m) count += *m != 0;
-  } else {
-    for (int64_t t = first; t < last; ++t) count += mask[t] != 0;
-  }
-  return count;
-}
-
-// What the sum of the row-weighted token losses is divided by. Fills in row_weights, 1 over the
-// number of each sequence's real tokens. `sums` (any with a count) is scratch.
-template <class Sums>
-double denominator(const LossTokens& tokens, Sums* sums) {
-  const Rows& rows = tokens.rows;
-  double found = 1;
-  if (tokens.reduction == Reduction::sequence_mean) {
-    constexpr int64_t per_task = 64;
-    parallel_for((rows.count + per_task - 1) / per_task, tokens.threads, [&](int64_t task) {
-      for (int64_t b = task * per_task; b < rows.count && b < (task + 1) * per_task; ++b) {
-        const int64_t count = count_real(tokens, b, 0, row_size(rows, b));
-        tokens.row_weights[b] = count ? 1.0 / double(count) : 0;
-      }
-    });
-    found = 0;
-    for (int64_t b = 0; b < rows.count; ++b) found += tokens.row_weights[b] > 0;
-  } else if (tokens.reduction == Reduction::token_mean && tokens.normalizer < 0) {
-    found = double(token_count(rows));
-    if (tokens.mask.data) {
-      const int64_t blocks = block_count(rows);
-      parallel_for(blocks, tokens.threads, [&](int64_t block) {
-        int64_t count = 0;
-        for_pieces(rows, block, [&](int64_t b, int64_t first, int64_t last) {
-          count += count_real(tokens, b, first, last);
-        });
-        sums[block].count = double(count);
-      });
-      found = 0;
-      for (int64_t block = 0; block < blocks; ++block) found += sums[block].count;
-    }
-  }
-  if (tokens.normalizer >= 0) found = tokens.normalizer;
-  return found == 0 ? 1 : found;
-}
-
-// Calls sweep(sum of the block, b, first, last, weight of each token) for every piece of a row.
-template <class Sums, class Sweep>
-void sweep_blocks(const LossTokens& tokens, double denominator, Sums* sums, const Sweep& sweep) {
-  parallel_for(block_count(tokens.rows), tokens.threads, [&](int64_t block) {
-    Sums of_block{};
-    for_pieces(tokens.rows, block, [&](int64_t b, int64_t first, int64_t last) {
-      const double weight = (tokens.row_weights ? tokens.row_weights[b] : 1) / denominator;
-      sweep(of_block, b, first, last, weight);
-    });
-    sums[block] = of_block;
-  });
-}
 
 // --- Policy loss ---------------------------------------------------------------------------------
 
@@ -145,10 +48,16 @@ struct PolicyTotals {
   Vec<A> ratio_max{};
 };
 
+// What a sequence's tokens share where the ratio is one of sequences.
+template <class A>
+struct SequenceRatio {
+  A log_ratio, ratio;
+};
+
 // kExtras: there may be a dual clip, weights, a KL penalty, an entropy bonus.
-template <class T, bool kExtras, class A = Accumulator<T>>
+template <class T, Objective kObjective, RatioLevel kLevel, bool kExtras, class A = Accumulator<T>>
 void policy_tile(const PolicyLossArgs& args, const PolicyTile<T>& x, int64_t n, double weight,
-                 PolicyTotals<A>& totals) {
+                 SequenceRatio<A> shared, PolicyTotals<A>& totals) {
   using V = Vec<A>;
   const V limit = splat(A(kMaxLogRatio));
   const V ratio_low = splat(A(1 - args.clip_low)), ratio_high = splat(A(1 + args.clip_high));
@@ -164,15 +73,30 @@ void policy_tile(const PolicyLossArgs& args, const PolicyTile<T>& x, int64_t n, 
     const V logprob = load(x.logprobs + t);
     const V advantage = where<A>(real, (load(x.advantages + t) - mean) * scale);
 
-    // rho = exp(log pi - log pi_old); max(-A rho, -A clip(rho)), in a tie the unclipped branch.
     const V log_ratio = where<A>(real, logprob - load(x.old_logprobs + t));
-    const V ratio = where<A>(real, exp_bounded<A>(clamp<A>(log_ratio, -limit, limit)));
-    const V unclipped = -advantage * ratio;
-    const V clipped = -advantage * clamp<A>(ratio, ratio_low, ratio_high);
-    const Truth<A> is_clipped = clipped > unclipped;
-    V loss = is_clipped ? clipped : unclipped;
-    // d(-A rho) / d log pi = -A rho, where neither clip nor clamp holds it.
-    V grad = is_clipped | (magnitude<A>(log_ratio) > limit) ? V{} : unclipped;
+    V held = log_ratio, ratio;  // rho = exp(log pi - log pi_old), or the sequence's
+    if constexpr (kLevel == RatioLevel::sequence) {
+      held = splat(shared.log_ratio);
+      ratio = where<A>(real, splat(shared.ratio));
+    } else {
+      ratio = where<A>(real, exp_bounded<A>(clamp<A>(log_ratio, -limit, limit)));
+    }
+    V loss, grad;
+    Truth<A> is_clipped;
+    if constexpr (kObjective == Objective::cispo) {
+      // -clip(rho) A log pi, the clipped ratio a constant.
+      is_clipped = real & ((ratio < ratio_low) | (ratio > ratio_high));
+      grad = -advantage * clamp<A>(ratio, ratio_low, ratio_high);
+      loss = grad * where<A>(real, logprob);
+    } else {
+      // max(-A rho, -A clip(rho)), in a tie the unclipped branch.
+      const V unclipped = -advantage * ratio;
+      const V clipped = -advantage * clamp<A>(ratio, ratio_low, ratio_high);
+      is_clipped = clipped > unclipped;
+      loss = is_clipped ? clipped : unclipped;
+      // d(-A rho) / d log pi = -A rho, where neither clip nor clamp holds it.
+      grad = is_clipped | (magnitude<A>(held) > limit) ? V{} : unclipped;
+    }
 
     if (kExtras) {
       // The dual clip: at most -c A where A < 0.
@@ -222,7 +146,7 @@ void policy_tile(const PolicyLossArgs& args, const PolicyTile<T>& x, int64_t n, 
 }
 
 // Tokens first to last of row b.
-template <class T>
+template <class T, Objective kObjective, RatioLevel kLevel>
 void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64_t first,
                   int64_t last, double weight) {
   using A = Accumulator<T>;
@@ -239,6 +163,12 @@ void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64
   T room[6][kTile];
   A grad_room[2][kTile];
   PolicyTotals<A> totals;
+  SequenceRatio<A> shared{};
+  if constexpr (kLevel == RatioLevel::sequence) {
+    const double log_ratio = args.log_ratios[b];
+    const double above = log_ratio < -kMaxLogRatio ? -kMaxLogRatio : log_ratio;
+    shared = {A(log_ratio), A(std::exp(above > kMaxLogRatio ? kMaxLogRatio : above))};
+  }
   for (int64_t t = first; t < last; t += kTile) {
     const int64_t n = last - t < kTile ? last - t : kTile;
     const PolicyTile<T> x{
@@ -247,8 +177,8 @@ void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64
         tile<A>(is_weights, t, n, room[3]),        tile<A>(ref_logprobs, t, n, room[4]),
         tile<A>(entropy, t, n, room[5]),           out_tile(grad_logprobs, t, n, grad_room[0]),
         out_tile(grad_entropy, t, n, grad_room[1])};
-    extras ? policy_tile<T, true>(args, x, n, weight, totals)
-           : policy_tile<T, false>(args, x, n, weight, totals);
+    extras ? policy_tile<T, kObjective, kLevel, true>(args, x, n, weight, shared, totals)
+           : policy_tile<T, kObjective, kLevel, false>(args, x, n, weight, shared, totals);
     deliver(grad_logprobs, t, n, grad_room[0], x.grad_logprobs);
     deliver(grad_entropy, t, n, grad_room[1], x.grad_entropy);
   }
@@ -263,13 +193,67 @@ void policy_sweep(const PolicyLossArgs& args, PolicySums& sums, int64_t b, int64
   sums.entropy += totals.entropy.sum();
 }
 
+// Row b's mean over its real tokens of log pi - log pi_old; 0 without any.
+template <class T, class A = Accumulator<T>>
+double mean_log_ratio(const PolicyLossArgs& args, int64_t b) {
+  const Rows& rows = args.tokens.rows;
+  const Row<const T> logprobs = row_of<const T>(args.logprobs, rows, b);
+  const Row<const T> old_logprobs = row_of<const T>(args.old_logprobs, rows, b);
+  const Row<const uint8_t> mask = row_of<const uint8_t>(args.tokens.mask, rows, b);
+  uint8_t mask_room[kTile];
+  T room[2][kTile];
+  Total<A> sum, counted;
+  const int64_t size = row_size(rows, b);
+  for (int64_t t = 0; t < size; t += kTile) {
+    const int64_t n = size - t < kTile ? size - t : kTile;
+    const uint8_t* m = mask_tile<A>(mask, t, n, mask_room);
+    const T* x = tile<A>(logprobs, t, n, room[0]);
+    const T* old = tile<A>(old_logprobs, t, n, room[1]);
+    Truth<A> count{};
+    for (int64_t i = 0; i < n; i += kWidth<A>) {
+      const Truth<A> real = real_lanes<A>(m + i);
+      sum.add(where<A>(real, load(x + i) - load(old + i)));
+      count += real;
+    }
+    counted.add_count(count);
+  }
+  const double count = counted.sum();
+  return count > 0 ? sum.sum() / count : 0;
+}
+
+// Fills in the log-ratios of the sequences: several short ones to a task, a long one alone.
+template <class T>
+void sequence_log_ratios(const PolicyLossArgs& args) {
+  const Rows& rows = args.tokens.rows;
+  const int64_t blocks = block_count(rows), at_least_one = blocks > 0 ? blocks : 1;
+  const int64_t per_task = (rows.count + at_least_one - 1) / at_least_one;
+  parallel_for(blocks, args.tokens.threads, [&](int64_t task) {
+    for (int64_t b = task * per_task; b < rows.count && b < (task + 1) * per_task; ++b) {
+      args.log_ratios[b] = mean_log_ratio<T>(args, b);
+    }
+  });
+}
+
+template <class T, Objective kObjective, RatioLevel kLevel>
+void policy_blocks(const PolicyLossArgs& args, double divisor) {
+  sweep_blocks(args.tokens, divisor, args.sums,
+               [&](PolicySums& sums, int64_t b, int64_t first, int64_t last, double weight) {
+                 policy_sweep<T, kObjective, kLevel>(args, sums, b, first, last, weight);
+               });
+}
+
 template <class T>
 void policy_loss(const PolicyLossArgs& args) {
   const double divisor = denominator(args.tokens, args.sums);
-  sweep_blocks(args.tokens, divisor, args.sums,
-               [&](PolicySums& sums, int64_t b, int64_t first, int64_t last, double weight) {
-                 policy_sweep<T>(args, sums, b, first, last, weight);
-               });
+  const bool cispo = args.objective == Objective::cispo;
+  if (args.ratio_level == RatioLevel::sequence) {
+    sequence_log_ratios<T>(args);
+    cispo ? policy_blocks<T, Objective::cispo, RatioLevel::sequence>(args, divisor)
+          : policy_blocks<T, Objective::clip, RatioLevel::sequence>(args, divisor);
+  } else {
+    cispo ? policy_blocks<T, Objective::cispo, RatioLevel::token>(args, divisor)
+          : policy_blocks<T, Objective::clip, RatioLevel::token>(args, divisor);
+  }
   PolicySums all{};
   for (int64_t block = 0; block < block_count(args.tokens.rows); ++block) {
     const PolicySums& one = args.sums[block];

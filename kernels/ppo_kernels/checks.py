@@ -166,13 +166,13 @@ def scalar(
 
 
 def clip_bounds(op: str, value: object) -> tuple[float, float]:
-    """`clip_range`, a number or `(low, high)`, as `(low, high)`: 0 <= low < 1, 0 <= high."""
+    """`clip_range`, a number or `(low, high)`, as `(low, high)`: 0 <= low <= 1, 0 <= high."""
     low, high = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
     if isinstance(low, tuple | list):
         raise TypeError(
             f"{op}: clip_range must be a number or a pair (low, high), but is {value!r}"
         )
-    return number(op, "clip_range", low, ge=0.0, lt=1.0), number(op, "clip_range", high, ge=0.0)
+    return number(op, "clip_range", low, ge=0.0, le=1.0), number(op, "clip_range", high, ge=0.0)
 
 
 def boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:

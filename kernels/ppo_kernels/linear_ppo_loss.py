@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ppo_kernels.linear_logprob import (
     check_head,
     check_values,
     in_own_dtypes,
+    linear_logprobs,
     sweep,
     untraced_numbers,
     whole,
@@ -35,6 +38,8 @@ def linear_ppo_loss(
     softcap: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    objective: str = "clip",
+    ratio_level: str = "token",
     clip_range: float | tuple[float, float] = 0.2,
     dual_clip: float | None = None,
     moments: Tensor | None = None,
@@ -54,6 +59,12 @@ def linear_ppo_loss(
     operations in all, the logits made once. Backward only multiplies by what comes in.
     Extra memory: as `linear_logprobs`, and until backward the gradients in float32.
 
+    The ratio of a sequence (`ratio_level="sequence"`) is known only when all its tokens have been
+    seen: there it is those two ops, one after the other, and the logits are made a second time in
+    the backward pass, 8 N V H operations in all. Not so without old log-probs, as every ratio is 1.
+
+    `old_logprobs=None, objective="cispo"` and advantages of 1 make the negative log-likelihood.
+
     Args:
         hidden: `[B, T, H]`, or packed `[N, H]`: the state that each target is predicted from.
         weight, bias, temperature, softcap: as for `linear_logprobs`.
@@ -72,10 +83,9 @@ def linear_ppo_loss(
     """
     weight, bias = whole(weight), whole(bias)
     dtype = check_head(OP, hidden, weight, targets, bias)
-    checks.choice(OP, "reduction", reduction, ppo_loss.REDUCTIONS)
-    checks.choice(OP, "kl_estimator", kl_estimator, ppo_loss.KL_ESTIMATORS)
+    ppo_loss.check_choices(OP, reduction, kl_estimator, objective, ratio_level, dual_clip)
     checks.tokens(
-        OP, mask, cu_seqlens, needs_sequences=reduction == "sequence_mean",
+        OP, mask, cu_seqlens, needs_sequences=ppo_loss.needs_sequences(reduction, ratio_level),
         advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         is_weights=is_weights,
     )  # fmt: skip
@@ -86,18 +96,23 @@ def linear_ppo_loss(
     if mask is not None:  # what stands there is no target
         targets = targets.masked_fill(~mask, IGNORED_TARGET)
     settings = (clip_range, dual_clip, entropy_coef, kl_coef)
-    if impl == "reference":
+    two_passes = ratio_level == "sequence" and old_logprobs is not None
+    if impl == "reference" or two_passes:
         if not torch.compiler.is_compiling():
             check_values(OP, targets, len(weight), temperature, softcap)
             ppo_loss.policy_numbers(OP, *settings)
             ppo_loss.checked_normalizer(OP, normalizer, hidden)
             checks.boundaries(OP, cu_seqlens, targets.shape[0])
-        return reference.linear_ppo_loss(
+        composed: Callable[..., tuple[Tensor, PolicyStats]] = (
+            reference.linear_ppo_loss if impl == "reference" else partial(_two_ops, impl)
+        )
+        return composed(
             hidden, weight, targets, old_logprobs, advantages, bias=bias, temperature=temperature,
-            softcap=softcap, mask=mask, cu_seqlens=cu_seqlens, clip_range=clip_range,
-            dual_clip=dual_clip, moments=moments, reduction=reduction, normalizer=normalizer,
-            entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
-            kl_estimator=kl_estimator, is_weights=is_weights,
+            softcap=softcap, mask=mask, cu_seqlens=cu_seqlens, objective=objective,
+            ratio_level=ratio_level, clip_range=clip_range, dual_clip=dual_clip, moments=moments,
+            reduction=reduction, normalizer=normalizer, entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator,
+            is_weights=is_weights,
         )  # fmt: skip
 
     trained = (hidden, weight, bias)
@@ -110,19 +125,46 @@ def linear_ppo_loss(
             temperature, softcap, low, high, dual_clip, entropy_coef, kl_coef
         )
         loss, stats, *_ = _loss_op(
-            *tensors, traced, ppo_loss.traced_scalar(normalizer), reduction, kl_estimator, dtype,
-            impl, *wanted,
+            *tensors, traced, ppo_loss.traced_scalar(normalizer), reduction, kl_estimator,
+            objective, dtype, impl, *wanted,
         )  # fmt: skip
         stats = stats.detach()
     else:
         of_head = check_values(OP, targets, len(weight), temperature, softcap)
         results = _loss(
             *tensors, of_head, ppo_loss.policy_numbers(OP, *settings),
-            ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator, dtype,
-            impl, *wanted,
+            ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator,
+            objective, dtype, impl, *wanted,
         )  # fmt: skip
         loss, stats = fused_loss.attach(results, trained, wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
+
+
+def _two_ops(
+    impl: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    entropy_coef: float,
+    **settings: Any,
+) -> tuple[Tensor, PolicyStats]:
+    """`ppo_policy_loss` of `linear_logprobs`, whose backward pass makes the logits again."""
+    logprobs, entropy = linear_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap,
+        return_entropy=True, impl=impl,
+    )  # fmt: skip
+    if entropy_coef == 0:
+        entropy = entropy.detach()  # measured, not trained
+    return ppo_loss.ppo_policy_loss(
+        logprobs, old_logprobs, advantages, entropy=entropy, entropy_coef=entropy_coef,
+        **settings, impl=impl,
+    )  # fmt: skip
 
 
 def _loss(
@@ -142,11 +184,13 @@ def _loss(
     normalizer: float | Tensor | None,
     reduction: str,
     kl_estimator: str,
+    objective: str,
     dtype: torch.dtype,
     impl: str,
     *want: bool,
 ) -> fused_loss.Results:
-    """(loss, statistics, gradients of hidden, weight and bias)."""
+    """(loss, statistics, gradients of hidden, weight and bias). The ratios are those of tokens,
+    which are all 1 without old log-probs, and so those of sequences then."""
     checks.boundaries(OP, cu_seqlens, targets.shape[0])
     entropy_coef = of_policy[3]
     with in_own_dtypes(hidden.device):
@@ -164,8 +208,8 @@ def _loss(
             old, advantage, ref, is_weight, weight = _at(place, given)
             *_, g, g_h = ppo_loss.policy_loss(
                 log_p, h, log_p if old is None else old, advantage, ref, is_weight, None, None,
-                moments, of_policy, None if late else denominator, "sum", kl_estimator, impl, True,
-                entropy_coef != 0,
+                moments, of_policy, None if late else denominator, "sum", kl_estimator, objective,
+                "token", impl, True, entropy_coef != 0,
             )  # fmt: skip
             if weight is not None:
                 g, g_h = g * weight, None if g_h is None else g_h * weight
@@ -175,7 +219,7 @@ def _loss(
         loss, stats, *_ = ppo_loss.policy_loss(
             logprobs, entropy, logprobs if old_logprobs is None else old_logprobs, advantages,
             ref_logprobs, is_weights, mask, cu_seqlens, moments, of_policy, normalizer, reduction,
-            kl_estimator, impl, False, False,
+            kl_estimator, objective, "token", impl, False, False,
         )  # fmt: skip
         made = head.gradients()
         if late:
@@ -240,6 +284,7 @@ def _loss_op(
     normalizer: Tensor | None,
     reduction: str,
     kl_estimator: str,
+    objective: str,
     dtype: torch.dtype,
     impl: str,
     want_hidden: bool,
@@ -253,8 +298,8 @@ def _loss_op(
     results = _loss(
         hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, is_weights, mask,
         cu_seqlens, moments, untraced_numbers(OP, targets, weight, numbers), of_policy,
-        ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator, dtype, impl,
-        want_hidden, want_weight, want_bias,
+        ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator, objective,
+        dtype, impl, want_hidden, want_weight, want_bias,
     )  # fmt: skip
     return fused_loss.without_none(results)
 

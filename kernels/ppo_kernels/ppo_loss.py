@@ -17,6 +17,8 @@ from ppo_kernels.reference import WHITEN_EPS, PolicyStats, ValueStats
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+OBJECTIVES = ("clip", "cispo")
+RATIO_LEVELS = ("token", "sequence")
 POLICY, VALUE = "ppo_policy_loss", "ppo_value_loss"
 
 
@@ -27,6 +29,8 @@ def ppo_policy_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    objective: str = "clip",
+    ratio_level: str = "token",
     clip_range: float | tuple[float, float] = 0.2,
     dual_clip: float | None = None,
     moments: Tensor | None = None,
@@ -47,14 +51,27 @@ def ppo_policy_loss(
     `logprobs` and `entropy`; all else is constant. In a tie of the two branches the gradient is the
     unclipped one's, so it is -A where pi = pi_old.
 
+    With `ratio_level="sequence"`, GSPO (Zheng et al. 2025, arXiv:2507.18071): rho of every token of
+    a sequence is s = exp(mean over its real tokens of log pi - log pi_old), the mean clamped to
+    +-20. Its derivative by each token's log pi is taken as s too (GSPO-token, eq. 13 and 14), which
+    makes GSPO's gradient where A is constant over a sequence.
+
+    With `objective="cispo"`, CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5): the max(…) becomes
+    -clip(rho, 1 - low, 1 + high) A log pi, the clipped ratio a constant. No token loses its
+    gradient. With rho = 1 and A = 1 it is the negative log-likelihood.
+
     Args:
         logprobs, old_logprobs, advantages: `[B, T]`, or packed `[N]`; any floating dtypes and
             strides.
         mask: bool, shaped like `logprobs`; True is a real token. Others are never read.
         cu_seqlens: `[B + 1]` int32 or int64, where each packed sequence starts; first 0, last N.
-            A packed batch needs it for "sequence_mean" only.
-        clip_range: epsilon, or (low, high), with 0 <= low < 1 and high >= 0.
-        dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al. 2020, arXiv:1912.09729).
+            A packed batch needs it for "sequence_mean" and for the ratios of sequences only.
+        objective: "clip", or "cispo".
+        ratio_level: "token", or "sequence".
+        clip_range: epsilon, or (low, high), with 0 <= low <= 1 and high >= 0; low = 1 is no lower
+            bound, as no ratio is below 0.
+        dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al. 2020, arXiv:1912.09729); of
+            the objective "clip" only.
         moments: `[3]` (count, mean, M2) of the advantages, as `kl_shaped_gae` gives them: whitens
             them, (A - mean) / sqrt(M2 / count + 1e-8).
         reduction: "token_mean", "sequence_mean" (mean over the sequences that have a real token of
@@ -69,17 +86,18 @@ def ppo_policy_loss(
 
     Returns:
         (loss, statistics): 0-dim, float32 (float64 where an input is). The statistics are means
-        over real tokens, whatever the reduction, and carry no gradient.
+        over real tokens, whatever the reduction, and carry no gradient; those of the ratio are
+        of the one that is used.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit.
         RuntimeError: for an `impl` that cannot run, with the reason.
     """
-    checks.choice(POLICY, "reduction", reduction, REDUCTIONS)
-    checks.choice(POLICY, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    choices = reduction, kl_estimator, objective, ratio_level
+    check_choices(POLICY, *choices, dual_clip)
     checks.tokens(
-        POLICY, mask, cu_seqlens, needs_sequences=reduction == "sequence_mean", logprobs=logprobs,
-        old_logprobs=old_logprobs, advantages=advantages, entropy=entropy,
+        POLICY, mask, cu_seqlens, needs_sequences=needs_sequences(reduction, ratio_level),
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, entropy=entropy,
         ref_logprobs=ref_logprobs, is_weights=is_weights,
     )  # fmt: skip
     if moments is not None:
@@ -93,10 +111,10 @@ def ppo_policy_loss(
             checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
         return reference.ppo_policy_loss(
             logprobs, old_logprobs, advantages, mask=mask, cu_seqlens=cu_seqlens,
-            clip_range=clip_range, dual_clip=dual_clip, moments=moments, reduction=reduction,
-            normalizer=normalizer, entropy=entropy, entropy_coef=entropy_coef,
-            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator,
-            is_weights=is_weights,
+            objective=objective, ratio_level=ratio_level, clip_range=clip_range,
+            dual_clip=dual_clip, moments=moments, reduction=reduction, normalizer=normalizer,
+            entropy=entropy, entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
+            kl_estimator=kl_estimator, is_weights=is_weights,
         )  # fmt: skip
 
     tensors = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask,
@@ -108,14 +126,13 @@ def ppo_policy_loss(
             traced_numbers(low, high, dual_clip, entropy_coef, kl_coef),
             traced_scalar(normalizer),
         )
-        loss, stats, *_ = _policy_op(*tensors, *traced, reduction, kl_estimator, impl, *wanted)
+        loss, stats, *_ = _policy_op(*tensors, *traced, *choices, impl, *wanted)
         stats = stats.detach()
     else:
         given = checked_normalizer(POLICY, normalizer, logprobs)
         results = policy_loss(
-            *tensors, policy_numbers(POLICY, *numbers), given, reduction, kl_estimator, impl,
-            *wanted,
-        )  # fmt: skip
+            *tensors, policy_numbers(POLICY, *numbers), given, *choices, impl, *wanted
+        )
         loss, stats = fused_loss.attach(results, (logprobs, entropy), wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
 
@@ -175,6 +192,31 @@ def ppo_value_loss(
         results = _value_loss(*tensors, *numbers, reduction, impl, *wanted)
         loss, stats = fused_loss.attach(results, (values,), wanted), results[1]
     return loss, ValueStats(*stats.unbind())
+
+
+def check_choices(
+    op: str,
+    reduction: str,
+    kl_estimator: str,
+    objective: str,
+    ratio_level: str,
+    dual_clip: float | None,
+) -> None:
+    """Of a policy loss, in the order in which they are handed on."""
+    checks.choice(op, "reduction", reduction, REDUCTIONS)
+    checks.choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    checks.choice(op, "objective", objective, OBJECTIVES)
+    checks.choice(op, "ratio_level", ratio_level, RATIO_LEVELS)
+    if objective == "cispo" and dual_clip is not None:
+        raise ValueError(
+            f"{op}: dual_clip bounds the objective 'clip': it must be None with 'cispo', but is "
+            f"{dual_clip!r}"
+        )
+
+
+def needs_sequences(reduction: str, ratio_level: str) -> bool:
+    """Whether the loss hangs on which tokens are one sequence."""
+    return reduction == "sequence_mean" or ratio_level == "sequence"
 
 
 # Checked, and as the kernels take them: infinite stands for None, as also in `traced_numbers`.
@@ -241,6 +283,8 @@ def policy_loss(
     normalizer: float | Tensor | None,
     reduction: str,
     kl_estimator: str,
+    objective: str,
+    ratio_level: str,
     impl: str,
     want_logprobs: bool,
     want_entropy: bool,
@@ -255,8 +299,8 @@ def policy_loss(
     grad_entropy = gradient_like(logprobs, loss, want_entropy)
     if impl == "triton":
         dispatch.triton_kernels("ppo_loss").ppo_policy_loss(
-            *inputs, mask, cu_seqlens, moments, numbers, normalizer, reduction, kl_estimator, loss,
-            stats, grad_logprobs, grad_entropy,
+            *inputs, mask, cu_seqlens, moments, numbers, normalizer, reduction, kl_estimator,
+            objective, ratio_level, loss, stats, grad_logprobs, grad_entropy,
         )  # fmt: skip
         return loss, stats, grad_logprobs, grad_entropy
     low, high, dual_clip, entropy_coef, kl_coef = numbers
@@ -268,7 +312,8 @@ def policy_loss(
     dispatch.cpu.ppo_policy_loss(
         mask, cu_seqlens, policy, old, advantage, (mean, scale), weights,
         (low, high, dual_clip), entropies, entropy_coef, ref, kl_coef,
-        1 + KL_ESTIMATORS.index(kl_estimator), _reducing(reduction, normalizer), loss, stats,
+        1 + KL_ESTIMATORS.index(kl_estimator), OBJECTIVES.index(objective),
+        RATIO_LEVELS.index(ratio_level), _reducing(reduction, normalizer), loss, stats,
         grad_logprobs, grad_entropy, torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grad_logprobs, grad_entropy
@@ -333,6 +378,8 @@ def _policy_op(
     normalizer: Tensor | None,
     reduction: str,
     kl_estimator: str,
+    objective: str,
+    ratio_level: str,
     impl: str,
     want_logprobs: bool,
     want_entropy: bool,
@@ -342,7 +389,7 @@ def _policy_op(
     results = policy_loss(
         logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
         moments, checked, checked_normalizer(POLICY, normalizer, logprobs), reduction, kl_estimator,
-        impl, want_logprobs, want_entropy,
+        objective, ratio_level, impl, want_logprobs, want_entropy,
     )  # fmt: skip
     return fused_loss.without_none(results)
 

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppo_kernels.philox import uniform_numbers
-from ppo_kernels.sequences import is_last_real, padded, per_token, places_inside, sequence_sums
+from ppo_kernels.sequences import (
+    is_last_real,
+    padded,
+    per_token,
+    places_inside,
+    sequence_sums,
+    token_means,
+)
 
 MAX_LOG_RATIO = 20.0  # exp(20) is about 5e8: the loss stays finite when policies have parted
 WHITEN_EPS = 1e-8
@@ -39,8 +46,10 @@ class PolicyStats(NamedTuple):
     """Statistics of `ppo_policy_loss`: 0-dim, detached, over real tokens (0 without any)."""
 
     approx_kl: Tensor  # mean of (log pi - log pi_old)^2 / 2
-    clip_fraction: Tensor  # share of tokens whose clipped branch is strictly the larger loss
-    ratio_mean: Tensor
+    # Share of tokens whose clipped branch is strictly the larger loss; with the objective "cispo",
+    # whose ratio is outside the clip range.
+    clip_fraction: Tensor
+    ratio_mean: Tensor  # over tokens, also of a ratio that a sequence's tokens share
     ratio_max: Tensor
     kl: Tensor  # mean estimate of KL(pi, pi_ref); 0 without ref_logprobs
     entropy: Tensor  # mean entropy; 0 without entropy
@@ -200,6 +209,19 @@ def linear_logprobs(
 #   L_t   = max(-A rho, -A clip(rho, 1 - low, 1 + high))
 # with the dual clip (Ye et al. 2020, arXiv:1912.09729, eq. 5): L_t = min(L_t, -c A) where A < 0;
 # then w L_t + kl_coef k(pi, pi_ref) - entropy_coef H, reduced.
+#
+# ratio_level "sequence", GSPO (Zheng et al. 2025, arXiv:2507.18071): one ratio for all tokens of a
+# sequence i, the geometric mean of theirs (eq. 7), in the form that takes an advantage per token
+# (GSPO-token, eq. 13 and 14; sg stops the gradient):
+#   s_i   = exp(clamp(mean over the sequence's real tokens of log pi - log pi_old, -20, 20))
+#   rho_t = sg[s_i] pi_t / sg[pi_t]
+# whose value is s_i, and whose derivative by log pi_t is s_i too, or 0 where the clamp holds it.
+# Summed over a sequence of constant advantage and divided by its length, that is the gradient of
+# A s_i, GSPO's own (eq. 5).
+#
+# objective "cispo" (MiniMax-M1, arXiv:2506.13585, eq. 4 and 5): the clip holds the weight of a
+# token, not its gradient:
+#   L_t   = -sg[clip(rho, 1 - low, 1 + high)] A log pi
 def ppo_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -207,6 +229,8 @@ def ppo_policy_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    objective: str = "clip",
+    ratio_level: str = "token",
     clip_range: float | tuple[float, float] = 0.2,
     dual_clip: float | None = None,
     moments: Tensor | None = None,
@@ -231,12 +255,19 @@ def ppo_policy_loss(
         advantages = _real(_whiten(advantages, moments.detach()), mask)
 
     log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
-    # Not torch.maximum: in a tie the whole gradient is the unclipped branch's.
-    is_clipped = clipped > unclipped
-    loss = torch.where(is_clipped, clipped, unclipped)
+    held = log_ratio  # in the clamp
+    if ratio_level == "sequence":
+        held = token_means(log_ratio.detach(), mask, cu_seqlens) + (logprobs - logprobs.detach())
+    ratio = held.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    in_range = ratio.clamp(1 - low, 1 + high)
+    if objective == "cispo":
+        is_clipped = (ratio < in_range) | (ratio > in_range)
+        loss = -in_range.detach() * advantages * logprobs
+    else:
+        unclipped, clipped = -advantages * ratio, -advantages * in_range
+        # Not torch.maximum: in a tie the whole gradient is the unclipped branch's.
+        is_clipped = clipped > unclipped
+        loss = torch.where(is_clipped, clipped, unclipped)
     if dual_clip is not None:
         bound = -dual_clip * advantages
         loss = torch.where((advantages < 0) & (bound < loss), bound, loss)

@@ -20,6 +20,12 @@ def per_token(x_B: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x_B[sequence_ids(cu_seqlens, len(like))]
 
 
+def token_means(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """At each token, the mean over its sequence's real tokens of `x`, which is 0 elsewhere."""
+    tokens = sequence_sums(mask.long(), cu_seqlens).clamp(min=1)
+    return per_token(sequence_sums(x, cu_seqlens) / tokens, x, cu_seqlens)
+
+
 def is_last_real(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """True at the last real token of each sequence: real, with no real one after it."""
     mask_BT = mask if cu_seqlens is None else padded(mask, cu_seqlens) & places_inside(cu_seqlens)

@@ -20,8 +20,8 @@ SIZES = [
 # nothing: what is read from the end, or under a mask, is not read wide. (The losses are not among
 # those who use this: they read wide what is in one piece.)
 TOKENS = [
-    "rewards", "logprobs", "ref_logprobs", "values", "returns", "advantages", "mask", "scores",
-    "ranks", "bootstrap", "cu_seqlens", "moments", "x",
+    "rewards", "logprobs", "old_logprobs", "ref_logprobs", "values", "returns", "advantages",
+    "mask", "scores", "ranks", "bootstrap", "cu_seqlens", "moments", "x",
 ]  # fmt: skip
 
 # Products and sums become one operation. Said aloud, as triton's default is about to change.

@@ -2,6 +2,7 @@
 
   rho = exp(clamp(log pi - log pi_old, -20, 20))
   L   = w max(-A rho, -A clip(rho, 1 - low, 1 + high)) + kl_coef k(pi, pi_ref) - entropy_coef H
+        w (-clip(rho, 1 - low, 1 + high) A log pi) + … with the objective "cispo"
   L   = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
 
 Programs leave partial sums, which a last program adds up in a fixed order.
@@ -20,6 +21,7 @@ from ppo_kernels.triton.common import (
     MAX_LOG_RATIO,
     clamp,
     exp,
+    is_real,
     kl_estimate,
     load,
     number,
@@ -35,21 +37,52 @@ WARPS = 8
 STAGES = 3  # of tiles on their way
 SUMS = 512  # partial sums that are added up at a time
 POLICY_SUMS, VALUE_SUMS = 8, 7  # for each program
+TILE = 1024  # tokens of a sequence at a time, where its ratio is found
 
 
 # --- Policy loss ----------------------------------------------------------------------------------
 
 
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
+def sequence_ratios(
+    logprobs, old_logprobs, mask, cu_seqlens, ratios, T: tl.int64, sequences: tl.int64,
+    logprobs_row: tl.int64, old_row: tl.int64, mask_row: tl.int64, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Of a sequence each, into `[2, sequences]`: the mean log-ratio of its real tokens, and the
+    ratio that it makes."""
+    b = tl.program_id(0).to(tl.int64)
+    first, length = T * 0, T
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + b)
+        length = tl.load(cu_seqlens + b + 1) - first
+    logprobs += b * logprobs_row + first
+    old_logprobs += b * old_row + first
+    if mask is not None:
+        mask += b * mask_row + first
+    sums, found = tl.zeros((SIZE,), tl.float64), tl.zeros((SIZE,), tl.int32)
+    for start in range(0, length, SIZE):
+        t = start + tl.arange(0, SIZE)
+        real = is_real(mask, t, t < length)
+        log_p, old = load(logprobs, t, real, tl.float64), load(old_logprobs, t, real, tl.float64)
+        sums += log_p - old
+        found += real.to(tl.int32)
+    count = tl.maximum(tl.sum(found).to(tl.int64), 1).to(tl.float64)
+    log_ratio = tl.sum(sums) / count
+    tl.store(ratios + b, log_ratio)
+    tl.store(ratios + sequences + b, tl.exp(clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)))
+
+
 @triton.jit(do_not_specialize=SIZES)  # but on alignment: tokens in one piece are read wide
 def policy(
     logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs, moments,
-    cu_seqlens, row_weights, counts, denominator_pointer, grad_logprobs, grad_entropy, partials,
-    count: tl.int64, T: tl.int64, sequences: tl.int64, steps: tl.int64, counters: tl.int64,
-    logprobs_row: tl.int64, old_row: tl.int64, advantages_row: tl.int64, mask_row: tl.int64,
-    weights_row: tl.int64, entropy_row: tl.int64, ref_row: tl.int64, denominator: tl.float64,
-    low: tl.float64, high: tl.float64, dual_clip: tl.float64, entropy_coef: tl.float64,
-    kl_coef: tl.float64, DUAL: tl.constexpr, ESTIMATOR: tl.constexpr, LOOKUP: tl.constexpr,
-    ALIGNED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr,
+    shared_ratios, cu_seqlens, row_weights, counts, denominator_pointer, grad_logprobs,
+    grad_entropy, partials, count: tl.int64, T: tl.int64, sequences: tl.int64, steps: tl.int64,
+    counters: tl.int64, logprobs_row: tl.int64, old_row: tl.int64, advantages_row: tl.int64,
+    mask_row: tl.int64, weights_row: tl.int64, entropy_row: tl.int64, ref_row: tl.int64,
+    denominator: tl.float64, low: tl.float64, high: tl.float64, dual_clip: tl.float64,
+    entropy_coef: tl.float64, kl_coef: tl.float64, OBJECTIVE: tl.constexpr, DUAL: tl.constexpr,
+    ESTIMATOR: tl.constexpr, LOOKUP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
+    EACH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every so many tiles of tokens each. Masked tokens are read, as a lane's are read at once, and
     put to 0."""
@@ -86,12 +119,22 @@ def policy(
                 real = read(mask, token_at(b, t, mask_row, LOOKUP), inside, part == 0).to(tl.int1)
             log_ratio = tl.where(real, log_p - old, 0.0)
             advantage = tl.where(real, (advantage - mean) * scale, 0.0)
-            ratio = exp(clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-            unclipped = -advantage * ratio
-            clipped = -advantage * clamp(ratio, low, high)
-            is_clipped = clipped > unclipped
-            loss = tl.where(is_clipped, clipped, unclipped)
-            slope = tl.where(is_clipped | (tl.abs(log_ratio) > MAX_LOG_RATIO), 0.0, unclipped)
+            held = log_ratio  # in the clamp
+            if shared_ratios is None:
+                ratio = exp(clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+            else:
+                held = load(shared_ratios, b, real, DTYPE)
+                ratio = load(shared_ratios, sequences + b, real, DTYPE)
+            if OBJECTIVE == "cispo":
+                is_clipped = real & ((ratio < low) | (ratio > high))
+                slope = -advantage * clamp(ratio, low, high)
+                loss = slope * tl.where(real, log_p, 0.0)
+            else:
+                unclipped = -advantage * ratio
+                clipped = -advantage * clamp(ratio, low, high)
+                is_clipped = clipped > unclipped
+                loss = tl.where(is_clipped, clipped, unclipped)
+                slope = tl.where(is_clipped | (tl.abs(held) > MAX_LOG_RATIO), 0.0, unclipped)
             if DUAL:
                 bound = -number(dual_clip, DTYPE) * advantage
                 is_bound = (advantage < 0.0) & (bound < loss)
@@ -293,6 +336,8 @@ def ppo_policy_loss(
     normalizer: float | Tensor | None,
     reduction: str,
     kl_estimator: str,
+    objective: str,
+    ratio_level: str,
     loss: Tensor,
     stats: Tensor,
     grad_logprobs: Tensor | None,
@@ -304,13 +349,22 @@ def ppo_policy_loss(
     given = (logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs)
     tokens = tuple(map(side_by_side, given))
     with on(loss.device):
-        sweep = Sweep(tokens, mask, cu_seqlens, reduction, normalizer, loss)
+        of_sequences = ratio_level == "sequence"
+        sweep = Sweep(tokens, mask, cu_seqlens, reduction, normalizer, loss, of_sequences)
+        ratios = None
+        if of_sequences:
+            ratios = loss.new_empty(2, sweep.sequences)
+            if sweep.programs:
+                sequence_ratios[(sweep.sequences,)](
+                    *tokens[:2], mask, cu_seqlens, ratios, logprobs.shape[-1], sweep.sequences,
+                    *map(row, tokens[:2]), row(mask), TILE, **OPTIONS,
+                )  # fmt: skip
         partials = loss.new_empty(POLICY_SUMS, sweep.programs)
         if sweep.programs:
             policy[(sweep.programs,)](
-                *tokens, side_by_side(moments), *sweep.pointers, grad_logprobs, grad_entropy,
-                partials, *sweep.sizes, *map(row, tokens), sweep.denominator, *numbers,
-                numbers[2] != math.inf, kl_estimator, sweep.lookup,
+                *tokens, side_by_side(moments), ratios, *sweep.pointers, grad_logprobs,
+                grad_entropy, partials, *sweep.sizes, *map(row, tokens), sweep.denominator,
+                *numbers, objective, numbers[2] != math.inf, kl_estimator, sweep.lookup,
                 sweep.aligned, LANES, sweep.each, STAGES, num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
         policy_totals[(1,)](partials, loss, stats, sweep.programs, SUMS, **OPTIONS)

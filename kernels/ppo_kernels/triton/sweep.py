@@ -122,14 +122,17 @@ class Sweep:
         reduction: str,
         normalizer: float | Tensor | None,
         like: Tensor,
+        of_sequences: bool = False,
     ) -> None:
+        """`of_sequences`: each token's sequence is asked for, whatever the reduction."""
         first = tokens[0]
         assert first is not None
-        by_sequence = reduction == "sequence_mean"
+        weighed = reduction == "sequence_mean"
+        of_sequences = of_sequences or weighed
         count, length = first.numel(), first.shape[-1]
         sequences = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         in_one_piece = all(x is None or x.is_contiguous() for x in tokens)
-        self.lookup = by_sequence or not in_one_piece
+        self.lookup = of_sequences or not in_one_piece
         # Tokens that can be read wide: of rows of any length, the first need not begin well.
         self.aligned = not self.lookup and all(x is None or x.data_ptr() % 16 == 0 for x in tokens)
         self.each = 1 if self.lookup else EACH
@@ -138,7 +141,7 @@ class Sweep:
         self.denominator = 1.0
         row_weights = counts = pointer = None
         counters = 0
-        if by_sequence:
+        if weighed:
             row_weights = like.new_empty(sequences)
             if sequences:
                 weigh[(sequences,)](
@@ -148,8 +151,8 @@ class Sweep:
             pointer = normalizer
         elif normalizer is not None:
             self.denominator = normalizer
-        elif by_sequence or (reduction == "token_mean" and mask is not None):
-            items = sequences if by_sequence else count
+        elif weighed or (reduction == "token_mean" and mask is not None):
+            items = sequences if weighed else count
             counters = min(triton.cdiv(items, 16 * COUNTING_LANES), COUNTERS.value)
             counts = torch.empty(max(counters, 1), dtype=torch.int32, device=like.device)
             if counters:
@@ -160,5 +163,6 @@ class Sweep:
         elif reduction == "token_mean":
             self.denominator = float(count)
         steps = max(sequences, 1).bit_length()
-        self.pointers = (cu_seqlens if by_sequence else None, row_weights, counts, pointer)
+        self.sequences = sequences
+        self.pointers = (cu_seqlens if of_sequences else None, row_weights, counts, pointer)
         self.sizes = (count, length, sequences, steps, counters)
