@@ -341,6 +341,28 @@ void pairwise_loss(const Tensor& chosen, const Tensor& rejected, const Tensor& m
   store_results(args.dtype, results, 3, loss, stats);
 }
 
+void ranking_loss(const Tensor& scores, const Tensor& ranks, const Tensor& loss,
+                  const Tensor& stats, const Tensor& grad_scores, int threads) {
+  constexpr int64_t pairs_per_block = 65536;
+  RankingLossArgs args{};
+  args.dtype = scores.dtype();
+  args.prompts = scores.size(0);
+  args.responses = scores.size(1);
+  args.scores = tokens(scores);
+  args.ranks = tokens(ranks);
+  args.ranks_are_int64 = ranks.is_int64();
+  args.grad_scores = tokens(grad_scores);
+  const int64_t pairs = std::max<int64_t>(args.responses * args.responses / 2, 1);
+  args.prompts_per_block = std::max<int64_t>(pairs_per_block / pairs, 1);
+  args.threads = threads_for(args.prompts * pairs, threads);
+  std::vector<RankingSums> sums(size_t(args.prompts / args.prompts_per_block + 1));
+  args.sums = sums.data();
+  double results[3];
+  args.results = results;
+  active_isa().kernels->ranking_loss(args);
+  store_results(args.dtype, results, 3, loss, stats);
+}
+
 // Whether these per-token tensors need no closer look: torch.Tensor or Parameter themselves, of
 // floating point, of one shape, [B, T] or [N], and on one device, with a mask and boundaries that
 // fit. False says nothing: ppo_kernels/checks.py looks closer then.
@@ -393,4 +415,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ppo_policy_loss", &ppo::ppo_policy_loss, release_gil());
   m.def("ppo_value_loss", &ppo::ppo_value_loss, release_gil());
   m.def("pairwise_loss", &ppo::pairwise_loss, release_gil());
+  m.def("ranking_loss", &ppo::ranking_loss, release_gil());
 }

@@ -67,6 +67,7 @@ class Tensor {
   const int64_t* strides() const { return view_.strides; }
   bool is_bool() const { return view_.type_code == dlpack::kBool; }
   bool is_index() const { return view_.type_code == dlpack::kInt && view_.bits >= 32; }
+  bool is_int64() const { return is_index() && view_.bits == 64; }
 
   template <class T = void>
   T* data() const { return static_cast<T*>(view_.data); }

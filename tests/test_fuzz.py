@@ -95,7 +95,7 @@ def test_cases_are_of_every_kind(op: str) -> None:
     assert any(0 in x.stride() and x.numel() > 1 for x in tensors)
     assert any(x.numel() == 0 for x in tensors)
     assert any(x.numel() > 16_384 for x in tensors)
-    if op in ("token_logprobs", "pairwise_loss"):
+    if op in ("token_logprobs", "pairwise_loss", "ranking_loss"):
         return
     masks = [case.arguments["mask"] for case in cases if "mask" in case.arguments]
     assert any(mask.all() and mask.numel() for mask in masks)
@@ -175,6 +175,9 @@ def test_a_number_read_wrong_is_seen(op: str) -> None:
         if op == "token_logprobs":  # a class of some probability, and not the only one
             real = (case.arguments["targets"] != -100)[..., None] & (x.shape[-1] > 1)
             real = real & (x > x.nan_to_num(0.0).amax(-1, keepdim=True) - 3)
+        if op == "ranking_loss":  # one of a pair, at least
+            ranks = case.arguments["ranks"]
+            real = (ranks >= 0) & (ranks != ranks.amax(-1, keepdim=True)) if x.numel() else ranks > 0
         if not real.any():
             continue
         at = tuple(real.nonzero()[-1].tolist())

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from ops import assert_error_rule, assert_same_bits, implementations_of, run, views
+from ops import Watch, assert_error_rule, assert_same_bits, implementations_of, run, views
 from torch import Tensor
 
 from ppo_kernels import dispatch, pairwise_loss, ranking_loss, reference
-from ppo_kernels.pairwise_loss import _pairwise_op
+from ppo_kernels.pairwise_loss import _pairwise_op, _ranking_op
 
 IMPLS = pytest.mark.parametrize("impl", implementations_of("pairwise_loss"))
 NEEDS_CPP = pytest.mark.skipif(dispatch.cpu is None, reason="the C++ extension is not built")
@@ -209,21 +209,148 @@ def test_rankings_are_all_their_pairs(impl: str) -> None:
 @OF_RANKINGS
 def test_two_responses_are_a_pair(impl: str) -> None:
     chosen, rejected = torch.randn(2, 6)
+    rejected[2] = chosen[2]
     scores, ranks = torch.stack((rejected, chosen), 1), torch.tensor([[1, 0]]).expand(6, 2)
     torch.testing.assert_close(
         ranking_loss(scores, ranks, impl=impl), pairwise_loss(chosen, rejected, impl="reference")
     )
 
 
+# Few responses and many, around the number up to which prompts lie side by side and the tiles.
+SHAPES = ((0, 3), (1, 0), (1, 1), (1, 2), (2, 2), (7, 5), (300, 4), (9, 32), (5, 33), (3, 64),
+          (2, 65), (2, 255), (1, 257), (1, 601))  # fmt: skip
+
+
 @pytest.mark.parametrize("kernel", implementations_of("ranking_loss", but=("reference",)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_error_rule_of_rankings(kernel: str, dtype: torch.dtype) -> None:
-    for shape in ((0, 3), (1, 0), (1, 1), (2, 2), (7, 5)):
+    for shape in SHAPES:
         given = ranking(*shape, dtype)
         assert_error_rule(ranking_loss, reference.ranking_loss, given, ("scores",), impl=kernel)
-    for _, view in views(given["scores"]):
-        strided = given | {"scores": view}
-        assert_error_rule(ranking_loss, reference.ranking_loss, strided, ("scores",), impl=kernel)
+        wide = given | {"scores": 30 * given["scores"]}  # sigmoids of 0 and 1
+        assert_error_rule(ranking_loss, reference.ranking_loss, wide, ("scores",), impl=kernel)
+
+
+@pytest.mark.parametrize("impl", implementations_of("ranking_loss", but=("reference",)))
+@pytest.mark.parametrize("shape", [(6, 5), (3, 40)])
+def test_strides_and_dtypes_of_ranks_do_not_matter(impl: str, shape: tuple[int, int]) -> None:
+    given = ranking(*shape) | {"impl": impl}
+    expected = run(ranking_loss, given, ("scores",))
+    for _, scores in views(given["scores"]):
+        assert_same_bits(expected, run(ranking_loss, given | {"scores": scores}, ("scores",)))
+    for dtype in (torch.int32, torch.int64):
+        for _, ranks in views(given["ranks"].double()):
+            wide = torch.zeros(*ranks.shape, 2, dtype=dtype)
+            wide[..., 1] = ranks
+            for ranks_of_dtype in (ranks.to(dtype), wide[..., 1]):
+                other = given | {"ranks": ranks_of_dtype}
+                assert_same_bits(expected, run(ranking_loss, other, ("scores",)))
+    one = given | {"ranks": given["ranks"][:1].expand(shape), "scores": torch.randn(shape)}
+    copy = one | {"ranks": one["ranks"].clone()}
+    assert_same_bits(run(ranking_loss, one, ("scores",)), run(ranking_loss, copy, ("scores",)))
+
+
+@OF_RANKINGS
+@pytest.mark.parametrize("shape", [(6, 5), (3, 40)])
+def test_only_the_order_of_ranks_matters(impl: str, shape: tuple[int, int]) -> None:
+    given = ranking(*shape) | {"impl": impl}
+    expected = run(ranking_loss, given, ("scores",))
+    for far in (
+        given["ranks"] * 2**61,  # apart by more than 32 bits hold
+        torch.where(given["ranks"] < 0, -(2**40), given["ranks"] + 2**40),
+        torch.where(given["ranks"] < 0, -(2**31), given["ranks"] + 2**31 - 2),
+    ):
+        assert_same_bits(expected, run(ranking_loss, given | {"ranks": far}, ("scores",)))
+
+
+@OF_RANKINGS
+@pytest.mark.parametrize("responses", [4, 40])
+def test_absent_responses_change_nothing(impl: str, responses: int) -> None:
+    """Whatever their scores, they add nothing and get a gradient of 0, as do prompts without a
+    pair, which do not count."""
+    scores, ranks = torch.randn(5, responses), torch.randint(0, 3, (5, responses))
+    ranks[:, :2] = torch.tensor([0, 1])  # each prompt has a pair
+    expected = run(ranking_loss, {"scores": scores, "ranks": ranks, "impl": impl}, ("scores",))
+    for garbage in (NAN, math.inf, -math.inf, 1e30):
+        more = torch.full((8, responses + 3), garbage)
+        more_ranks = torch.full((8, responses + 3), -1)
+        more[1:6, 1:-2], more_ranks[1:6, 1:-2] = scores, ranks
+        more[6, 2], more_ranks[6, 2] = 1.0, 0  # alone
+        more[7], more_ranks[7] = 1.0, 5  # all equal
+        given = {"scores": more, "ranks": more_ranks, "impl": impl}
+        found = run(ranking_loss, given, ("scores",))
+        gradient = found.pop("gradient of scores")
+        torch.testing.assert_close(gradient[1:6, 1:-2], expected["gradient of scores"])
+        gradient[1:6, 1:-2] = 0
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+        torch.testing.assert_close(found, {name: expected[name] for name in found})
+
+
+@OF_RANKINGS
+@pytest.mark.parametrize("responses", [3, 36])
+def test_extreme_scores_of_rankings(impl: str, responses: int) -> None:
+    """No overflow, and slopes of exactly 0 or 1 where the sigmoid is."""
+    scores = torch.zeros(2, responses)
+    ranks = torch.full((2, responses), -1)
+    scores[:, -3:] = torch.tensor([[1e30, -1e30, 0], [0, 0, 0]])
+    ranks[:, -3:] = torch.tensor([[1, 0, -1], [0, 1, 2]])
+    scores.requires_grad_()
+    loss, stats = ranking_loss(scores, ranks, impl=impl)
+    assert loss.item() == pytest.approx((2e30 + math.log(2)) / 2)
+    gradient = torch.autograd.grad(loss, scores)[0][:, -3:]
+    expected = [[1 / 2, -1 / 2, 0], [-1 / 6, 0, 1 / 6]]
+    torch.testing.assert_close(gradient, torch.tensor(expected))
+    assert stats.accuracy.item() == pytest.approx(1.5 / 4)
+    apart = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    loss, _ = ranking_loss(apart, torch.tensor([[0, 1]]), impl=impl)
+    assert loss == 0 and not torch.autograd.grad(loss, apart)[0].any()
+
+
+@OF_RANKINGS
+@pytest.mark.parametrize("responses", [5, 50])
+def test_nan_of_a_ranked_response_shows(impl: str, responses: int) -> None:
+    scores, ranks = torch.randn(3, responses), torch.arange(responses).expand(3, -1)
+    scores[1, -1] = NAN
+    loss, stats = ranking_loss(scores, ranks, impl=impl)
+    assert loss.isnan() and stats.margin.isnan()
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize(("prompts", "responses"), [(20_011, 4), (70, 300)])
+def test_threads_do_not_change_a_bit_of_rankings(prompts: int, responses: int) -> None:
+    given = ranking(prompts, responses) | {"impl": "cpp"}
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(ranking_loss, given, ("scores",)))
+    for result in results[1:]:
+        assert_same_bits(results[0], result)
+
+
+@NEEDS_CPP
+def test_rankings_hold_no_pairs() -> None:
+    """The memory of 10^8 pairs is never asked for, and their sums stay those of float64."""
+    responses = 10_000
+    scores, ranks = torch.randn(1, responses), torch.randperm(responses)[None]
+    with Watch() as watch:
+        found = run(ranking_loss, {"scores": scores, "ranks": ranks, "impl": "cpp"}, ("scores",))
+    assert watch.largest == responses
+    few = slice(0, 100)  # against all others
+    ahead = ranks[0, few, None] < ranks
+    difference = (scores[0, few, None] - scores).double()
+    slope = torch.where(ahead, torch.sigmoid(-difference), -torch.sigmoid(difference))
+    slope[range(100), range(100)] = 0
+    expected = -torch.cos(torch.zeros(())) * slope.sum(1) / (responses * (responses - 1) / 2)
+    torch.testing.assert_close(
+        found["gradient of scores"][0, few].double(), expected.double(), rtol=1e-5, atol=1e-9
+    )
+
+
+@NEEDS_CPP
+def test_opcheck_of_rankings() -> None:
+    given = ranking(5, 4)
+    scores = given["scores"].nan_to_num(0.0).requires_grad_()
+    torch.library.opcheck(_ranking_op, (scores, given["ranks"], "cpp", True))
 
 
 @OF_RANKINGS

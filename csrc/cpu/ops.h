@@ -188,6 +188,25 @@ struct PairwiseLossArgs {
   int threads;
 };
 
+struct RankingSums {
+  double loss;    // of the prompts' means
+  double ranked;  // prompts that have a pair
+  double pairs, wins, difference;
+};
+
+struct RankingLossArgs {
+  DType dtype;
+  int64_t prompts, responses;
+  Tokens scores;
+  Tokens ranks;  // int64 or int32
+  bool ranks_are_int64;
+  int64_t prompts_per_block;
+  RankingSums* sums;   // scratch, one per block
+  Tokens grad_scores;  // out, accumulation dtype, or absent
+  double* results;     // out: loss, accuracy, margin
+  int threads;
+};
+
 // The entry points of one instruction set: kernels.cpp fills one in for each.
 struct Kernels {
   void (*gae)(const GaeArgs&);
@@ -196,6 +215,7 @@ struct Kernels {
   void (*ppo_policy_loss)(const PolicyLossArgs&);
   void (*ppo_value_loss)(const ValueLossArgs&);
   void (*pairwise_loss)(const PairwiseLossArgs&);
+  void (*ranking_loss)(const RankingLossArgs&);
 };
 
 }  // namespace ppo

@@ -4,34 +4,11 @@
 //
 // softplus(-m) = -log sigmoid(m) = max(-m, 0) + log(1 + e^{-|m|}); its derivative by m is
 // -sigmoid(-m). Sums in float64 over blocks of a fixed size, merged in order.
-#include "exp.h"
+#include "log_sigmoid.h"
 #include "threads.h"
-#include "tiles.h"
 
 namespace ppo::PPO_ISA {
 namespace {
-
-// Minimax (Remez) for atanh(sqrt w) / sqrt w on 0 <= w <= 1/9, to 2^-28 and 2^-59.
-template <class A> constexpr A kAtanh[] = {A(0)};
-template <>
-constexpr float kAtanh<float>[] = {1.0000000039605129781f, 0.33333157341100187853f,
-                                   0.2001245513664655036f, 0.13980301446420738036f,
-                                   0.14089167122724495627f};
-template <>
-constexpr double kAtanh<double>[] = {
-    1.0000000000000000012, 0.33333333333333067102, 0.20000000000095167061, 0.14285714272462141048,
-    0.11111112055907977386, 0.09090869893233185709, 0.076933177385639398109, 0.066500511247085687636,
-    0.060561254090654201388, 0.041578385290059707772, 0.085300373642613955566};
-
-// log(1 + x) for 0 <= x <= 1, as 2 atanh(s) with s = x / (2 + x): small x lose nothing.
-template <class A>
-inline Vec<A> log1p_unit(Vec<A> x) {
-  constexpr int degree = int(sizeof(kAtanh<A>) / sizeof(A)) - 1;
-  const Vec<A> s = x / (x + A(2)), w = s * s;
-  Vec<A> p = splat(kAtanh<A>[degree]);
-  for (int k = degree - 1; k >= 0; --k) p = p * w + kAtanh<A>[k];
-  return (s + s) * p;
-}
 
 template <class T, class A = Accumulator<T>>
 struct PairTile {
@@ -49,7 +26,7 @@ template <class T, class A = Accumulator<T>>
 void pairwise_tile(const PairwiseLossArgs& args, const PairTile<T>& x, int64_t n, A weight,
                    PairTotals<A>& totals) {
   using V = Vec<A>;
-  const V shared_margin = splat(A(args.margin)), limit = splat(kExpMax<A>);
+  const V shared_margin = splat(A(args.margin));
   const A center_coef = A(args.center_coef);
 
   V loss_sum{}, difference_sum{};
@@ -59,10 +36,9 @@ void pairwise_tile(const PairwiseLossArgs& args, const PairTile<T>& x, int64_t n
     const V better = load(x.chosen + p), worse = load(x.rejected + p);
     const V difference = better - worse, total = better + worse;
     const V m = difference - (x.margins ? load(x.margins + p) : shared_margin);
-    const V size = magnitude<A>(m);
-    const V small = exp_bounded<A>(-(size > limit ? limit : size));  // in [0, 1]
+    const V small = exp_minus_magnitude<A>(m);
     const V loss = (m < A(0) ? -m : V{}) + log1p_unit<A>(small);
-    const V slope = (m < A(0) ? splat(A(1)) : small) / (small + A(1));  // sigmoid(-m)
+    const V slope = sigmoid_of_minus<A>(m, small);
     const V pull = A(2) * center_coef * total;
     if (x.grad_chosen) store(x.grad_chosen + p, (pull - slope) * weight);
     if (x.grad_rejected) store(x.grad_rejected + p, (pull + slope) * weight);

@@ -102,10 +102,10 @@ def ranking_loss(
         return reference.ranking_loss(scores, ranks)
     wanted = fused_loss.wanted(scores)
     if not dispatch.eager(scores, ranks):
-        loss, stats, _ = _ranking_op(scores, ranks, *wanted)
+        loss, stats, _ = _ranking_op(scores, ranks, impl, *wanted)
         stats = stats.detach()
     else:
-        results = _ranking_loss(scores, ranks, *wanted)
+        results = _ranking_loss(scores, ranks, impl, *wanted)
         loss, stats = fused_loss.attach(results, (scores,), wanted), results[1]
     return loss, PairwiseStats(*stats.unbind())
 
@@ -145,12 +145,18 @@ def _pairwise_loss(
     return loss, stats, grad_chosen, grad_rejected
 
 
-def _ranking_loss(scores: Tensor, ranks: Tensor, want_scores: bool) -> fused_loss.Results:
-    """(loss, statistics, gradient of the scores), by Triton."""
+def _ranking_loss(
+    scores: Tensor, ranks: Tensor, impl: str, want_scores: bool
+) -> fused_loss.Results:
+    """(loss, statistics, gradient of the scores)."""
     loss = scores.new_empty((), dtype=dispatch.accumulator(scores.dtype))
     stats = loss.new_empty(len(PairwiseStats._fields))
     grad_scores = gradient_like(scores, loss, want_scores)
-    dispatch.triton_kernels("pairwise_loss").ranking_loss(scores, ranks, loss, stats, grad_scores)
+    arguments = scores, ranks, loss, stats, grad_scores
+    if impl == "triton":
+        dispatch.triton_kernels("pairwise_loss").ranking_loss(*arguments)
+    else:
+        dispatch.cpu.ranking_loss(*arguments, torch.get_num_threads())
     return loss, stats, grad_scores
 
 
@@ -186,12 +192,14 @@ def _(chosen, rejected, margins, numbers, impl, *wanted):  # type: ignore[no-unt
 @torch.library.custom_op(
     "ppo_kernels::ranking_loss", mutates_args=(), device_types=dispatch.DEVICES
 )
-def _ranking_op(scores: Tensor, ranks: Tensor, want_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return fused_loss.without_none(_ranking_loss(scores, ranks, want_scores))
+def _ranking_op(
+    scores: Tensor, ranks: Tensor, impl: str, want_scores: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fused_loss.without_none(_ranking_loss(scores, ranks, impl, want_scores))
 
 
 @_ranking_op.register_fake
-def _(scores, ranks, want_scores):  # type: ignore[no-untyped-def]
+def _(scores, ranks, impl, want_scores):  # type: ignore[no-untyped-def]
     loss = scores.new_empty((), dtype=dispatch.accumulator(scores.dtype))
     stats = loss.new_empty(len(PairwiseStats._fields))
     return fused_loss.without_none((loss, stats, gradient_like(scores, loss, want_scores)))

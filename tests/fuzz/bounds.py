@@ -226,6 +226,26 @@ def _pairwise_loss(a: dict[str, Any], exact: Named, upstream: Named) -> Magnitud
     return result, {}
 
 
+def _ranking_loss(a: dict[str, Any], exact: Named, upstream: Named) -> Magnitudes:
+    ranks = a["ranks"]
+    there = ranks >= 0
+    scores = torch.where(there, a["scores"], 0.0)
+    pair = there[:, :, None] & there[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
+    m = torch.where(pair, scores[:, :, None] - scores[:, None, :], 0.0)
+    of_prompt = pair.sum((1, 2))
+    share = (1 / of_prompt.clamp(min=1) / (of_prompt > 0).sum().clamp(min=1))[:, None, None]
+    loss = torch.where(pair, -logsigmoid(m) * (1 + m.clamp(min=0)), 0.0)
+    slope = torch.where(pair, torch.sigmoid(-m) * (1 + m.abs()), 0.0) * share
+    result = {
+        "output.0": (loss * share).sum(),
+        "output.1.accuracy": exact["output.1.accuracy"],
+        "output.1.margin": m.abs().sum() / pair.sum().clamp(min=1),
+    }
+    if "gradient of scores" in exact:
+        result["gradient of scores"] = upstream["output.0"].abs() * (slope.sum(1) + slope.sum(2))
+    return result, {}
+
+
 _MAGNITUDES: dict[str, Callable[[dict[str, Any], Named, Named], Magnitudes]] = {
     "gae": _gae,
     "kl_shaped_gae": _kl_shaped_gae,
@@ -233,6 +253,7 @@ _MAGNITUDES: dict[str, Callable[[dict[str, Any], Named, Named], Magnitudes]] = {
     "ppo_policy_loss": _ppo_policy_loss,
     "ppo_value_loss": _ppo_value_loss,
     "pairwise_loss": _pairwise_loss,
+    "ranking_loss": _ranking_loss,
 }
 
 

@@ -235,6 +235,26 @@ def pairwise_loss(draw: Draw, size: Size) -> Generated:
     return arguments | _token_tensors(draw, layout, dtypes, tensors), ("chosen", "rejected")
 
 
+def ranking_loss(draw: Draw, size: Size) -> Generated:
+    shape = draw.shape(size)
+    levels = draw.pick(1, 2, 3, 300)
+    ranks = draw.integers(0, levels, shape) * draw.pick(1, 1, 1, 7 * 10**6)
+    absent = draw.chance(shape, draw.pick(0.0, 0.0, 0.1, 0.5, 1.0))
+    ranks = torch.where(absent, draw.pick(-1, -100), ranks)
+    ranks[draw.chance((shape[0], 1), draw.pick(0.0, 0.0, 0.2)).expand(shape)] = 4  # no pair
+    dtype = draw.pick(*INDICES)
+    if dtype == torch.int64 and draw.maybe(0.3):
+        ranks = torch.where(ranks < 0, ranks, ranks + 2**40)
+    ranks = draw.flattened(ranks)
+    scores = draw.pick(0.01, 1.0, 3.0, 100.0) * draw.normal(shape)
+    if shape[1]:
+        scores = torch.where(draw.chance(shape, 0.1), scores[:, :1], scores)
+    layout = Layout(shape, None, ranks >= 0)
+    arguments = _token_tensors(draw, layout, draw.dtypes(), {"scores": scores})
+    del arguments["mask"]
+    return arguments | {"ranks": draw.place(ranks.to(dtype))}, ("scores",)
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -312,4 +332,12 @@ CASES: dict[str, tuple[Callable[[Draw, Size], Generated], Sizes]] = {
     "ppo_policy_loss": (ppo_policy_loss, _sizes(70_000)),
     "ppo_value_loss": (ppo_value_loss, _sizes(70_000)),
     "pairwise_loss": (pairwise_loss, _sizes(70_000)),
+    # The definition holds every pair.
+    "ranking_loss": (
+        ranking_loss,
+        Sizes(
+            (Size(0, 20, 20), Size(0, 300, 100), Size(0, 4100, 68)), Size(16_400, 40_000, 20),
+            Size(0, 0, 1000, rows=2),
+        ),
+    ),  # fmt: skip
 }
