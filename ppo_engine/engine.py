@@ -296,6 +296,8 @@ class PPOEngine:
                     None if on_policy else part.logprobs,
                     part.advantages,
                     self.config.generation.temperature,
+                    objective=settings.objective,
+                    ratio_level=settings.ratio_level,
                     clip_range=settings.clip_range,
                     dual_clip=settings.dual_clip,
                     moments=part.moments if self._whitens else None,

@@ -86,6 +86,8 @@ def forward_kl_optimum(reference: Tensor) -> Tensor:
         ({"estimator": "rloo", "group_size": 4}, reverse_kl_optimum),
         ({"estimator": "reinforce_pp"}, reverse_kl_optimum),
         ({"estimator": "remax"}, reverse_kl_optimum),
+        ({"estimator": "rloo", "group_size": 8, "objective": "cispo"}, reverse_kl_optimum),
+        ({"estimator": "rloo", "group_size": 8, "ratio_level": "sequence"}, reverse_kl_optimum),
         # In the loss, k2 has the gradient of the KL, and k3 that of the KL the other way around
         # (E[(1 - ref / pi) grad log pi] = -sum ref grad log pi).
         (

@@ -94,6 +94,8 @@ def test_later_epochs_move_the_ratio():
         {"estimator": "dr_grpo", "group_size": 2, "reduction": "sum", "epochs": 2},
         {"kl_in": "loss", "kl_estimator": "k3", "epochs": 2, "clip_range": (0.01, 0.03)},
         {"dual_clip": 1.01, "epochs": 3, "importance_cap": 1.2},
+        {"ratio_level": "sequence", "epochs": 3, "reduction": "sequence_mean"},
+        {"objective": "cispo", "epochs": 3, "clip_range": (1.0, 0.05)},
     ],
     ids=str,
 )

@@ -177,7 +177,9 @@ def test_a_number_read_wrong_is_seen(op: str) -> None:
             real = real & (x > x.nan_to_num(0.0).amax(-1, keepdim=True) - 3)
         if op == "ranking_loss":  # one of a pair, at least
             ranks = case.arguments["ranks"]
-            real = (ranks >= 0) & (ranks != ranks.amax(-1, keepdim=True)) if x.numel() else ranks > 0
+            real = (
+                (ranks >= 0) & (ranks != ranks.amax(-1, keepdim=True)) if x.numel() else ranks > 0
+            )
         if not real.any():
             continue
         at = tuple(real.nonzero()[-1].tolist())

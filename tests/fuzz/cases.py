@@ -336,7 +336,8 @@ CASES: dict[str, tuple[Callable[[Draw, Size], Generated], Sizes]] = {
     "ranking_loss": (
         ranking_loss,
         Sizes(
-            (Size(0, 20, 20), Size(0, 300, 100), Size(0, 4100, 68)), Size(16_400, 40_000, 20),
+            (Size(0, 20, 20), Size(0, 300, 100), Size(0, 4100, 68)),
+            Size(16_400, 40_000, 20),
             Size(0, 0, 1000, rows=2),
         ),
     ),  # fmt: skip
