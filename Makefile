@@ -54,7 +54,7 @@ $(VENV)/demo.stamp: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,lora]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,lora,tensorboard]'
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/demo.stamp

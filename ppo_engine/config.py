@@ -181,7 +181,7 @@ class RunConfig:
     resume: bool = False  # go on from the newest checkpoint in output_dir
     checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one
     sample_every: NonNegativeInt = 5  # steps between printed sample responses
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
 @_settings

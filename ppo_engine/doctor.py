@@ -26,6 +26,7 @@ _OPTIONAL = {
     "datasets": "parquet files and saved data sets: pip install 'ppo-engine[data]'",
     "tensorboard": "run.trackers=[tensorboard]: pip install 'ppo-engine[tensorboard]'",
     "wandb": "run.trackers=[wandb]: pip install 'ppo-engine[wandb]'",
+    "trackio": "run.trackers=[trackio]: pip install 'ppo-engine[trackio]'",
     "vaderSentiment": "the demo: pip install 'ppo-engine[demo]'",
     "gguf": "reading the demo's model: pip install 'ppo-engine[demo]'",
     "accelerate": "reading the demo's model: pip install 'ppo-engine[demo]'",

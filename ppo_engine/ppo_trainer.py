@@ -144,7 +144,7 @@ class PPOTrainer:
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
-                self._show_samples(run, progress, rollout, scores)
+                self._show_samples(run, trackers, progress, rollout, scores)
                 last = self.step == self.config.steps
                 every = config.checkpoint_every
                 if last or (every and self.step % every == 0):
@@ -196,7 +196,12 @@ class PPOTrainer:
         return rollout, scores
 
     def _show_samples(
-        self, run: RunDirectory, progress: Progress, rollout: Rollout, scores: Tensor
+        self,
+        run: RunDirectory,
+        trackers: Trackers,
+        progress: Progress,
+        rollout: Rollout,
+        scores: Tensor,
     ) -> None:
         every = self.config.run.sample_every
         if not every or (self.step - 1) % every:
@@ -211,6 +216,7 @@ class PPOTrainer:
             for i in range(min(_SAMPLES_LOGGED, len(rollout)))
         ]
         run.log_samples(self.step, samples)
+        trackers.log_samples(self.step, samples)
         progress.sample(show_prompt(rollout.prompts[0]), rollout.responses[0], float(scores[0]))
 
     def _open_run(self) -> RunDirectory:
@@ -220,7 +226,8 @@ class PPOTrainer:
         )
 
     def _open_trackers(self, run: RunDirectory) -> Trackers:
-        return Trackers(self.config.run.trackers, run.path, flatten(as_dict(self.config)))
+        settings = flatten(as_dict(self.config))
+        return Trackers(self.config.run.trackers, run.path, settings, self.step)
 
     def _save_checkpoint(self, run: RunDirectory) -> None:
         with atomic_folder(run.checkpoint(self.step)) as folder:

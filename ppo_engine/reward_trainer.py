@@ -111,7 +111,8 @@ class RewardModelTrainer:
         run = RunDirectory(config.output_dir, self.config, config.resume, command="reward")
         if config.resume:
             self._restore(run)
-        trackers = Trackers(config.trackers, run.path, flatten(as_dict(self.config)))
+        settings = flatten(as_dict(self.config))
+        trackers = Trackers(config.trackers, run.path, settings, self.step)
         pairs = f"{len(self.training)} pairs, {len(self.held_out)} held out"
         if not self.before and self.held_out:
             # Apart from the training's progress, whose estimate of the time left it would spoil.

@@ -1,13 +1,119 @@
-"""Metrics to TensorBoard and Weights & Biases, where the run asks for them."""
+"""Metrics and samples to TensorBoard, Weights & Biases and trackio, where `run.trackers` asks.
+
+They show a run; they do not hold it: `metrics.jsonl` and `samples.jsonl` are written in any case,
+and a tracker that fails is left out for the rest of the run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ppo_engine.errors import UserError
+from ppo_engine.text import show_prompt
+
+_PROJECT = "ppo-engine"
+_log = logging.getLogger(__name__)
+
+Cell = str | int | float | bool | None
+Table = tuple[list[str], list[list[Cell]]]
+
+
+class Tracker(Protocol):
+    """What a tracker does; it raises whatever its package raises."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_samples(self, step: int, columns: list[str], rows: list[list[Cell]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run's folder. A resumed run hides the points of the steps it repeats."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = start + 1 if start else None
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # left to itself it keeps two minutes back, and a crash loses them
+
+    def log_samples(self, step: int, columns: list[str], rows: list[list[Cell]]) -> None:
+        self._writer.add_text("samples", _markdown(columns, rows), step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of its own for each start, in a group named after the folder: its steps only go up,
+    so a resumed run could not repeat those after its checkpoint."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], start: int) -> None:
+        import wandb
+
+        self._table: Any = wandb.Table
+        self._run: Any = wandb.init(
+            project=_PROJECT,
+            name=_run_name(folder, start),
+            group=folder.name,
+            dir=str(folder),
+            config=dict(settings),
+            reinit="create_new",  # one that a failed run left open, or the user's, is another
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def log_samples(self, step: int, columns: list[str], rows: list[list[Cell]]) -> None:
+        table = self._table(columns=columns, data=rows, allow_mixed_types=True)
+        self._run.log({"samples": table}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """As `WandB`: trackio adds what a resumed run repeats to what is there, so it is another run.
+
+    Local (`trackio show --project ppo-engine`), or where trackio's environment variables say.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], start: int) -> None:
+        import trackio
+
+        self._table: Any = trackio.Table
+        self._run: Any = trackio.init(
+            project=_PROJECT,
+            name=_run_name(folder, start),
+            group=folder.name,
+            config=dict(settings),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def log_samples(self, step: int, columns: list[str], rows: list[list[Cell]]) -> None:
+        self._run.log({"samples": self._table(columns=columns, data=rows)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -23,32 +129,81 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Writes each step's metrics to every tracker in `names`; nothing where there is none."""
+    """Every tracker in `names`, for the run in `folder` from after step `start` on.
 
-    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
+    One that fails, at its start or later, gets nothing more, and a warning (logger
+    `ppo_engine.trackers`, so on stderr) says so once; the others and the run go on.
+    """
+
+    def __init__(
+        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], start: int = 0
+    ) -> None:
         check_trackers(names)
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        if "tensorboard" in names:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        if "wandb" in names:
-            import wandb
-
-            self._wandb = wandb.init(
-                project="ppo-engine", name=folder.name, dir=str(folder), config=dict(settings)
-            )
+        self._trackers: dict[str, Tracker] = {}
+        for name in dict.fromkeys(names):
+            try:
+                self._trackers[name] = _TRACKERS[name](folder, settings, start)
+            except Exception as error:  # each package has errors of its own
+                _warn(name, error)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+        """The metrics of a step."""
+        self._each(lambda tracker: tracker.log(step, metrics))
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """The rows of a step that go to samples.jsonl, as a table; of a chat its last message."""
+        columns, rows = _as_table(step, samples)
+        self._each(lambda tracker: tracker.log_samples(step, columns, rows))
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                action(tracker)
+            except Exception as error:  # as above
+                del self._trackers[name]
+                _warn(name, error)
+
+
+def _warn(name: str, error: Exception) -> None:
+    reason = str(error).strip().split("\n")[0] or "no reason given"
+    _log.warning(
+        "The tracker %r failed (%s: %s) and gets nothing more of this run. Nothing is lost: "
+        "metrics.jsonl and samples.jsonl have it all.",
+        name,
+        type(error).__name__,
+        reason,
+    )
+
+
+def _run_name(folder: Path, start: int) -> str:
+    return f"{folder.name} from step {start + 1}" if start else folder.name
+
+
+def _as_table(step: int, samples: Sequence[Mapping[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(name for sample in samples for name in sample))
+    rows = [[step, *(_cell(sample.get(name)) for name in columns)] for sample in samples]
+    return ["step", *columns], rows
+
+
+def _cell(value: Any) -> Cell:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    try:
+        return str(show_prompt(value))
+    except (LookupError, TypeError):  # no chat
+        return str(value)
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([_literal(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _literal(cell: Cell) -> str:
+    """Text as the model wrote it: nothing in it is markup, and a line's end is not the table's."""
+    text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    plain = (c if c.isalnum() or c in " \n" else f"&#{ord(c)};" for c in text)
+    return "".join(plain).replace("\n", "<br>")

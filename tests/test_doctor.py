@@ -50,6 +50,9 @@ def test_healthy_machine() -> None:
         "C++ compiler",
         "threads",
         "peft",
+        "tensorboard",
+        "wandb",
+        "trackio",
         "demo model",
     ):
         assert word in text

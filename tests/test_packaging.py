@@ -100,6 +100,8 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("group", ["lora", "data", "tensorboard", "wandb", "demo", "bench", "dev"])
+@pytest.mark.parametrize(
+    "group", ["lora", "data", "tensorboard", "wandb", "trackio", "demo", "bench", "dev"]
+)
 def test_optional_groups(group: str) -> None:
     assert PROJECT["optional-dependencies"][group]

@@ -11,7 +11,6 @@ from ppo_engine.config import PPOConfig, RewardModelConfig
 from ppo_engine.config_io import load_config
 from ppo_engine.errors import UserError
 from ppo_engine.run_directory import RunDirectory, atomic_folder
-from ppo_engine.trackers import Trackers, check_trackers
 
 
 def lines(file: Path) -> list[dict[str, object]]:
@@ -136,23 +135,3 @@ def test_remains_of_a_killed_run_are_no_checkpoint(tmp_path: Path) -> None:
     (run.path / "checkpoints" / ".step-000002.partial").mkdir()
     (run.path / "checkpoints" / "step-000003.bak").mkdir()
     assert run.newest_checkpoint() == (1, run.checkpoint(1))
-
-
-def test_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"'wandb'.*pip install 'ppo-engine\[wandb\]'"):
-        check_trackers(["wandb"])
-    Trackers([], tmp_path, {}).log(1, {"x": 1.0})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the optional group `tensorboard` is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trackers = Trackers(["tensorboard"], tmp_path, {})
-    for step in (1, 2):
-        trackers.log(step, {"objective/kl": step / 2})
-    trackers.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("objective/kl")] == [(1, 0.5), (2, 1.0)]
