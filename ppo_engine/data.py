@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ppo_engine.annotations import ordinary_rows
 from ppo_engine.errors import UserError
 from ppo_engine.rows import (
     BadLineError,
@@ -122,13 +123,14 @@ def load_preferences(
       `tokenizer` has a chat template;
     - each with an optional finite `margin`;
     - `prompt`, `responses`, `ranks` (lower is better, equal ranks no pair, negative ones absent),
-      expanded to all ordered pairs.
+      expanded to all ordered pairs;
+    - records that Argilla or Label Studio exported: see `annotations`.
 
     Raises `UserError` for a row that fits none, or skips it, and where no pair is left.
     """
     bad_lines = BadLines(on_bad_line)
     pairs: list[Preference] = []
-    for place, row in read_rows(source, "preferences", bad_lines):
+    for place, row in ordinary_rows(read_rows(source, "preferences", bad_lines), bad_lines):
         try:
             found = _pairs_of(row, bool(tokenizer.chat_template))
         except BadLineError as error:

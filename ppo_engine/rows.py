@@ -1,4 +1,5 @@
-"""Rows of data files, each with the place it came from: JSONL, gzipped or not, and data sets.
+"""Rows of data files, each with the place it came from: JSONL and JSON arrays, gzipped or not, and
+data sets.
 
 `json.loads` alone accepts NaN, Infinity, duplicate keys and lone surrogates; each of them breaks
 something later and far away, so here they are errors that name the file and the line.
@@ -9,9 +10,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -91,12 +93,49 @@ def read_jsonl(path: str | Path, bad_lines: BadLines | None = None) -> Iterator[
         raise UserError(f"{path} is empty: it has no lines of data.")
 
 
+def read_json_array(
+    path: str | Path, bad_lines: BadLines | None = None
+) -> Iterator[tuple[int, Row]]:
+    """`(index, object)` of each element of a .json or .json.gz file that is one array.
+
+    As strict as `read_jsonl`, element by element. An array whose syntax is broken cannot be gone on
+    with: a `UserError` names the line, or the element.
+    """
+    bad_lines = bad_lines or BadLines("error")
+    try:
+        text = b"".join(_lines(path)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 (byte {error.start + 1}).") from None
+    index, position = 0, _skip(text, text.index("[") + 1)
+    if text.startswith("]", position):
+        raise UserError(f"{path} is empty: its array has no elements.")
+    while True:
+        try:
+            row, end = _element(text, position)
+        except json.JSONDecodeError as error:
+            raise _broken_array(path, text, error.pos, error.msg) from None
+        except BadLineError as error:
+            end = _end_of_element(f"{path}[{index}]", text, position, error)
+            bad_lines.add(f"{path}[{index}]", error.reason, error.detail)
+        else:
+            yield index, row
+        position = _skip(text, end)
+        if text.startswith("]", position):
+            break
+        if not text.startswith(",", position):
+            raise _broken_array(path, text, position, "expecting ',' or ']'")
+        index, position = index + 1, _skip(text, position + 1)
+    if text[position + 1 :].strip():
+        raise _broken_array(path, text, _skip(text, position + 1), "extra data after the array")
+
+
 def read_rows(
     source: str | Path | Iterable[Any], name: str, bad_lines: BadLines
 ) -> Iterator[tuple[str, Any]]:
-    """`(place, row)` of a file (JSONL, parquet), a saved data set's folder, or a sequence.
+    """`(place, row)` of a file (JSONL, JSON, parquet), a saved data set's folder, or a sequence.
 
-    A place is `file:line`, or `name[index]` where rows come from Python.
+    A place is `file:line`, or `file[index]` in a JSON array, or `name[index]` where rows come from
+    Python.
     """
     if not isinstance(source, str | Path):
         for index, row in enumerate(source):
@@ -110,6 +149,10 @@ def read_rows(
     if path.is_dir() or path.suffix == ".parquet":
         for index, row in enumerate(_open_data_set(path)):
             yield f"{path} row {index}", row
+        return
+    if _is_json_array(path):
+        for index, row in read_json_array(path, bad_lines):
+            yield f"{path}[{index}]", row
         return
     for number, row in read_jsonl(path, bad_lines):
         yield f"{path}:{number}", row
@@ -144,29 +187,71 @@ def _open(path: str | Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
 
 
+def _is_json_array(path: Path) -> bool:
+    """By name and content: a file of one object a line is often called .json as well."""
+    if not path.name.endswith((".json", ".json.gz")):
+        return False
+    return next((line for line in _lines(path) if line.strip()), b"").lstrip().startswith(b"[")
+
+
 def _parse(line: bytes) -> Row:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadLineError("not valid UTF-8", f" (byte {error.start + 1})") from None
     try:
-        row = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
+        return _check_row(_strictly(lambda: _STRICT.decode(text)), text)
+    except json.JSONDecodeError as error:
+        raise BadLineError("not valid JSON", f" ({error.msg} at column {error.colno})") from None
+
+
+def _element(text: str, position: int) -> tuple[Row, int]:
+    """The object that starts at `position`, and where it ends."""
+    row, end = _strictly(lambda: _STRICT.raw_decode(text, position))
+    return _check_row(row, text[position:end]), end
+
+
+def _strictly(decode: Callable[[], Any]) -> Any:
+    try:
+        return decode()
+    except RecursionError:
+        raise BadLineError("nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadLineError("not valid JSON", f" ({error})") from None
+
+
+def _check_row(row: Any, text: str) -> Row:
+    try:
         if "\\u" in text:
             _refuse_surrogates(row)
     except RecursionError:
         raise BadLineError("nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise BadLineError("not valid JSON", f" ({error.msg} at column {error.colno})") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise BadLineError("not valid JSON", f" ({error})") from None
     if not isinstance(row, dict):
         raise BadLineError("not a JSON object", f" but {type(row).__name__}")
     return row
+
+
+def _end_of_element(place: str, text: str, position: int, problem: BadLineError) -> int:
+    """Where an element ends that was refused, so that the one behind it can be read."""
+    try:
+        return _LENIENT.raw_decode(text, position)[1]
+    except (ValueError, RecursionError):
+        raise UserError(f"{place}: {problem}, and what follows cannot be read.") from None
+
+
+def _skip(text: str, position: int) -> int:
+    """The next position that is not white space, as JSON has it."""
+    match = _WHITE_SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _broken_array(path: str | Path, text: str, position: int, problem: str) -> UserError:
+    line = text.count("\n", 0, position) + 1
+    return UserError(
+        f"{path}:{line}: not valid JSON ({problem}); mend the file or export it again."
+    )
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
@@ -196,6 +281,13 @@ def _refuse_surrogates(value: Any) -> None:
     if isinstance(value, list):
         for item in value:
             _refuse_surrogates(item)
+
+
+_WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
+)
+_LENIENT = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
 
 def _open_data_set(path: Path) -> Iterable[Any]:

@@ -115,6 +115,64 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             load_prompts(tmp_path / f"{name}.jsonl.gz")
 
 
+# Files that are one array
+
+
+def test_elements_of_an_array_are_numbered(tmp_path: Path) -> None:
+    for name in ("data.json", "data.json.gz"):
+        file = write(tmp_path, ' [ {"prompt": "a"} ,', "", '{"prompt": "[b, ]"}]', "", name=name)
+        examples, _ = load_prompts(file)
+        assert [(e.prompt, e.place) for e in examples] == [
+            ("a", f"{file}[0]"),
+            ("[b, ]", f"{file}[1]"),
+        ]
+
+
+def test_a_file_of_lines_may_be_called_json(tmp_path: Path) -> None:
+    examples, _ = load_prompts(write(tmp_path, GOOD, GOOD, name="data.json"))
+    assert [example.place[-2:] for example in examples] == [":1", ":2"]
+
+
+@pytest.mark.parametrize(
+    ("element", "message"),
+    [
+        ('["x"]', "not a JSON object but list"),
+        ('{"prompt": "x", "margin": NaN}', r"not finite \(NaN\)"),
+        ('{"prompt": "x", "margin": 1e999}', r"not finite \(1e999\)"),
+        ('{"prompt": "x", "meta": {"a": 1, "a": 2}}', "duplicate key 'a'"),
+        ('{"prompt": "\\ud800 x"}', "lone surrogate"),
+        ('{"prompt": "x", "n": ' + "1" * 5000 + "}", "not valid JSON"),
+        ('{"prompt": ""}', "empty prompt"),
+    ],
+)
+def test_bad_element_is_named_or_skipped(tmp_path: Path, element: str, message: str) -> None:
+    file = write(tmp_path, f"[{GOOD}, {element}, {GOOD}]", name="data.json")
+    with pytest.raises(UserError, match=rf"data\.json\[1\]: .*{message}"):
+        load_prompts(file)
+    examples, skipped = load_prompts(file, on_bad_line="skip")
+    assert [e.place[-3:] for e in examples] == ["[0]", "[2]"] and skipped.total == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is empty"),
+        (f"[{GOOD},\n{GOOD}", r"data\.json:\d: not valid JSON"),
+        (f"[{GOOD},\n]", r"data\.json:2: not valid JSON"),
+        (f"[{GOOD}\n{GOOD}]", r"data\.json:2: not valid JSON \(expecting ',' or '\]'\)"),
+        (f"[{GOOD}]\n{GOOD}", r"data\.json:2: not valid JSON \(extra data"),
+        (f"[{GOOD}, {{'a': 1}}]", r"data\.json:1: not valid JSON"),
+        (f"[{GOOD}, " + "[" * 100_000 + "]" * 100_000 + "]", r"data\.json\[1\]: nested too deeply"),
+        (b'[{"prompt": "\xff"}]', "not valid UTF-8"),
+    ],
+)
+def test_array_that_cannot_be_gone_on_with(
+    tmp_path: Path, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts(write(tmp_path, content, name="data.json"), on_bad_line="skip")
+
+
 # Prompts
 
 
