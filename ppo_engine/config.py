@@ -62,6 +62,7 @@ class ModelConfig:
     path: str = ""
     trainable_layers: NonNegativeInt | None = None  # the last N decoder layers; None trains all
     lora: LoraConfig | None = None
+    quantization: Literal["8bit", "4bit"] | None = None  # of the frozen base under lora; needs path
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
 

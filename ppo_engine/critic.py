@@ -40,6 +40,7 @@ class Critic:
             config,
             policy.tokenizer,
             device=policy.device,
+            dtype=policy.dtype,
             policy=policy.model,
             reward_model=source,
             seed=seed,

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import inspect
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from ppo_engine.config import LoraConfig, ModelConfig
 from ppo_engine.errors import UserError
@@ -109,6 +117,47 @@ def compute(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCont
     return torch.autocast(device.type, dtype=dtype)
 
 
+def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`: weights in fp32, the base quantised where configured.
+
+    4 bits as in QLoRA: NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314).
+    8 bits as in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), without its outliers in fp16:
+    which features these are depends on the whole batch, so that a token's log-prob would change
+    with the padding beside it. Heads and embeddings stay as they are.
+
+    Of what `peft.prepare_model_for_kbit_training` does, nothing is needed: what is not quantised is
+    in fp32, adapters freeze the rest, and checkpointing here does without reentrant backward.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if config.quantization is None:
+        return options
+    if config.lora is None:
+        raise UserError(
+            f"quantization: {config.quantization} needs lora: a quantised model cannot be trained "
+            "itself, only adapters on it. Set lora (such as lora.rank=16), or leave quantization "
+            "unset."
+        )
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"quantization needs the package {package}: pip install 'ppo-engine[quant]', or "
+                "leave quantization unset."
+            )
+    # It says at each product that fp16 is what it multiplies in.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        if config.quantization == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    )
+    return options | {"quantization_config": settings, "device_map": {"": device}}
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Dropout makes two passes over the same tokens differ, and the ratio with them.
 
@@ -172,6 +221,17 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str)
 
     `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
     """
+    if config.quantization is not None and not is_quantized(model):
+        raise UserError(
+            f"quantization: {config.quantization} needs a path: a quantised model is loaded so, it "
+            "is no copy of another and none that is handed in. For the critic, give the reward "
+            "model's path or the policy's."
+        )
+    if any(getattr(module, "source_cls", nn.Linear) is not nn.Linear for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} cannot be quantised: its layers are no nn.Linear, so what is "
+            "trained could not be saved in its format. Leave quantization unset."
+        )
     if config.lora is not None:
         if config.trainable_layers is not None:
             raise UserError("Set either lora or trainable_layers: adapters need a frozen model.")
@@ -209,11 +269,33 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_quantized(model: Any) -> bool:
+    return getattr(unwrap(model), "hf_quantizer", None) is not None
+
+
 def merged(model: Any) -> Any:
-    """A copy with its adapters in the weights, or the model itself where it has none."""
+    """A copy with its adapters in the weights, or the model itself where it has none.
+
+    Of a quantised base the weights are those it computed with, in fp32, and not those that it was
+    once made from: the result is then the model that was trained and measured.
+    """
     if not hasattr(model, "merge_and_unload"):
         return model
-    return copy.deepcopy(model).merge_and_unload()  # the trained model keeps its adapters
+    twin = copy.deepcopy(model)  # the trained model keeps its adapters
+    if not is_quantized(model):
+        return twin.merge_and_unload()
+    # Merged by peft they would be quantised again, and the adapters with them.
+    deltas = {
+        name: module.get_delta_weight(module.active_adapter[0])
+        for name, module in unwrap(twin).named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    with quiet_transformers():
+        plain = twin.unload().dequantize(dtype=torch.float32)
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            plain.get_submodule(name).weight += delta
+    return plain
 
 
 def base_inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
@@ -235,16 +317,16 @@ def _layer_count(model: PreTrainedModel) -> int:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without the library's progress bars, and its report that the head is new (it is meant to)."""
-    verbosity = logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if bar:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def first_line(error: Exception) -> str:

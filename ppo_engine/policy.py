@@ -66,8 +66,9 @@ class Policy:
             path = models.resolve(model or config.path)
             models.load_model_config(path)
             tokenizer = tokenizer or models.load_tokenizer(path)
+            options = models.load_options(config, device, dtype)
             try:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+                model = AutoModelForCausalLM.from_pretrained(path, **options)
             except (OSError, ValueError, RuntimeError) as error:
                 reason = models.first_line(error)
                 raise UserError(

@@ -91,7 +91,11 @@ class RewardModelTrainer:
             model = value_model.ready_value_model(model.float(), tokenizer, self.device)
         else:
             model = value_model.load_value_model(
-                config.model.path, tokenizer, device=self.device, seed=config.run.seed
+                config.model.path,
+                tokenizer,
+                device=self.device,
+                seed=config.run.seed,
+                options=models.load_options(config.model, self.device, self.dtype),
             )
         self.model = models.prepare_for_training(model, config.model, "SEQ_CLS")
         self.steps_per_epoch = math.ceil(len(self.training) / config.reward.batch_size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,8 +39,10 @@ def load_value_model(
     device: torch.device,
     seed: int = 0,
     require_head: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A sequence-classification model with one label from `path` (folder or name), in fp32.
+    """A sequence-classification model with one label from `path` (folder or name), in fp32, or as
+    `options` (`models.load_options`) say.
 
     A checkpoint without a head (a causal language model) gets a new one, made from `seed`; with
     `require_head` (a model that is to score without being trained) that is a UserError, as is a
@@ -55,7 +58,10 @@ def load_value_model(
     try:
         with models.quiet_transformers():
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, dtype=torch.float32, output_loading_info=True
+                path,
+                num_labels=1,
+                output_loading_info=True,
+                **(options or {"dtype": torch.float32}),
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = models.first_line(error)
@@ -91,6 +97,7 @@ def make_critic(
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device,
+    dtype: torch.dtype,
     policy: PreTrainedModel,
     reward_model: PreTrainedModel | None = None,
     seed: int = 0,
@@ -102,7 +109,8 @@ def make_critic(
     it shares them (`rewards.same_tokenizer`).
     """
     if config.path:
-        critic = load_value_model(config.path, tokenizer, device=device, seed=seed)
+        options = models.load_options(config, device, dtype)
+        critic = load_value_model(config.path, tokenizer, device=device, seed=seed, options=options)
     elif reward_model is not None:
         critic = copy.deepcopy(reward_model).float().requires_grad_(True)
     else:

@@ -50,6 +50,7 @@ def test_healthy_machine() -> None:
         "C++ compiler",
         "threads",
         "peft",
+        "bitsandbytes",
         "tensorboard",
         "wandb",
         "trackio",

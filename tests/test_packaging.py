@@ -101,7 +101,7 @@ def _normal(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "group", ["lora", "data", "tensorboard", "wandb", "trackio", "demo", "bench", "dev"]
+    "group", ["lora", "quant", "data", "tensorboard", "wandb", "trackio", "demo", "bench", "dev"]
 )
 def test_optional_groups(group: str) -> None:
     assert PROJECT["optional-dependencies"][group]

@@ -167,7 +167,12 @@ def test_critic_starts_as_the_reward_model_and_leaves_it_alone(folder):
     reward_model = load_value_model(folder, tiny_tokenizer(), device=CPU, seed=7)
     reward_model.requires_grad_(False)
     critic = make_critic(
-        ModelConfig(), tiny_tokenizer(), device=CPU, policy=policy, reward_model=reward_model
+        ModelConfig(),
+        tiny_tokenizer(),
+        device=CPU,
+        dtype=torch.float32,
+        policy=policy,
+        reward_model=reward_model,
     )
     before = score_head(reward_model).weight.clone()
     assert torch.equal(score_head(critic).weight, before)
@@ -180,7 +185,9 @@ def test_critic_starts_as_the_reward_model_and_leaves_it_alone(folder):
 
 def test_critic_without_a_reward_model_is_the_policy_under_a_new_head(model):
     policy = tiny_model()  # the weights of the folder that `model` was loaded from
-    critic = make_critic(ModelConfig(), tiny_tokenizer(), device=CPU, policy=policy, seed=0)
+    critic = make_critic(
+        ModelConfig(), tiny_tokenizer(), device=CPU, dtype=torch.float32, policy=policy, seed=0
+    )
     with torch.no_grad():
         torch.testing.assert_close(
             sequence_scores(critic, *batch("left")), sequence_scores(model, *batch("left"))
