@@ -277,7 +277,8 @@ def merged(model: Any) -> Any:
     """A copy with its adapters in the weights, or the model itself where it has none.
 
     Of a quantised base the weights are those it computed with, in fp32, and not those that it was
-    once made from: the result is then the model that was trained and measured.
+    once made from: the result is then the model that was trained and measured, but for what 8-bit
+    products round of their inputs.
     """
     if not hasattr(model, "merge_and_unload"):
         return model
