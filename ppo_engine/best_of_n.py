@@ -1,0 +1,47 @@
+"""Best-of-n: of n sampled responses to a prompt the one with the highest score is kept.
+
+What a policy would score so, and how far that takes it from itself, estimated from K responses to
+each prompt. A trained policy is worth its cost where it beats this.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def expected_best(scores: Tensor, n: int) -> Tensor:
+    """Unbiased estimate of E[max of n scores] for each prompt: [P], from `scores` [P, K], n <= K.
+
+    The mean of the maximum over all C(K, n) subsets of n scores: the i-th smallest of K is the
+    maximum of C(i-1, n-1) of them, so that the estimate is sum_i C(i-1, n-1) / C(K, n) * s_(i).
+    Best-of-n as in Nakano et al. 2021 (arXiv:2112.09332); for scores of 0 and 1 it is the pass@k of
+    Chen et al. 2021 (arXiv:2107.03374, section 2.1). Summed in fp64, returned in the dtype of
+    `scores`. Raises ValueError where the shape or `n` does not fit.
+    """
+    if scores.ndim != 2 or not scores.is_floating_point():
+        raise ValueError(
+            "scores must be floating-point [prompts, responses], but are "
+            f"{tuple(scores.shape)} {scores.dtype}"
+        )
+    count = scores.shape[1]
+    if not 1 <= n <= count:
+        raise ValueError(f"n must be from 1 to {count}, the responses to each prompt, but is {n}")
+    # The n - 1 smallest are never the maximum.
+    ranked = scores.double().sort(dim=1).values[:, n - 1 :]
+    subsets = math.comb(count, n)
+    weights = [math.comb(below, n - 1) / subsets for below in range(n - 1, count)]
+    return (ranked @ torch.tensor(weights, dtype=torch.float64, device=scores.device)).to(
+        scores.dtype
+    )
+
+
+def kl_bound(n: int) -> float:
+    """log n - (n-1)/n nats: at most so far is best-of-n from the policy that it samples.
+
+    An upper bound of KL(best-of-n || policy), whatever the scores (Beirami et al. 2024,
+    arXiv:2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
