@@ -172,6 +172,21 @@ GRPO_DEFAULTS: dict[str, Any] = {
 
 
 @_settings
+class EvaluationConfig:
+    """Held-out prompts, answered before training, after every so many steps and at the end.
+
+    They come from a file of their own, or are taken out of the training data; none by default.
+    """
+
+    path: str | None = None  # as data.path
+    prompts: NonNegativeInt = 0  # or so many different prompts of the training data
+    every: NonNegativeInt = 0  # steps; 0 is before training and at the end only
+    best_of: PositiveInt = 1  # responses to each; with N > 1 the expected best of N is measured too
+    patience: PositiveInt | None = None  # stop after so many in a row without a new best score
+    keep_best: bool = True  # the policy with the best score so far stands in best/
+
+
+@_settings
 class RunConfig:
     """What every training command has: where results go, and what makes a run repeatable."""
 
@@ -196,6 +211,7 @@ class PPOConfig:
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
     ppo: PPOSettings = Field(default_factory=PPOSettings)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
     steps: PositiveInt = 100  # rollout batches
     profile: bool = False  # write where the second step's time goes, with a trace

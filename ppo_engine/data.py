@@ -108,6 +108,12 @@ def limit_prompts(
     return kept, bad_lines.skipped
 
 
+def columns_of(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
+    """The other columns of the data as lists; one that some rows lack holds None there."""
+    names = {name for example in examples for name in example.columns}
+    return {name: [example.columns.get(name) for example in examples] for name in sorted(names)}
+
+
 def load_preferences(
     source: str | Path | Iterable[Any],
     *,

@@ -175,9 +175,7 @@ class PPOEngine:
             )
         if self.estimator.group:
             check_groups(rollout.prompts, self.config.ppo)
-        if self.normalizer is not None:
-            scores = self.normalizer(scores)
-        scores = apply_missing_eos(scores, rollout.finished, self.config.reward)
+        scores = self.shaped_scores(rollout, scores, learn=True)
 
         settings = self.config.ppo
         logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
@@ -213,6 +211,15 @@ class PPOEngine:
             returns=None if values is None else shaped.returns,
             is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
         )
+
+    def shaped_scores(self, rollout: Rollout, scores: Tensor, *, learn: bool = False) -> Tensor:
+        """What training makes of `scores` [B]: normalized, and with the missing-EOS rule applied.
+
+        The normalization takes them into its statistics where it is to `learn` from them.
+        """
+        if self.normalizer is not None:
+            scores = self.normalizer(scores, learn=learn)
+        return apply_missing_eos(scores, rollout.finished, self.config.reward)
 
     @torch.no_grad()
     def compare_with_reference(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,10 +349,8 @@ class PPOEngine:
             return None
         if rollout.greedy is None:
             raise ValueError("ReMax needs Rollout.greedy, which PPOEngine.generate makes.")
-        scores = self.score(rollout.greedy)
-        if self.normalizer is not None:
-            scores = self.normalizer(scores)
-        scores = apply_missing_eos(scores, rollout.greedy.finished, self.config.reward)
+        # On the scale of the sampled responses' scores.
+        scores = self.shaped_scores(rollout.greedy, self.score(rollout.greedy))
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
 
     def _compare(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:

@@ -259,7 +259,8 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer in Hugging Face format, adapters merged into the weights."""
-        models.merged(self.model).save_pretrained(folder)
+        with models.quiet_transformers():
+            models.merged(self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

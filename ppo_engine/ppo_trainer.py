@@ -30,12 +30,14 @@ from ppo_engine.conversation import Environment
 from ppo_engine.data import (
     PromptExample,
     SkippedLines,
+    columns_of,
     limit_prompts,
     load_prompts,
     prompts_from_sequence,
 )
 from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
+from ppo_engine.evaluation import Evaluator, check_evaluation, hold_out, overlap
 from ppo_engine.progress import Progress
 from ppo_engine.report import write_curves
 from ppo_engine.rewards import RewardFunction, RewardModel, reward_config
@@ -79,18 +81,22 @@ class PPOTrainer:
         self.config = config
         self.console = console
         check_trackers(config.run.trackers)
+        check_evaluation(config.evaluation)
         self.notes: list[str] = []
         examples = self._read(config.data.path if prompts is None else prompts)
+        held_out = self._read(config.evaluation.path) if config.evaluation.path else []
         self.engine = PPOEngine(
             policy, reward, config=config, tokenizer=tokenizer, environment=environment
         )
-        self.examples, skipped = limit_prompts(
-            examples,
-            self.engine.policy.tokenizer,
-            self._prompt_limit(),
-            on_bad_line=config.data.on_bad_line,
-        )
-        self._note_skipped(skipped)
+        self.examples = self._limited(examples)
+        if config.evaluation.prompts:
+            self.examples, held_out = hold_out(
+                self.examples, config.evaluation.prompts, config.run.seed
+            )
+        elif held_out:
+            held_out = self._limited(held_out)
+            self.notes += overlap(self.examples, held_out)
+        self.evaluator = Evaluator(self.engine, held_out)
         if self.engine.policy.uses_own_logits:
             self.notes.append(
                 "Logits are the model's own, for every position: its output layer could not be "
@@ -108,7 +114,8 @@ class PPOTrainer:
 
         Writes the run's folder: the policy in `policy/`, the critic in `critic/`, both in Hugging
         Face format, with curves in `report.png`. With `config.profile`, the second step from here,
-        or the only one, is profiled (the first warms up): see `anatomy`.
+        or the only one, is profiled (the first warms up): see `anatomy`. With held-out prompts
+        (`config.evaluation`) it may end early, and `best/` holds the best policy.
         """
         config = self.config.run
         run: RunDirectory | None = None
@@ -117,12 +124,16 @@ class PPOTrainer:
         if config.resume:
             run = self._open_run()
             self._restore(run)
+        if self.step == 0 and self.evaluator.due(0):
+            run, trackers = self._evaluate_untrained(run)
         profiled = min(self.step + 2, self.config.steps) if self.config.profile else None
+        held_out = len(self.evaluator.examples)
         title = f"{self.title}, {len(self.examples)} prompts"
+        title += f", {held_out} held out" * bool(held_out)
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in self.notes:
                 progress.note(note)
-            while self.step < self.config.steps:
+            while not self._done():
                 started = time.perf_counter()
                 recording = self.step + 1 == profiled
                 with anatomy.recording(self.engine) if recording else nullcontext() as profile:
@@ -139,19 +150,26 @@ class PPOTrainer:
                 metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
                 if profile is not None:
                     self._write_profile(profile, run, progress)
+                samples = self._samples(rollout, scores)
+                if self.evaluator.due(self.step):
+                    evaluation = self.evaluator.evaluate(progress)
+                    self.evaluator.keep(self.step, evaluation, run)
+                    metrics |= evaluation.metrics
+                    samples += evaluation.samples[:_SAMPLES_LOGGED]
                 metrics["memory/peak"] = peak_memory(self.engine.device)
                 metrics |= progress.times
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
-                self._show_samples(run, trackers, progress, rollout, scores)
-                last = self.step == self.config.steps
+                self._show_samples(run, trackers, progress, samples)
                 every = config.checkpoint_every
-                if last or (every and self.step % every == 0):
+                if self._done() or (every and self.step % every == 0):
                     self._save_checkpoint(run)
             run = run or self._open_run()
             self._save_models(run)
             progress.note(f"The policy is in {run.path / 'policy'}")
+            for note in self.evaluator.notes():
+                progress.note(note)
         if trackers is not None:
             trackers.close()
         write_curves(run.path, run.path / "report.png", self.title)
@@ -190,23 +208,35 @@ class PPOTrainer:
     def _sample(self, progress: Progress) -> tuple[Rollout, Tensor]:
         examples = self.batch(self.step)
         with progress.phase("generate"):
-            rollout = self.engine.generate([e.prompt for e in examples], _columns(examples))
+            rollout = self.engine.generate([e.prompt for e in examples], columns_of(examples))
         with progress.phase("score"):
             scores = self.engine.score(rollout)
         return rollout, scores
 
-    def _show_samples(
-        self,
-        run: RunDirectory,
-        trackers: Trackers,
-        progress: Progress,
-        rollout: Rollout,
-        scores: Tensor,
-    ) -> None:
+    def _done(self) -> bool:
+        return self.step >= self.config.steps or self.evaluator.out_of_patience
+
+    def _evaluate_untrained(self, run: RunDirectory | None) -> tuple[RunDirectory, Trackers]:
+        """Evaluate before the first step, with a progress of its own: it would spoil the training's
+        estimate of the time left."""
+        title = "Held-out prompts before training"
+        with Progress(1, title, console=self.console) as progress:
+            evaluation = self.evaluator.evaluate(progress)
+            run = run or self._open_run()
+            trackers = self._open_trackers(run)
+            self.evaluator.keep(0, evaluation, run)
+            run.log_metrics(0, evaluation.metrics)
+            trackers.log(0, evaluation.metrics)
+            progress.step(1, evaluation.metrics)
+            self._show_samples(run, trackers, progress, evaluation.samples[:_SAMPLES_LOGGED])
+        return run, trackers
+
+    def _samples(self, rollout: Rollout, scores: Tensor) -> list[dict[str, Any]]:
+        """Rows for samples.jsonl, in the steps that are to have some."""
         every = self.config.run.sample_every
         if not every or (self.step - 1) % every:
-            return
-        samples = [
+            return []
+        return [
             {
                 "prompt": rollout.prompts[i],
                 "response": rollout.responses[i],
@@ -215,9 +245,22 @@ class PPOTrainer:
             }
             for i in range(min(_SAMPLES_LOGGED, len(rollout)))
         ]
-        run.log_samples(self.step, samples)
-        trackers.log_samples(self.step, samples)
-        progress.sample(show_prompt(rollout.prompts[0]), rollout.responses[0], float(scores[0]))
+
+    def _show_samples(
+        self,
+        run: RunDirectory,
+        trackers: Trackers,
+        progress: Progress,
+        samples: list[dict[str, Any]],
+    ) -> None:
+        """Write them, and show the first of training and the first of the held-out prompts."""
+        if samples:
+            run.log_samples(self.step, samples)
+            trackers.log_samples(self.step, samples)
+        for name, held_out in (("sample", False), ("held-out sample", True)):
+            found = [row for row in samples if row.get("held_out", False) == held_out]
+            for row in found[:1]:
+                progress.sample(show_prompt(row["prompt"]), row["response"], row["score"], name)
 
     def _open_run(self) -> RunDirectory:
         config = self.config.run
@@ -236,6 +279,7 @@ class PPOTrainer:
                 {
                     "step": self.step,  # the data's position too: see `batch`
                     "engine": self.engine.state_dict(),
+                    "evaluator": self.evaluator.state_dict(),
                     "random": random_states(),
                 },
             )
@@ -250,10 +294,11 @@ class PPOTrainer:
     def _restore(self, run: RunDirectory) -> None:
         newest = run.newest_checkpoint()
         if newest is None:
-            run.rewind(0)
+            run.rewind(-1)
             return
         state = load_training_state(newest[1], self.engine.device)
         self.engine.load_state_dict(state["engine"])
+        self.evaluator.load_state_dict(state.get("evaluator", {}))  # older ones have none
         restore_random_states(state["random"])
         self.step = state["step"]
         run.rewind(self.step)
@@ -278,6 +323,16 @@ class PPOTrainer:
         self._note_skipped(skipped)
         return examples
 
+    def _limited(self, examples: Sequence[PromptExample]) -> list[PromptExample]:
+        kept, skipped = limit_prompts(
+            examples,
+            self.engine.policy.tokenizer,
+            self._prompt_limit(),
+            on_bad_line=self.config.data.on_bad_line,
+        )
+        self._note_skipped(skipped)
+        return kept
+
     def _note_skipped(self, skipped: SkippedLines) -> None:
         if skipped.total:
             self.notes.append(f"Prompts: {skipped}.")
@@ -289,9 +344,3 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _columns(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
-    """The other columns of the data as lists; one that some rows lack holds None there."""
-    names = {name for example in examples for name in example.columns}
-    return {name: [example.columns.get(name) for example in examples] for name in sorted(names)}

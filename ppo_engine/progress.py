@@ -29,6 +29,8 @@ _HEADLINES = (
     ("reward/loss", "loss", "{:.4f}"),
     ("reward/accuracy", "accuracy", "{:.1%}"),
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
+    ("eval/scores", "held-out score", "{:+.3f}"),
+    ("eval/win_rate", "win rate", "{:.1%}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 _REFRESH_PER_SECOND = 4
@@ -103,16 +105,16 @@ class Progress:
             parts = (f"step {step}/{self.total_steps}", self._facts, self._seconds, self._eta())
             self._print(" | ".join(part for part in parts if part))
 
-    def sample(self, prompt: str, response: str, score: float) -> None:
+    def sample(self, prompt: str, response: str, score: float, name: str = "sample") -> None:
         """Show one response, as the model wrote it but for control characters."""
         asked, answered = printable(prompt), printable(response) or "(empty)"
         if self._live is None:
-            self._print(f"  sample (score {score:+.3f}): {_one_line(asked)}")
+            self._print(f"  {name} (score {score:+.3f}): {_one_line(asked)}")
             self._print(f"    → {_one_line(answered)}")
         else:
             self._sample = Panel(
                 Text.assemble((_cut(asked, 200), "dim"), "\n", _cut(answered, _SAMPLE_CHARACTERS)),
-                title=f"sample of step {self._step}, score {score:+.3f}",
+                title=f"{name} of step {self._step}, score {score:+.3f}",
                 title_align="left",
                 border_style="dim",
             )

@@ -1,4 +1,5 @@
-"""One picture of a run: `report.png`, the curves of its metrics.jsonl."""
+"""One picture of a run: `report.png`, the curves of its metrics.jsonl, and how well its critic
+foresees the reward, with the points of critic.jsonl."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,22 +22,35 @@ from ppo_engine.rows import BadLines, read_jsonl
 _COLORS = ("#2a6fbb", "#d1602b", "#3b8f5a", "#8457a8", "#b08a1e", "#7a7a7a")
 _MANY_POINTS = 40  # from here on the points fade behind their running mean
 _PANEL_INCHES = (3.6, 2.6)
+_GUIDE: dict[str, Any] = {"color": "#7a7a7a", "linewidth": 0.8, "linestyle": ":"}
+_ANTICIPATION = "value/anticipation_"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A metric over the steps, `band` its half-width where there is one."""
+    """A metric over the steps, `band` its half-width and `held_out` its twin where there is one."""
 
     metric: str
     title: str
     unit: str
     band: str = ""
     percent: bool = False
+    held_out: str = ""
+    level: float | None = None  # what chance alone would give
 
 
 _PANELS = (
     Panel("objective/scores", "Score", "mean ± SD of responses", band="objective/scores_std"),
-    Panel("objective/kl", "KL to the reference", "nats per response"),
+    Panel("eval/scores", "Held-out score", "mean ± SE", band="eval/scores_se"),
+    Panel(
+        "eval/win_rate",
+        "Held out: wins against the reference",
+        "± SE",
+        band="eval/win_rate_se",
+        percent=True,
+        level=0.5,
+    ),
+    Panel("objective/kl", "KL to the reference", "nats per response", held_out="eval/kl"),
     Panel("objective/entropy", "Entropy of the policy", "nats per token"),
     Panel("objective/response_length", "Response length", "tokens"),
     Panel("policy/loss", "Policy loss", "mean per token"),
@@ -56,13 +71,13 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
     file = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     rows = [row for _, row in read_jsonl(file, BadLines("skip"))]
     panels = [_drawing(panel) for panel in _PANELS if _points(rows, panel.metric)[0].size]
+    panels += _critic_panels(rows, file.with_name("critic.jsonl"))
     phases = sorted({name for row in rows for name in row if name.startswith("time/")})
     if phases:
         panels.append(lambda axes, rows: _draw_times(axes, rows, phases))
     if not panels:
         raise UserError(f"{file} has no metrics to draw.")
     columns = min(4, math.ceil(len(panels) / 2))
-    steps = [row["step"] for row in rows if "step" in row]
     lines = math.ceil(len(panels) / columns)
     figure = Figure(
         figsize=(columns * _PANEL_INCHES[0], lines * _PANEL_INCHES[1] + 0.4),
@@ -76,10 +91,8 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
         place.spines[["top", "right"]].set_visible(False)
         place.grid(axis="y", color="#e6e6e6", linewidth=0.7)
         place.set_axisbelow(True)
-        place.set_xlim(min(steps) - 0.6, max(steps) + 0.6)
         place.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         place.yaxis.set_major_locator(MaxNLocator(5))
-        place.set_xlabel("step", fontsize=8)
     for place in axes[len(panels) :]:
         place.set_axis_off()
     path = Path(path)
@@ -110,8 +123,15 @@ def _drawing(panel: Panel) -> Callable[[Axes, list[dict]], None]:
             axes.plot(steps, _running_mean(values), color=color, linewidth=1.8)
         else:
             axes.plot(steps, values, color=color, linewidth=1.5, marker="o", markersize=2.5)
+        if panel.held_out and _points(rows, panel.held_out)[0].size:
+            style: dict[str, Any] = {"color": _COLORS[1], "linewidth": 1.2, "linestyle": "--"}
+            axes.plot(*_points(rows, panel.held_out), marker="o", ms=3, label="held out", **style)
+            axes.legend(fontsize=7, frameon=False, loc="best")
         if panel.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+        if panel.level is not None:
+            axes.axhline(panel.level, **_GUIDE)
+        _over_steps(axes, rows)
         _label(axes, panel.title, panel.unit)
 
     return draw
@@ -138,9 +158,63 @@ def _draw_times(axes: Axes, rows: list[dict], phases: list[str]) -> None:
         label = f"{phases[index].removeprefix('time/')} {share:.0%}"
         axes.bar(steps, seconds[index], width=1.0, bottom=below, color=color, label=label, lw=0)
         below += seconds[index]
-    axes.set_ylim(0, max(below.max() * 1.35, 1e-9))  # room for the legend
+    room = 1.15 + 0.13 * math.ceil(len(phases) / 2)  # for the legend
+    axes.set_ylim(0, max(below.max() * room, 1e-9))
     axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", handlelength=1.0)
+    _over_steps(axes, rows)
     _label(axes, "Time of a step", "seconds")
+
+
+def _critic_panels(rows: list[dict], file: Path) -> list[Callable[[Axes, list[dict]], None]]:
+    """How well the critic foresees the score: by the part of the response read, and at one part."""
+    panels: list[Callable[[Axes, list[dict]], None]] = []
+    if any(_anticipation(row) for row in rows):
+        panels.append(_draw_anticipation)
+    points = [row for _, row in read_jsonl(file, BadLines("skip"))] if file.exists() else []
+    if points:
+        panels.append(lambda axes, _: _draw_foreseen(axes, points[-1]))
+    return panels
+
+
+def _anticipation(row: dict) -> list[tuple[int, float]]:
+    """(percent read, correlation) of one evaluation."""
+    found = (
+        (int(name.removeprefix(_ANTICIPATION)), value)
+        for name, value in row.items()
+        if name.startswith(_ANTICIPATION) and value is not None
+    )
+    return sorted(found)
+
+
+def _draw_anticipation(axes: Axes, rows: list[dict]) -> None:
+    found = [(row["step"], _anticipation(row)) for row in rows if _anticipation(row)]
+    for (step, curve), alpha in zip([found[-1], *found[:1]], (1.0, 0.35), strict=True):
+        if alpha == 1.0 or len(found) > 1:
+            percent, correlation = zip(*curve, strict=True)
+            style: dict[str, Any] = {"color": _COLORS[3], "alpha": alpha, "linewidth": 1.5}
+            axes.plot(percent, correlation, marker="o", ms=3, label=f"step {step}", **style)
+    axes.axhline(0, **_GUIDE)
+    axes.legend(fontsize=7, frameon=False, loc="best", handlelength=1.5)
+    axes.set_xlim(5, 105)
+    axes.set_ylim(top=1.02)
+    axes.set_xlabel("% of the held-out response read", fontsize=8)
+    _label(axes, "Critic's value and the final score", "correlation")
+
+
+def _draw_foreseen(axes: Axes, points: dict) -> None:
+    """Predicted value against final score, of one evaluation."""
+    scores, values = np.array(points["scores"]), np.array(points["values"])
+    axes.scatter(scores, values, s=12, color=_COLORS[3], alpha=0.5, lw=0)
+    axes.axline((scores.mean(), scores.mean()), slope=1, label="value = score", **_GUIDE)
+    axes.legend(fontsize=7, frameon=False, loc="best")
+    axes.set_xlabel(f"final score of a held-out response, step {points['step']}", fontsize=8)
+    _label(axes, f"Critic at {points['read']} % of the response", "its value")
+
+
+def _over_steps(axes: Axes, rows: list[dict]) -> None:
+    steps = [row["step"] for row in rows if "step" in row]
+    axes.set_xlim(min(steps) - 0.6, max(steps) + 0.6)
+    axes.set_xlabel("step", fontsize=8)
 
 
 def _label(axes: Axes, title: str, unit: str) -> None:

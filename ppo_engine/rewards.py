@@ -160,9 +160,9 @@ class ScoreNormalizer:
         self.responses = responses
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Normalized scores, shaped like `scores`."""
-        if self.count < self.responses:
+    def __call__(self, scores: Tensor, *, learn: bool = True) -> Tensor:
+        """Normalized scores, shaped like `scores`; of an evaluation there is nothing to learn."""
+        if learn and self.count < self.responses:
             self._add(scores.double())
         std = math.sqrt(self.m2 / max(self.count, 1))
         # Scores that are all equal have no scale to divide by.

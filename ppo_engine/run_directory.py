@@ -3,8 +3,10 @@
 config.yaml            resolved settings
 metrics.jsonl          one line a step
 samples.jsonl          some responses of some steps
+critic.jsonl           the critic's values on held-out responses, and their scores
 checkpoints/step-…/    what a resumed run goes on from
 policy/, critic/ or reward_model/   the result, Hugging Face format
+best/                  the policy with the best held-out score so far
 report.png             the curves
 profile/               where a step's time goes, with a trace (profile=true)
 """
@@ -34,6 +36,7 @@ _FREE_KEYS = {
     "run.checkpoint_every",
     "run.sample_every",
     "run.trackers",
+    "evaluation.patience",
 }
 
 
@@ -52,6 +55,7 @@ class RunDirectory:
         self.path = Path(path).expanduser() if str(path) else _default_path(command)
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
+        self.critic_file = self.path / "critic.jsonl"
         if resume:
             self._check_resumable(config)
         else:
@@ -84,9 +88,12 @@ class RunDirectory:
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         _append(self.samples_file, [{"step": step, **sample} for sample in samples])
 
+    def log_critic(self, step: int, points: Mapping[str, Any]) -> None:
+        _append(self.critic_file, [{"step": step, **points}])
+
     def rewind(self, step: int) -> None:
         """Forget the lines of steps after `step`, and one that a crash left unfinished."""
-        for file in (self.metrics_file, self.samples_file):
+        for file in (self.metrics_file, self.samples_file, self.critic_file):
             if file.exists():
                 _write_atomically(file, "".join(_lines_until(file, step)))
 

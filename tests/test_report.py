@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
 from ppo_engine.errors import UserError
 from ppo_engine.report import write_curves
@@ -20,6 +21,14 @@ PPO_ROW = {
     "time/generate": 1.0,
 }
 REWARD_ROW = {"reward/loss": 0.69, "reward/accuracy": 0.5}
+ANTICIPATION = [f"value/anticipation_{percent}" for percent in range(10, 101, 10)]
+EVALUATED_ROW = {
+    "eval/scores": 1.0,
+    "eval/scores_se": 0.1,
+    "eval/win_rate": 0.6,
+    "eval/win_rate_se": 0.1,
+    "eval/kl": 0.2,
+}
 EVAL_ROW = {"eval/accuracy": 0.6, "eval/accuracy_se": 0.05}
 
 
@@ -30,9 +39,17 @@ EVAL_ROW = {"eval/accuracy": 0.6, "eval/accuracy_se": 0.05}
         [PPO_ROW, {**PPO_ROW, "policy/loss": None}, {"objective/scores": 1.0}],
         [PPO_ROW] * 100,
         [REWARD_ROW, {**REWARD_ROW, **EVAL_ROW}],
+        [EVALUATED_ROW | {ANTICIPATION[0]: 0.5}, {**PPO_ROW, ANTICIPATION[3]: None}],
         [EVAL_ROW, REWARD_ROW, {"eval/accuracy": 0.7}],
     ],
-    ids=["one step", "gaps", "many steps", "reward model", "accuracy without its error"],
+    ids=[
+        "one step",
+        "gaps",
+        "many steps",
+        "reward model",
+        "one evaluation",
+        "accuracy without its error",
+    ],
 )
 def test_curves_of_any_run(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     lines = [json.dumps({"step": step, **row}) for step, row in enumerate(rows, start=1)]
@@ -41,6 +58,36 @@ def test_curves_of_any_run(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     picture = matplotlib.image.imread(tmp_path / "report.png")
     assert picture.std() > 0.05  # something is drawn on the white
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "report.png"]
+
+
+def test_pictures_of_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic's curves of the first and the last evaluation, its last points, and the others."""
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+    curves = {0: [0.1] * 10, 5: [0.2] * 10, 10: [k / 10 for k in range(10)]}
+    rows = [
+        {"step": step, **EVALUATED_ROW, **dict(zip(ANTICIPATION, curve, strict=True))}
+        for step, curve in curves.items()
+    ] + [{"step": 7, **PPO_ROW}]
+    points = [
+        {"step": step, "read": 50, "values": [step, 2.0], "scores": [1.0, 3.0]} for step in curves
+    ]
+    for name, lines in (("metrics", rows), ("critic", points)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_curves(tmp_path, tmp_path / "report.png")
+    axes = {place.get_title(loc="left"): place for place in drawn[0].axes}
+    lines = axes["Critic's value and the final score"].get_lines()
+    assert [list(line.get_ydata()) for line in lines[:2]] == [curves[10], curves[0]]
+    assert [line.get_label() for line in lines[:2]] == ["step 10", "step 0"]
+    assert list(lines[0].get_xdata()) == list(range(10, 101, 10))
+    scatter = axes["Critic at 50 % of the response"].collections[0]
+    assert scatter.get_offsets().tolist() == [[1.0, 10.0], [3.0, 2.0]]  # type: ignore[union-attr]
+    assert list(axes["Held-out score"].get_lines()[0].get_xdata()) == [0, 5, 10]
+    assert axes["KL to the reference"].get_lines()[1].get_label() == "held out"
+    assert "Held out: wins against the reference" in axes
 
 
 def test_run_without_metrics(tmp_path: Path) -> None:
