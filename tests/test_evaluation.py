@@ -412,14 +412,18 @@ def test_patience_ends_the_run_and_the_best_is_kept(model, tmp_path, monkeypatch
     assert "Stopped early, after 2 evaluations" in out.getvalue()
     assert json.loads((run / "best" / "best.json").read_text()) == {"step": 2, "score": 3.0}
 
-    # Stopped is stopped: nothing is left to go on with.
     again = replace(settings, run=replace(settings.run, resume=True))
     PPOTrainer(model, letters, PROMPTS, config=again).train()
-    assert len(rows(run / "metrics.jsonl")) == 5
+    assert len(rows(run / "metrics.jsonl")) == 5  # stopped is stopped
 
     PPOTrainer(model, letters, PROMPTS, config=config(short, steps=2, prompts=2)).train()
     assert same(weights(run / "best"), weights(short / "policy"))
     assert not same(weights(run / "best"), weights(run / "policy"))
+
+    patient = replace(again, evaluation=replace(again.evaluation, patience=3))
+    PPOTrainer(model, letters, PROMPTS, config=patient).train()  # with more, it goes on
+    assert len(rows(run / "metrics.jsonl")) == 7
+    assert json.loads((run / "best" / "best.json").read_text()) == {"step": 5, "score": 9.0}
 
 
 def test_the_best_is_not_kept_where_it_is_not_wanted(model, tmp_path, held_out_file):

@@ -84,7 +84,7 @@ def test_pictures_of_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [line.get_label() for line in lines[:2]] == ["step 10", "step 0"]
     assert list(lines[0].get_xdata()) == list(range(10, 101, 10))
     scatter = axes["Critic at 50 % of the response"].collections[0]
-    assert scatter.get_offsets().tolist() == [[1.0, 10.0], [3.0, 2.0]]  # type: ignore[union-attr]
+    assert scatter.get_offsets().tolist() == [[1.0, 10.0], [3.0, 2.0]]
     assert list(axes["Held-out score"].get_lines()[0].get_xdata()) == [0, 5, 10]
     assert axes["KL to the reference"].get_lines()[1].get_label() == "held out"
     assert "Held out: wins against the reference" in axes
