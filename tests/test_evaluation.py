@@ -43,6 +43,7 @@ from ppo_engine.evaluation import (
 )
 from ppo_engine.ppo_trainer import PPOTrainer
 from ppo_engine.progress import Progress
+from ppo_engine.sampler import Continuation
 
 PROMPTS = [f"Prompt {i}" for i in range(6)]
 HELD_OUT = ["Why?", "A longer question", "And this one", "x y z", "Tell me more"]
@@ -254,12 +255,41 @@ def test_one_prompt_has_no_standard_error(model, tmp_path):
     }
 
 
-def test_without_a_critic_nothing_is_said_of_it(model, tmp_path):
-    evaluator = trained_evaluator(model, tmp_path, prompts=5)
-    evaluator.engine.critic = None
-    found = evaluate(evaluator)
-    assert found.points is None and "eval/scores" in found.metrics
-    assert not any(name.startswith("value/") for name in found.metrics)
+@pytest.mark.parametrize(("estimator", "group_size"), [("grpo", 2), ("remax", 1)])
+def test_without_a_critic_nothing_is_said_of_it(
+    model, tmp_path, held_out_file, estimator, group_size
+):
+    """Nor does an evaluation sample groups, or greedy responses."""
+    asked: list[int] = []
+
+    def reward(prompts, responses):
+        asked.append(len(responses))
+        return letters(prompts, responses)
+
+    settings = config(tmp_path / "run", steps=1, path=held_out_file)
+    chosen = replace(settings.ppo, estimator=estimator, group_size=group_size)
+    PPOTrainer(model, reward, PROMPTS, config=replace(settings, ppo=chosen)).train()
+    assert asked[:4] == asked[-2:] * 2 == [4, 1, 4, 1]  # reference and policy; the policy again
+    for row in rows(tmp_path / "run" / "metrics.jsonl"):
+        assert "eval/scores" in row and not any(name.startswith("value/") for name in row)
+    assert not (tmp_path / "run" / "critic.jsonl").exists()
+
+
+def test_a_conversation_is_measured_in_the_policys_tokens(model, tmp_path, monkeypatch):
+    def say(policy, rows, *_, **__):
+        ids = [*policy.tokenizer("four")["input_ids"], policy.tokenizer.eos_token_id]
+        return [Continuation(ids, True, []) for _ in rows]
+
+    def environment(prompts, turns):
+        return ["Go on." if len(turn) == 1 else None for turn in turns]
+
+    monkeypatch.setattr("ppo_engine.conversation.sample", say)
+    settings = config(tmp_path / "run", prompts=3)
+    trainer = PPOTrainer(model, letters, PROMPTS, config=settings, environment=environment)
+    found = evaluate(trainer.evaluator)
+    assert found.metrics["eval/response_length"] == 2 * 5
+    assert found.metrics["eval/kl"] == 0.0 and found.metrics["eval/win_rate"] == 0.5
+    assert all("Go on." in row["response"] for row in found.samples)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["copy", "adapter off"])
