@@ -440,6 +440,7 @@ def test_patience_ends_the_run_and_the_best_is_kept(model, tmp_path, monkeypatch
     trainer.train()
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert "Stopped early, after 2 evaluations" in out.getvalue()
+    assert (run / "checkpoints" / "step-000004").exists()
     assert json.loads((run / "best" / "best.json").read_text()) == {"step": 2, "score": 3.0}
 
     again = replace(settings, run=replace(settings.run, resume=True))
