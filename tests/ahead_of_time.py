@@ -133,6 +133,13 @@ def calls() -> Iterator[Callable[[], object]]:
         yield policy(torch.float32, whole=True, kl_estimator=estimator, mask=mask)
     yield policy(torch.bfloat16, whole=True, mask=mask)
     yield policy(torch.float32, mask=mask.t().contiguous().t())
+    of_sequences = {"ratio_level": "sequence"}
+    for dtype in (torch.float32, *halves, torch.float64):
+        yield policy(dtype, **of_sequences, mask=mask)
+    yield policy(torch.float32, whole=True, **of_sequences, mask=mask)
+    yield policy(torch.float32, packed=True, **of_sequences, cu_seqlens=cu_seqlens)
+    yield policy(torch.float32, objective="cispo", mask=mask)
+    yield policy(torch.float32, objective="cispo", **of_sequences, mask=mask)
 
     for dtype in (torch.float32, *halves, torch.float64):
         chosen, rejected, margin = torch.randn(3, 9).to(dtype)

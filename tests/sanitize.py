@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent.resolve()
 BUILD = ROOT / "build" / "sanitize"
 PACKAGES = BUILD / "packages"
 COMPILER = os.environ.get("CXX", "c++")
-TESTS = ("gae", "logprob", "linear_logprob", "ppo_loss", "pairwise_loss")
+TESTS = (
+    "gae", "logprob", "linear_logprob", "ppo_loss", "policy_objectives", "pairwise_loss",
+)  # fmt: skip
 FUZZ_CASES = 200
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from ppo_kernels import reference
 from ppo_kernels.reference import IGNORED_TARGET, MAX_LOG_RATIO
-from ppo_kernels.sequences import sequence_sums
+from ppo_kernels.sequences import sequence_sums, token_means
 
 # Units in the last place, by the dtype that an op computes in. Plain PyTorch in float64 is float64
 # itself, so that there all of the error has to fit.
@@ -155,13 +155,23 @@ def _ppo_policy_loss(a: dict[str, Any], exact: Named, upstream: Named) -> Magnit
     if "moments" in a:
         advantages = torch.where(mask, reference._whiten(advantages, a["moments"]), 0.0)
     log_ratio = x["logprobs"] - x["old_logprobs"]
+    of_ratio = torch.ones_like(log_ratio)  # an error of the log-ratio is one of the ratio's digits
+    if a["ratio_level"] == "sequence":
+        of_ratio, log_ratio = (
+            token_means(y, mask, a.get("cu_seqlens")) for y in (1 + log_ratio.abs(), log_ratio)
+        )
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clip = a["clip_range"]
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
-    loss = torch.maximum(unclipped, clipped)
-    held = (clipped > unclipped) | (log_ratio.abs() > MAX_LOG_RATIO)
-    slope = torch.where(held, 0.0, unclipped)
+    in_range = ratio.clamp(1 - low, 1 + high)
+    if a["objective"] == "cispo":
+        slope = -advantages * in_range * of_ratio
+        loss = slope * x["logprobs"]
+    else:
+        unclipped, clipped = -advantages * ratio, -advantages * in_range
+        loss = torch.maximum(unclipped, clipped) * of_ratio
+        held = (clipped > unclipped) | (log_ratio.abs() > MAX_LOG_RATIO)
+        slope = torch.where(held, 0.0, unclipped) * of_ratio
     if a.get("dual_clip") is not None:
         loss = torch.where(advantages < 0, loss.minimum(-a["dual_clip"] * advantages), loss)
     weights = x.get("is_weights", torch.ones(()).double())
@@ -180,6 +190,9 @@ def _ppo_policy_loss(a: dict[str, Any], exact: Named, upstream: Named) -> Magnit
     total = (weight * loss).sum()
     stats = {name: x for name, x in exact.items() if name.startswith("output.1.")}
     stats["output.1.kl"] = reference._token_mean(kl, mask)
+    if mask.any():
+        stats["output.1.ratio_mean"] = reference._token_mean(ratio * of_ratio, mask)
+        stats["output.1.ratio_max"] = (ratio * of_ratio)[mask].max()
     if "entropy" in x:
         stats["output.1.entropy"] = reference._token_mean(x["entropy"].abs(), mask)
     gradients = {name: x.abs() for name, x in exact.items() if name.startswith("gradient")}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fuzz.draw import INDICES, Draw, Layout, Size
 from ppo_kernels.reference import IGNORED_TARGET, MAX_LOG_RATIO
+from ppo_kernels.sequences import token_means
 
 NAN, INF = torch.nan, torch.inf
 Arguments = dict[str, Any]
@@ -142,7 +143,12 @@ def ppo_policy_loss(draw: Draw, size: Size) -> Generated:
     layout, dtypes, numbers = draw.layout(size), draw.dtypes(), _reduction(draw)
     shape = layout.shape
     numbers["clip_range"] = draw.pick(0.2, 0.0, 0, (0.2, 0.28), draw.uniform(0.01, 0.9), (0.0, 3.0))
-    numbers["dual_clip"] = draw.pick(None, None, 1.3, 3.0)
+    if draw.maybe(0.1):
+        numbers["clip_range"] = (1.0, 0.3)
+    numbers["objective"] = draw.pick("clip", "clip", "cispo")
+    numbers["ratio_level"] = draw.pick("token", "token", "sequence")
+    cispo = numbers["objective"] == "cispo"
+    numbers["dual_clip"] = None if cispo else draw.pick(None, None, 1.3, 3.0)
     numbers["kl_estimator"] = draw.pick("k1", "k2", "k3")
     logprobs = -3 * draw.normal(shape).abs()
 
@@ -168,18 +174,28 @@ def ppo_policy_loss(draw: Draw, size: Size) -> Generated:
 
     def off_ties(x: dict[str, Tensor]) -> None:
         """Where rounding alone would choose a branch, all log-probs become 0."""
-        wide = {name: y.double() for name, y in x.items()}
-        log_ratio = wide["logprobs"] - wide["old_logprobs"]
+
+        def become_0(close: Tensor) -> None:
+            for name in x.keys() & {"logprobs", "old_logprobs", "ref_logprobs"}:
+                x[name] = torch.where(close, 0.0, x[name])
+
+        if "ref_logprobs" in x:
+            to_ref = x["logprobs"].double() - x["ref_logprobs"].double()
+            become_0((to_ref.abs() - MAX_LOG_RATIO).abs() < 1e-4)
+        log_ratio = x["logprobs"].double() - x["old_logprobs"].double()
         clip = numbers["clip_range"]
         low, high = clip if isinstance(clip, tuple) else (clip, clip)
-        close = (log_ratio.abs() - MAX_LOG_RATIO).abs() < 1e-4
+        rounding = torch.full_like(log_ratio, 1e-5)
+        if numbers["ratio_level"] == "sequence":
+            log_ratio, size = (
+                token_means(torch.where(layout.real(), y, 0.0), layout.real(), layout.cu_seqlens)
+                for y in (log_ratio, log_ratio.abs())
+            )
+            rounding *= 1 + size
+        close = (log_ratio.abs() - MAX_LOG_RATIO).abs() < 10 * rounding
         for bound in (1 - low, 1 + high, numbers["dual_clip"] or INF):
-            close |= ((log_ratio.exp() - bound).abs() < 1e-5 * bound) & (log_ratio != 0)
-        if "ref_logprobs" in x:
-            to_ref = wide["logprobs"] - wide["ref_logprobs"]
-            close |= (to_ref.abs() - MAX_LOG_RATIO).abs() < 1e-4
-        for name in x.keys() & {"logprobs", "old_logprobs", "ref_logprobs"}:
-            x[name] = torch.where(close, 0.0, x[name])
+            close |= ((log_ratio.exp() - bound).abs() < rounding * bound) & (log_ratio != 0)
+        become_0(close)
 
     arguments = _token_tensors(draw, layout, dtypes, tokens, off_ties, may_be_nan=("advantages",))
     return _in_one_row(draw, arguments | numbers), ("logprobs", "entropy")
@@ -314,7 +330,8 @@ def _reduction(draw: Draw) -> Arguments:
 
 def _in_one_row(draw: Draw, arguments: Arguments) -> Arguments:
     """At times without boundaries, where a loss does not need them."""
-    if arguments["reduction"] != "sequence_mean" and draw.maybe(0.3):
+    needs = arguments["reduction"] == "sequence_mean" or arguments.get("ratio_level") == "sequence"
+    if not needs and draw.maybe(0.3):
         arguments.pop("cu_seqlens", None)
     return arguments
 

@@ -18,8 +18,8 @@ from fuzz.draw import compact
 _OPTIONAL = ("mask", "bootstrap", "moments", "normalizer", "dual_clip", "entropy", "ref_logprobs",
              "is_weights", "margin", "cu_seqlens")  # fmt: skip
 _PLAIN = {"return_entropy": False, "temperature": 1.0, "gamma": 1.0, "lam": 1.0, "clip_range": 0.2,
-          "reduction": "sum", "kl_estimator": "k1", "kl_coef": 0.0, "entropy_coef": 0.0,
-          "center_coef": 0.0}  # fmt: skip
+          "reduction": "sum", "objective": "clip", "ratio_level": "token", "kl_estimator": "k1",
+          "kl_coef": 0.0, "entropy_coef": 0.0, "center_coef": 0.0}  # fmt: skip
 _PER_SEQUENCE = ("scores", "bootstrap")
 _SECONDS = 5.0
 
