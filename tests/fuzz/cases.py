@@ -253,9 +253,8 @@ def pairwise_loss(draw: Draw, size: Size) -> Generated:
 
 def ranking_loss(draw: Draw, size: Size) -> Generated:
     shape = draw.shape(size)
-    levels = draw.pick(1, 2, 3, 300)
-    ranks = draw.integers(0, levels, shape) * draw.pick(1, 1, 1, 7 * 10**6)
-    absent = draw.chance(shape, draw.pick(0.0, 0.0, 0.1, 0.5, 1.0))
+    ranks = draw.integers(0, draw.pick(2, 3, 300), shape) * draw.pick(1, 1, 1, 7 * 10**6)
+    absent = draw.chance(shape, draw.pick(0.0, 0.0, 0.0, 0.1, 0.1, 0.5, 1.0))
     ranks = torch.where(absent, draw.pick(-1, -100), ranks)
     ranks[draw.chance((shape[0], 1), draw.pick(0.0, 0.0, 0.2)).expand(shape)] = 4  # no pair
     dtype = draw.pick(*INDICES)
