@@ -232,7 +232,7 @@ def test_error_rule_of_rankings(kernel: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("impl", implementations_of("ranking_loss", but=("reference",)))
-@pytest.mark.parametrize("shape", [(6, 5), (3, 40)])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 35)])
 def test_strides_and_dtypes_of_ranks_do_not_matter(impl: str, shape: tuple[int, int]) -> None:
     given = ranking(*shape) | {"impl": impl}
     expected = run(ranking_loss, given, ("scores",))
@@ -249,7 +249,7 @@ def test_strides_and_dtypes_of_ranks_do_not_matter(impl: str, shape: tuple[int, 
 
 
 @OF_RANKINGS
-@pytest.mark.parametrize("shape", [(6, 5), (3, 40)])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 35)])
 def test_only_the_order_of_ranks_matters(impl: str, shape: tuple[int, int]) -> None:
     given = ranking(*shape) | {"impl": impl}
     expected = run(ranking_loss, given, ("scores",))

@@ -356,5 +356,5 @@ CASES: dict[str, tuple[Callable[[Draw, Size], Generated], Sizes]] = {
             Size(16_400, 40_000, 20),
             Size(0, 0, 1000, rows=2),
         ),
-    ),  # fmt: skip
+    ),
 }
