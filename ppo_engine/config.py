@@ -219,13 +219,14 @@ class PPOConfig:
 
 @_settings
 class PreferenceDataConfig:
-    """JSONL of preference pairs; a share of them is held out to measure accuracy."""
+    """JSONL of preference pairs or rankings; a share of the prompts is held out to measure
+    accuracy."""
 
     path: str = ""
     eval_path: str | None = None  # instead of holding out a share
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_tokens: PositiveInt = 1024  # prompt and response together; longer prompts lose their start
-    max_pairs: PositiveInt | None = None
+    max_pairs: PositiveInt | None = None  # a sample of the data; rankings of K have up to K(K-1)/2
     on_bad_line: Literal["error", "skip"] = "error"
 
 
@@ -233,10 +234,10 @@ class PreferenceDataConfig:
 class RewardModelSettings:
     """Bradley-Terry training of the reward model."""
 
-    batch_size: PositiveInt = 16  # pairs per optimizer step
-    micro_batch_size: PositiveInt = 4  # pairs per forward pass
+    batch_size: PositiveInt = 16  # pairs or rankings per optimizer step
+    micro_batch_size: PositiveInt = 4  # pairs or rankings per forward pass; memory only
     epochs: PositiveInt = 1
-    center_coef: NonNegativeFloat = 0.0
+    center_coef: NonNegativeFloat = 0.0  # of pairs' scores; not defined for longer rankings
 
 
 @_settings

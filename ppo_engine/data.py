@@ -1,4 +1,4 @@
-"""Prompts and preference pairs: every accepted form in, one checked form out.
+"""Prompts and preferences: every accepted form in, one checked form out.
 
 Nothing here trains or tokenizes more than it must; a line that cannot be used is an error naming
 `file:line`, or is counted and reported where `on_bad_line="skip"`.
@@ -7,27 +7,28 @@ Nothing here trains or tokenizes more than it must; a line that cannot be used i
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.annotations import ordinary_rows
-from ppo_engine.errors import UserError
-from ppo_engine.rows import (
-    BadLineError,
-    BadLines,
-    OnBadLine,
-    SkippedLines,
-    has_lone_surrogate,
-    read_rows,
+from ppo_engine.columns import (
+    check_messages,
+    check_prompt,
+    check_text,
+    column,
+    is_number,
+    kind,
+    name_of,
 )
+from ppo_engine.errors import UserError
+from ppo_engine.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.text import Message, Prompt, encode_prompt, require_chat_template
 
 
@@ -41,17 +42,35 @@ class PromptExample:
 
 
 @dataclass(frozen=True)
-class Preference:
-    """Two responses to one prompt, the first preferred, by `margin` where the data says so.
+class Ranking:
+    """Responses to one prompt, the best first, and the rank of each: from 0, equal where tied.
 
-    `prompt + chosen` is the whole text where the prompt is text; an empty prompt means that none
-    is known.
+    A preference pair is a ranking of two; `margin` is by how much its first response should be
+    ahead, where the data says so. `prompt + response` is the whole text where the prompt is text;
+    an empty prompt means that none is known.
     """
 
     prompt: Prompt
-    chosen: str
-    rejected: str
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
     margin: float | None = None
+
+    @property
+    def pairs(self) -> int:
+        return count_pairs(self.ranks)
+
+
+def count_pairs(ranks: Sequence[int]) -> int:
+    """How many pairs of different ranks there are."""
+    return sum(a != b for index, a in enumerate(ranks) for b in ranks[index + 1 :])
+
+
+class _HasPrompt(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+Example = TypeVar("Example", bound=_HasPrompt)
 
 
 def load_prompts(
@@ -119,70 +138,91 @@ def load_preferences(
     *,
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine = "error",
-) -> tuple[list[Preference], SkippedLines]:
-    """Preference pairs of a file or a sequence of rows, in any of these forms:
+) -> tuple[list[Ranking], SkippedLines]:
+    """Pairs and rankings of a file or a sequence of rows, in any of these forms:
 
     - `chosen`, `rejected`: responses as text, with their `prompt` (text or chat messages);
     - the same without `prompt`: whole texts, whose common start is the prompt;
     - chat messages, the last one the assistant's, all before it shared;
     - HH-RLHF dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`), which become chat messages where
       `tokenizer` has a chat template;
-    - each with an optional finite `margin`;
-    - `prompt`, `responses`, `ranks` (lower is better, equal ranks no pair, negative ones absent),
-      expanded to all ordered pairs;
+    - `prompt`, `responses`, `ranks`: lower is better, equal ranks are ties, a negative or null one
+      says that the response was not ranked, and leaves it out;
+    - each pair with an optional finite `margin`;
     - records that Argilla or Label Studio exported: see `annotations`.
 
-    Raises `UserError` for a row that fits none, or skips it, and where no pair is left.
+    Raises `UserError` for a row that fits none, or skips it, and where none is left.
     """
     bad_lines = BadLines(on_bad_line)
-    pairs: list[Preference] = []
+    rankings: list[Ranking] = []
     for place, row in ordinary_rows(read_rows(source, "preferences", bad_lines), bad_lines):
         try:
-            found = _pairs_of(row, bool(tokenizer.chat_template))
+            found = _ranking_of(row, bool(tokenizer.chat_template))
         except BadLineError as error:
             bad_lines.add(place, error.reason, error.detail)
             continue
-        if not found:  # no mistake: people do find all responses equally good
+        if found.pairs:
+            rankings.append(found)
+        else:  # no mistake: people do find all responses equally good
             bad_lines.skipped.add(place, "no two responses with different ranks")
-        pairs.extend(found)
-    if not pairs:
-        raise UserError(f"No usable preference pair in {_name(source)}: {bad_lines.skipped}.")
-    if any(not isinstance(pair.prompt, str) for pair in pairs):
+    if not rankings:
+        raise UserError(
+            f"No usable preference pair or ranking in {name_of(source)}: {bad_lines.skipped}."
+        )
+    if any(not isinstance(ranking.prompt, str) for ranking in rankings):
         require_chat_template(tokenizer)
-    return pairs, bad_lines.skipped
+    return rankings, bad_lines.skipped
 
 
-def split_preferences(
-    pairs: Sequence[Preference], fraction: float, seed: int
-) -> tuple[list[Preference], list[Preference]]:
-    """`(training, held out)`, about `fraction` of the pairs held out, by prompt and repeatably.
+def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> list[Ranking]:
+    """Rankings of at most `max_pairs` pairs in all, whole ones; a sample, in the order they had."""
+    if sum(ranking.pairs for ranking in rankings) <= max_pairs:
+        return list(rankings)
+    chosen, room = [], max_pairs
+    # A sample, not the start: files are often sorted.
+    count = min(len(rankings), max_pairs)
+    for index in random.Random(seed).sample(range(len(rankings)), count):
+        if rankings[index].pairs <= room:
+            chosen.append(index)
+            room -= rankings[index].pairs
+    return [rankings[index] for index in sorted(chosen)]
 
-    Pairs of one prompt never stand on both sides: the held-out accuracy would flatter otherwise.
-    """
+
+def prompt_groups(examples: Sequence[_HasPrompt]) -> list[list[int]]:
+    """The indices of each prompt's examples; those without a prompt have nothing in common."""
     groups: dict[str, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        # Pairs without a prompt have nothing in common.
-        key = json.dumps(pair.prompt) if pair.prompt else f"no prompt {index}"
+    for index, example in enumerate(examples):
+        key = json.dumps(example.prompt) if example.prompt else f"no prompt {index}"
         groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def split_by_prompt(
+    examples: Sequence[Example], fraction: float, seed: int, name: str = "examples"
+) -> tuple[list[Example], list[Example]]:
+    """`(training, held out)`, about `fraction` of the examples held out, by prompt and repeatably.
+
+    Examples of one prompt never stand on both sides: held-out metrics would flatter otherwise.
+    """
     if fraction == 0:
-        return list(pairs), []
-    shuffled = list(groups.values())
-    random.Random(seed).shuffle(shuffled)
-    target = max(1, round(fraction * len(pairs)))
+        return list(examples), []
+    groups = prompt_groups(examples)
+    random.Random(seed).shuffle(groups)
+    target = max(1, round(fraction * len(examples)))
     held_out: set[int] = set()
-    for group in shuffled:
+    for group in groups:
         if len(held_out) + len(group) <= target:
             held_out.update(group)
     if not held_out:
-        smallest = min(shuffled, key=len)
+        smallest = min(groups, key=len)
         held_out.update(smallest)
-    if len(held_out) == len(pairs):
+    if len(held_out) == len(examples):
         raise UserError(
-            f"{len(pairs)} preference pairs over {len(groups)} prompts are too few to hold some "
-            "out: give more data, data.eval_path, or data.eval_fraction=0."
+            f"{len(examples)} {name} over {len(groups)} prompts are too few to hold some out: give "
+            "more data, data.eval_path, or data.eval_fraction=0."
         )
-    training = [pair for index, pair in enumerate(pairs) if index not in held_out]
-    return training, [pairs[index] for index in sorted(held_out)]
+    training = [example for index, example in enumerate(examples) if index not in held_out]
+    return training, [examples[index] for index in sorted(held_out)]
 
 
 def _prompts(
@@ -192,117 +232,73 @@ def _prompts(
     examples = []
     for place, row in read_rows(source, "prompts", bad_lines):
         try:
-            prompt = _check_prompt(_column(row, "prompt"))
+            prompt = check_prompt(column(row, "prompt"))
         except BadLineError as error:
             bad_lines.add(place, error.reason, error.detail)
             continue
         columns = {name: value for name, value in row.items() if name != "prompt"}
         examples.append(PromptExample(prompt, columns, place))
     if not examples:
-        raise UserError(f"No usable prompt in {_name(source)}: {bad_lines.skipped}.")
+        raise UserError(f"No usable prompt in {name_of(source)}: {bad_lines.skipped}.")
     return examples, bad_lines.skipped
 
 
-def _column(row: Mapping[str, Any], name: str) -> Any:
-    if name not in row:
-        there = ", ".join(repr(str(key)) for key in row) or "none"
-        raise BadLineError(f"no column {name!r}", f" (columns: {there})")
-    return row[name]
-
-
-def _check_prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, str):
-        text = _check_text(prompt, "prompt")
-        if not text.strip():
-            raise BadLineError("empty prompt")
-        return text
-    messages = _check_messages(prompt, "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise BadLineError("the prompt's last message is the assistant's, not one to answer")
-    if not messages[-1]["content"].strip():
-        raise BadLineError("empty prompt", " (its last message)")
-    return messages
-
-
-def _check_text(text: Any, name: str) -> str:
-    if not isinstance(text, str):
-        raise BadLineError(f"{name!r} must be text", f", not {_kind(text)}")
-    if has_lone_surrogate(text):
-        raise BadLineError(f"lone surrogate in {name!r} (half of an emoji or the like)")
-    return text
-
-
-def _check_messages(messages: Any, name: str) -> list[Message]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise BadLineError(f"{name!r} must be text or chat messages", f", not {_kind(messages)}")
-    if not messages:
-        raise BadLineError(f"{name!r} is an empty list of messages")
-    checked = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise BadLineError(
-                f"{name!r} has a message without 'role' and 'content'", f" (message {index})"
-            )
-        role = _check_text(message["role"], f"{name}.role")
-        checked.append(
-            {"role": role, "content": _check_text(message["content"], f"{name}.content")}
-        )
-    return checked
-
-
-def _pairs_of(row: Any, chat: bool) -> list[Preference]:
+def _ranking_of(row: Any, chat: bool) -> Ranking:
     if not isinstance(row, Mapping):
-        raise BadLineError("a preference must be a dictionary", f", not {_kind(row)}")
+        raise BadLineError("a preference must be a dictionary", f", not {kind(row)}")
     if "responses" in row or "ranks" in row:
-        return _ranked_pairs(row, chat)
-    chosen, rejected = _column(row, "chosen"), _column(row, "rejected")
-    prompt = _check_prompt(row["prompt"]) if row.get("prompt") is not None else None
+        return _ranked_responses(row, chat)
+    chosen, rejected = column(row, "chosen"), column(row, "rejected")
+    prompt = check_prompt(row["prompt"]) if row.get("prompt") is not None else None
     margin = _check_margin(row.get("margin"))
     if isinstance(chosen, str) and isinstance(rejected, str):
-        chosen, rejected = _check_text(chosen, "chosen"), _check_text(rejected, "rejected")
+        chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
         if prompt is not None:
-            prompt = _chat_if_dialogue(prompt, chat)
+            prompt = chat_if_dialogue(prompt, chat)
         elif _is_dialogue(chosen) and _is_dialogue(rejected):
             prompt, chosen, rejected = _split_dialogues(chosen, rejected, chat)
         else:
             prompt, chosen, rejected = _split_texts(chosen, rejected)
     else:
         prompt, chosen, rejected = _split_messages(
-            prompt, _check_messages(chosen, "chosen"), _check_messages(rejected, "rejected")
+            prompt, check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
         )
     if chosen == rejected:
         raise BadLineError("chosen and rejected are the same")
-    return [Preference(prompt, chosen, rejected, margin)]
+    return Ranking(prompt, (chosen, rejected), (0, 1), margin)
 
 
-def _ranked_pairs(row: Mapping[str, Any], chat: bool) -> list[Preference]:
-    prompt = _chat_if_dialogue(_check_prompt(_column(row, "prompt")), chat)
-    responses, ranks = _column(row, "responses"), _column(row, "ranks")
+def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
+    prompt = chat_if_dialogue(check_prompt(column(row, "prompt")), chat)
+    responses, ranks = column(row, "responses"), column(row, "ranks")
     for name, value in (("responses", responses), ("ranks", ranks)):
         if not isinstance(value, list | tuple):
-            raise BadLineError(f"{name!r} must be a list", f", not {_kind(value)}")
+            raise BadLineError(f"{name!r} must be a list", f", not {kind(value)}")
     if len(responses) != len(ranks):
         raise BadLineError(
             "'responses' and 'ranks' differ in length", f" ({len(responses)} and {len(ranks)})"
         )
     for rank in ranks:
-        if not _is_number(rank):
-            raise BadLineError("'ranks' must be numbers", f", not {rank!r}")
-    present = [
-        (rank, _check_text(response, "responses"))
+        if rank is not None and not is_number(rank):
+            raise BadLineError("'ranks' must be numbers or null", f", not {rank!r}")
+    there = [
+        (rank, check_text(response, "responses"))
         for rank, response in zip(ranks, responses, strict=True)
-        if rank >= 0
+        if rank is not None and rank >= 0
     ]
-    present.sort(key=lambda item: item[0])
-    pairs = []
-    for index, (rank, better) in enumerate(present):
-        for worse_rank, worse in present[index + 1 :]:
-            if worse_rank == rank:
-                continue
-            if better == worse:
-                raise BadLineError("chosen and rejected are the same", " (two ranked responses)")
-            pairs.append(Preference(prompt, better, worse))
-    return pairs
+    there.sort(key=lambda item: item[0])
+    if len({text for _, text in there}) < len(set(there)):
+        raise BadLineError("chosen and rejected are the same", " (two ranked responses)")
+    margin = _check_margin(row.get("margin"))
+    if margin is not None and len(there) > 2:
+        raise BadLineError("'margin' belongs to a pair", f"; {len(there)} responses are ranked")
+    places = sorted({rank for rank, _ in there})
+    return Ranking(
+        prompt,
+        tuple(text for _, text in there),
+        tuple(places.index(rank) for rank, _ in there),
+        margin,
+    )
 
 
 def _split_messages(
@@ -357,10 +353,10 @@ def _split_dialogues(chosen: str, rejected: str, chat: bool) -> tuple[Prompt, st
     if not chat:
         return prompt, *responses
     better, worse = ("\n\n".join(part.strip() for part in t.split(_ASSISTANT)) for t in responses)
-    return _chat_if_dialogue(prompt, chat), better, worse
+    return chat_if_dialogue(prompt, chat), better, worse
 
 
-def _chat_if_dialogue(prompt: Prompt, chat: bool) -> Prompt:
+def chat_if_dialogue(prompt: Prompt, chat: bool) -> Prompt:
     """An HH-RLHF prompt as chat messages, neighboring turns of one speaker joined."""
     if not (chat and isinstance(prompt, str) and _is_dialogue(prompt)):
         return prompt
@@ -380,18 +376,6 @@ def _chat_if_dialogue(prompt: Prompt, chat: bool) -> Prompt:
 def _check_margin(margin: Any) -> float | None:
     if margin is None:
         return None
-    if not _is_number(margin):
+    if not is_number(margin):
         raise BadLineError("'margin' must be a finite number", f", not {margin!r}")
     return float(margin)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else "the sequence that was given"

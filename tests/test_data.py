@@ -11,13 +11,14 @@ import pytest
 from tiny import tiny_tokenizer
 
 from ppo_engine.data import (
-    Preference,
     PromptExample,
+    Ranking,
     limit_prompts,
     load_preferences,
     load_prompts,
     prompts_from_sequence,
-    split_preferences,
+    sample_rankings,
+    split_by_prompt,
 )
 from ppo_engine.errors import UserError
 from ppo_engine.rows import read_jsonl
@@ -274,86 +275,113 @@ DIALOGUE_MESSAGES = [
 PAIR = {"chosen": "Blue.", "rejected": "Red."}
 
 
+def pair(prompt: Any, chosen: str, rejected: str, margin: float | None = None) -> Ranking:
+    return Ranking(prompt, (chosen, rejected), (0, 1), margin)
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "Q: ", **PAIR}, Preference("Q: ", "Blue.", "Red.")),
-        ({"prompt": [USER], **PAIR, "margin": 2}, Preference([USER], "Blue.", "Red.", 2.0)),
-        ({"prompt": None, **PAIR}, Preference("", "Blue.", "Red.")),
+        ({"prompt": "Q: ", **PAIR}, pair("Q: ", "Blue.", "Red.")),
+        ({"prompt": [USER], **PAIR, "margin": 2}, pair([USER], "Blue.", "Red.", 2.0)),
+        ({"prompt": None, **PAIR}, pair("", "Blue.", "Red.")),
         (
             {"chosen": "The sky is blue.", "rejected": "The sky is black."},
-            Preference("The sky is", " blue.", " black."),
+            pair("The sky is", " blue.", " black."),
         ),
         (
             {"chosen": "The sky is", "rejected": "The sky is black."},
-            Preference("The sky", " is", " is black."),
+            pair("The sky", " is", " is black."),
         ),
-        ({"chosen": [USER, BLUE], "rejected": [USER, RED]}, Preference([USER], "Blue.", "Red.")),
+        ({"chosen": [USER, BLUE], "rejected": [USER, RED]}, pair([USER], "Blue.", "Red.")),
         (
             {"prompt": [USER], "chosen": [BLUE], "rejected": [RED]},
-            Preference([USER], "Blue.", "Red."),
+            pair([USER], "Blue.", "Red."),
         ),
         (
             {"prompt": "Name a color.", "chosen": [BLUE], "rejected": [RED]},
-            Preference([USER], "Blue.", "Red."),
+            pair([USER], "Blue.", "Red."),
         ),
         (
             {"prompt": "Name a color.", "chosen": [USER, BLUE], "rejected": [USER, RED]},
-            Preference([USER], "Blue.", "Red."),
+            pair([USER], "Blue.", "Red."),
         ),
         (
             {"prompt": [USER], "chosen": [USER, BLUE], "rejected": [USER, RED]},
-            Preference([USER], "Blue.", "Red."),
+            pair([USER], "Blue.", "Red."),
         ),
         (
             {"chosen": f"{DIALOGUE} Blue.", "rejected": f"{DIALOGUE} Red."},
-            Preference(DIALOGUE_MESSAGES, "Blue.", "Red."),
+            pair(DIALOGUE_MESSAGES, "Blue.", "Red."),
         ),
         (
             {"prompt": DIALOGUE, "chosen": " Blue.", "rejected": " Red."},
-            Preference(DIALOGUE_MESSAGES, " Blue.", " Red."),
+            pair(DIALOGUE_MESSAGES, " Blue.", " Red."),
         ),
         (  # as in a few real dialogues: paragraphs of one speaker, each with its name
             {"chosen": f"{DIALOGUE} Blue.\n\nAssistant: Sky.", "rejected": f"{DIALOGUE}"},
-            Preference(DIALOGUE_MESSAGES, "Blue.\n\nSky.", ""),
+            pair(DIALOGUE_MESSAGES, "Blue.\n\nSky.", ""),
         ),
     ],
 )
-def test_forms_of_preferences(row: dict[str, Any], expected: Preference) -> None:
+def test_forms_of_preferences(row: dict[str, Any], expected: Ranking) -> None:
     assert load_preferences([row], tokenizer=CHAT)[0] == [expected]
 
 
 def test_dialogues_stay_text_without_a_chat_template() -> None:
     row = {"chosen": f"{DIALOGUE} Blue.", "rejected": f"{DIALOGUE} Red."}
-    assert load_preferences([row], tokenizer=TEXT)[0] == [Preference(DIALOGUE, " Blue.", " Red.")]
+    assert load_preferences([row], tokenizer=TEXT)[0] == [pair(DIALOGUE, " Blue.", " Red.")]
 
 
 def test_neighboring_turns_of_one_speaker_are_joined() -> None:
     start = "\n\nHuman: One.\n\nHuman: Two.\n\nAssistant:"
-    [pair], _ = load_preferences(
+    [ranking], _ = load_preferences(
         [{"chosen": f"{start} A", "rejected": f"{start} B"}], tokenizer=CHAT
     )
-    assert pair.prompt == [{"role": "user", "content": "One.\n\nTwo."}]
+    assert ranking.prompt == [{"role": "user", "content": "One.\n\nTwo."}]
 
 
-def test_ranked_responses_become_all_ordered_pairs() -> None:
-    row = {"prompt": "Q", "responses": ["d", "a", "b", "c", "x"], "ranks": [3, 1, 2, 2, -1]}
-    pairs, _ = load_preferences([row], tokenizer=TEXT)
-    assert {(pair.chosen, pair.rejected) for pair in pairs} == {
-        ("a", "b"),
-        ("a", "c"),
-        ("a", "d"),
-        ("b", "d"),
-        ("c", "d"),
-    }
-    assert len(pairs) == 5 and all(pair.prompt == "Q" for pair in pairs)
+@pytest.mark.parametrize(
+    ("responses", "ranks", "expected", "pairs"),
+    [
+        ("dabcx", [3, 1, 2, 2, -1], Ranking("Q", tuple("abcd"), (0, 1, 1, 2)), 5),
+        ("ab", [7.5, 2], Ranking("Q", ("b", "a"), (0, 1)), 1),
+        ("abc", [1, None, 0], Ranking("Q", ("c", "a"), (0, 1)), 1),
+        ("aab", [0, 0, 1], Ranking("Q", tuple("aab"), (0, 0, 1)), 2),  # sampled twice
+    ],
+)
+def test_rankings_stay_whole(responses: str, ranks: list, expected: Ranking, pairs: int) -> None:
+    row = {"prompt": "Q", "responses": list(responses), "ranks": ranks}
+    [found], _ = load_preferences([row], tokenizer=TEXT)
+    assert found == expected and found.pairs == pairs
+
+
+def test_a_response_that_was_not_ranked_may_be_missing() -> None:
+    row = {"prompt": "Q", "responses": ["a", None, "b"], "ranks": [0, None, 1], "margin": 2}
+    assert load_preferences([row], tokenizer=TEXT)[0] == [pair("Q", "a", "b", 2.0)]
 
 
 def test_all_ranks_equal_is_counted_and_no_mistake() -> None:
-    rows = [{"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 1]}, {"prompt": "Q", **PAIR}]
-    pairs, skipped = load_preferences(rows, tokenizer=TEXT)
-    assert len(pairs) == 1
-    assert skipped.reasons == {"no two responses with different ranks": 1}
+    rows = [
+        {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 1]},
+        {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, None]},
+        {"prompt": "Q", **PAIR},
+    ]
+    rankings, skipped = load_preferences(rows, tokenizer=TEXT)
+    assert len(rankings) == 1
+    assert skipped.reasons == {"no two responses with different ranks": 2}
+
+
+def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
+    rankings = [Ranking(f"Q{n}", tuple("abcd"), (0, 1, 2, 3)) for n in range(20)]
+    rankings += [pair(f"P{n}", "a", "b") for n in range(20)]
+    for limit in (1, 25, 100):
+        found = sample_rankings(rankings, limit, seed=0)
+        assert limit - 6 < sum(ranking.pairs for ranking in found) <= limit
+        assert sorted(found, key=rankings.index) == found
+        assert sample_rankings(rankings, limit, seed=0) == found
+    assert sample_rankings(rankings, 25, seed=1) != sample_rankings(rankings, 25, seed=0)
+    assert sample_rankings(rankings, 140, seed=0) == rankings
 
 
 @pytest.mark.parametrize(
@@ -388,10 +416,17 @@ def test_all_ranks_equal_is_counted_and_no_mistake() -> None:
         ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1]}, "(2 and 1)"),
         ({"prompt": "Q", "responses": ["a", "b"]}, "no column 'ranks'"),
         ({"prompt": "Q", "responses": "ab", "ranks": [1, 2]}, "'responses' must be a list"),
-        ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1, "2"]}, "must be numbers, not '2'"),
+        (
+            {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, "2"]},
+            "must be numbers or null, not '2'",
+        ),
         ({"prompt": "Q", "responses": ["a", 5], "ranks": [1, 2]}, "must be text, not int"),
         ({"prompt": "Q", "responses": ["a", "a"], "ranks": [1, 2]}, "are the same"),
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "no column 'prompt'"),
+        (
+            {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": [1, 2, 2], "margin": 1},
+            "'margin' belongs to a pair; 3 responses are ranked",
+        ),
     ],
 )
 def test_bad_preferences(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -435,35 +470,35 @@ def test_every_real_hh_pair_loads(tokenizer: Any) -> None:
 
 
 def test_split_keeps_prompts_apart_and_repeats() -> None:
-    pairs = [Preference(f"prompt {n % 20}", f"good {n}", f"bad {n}") for n in range(100)]
-    training, held_out = split_preferences(pairs, 0.2, seed=1)
+    pairs = [pair(f"prompt {n % 20}", f"good {n}", f"bad {n}") for n in range(100)]
+    training, held_out = split_by_prompt(pairs, 0.2, seed=1)
     assert len(held_out) == 20 and len(training) == 80
     assert not {pair.prompt for pair in training} & {pair.prompt for pair in held_out}
     assert sorted(training + held_out, key=pairs.index) == pairs
-    assert split_preferences(pairs, 0.2, seed=1) == (training, held_out)
-    assert split_preferences(pairs, 0.2, seed=2)[1] != held_out
+    assert split_by_prompt(pairs, 0.2, seed=1) == (training, held_out)
+    assert split_by_prompt(pairs, 0.2, seed=2)[1] != held_out
 
 
 def test_split_by_messages_and_without_prompts() -> None:
-    chats = [Preference([{**USER, "content": str(n % 2)}], f"a{n}", f"b{n}") for n in range(10)]
-    training, held_out = split_preferences(chats, 0.1, seed=0)
+    chats = [pair([{**USER, "content": str(n % 2)}], f"a{n}", f"b{n}") for n in range(10)]
+    training, held_out = split_by_prompt(chats, 0.1, seed=0)
     assert len(training) == len(held_out) == 5
-    bare = [Preference("", f"a{n}", f"b{n}") for n in range(10)]
-    training, held_out = split_preferences(bare, 0.3, seed=0)
+    bare = [pair("", f"a{n}", f"b{n}") for n in range(10)]
+    training, held_out = split_by_prompt(bare, 0.3, seed=0)
     assert len(training) == 7 and len(held_out) == 3
 
 
 def test_one_large_prompt_does_not_swallow_the_training_set() -> None:
-    pairs = [Preference("large" if n < 90 else str(n), f"a{n}", f"b{n}") for n in range(100)]
+    pairs = [pair("large" if n < 90 else str(n), f"a{n}", f"b{n}") for n in range(100)]
     for seed in range(5):
-        assert len(split_preferences(pairs, 0.1, seed)[1]) == 10
+        assert len(split_by_prompt(pairs, 0.1, seed)[1]) == 10
 
 
 def test_too_few_to_split() -> None:
-    pairs = [Preference("one", "a", "b"), Preference("one", "c", "d")]
-    with pytest.raises(UserError, match=r"2 preference pairs over 1 prompts are too few"):
-        split_preferences(pairs, 0.5, seed=0)
-    assert split_preferences(pairs, 0.0, seed=0) == (pairs, [])
+    pairs = [pair("one", "a", "b"), pair("one", "c", "d")]
+    with pytest.raises(UserError, match=r"2 examples over 1 prompts are too few"):
+        split_by_prompt(pairs, 0.5, seed=0)
+    assert split_by_prompt(pairs, 0.0, seed=0) == (pairs, [])
 
 
 # Data sets

@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from ppo_engine.reward_trainer import RewardModelTrainer
 
 HH = Path(__file__).parent.parent / "../shared/data/hh-rlhf/preferences.jsonl.gz"
 GOOD, BAD = ("fine", "nice", "good", "kind"), ("vile", "poor", "sour", "grim")
+DULL = ("ok", "so-so")
 
 
 def planted_pairs(count: int) -> list[dict[str, str]]:
@@ -44,6 +46,22 @@ def planted_pairs(count: int) -> list[dict[str, str]]:
             }
         )
     return pairs
+
+
+def planted_rankings(count: int) -> list[dict[str, Any]]:
+    """Two to five answers, their words good, dull or bad: ties, answers left unranked, and the
+    better a word the lower the rank."""
+    rng = random.Random(1)
+    rankings = []
+    for index in range(count):
+        ranks = [0, 2, *rng.choices((0, 1, 1, 2, -1), k=rng.randrange(4))]
+        rng.shuffle(ranks)
+        words = [rng.choice((GOOD, DULL, BAD)[rank]) for rank in ranks]
+        answers = [f"{''.join(rng.choices('abcdefgh ', k=rng.randrange(1, 6)))} {w}" for w in words]
+        rankings.append(
+            {"prompt": f"How is it, case {index}?", "responses": answers, "ranks": ranks}
+        )
+    return rankings
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +112,14 @@ def test_a_planted_preference_is_learned_and_saved(folder, tmp_path):
     assert better > worse
 
 
-def test_micro_batches_add_up_to_the_same_gradient(folder):
+@pytest.mark.parametrize(
+    ("data", "center_coef"), [(planted_pairs(32), 0.1), (planted_rankings(32), 0.0)]
+)
+def test_micro_batches_add_up_to_the_same_gradient(folder, data, center_coef):
     gradients, metrics = [], []
     for size in (8, 3, 1):
-        made = trainer(folder, reward={"micro_batch_size": size, "center_coef": 0.1})
+        reward = {"micro_batch_size": size, "center_coef": center_coef}
+        made = trainer(folder, pairs=data, reward=reward)
         made.optimizer.zero_grad = lambda set_to_none: None  # keeps the gradients
         metrics.append(made.train_step(made.mini_batch(0)))
         gradients.append([p.grad for p in made.model.parameters()])
@@ -108,17 +130,81 @@ def test_micro_batches_add_up_to_the_same_gradient(folder):
             torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
+def scored(made, rankings):
+    """The score of each response that is ranked, one forward pass each, and its rank."""
+    with torch.no_grad():
+        return [
+            [(made._forward([row]).double().item(), rank)
+             for row, rank in zip(ranking.rows, ranking.ranks, strict=True)]
+            for ranking in rankings
+        ]  # fmt: skip
+
+
+def test_the_loss_of_rankings_is_the_mean_over_prompts_of_the_mean_over_pairs(folder):
+    made = trainer(folder, pairs=planted_rankings(32), reward={"micro_batch_size": 3})
+    batch = made.mini_batch(0)
+    assert {len(ranking.rows) for ranking in batch} > {2}
+    losses, wins = [], []
+    for ranking in scored(made, batch):
+        ahead = [a - b for a, rank_a in ranking for b, rank_b in ranking if rank_a < rank_b]
+        losses.append(sum(math.log1p(math.exp(-d)) for d in ahead) / len(ahead))
+        wins += [d > 0 for d in ahead]
+    found = made.train_step(batch)
+    assert found["reward/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found["reward/accuracy"] == pytest.approx(sum(wins) / len(wins), rel=1e-5)
+
+
+def test_each_ranked_response_is_read_once(folder):
+    made = trainer(folder, pairs=planted_rankings(32))
+    read, forward = [], made._forward
+    made._forward = lambda rows: read.extend(map(tuple, rows)) or forward(rows)
+    batch = made.mini_batch(0)
+    made.train_step(batch)
+    assert sorted(read) == sorted(tuple(row) for ranking in batch for row in ranking.rows)
+
+
+def test_rankings_are_learned_and_their_accuracy_has_the_error_of_its_prompts(folder, tmp_path):
+    data = planted_rankings(120)
+    data += [dict(row, responses=row["responses"][::-1], ranks=row["ranks"][::-1])
+             for row in data[:10]]  # fmt: skip
+    made = trainer(folder, tmp_path / "run", data, rate=1e-2, reward={"epochs": 2})
+    found = made.train()
+    assert 0.2 < found["eval_before/accuracy"] < 0.8 < found["eval/accuracy"]
+    right, pairs = {}, {}
+    for encoded, ranking in zip(made.held_out, scored(made, made.held_out), strict=True):
+        ahead = [a - b for a, rank_a in ranking for b, rank_b in ranking if rank_a < rank_b]
+        right[encoded.group] = right.get(encoded.group, 0) + sum(d > 0 for d in ahead)
+        pairs[encoded.group] = pairs.get(encoded.group, 0) + len(ahead)
+    assert len(pairs) < len(made.held_out)  # some prompts are there twice
+    accuracy = sum(right.values()) / sum(pairs.values())
+    error = math.sqrt(sum((right[g] - accuracy * pairs[g]) ** 2 for g in pairs))
+    assert found["eval/accuracy"] == pytest.approx(accuracy)
+    assert found["eval/accuracy_se"] == pytest.approx(error / sum(pairs.values()))
+
+
+def test_a_ranking_of_two_is_a_pair(folder):
+    pairs = planted_pairs(32)
+    as_rankings = [
+        {"prompt": p["prompt"], "responses": [p["rejected"], p["chosen"]], "ranks": [1, 0]}
+        for p in pairs
+    ]
+    made = [trainer(folder, pairs=data, reward={"center_coef": 0.1})
+            for data in (pairs, as_rankings)]  # fmt: skip
+    losses = [t.train_step(t.mini_batch(0))["reward/loss"] for t in made]
+    assert losses[0] == losses[1]
+
+
 def test_each_epoch_sees_every_pair_once_in_another_order(folder):
     made = trainer(folder, reward={"batch_size": 5, "epochs": 2})
     steps = made.steps_per_epoch
     assert steps == 5 and made.total_steps == 10  # 24 pairs
     epochs = [
-        [tuple(pair.chosen) for step in range(start, start + steps)
+        [tuple(pair.rows[0]) for step in range(start, start + steps)
          for pair in made.mini_batch(step)]
         for start in (0, steps)
     ]  # fmt: skip
     assert epochs[0] != epochs[1]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(tuple(p.chosen) for p in made.training)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(tuple(p.rows[0]) for p in made.training)
 
 
 def test_a_resumed_run_ends_with_the_very_same_weights(folder, tmp_path):
@@ -184,7 +270,24 @@ def test_long_pairs_are_cut_and_counted(folder):
     assert len(encoded) == 31
     assert max(map(len, encoded)) == 64
     eos = tiny_tokenizer().eos_token_id
-    assert all(pair.chosen[-1] == pair.rejected[-1] == eos for pair in encoded)
+    assert all(row[-1] == eos for pair in encoded for row in pair.rows)
+
+
+def test_responses_that_are_cut_to_the_same_tokens_leave_a_ranking(folder):
+    rankings = planted_rankings(32)
+    answers = ["y" * 80 + "a", "y" * 80 + "b", "n"]
+    rankings[0] = {"prompt": "Same start?", "responses": answers, "ranks": [0, 1, 2]}
+    made = trainer(folder, pairs=rankings, data={"max_tokens": 64, "eval_fraction": 0.0})
+    assert made.training[0].ranks == [0, 2]
+    assert "equal as tokens" in " ".join(made.notes)
+
+
+def test_a_sample_of_the_pairs(folder):
+    data = {"max_pairs": 20, "eval_fraction": 0.0}
+    made = trainer(folder, pairs=planted_pairs(32), data=data)
+    assert len(made.training) == 20
+    made = trainer(folder, pairs=planted_rankings(32), data=data)
+    assert sum(len({*r.ranks}) > 1 for r in made.training) == len(made.training) < 20
 
 
 def test_training_with_only_upper_layers_leaves_the_lower_ones_alone(folder):
@@ -218,6 +321,14 @@ def test_training_with_only_upper_layers_leaves_the_lower_ones_alone(folder):
             "the same within the limit",
         ),
         ({"trackers": ["wandb"]}, "wandb"),
+        (
+            {"pairs": planted_rankings(32), "reward": {"center_coef": 0.1}},
+            "reward.center_coef is defined for pairs only",
+        ),
+        (
+            {"pairs": [*planted_rankings(32), {**planted_pairs(1)[0], "margin": 1.0}]},
+            "A margin is defined for pairs only",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(folder, tmp_path, changes, message):

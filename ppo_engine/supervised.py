@@ -1,0 +1,269 @@
+"""Training on given examples: the loop that the reward model and supervised fine-tuning share.
+
+examples ─▶ mini-batch ─▶ gradient, summed over micro-batches ─▶ optimizer step ─▶ metrics
+
+A trainer says what an example is, what its loss is and what is measured on held-out ones.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine import models
+from ppo_engine.checkpoint import (
+    load_trainable_state,
+    load_training_state,
+    random_states,
+    restore_random_states,
+    save_training_state,
+    trainable_state,
+)
+from ppo_engine.config import RewardModelConfig, RewardModelSettings
+from ppo_engine.config_io import as_dict, flatten
+from ppo_engine.data import split_by_prompt
+from ppo_engine.errors import UserError
+from ppo_engine.optim import make_optimizer, make_scheduler, optimizer_step
+from ppo_engine.progress import Progress
+from ppo_engine.report import write_curves
+from ppo_engine.rows import SkippedLines
+from ppo_engine.run_directory import RunDirectory, atomic_folder
+from ppo_engine.trackers import Trackers, check_trackers
+
+Row = TypeVar("Row", bound=Any)  # a row of the data, checked
+Example = TypeVar("Example")  # the same as token ids
+
+
+class SupervisedTrainer(ABC, Generic[Row, Example]):
+    """All is loaded and checked when a trainer is made; nothing is written before `train`."""
+
+    command: ClassVar[str]  # of the command line, and what its metrics' names begin with
+    title: ClassVar[str]
+    unit: ClassVar[str]  # what examples are called
+    result: ClassVar[str]  # the trained model's folder within the run's
+
+    config: RewardModelConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None,
+        source: str | Path | Iterable[Any] | None,
+        config: RewardModelConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        console: Console | None,
+    ) -> None:
+        # The run's config.yaml names what is trained, and on what, however it was given.
+        if isinstance(model, str):
+            config = replace(cast(Any, config), model=replace(cast(Any, config.model), path=model))
+        if isinstance(source, str | Path):
+            data = replace(cast(Any, config.data), path=str(source))
+            config = replace(cast(Any, config), data=data)
+        self.config = config
+        self.console = console
+        check_trackers(config.run.trackers)
+        self.device = models.choose_device(config.run.device)
+        self.dtype = models.choose_dtype(config.run.dtype, self.device)
+        torch.manual_seed(config.run.seed)
+        if tokenizer is None:
+            if isinstance(model, PreTrainedModel):
+                raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
+            models.load_model_config(models.resolve(config.model.path))
+            tokenizer = models.load_tokenizer(models.resolve(config.model.path))
+        self.tokenizer = tokenizer
+        self.notes: list[str] = []
+        training, held_out = self._split(config.data.path if source is None else source)
+        self.model = self._load_model(model)
+        self.training = self._encode(training, "training")
+        self.held_out = self._encode(held_out, "held-out")
+        self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
+        self.total_steps = self.steps_per_epoch * self.settings.epochs
+        self.optimizer = make_optimizer(self.model, config.model.optimizer)
+        self.scheduler = make_scheduler(self.optimizer, config.model.optimizer, self.total_steps)
+        self.step = 0
+        self.before: dict[str, float] = {}  # held-out metrics of the untrained model
+
+    @property
+    @abstractmethod
+    def settings(self) -> RewardModelSettings:
+        """The section of the method's own settings."""
+
+    @abstractmethod
+    def evaluate(self, progress: Progress | None = None) -> dict[str, float]:
+        """Metrics of the held-out examples, `eval/…`; a `UserError` where there are none."""
+
+    @abstractmethod
+    def _read(self, source: Any) -> tuple[list[Row], SkippedLines]:
+        """The rows of a file or a sequence, checked, and what was left out."""
+
+    @abstractmethod
+    def _load_model(self, model: str | PreTrainedModel | None) -> Any:
+        """The model to be trained, in training mode."""
+
+    @abstractmethod
+    def _encode(self, rows: Sequence[Row], name: str) -> list[Example]:
+        """Rows as token ids; `name` says which of the two sets they are."""
+
+    @abstractmethod
+    def _backward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Add the gradient of the mini-batch's mean loss; returns what is to be logged."""
+
+    @abstractmethod
+    def _tokens(self, example: Example) -> int:
+        """The tokens that the model reads of an example."""
+
+    @abstractmethod
+    def _save_model(self, folder: Path) -> None: ...
+
+    @abstractmethod
+    def _summary(self, metrics: dict[str, float]) -> str:
+        """Held-out metrics in words."""
+
+    def train(self) -> dict[str, float]:
+        """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
+
+        Writes the run's folder, with the model in Hugging Face format. Held-out metrics are
+        `eval/…` after training and `eval_before/…` before it.
+        """
+        config = self.config.run
+        run = RunDirectory(config.output_dir, self.config, config.resume, command=self.command)
+        if config.resume:
+            self._restore(run)
+        settings = flatten(as_dict(self.config))
+        trackers = Trackers(config.trackers, run.path, settings, self.step)
+        if not self.before and self.held_out:
+            # Apart from the training's progress, whose estimate of the time left it would spoil.
+            title = f"Held-out {self.unit} before training"
+            with Progress(1, title, console=self.console) as progress:
+                self.before = self.evaluate(progress)
+                run.log_metrics(0, self.before)
+                progress.step(1, self.before)
+        metrics: dict[str, float] = {}
+        counts = f"{len(self.training)} {self.unit}, {len(self.held_out)} held out"
+        title = f"{self.title}, {counts}"
+        with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
+            for note in self.notes:
+                progress.note(note)
+            while self.step < self.total_steps:
+                with progress.phase("update"):
+                    metrics = self.train_step(self.mini_batch(self.step))
+                last = self.step == self.total_steps
+                if last and self.held_out:
+                    with progress.phase("evaluate"):
+                        metrics |= self.evaluate(progress)
+                metrics |= progress.times
+                run.log_metrics(self.step, metrics)
+                trackers.log(self.step, metrics)
+                progress.step(self.step, metrics)
+                every = config.checkpoint_every
+                if last or (every and self.step % every == 0):
+                    self._save_checkpoint(run)
+            if not metrics and self.held_out:  # resumed at its end
+                metrics = self.evaluate(progress)
+            with atomic_folder(run.path / self.result) as folder:
+                self._save_model(folder)
+            if self.before and metrics:
+                progress.note(f"Before training: {self._summary(self.before)}")
+                progress.note(f"After training:  {self._summary(metrics)}")
+            progress.note(f"The trained model is in {run.path / self.result}")
+        trackers.close()
+        write_curves(run.path, run.path / "report.png", self.title)
+        before = {name.replace("eval/", "eval_before/"): x for name, x in self.before.items()}
+        return {**metrics, **before}
+
+    def train_step(self, examples: Sequence[Example]) -> dict[str, float]:
+        """One optimizer step on a mini-batch, accumulated over micro-batches to its exact mean."""
+        started = time.perf_counter()
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        found = self._backward(examples)
+        self.step += 1
+        found["grad_norm"] = optimizer_step(
+            self.optimizer,
+            self.scheduler,
+            self.config.model.optimizer,
+            f"{self.title}, step {self.step}",
+        )
+        metrics = {f"{self.command}/{name}": float(value) for name, value in found.items()}
+        seconds = time.perf_counter() - started
+        return {
+            **metrics,
+            f"{self.command}/learning_rate": learning_rate,
+            "tokens_per_second": sum(map(self._tokens, examples)) / seconds,
+        }
+
+    def mini_batch(self, step: int) -> list[Example]:
+        """The examples of step 0, 1, …: each epoch is a fresh permutation, known from the seed."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        seed = f"{self.config.run.seed}/{epoch}"
+        order = random.Random(seed).sample(range(len(self.training)), len(self.training))
+        size = self.settings.batch_size
+        return [self.training[i] for i in order[place * size : (place + 1) * size]]
+
+    def _save_checkpoint(self, run: RunDirectory) -> None:
+        with atomic_folder(run.checkpoint(self.step)) as folder:
+            save_training_state(
+                folder,
+                {
+                    "step": self.step,  # the data's position too: see `mini_batch`
+                    "before": self.before,
+                    "model": trainable_state(self.model),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "random": random_states(),
+                },
+            )
+
+    def _restore(self, run: RunDirectory) -> None:
+        newest = run.newest_checkpoint()
+        if newest is None:
+            run.rewind(-1)
+            return
+        state = load_training_state(newest[1], self.device)
+        load_trainable_state(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        restore_random_states(state["random"])
+        self.step, self.before = state["step"], state["before"]
+        run.rewind(self.step)
+
+    def _split(self, source: Any) -> tuple[list[Row], list[Row]]:
+        """The rows to train on, and those held out."""
+        data = self.config.data
+        rows = self._limit(self._read_noting(source))
+        if data.eval_path is not None:
+            return rows, self._read_noting(data.eval_path)
+        return split_by_prompt(rows, data.eval_fraction, self.config.run.seed, self.unit)
+
+    def _limit(self, rows: list[Row]) -> list[Row]:
+        """As many of the rows as the settings ask for."""
+        return rows
+
+    def _read_noting(self, source: Any) -> list[Row]:
+        rows, skipped = self._read(source)
+        if skipped.total:
+            self.notes.append(f"{self.unit.capitalize()}: {skipped}.")
+        return rows
+
+
+def mean_by_cluster(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """The mean of all observations, and its standard error where those of a cluster (the pairs of
+    one prompt, the tokens of one response) depend on each other.
+
+    `sums`, `counts`: `[clusters]`, of each one's observations. The error is that
+    of a ratio, sqrt(sum (s - mean n)^2) / sum n (Cochran 1977, section 2.11; Liang and Zeger 1986):
+    the binomial one for yes and no, one to a cluster.
+    """
+    sums, counts = sums.double(), counts.double()
+    mean = sums.sum() / counts.sum()
+    error = (sums - mean * counts).square().sum().sqrt() / counts.sum()
+    return mean.item(), error.item()
