@@ -1,4 +1,4 @@
-"""RLHF on one machine: reward models from ranked answers, and PPO against them.
+"""RLHF on one machine: supervised fine-tuning, reward models from ranked answers, and PPO.
 
     from ppo_engine import PPOConfig, PPOTrainer
     PPOTrainer("path/to/model", reward=my_function, prompts=["…"], config=PPOConfig()).train()
@@ -12,12 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_engine.config import PPOConfig, RewardModelConfig
+    from ppo_engine.config import PPOConfig, RewardModelConfig, SFTConfig
     from ppo_engine.engine import PPOEngine
     from ppo_engine.errors import UserError
     from ppo_engine.ppo_trainer import PPOTrainer
     from ppo_engine.reward_trainer import RewardModelTrainer
     from ppo_engine.rollout import Experience, Rollout
+    from ppo_engine.sft_trainer import SFTTrainer
 
 # Loaded when first asked for: torch and transformers take seconds, and `ppo-engine --help` needs
 # neither.
@@ -29,6 +30,8 @@ _HOMES = {
     "RewardModelConfig": "config",
     "RewardModelTrainer": "reward_trainer",
     "Rollout": "rollout",
+    "SFTConfig": "config",
+    "SFTTrainer": "sft_trainer",
     "UserError": "errors",
 }
 
@@ -40,6 +43,8 @@ __all__ = [
     "RewardModelConfig",
     "RewardModelTrainer",
     "Rollout",
+    "SFTConfig",
+    "SFTTrainer",
     "UserError",
 ]
 

@@ -66,7 +66,8 @@ _MODEL_HELP = "Hugging Face name or folder"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ppo-engine",
-        description="RLHF: train a reward model on ranked answers, then a language model with PPO.",
+        description="RLHF: fine-tune a language model on examples, train a reward model on ranked "
+        "answers, then tune the language model with PPO.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ppo-engine {_version()}")
@@ -83,12 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--algorithm", choices=("ppo", "grpo"), help="of the last stage; default ppo")
     _add(
         commands,
-        "reward",
-        _reward,
-        "train a reward model on preference pairs",
+        "sft",
+        _sft,
+        "fine-tune a language model on examples of good answers",
         [
             Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
-            Flag("--data", "data.path", "preference pairs: JSONL, parquet, a saved data set"),
+            Flag("--data", "data.path", "examples: JSONL, parquet, a saved data set"),
+        ],
+    )
+    _add(
+        commands,
+        "reward",
+        _reward,
+        "train a reward model on preference pairs or rankings",
+        [
+            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--data", "data.path", "pairs or rankings: JSONL, parquet, a saved data set"),
         ],
     )
     for name, summary in (
@@ -203,22 +214,39 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
         run_demo(config)
 
 
+def _sft(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.config import SFTConfig
+
+    config = _load_supervised(SFTConfig, options, rest, "examples")
+    if config is not None:
+        from ppo_engine.sft_trainer import SFTTrainer
+
+        SFTTrainer(config=config).train()
+
+
 def _reward(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.config import RewardModelConfig
 
-    config = _load(RewardModelConfig, options, _overrides(options, rest))
+    config = _load_supervised(RewardModelConfig, options, rest, "preference pairs")
+    if config is not None:
+        from ppo_engine.reward_trainer import RewardModelTrainer
+
+        RewardModelTrainer(config=config).train()
+
+
+def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], data: str) -> Any:
+    """Settings of a command that learns from `data`, by default with the demo's model."""
+    config = _load(cls, options, _overrides(options, rest))
     if config is None:
-        return
+        return None
     if not config.data.path:
-        raise UserError("No preference pairs were given: --data FILE.jsonl, or data.path=FILE.")
+        raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
     _quiet_libraries()
     if not config.model.path:
         from ppo_engine.demo.model import model_path
 
         config = replace(config, model=replace(config.model, path=model_path()))
-    from ppo_engine.reward_trainer import RewardModelTrainer
-
-    RewardModelTrainer(config=config).train()
+    return config
 
 
 def _ppo(options: argparse.Namespace, rest: list[str]) -> None:

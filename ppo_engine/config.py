@@ -1,6 +1,6 @@
 """Every setting of a run: frozen dataclasses, validated when they are made.
 
-One tree per command (`RewardModelConfig`, `PPOConfig`). The same names serve Python
+One tree per command (`SFTConfig`, `RewardModelConfig`, `PPOConfig`). The same names serve Python
 (`PPOConfig(ppo=PPOSettings(kl_coef=0.02))`), YAML files and dotted overrides on the command line
 (`ppo.kl_coef=0.02`); `config_io` reads and writes them.
 """
@@ -247,6 +247,36 @@ class RewardModelConfig:
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: PreferenceDataConfig = Field(default_factory=PreferenceDataConfig)
     reward: RewardModelSettings = Field(default_factory=RewardModelSettings)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+
+@_settings
+class DemonstrationDataConfig:
+    """JSONL of prompts with responses, or of chat messages; a share of the prompts is held out."""
+
+    path: str = ""
+    eval_path: str | None = None  # instead of holding out a share
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    max_tokens: PositiveInt = 1024  # of an example, longer ones are cut; of a row, which holds many
+    on_bad_line: Literal["error", "skip"] = "error"
+
+
+@_settings
+class SFTSettings:
+    """Supervised fine-tuning: the negative log-likelihood of response tokens."""
+
+    batch_size: PositiveInt = 16  # examples per optimizer step
+    micro_batch_size: PositiveInt = 4  # rows of data.max_tokens per forward pass; memory only
+    epochs: PositiveInt = 1
+
+
+@_settings
+class SFTConfig:
+    """`ppo-engine sft` and `SFTTrainer`."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DemonstrationDataConfig = Field(default_factory=DemonstrationDataConfig)
+    sft: SFTSettings = Field(default_factory=SFTSettings)
     run: RunConfig = Field(default_factory=RunConfig)
 
 

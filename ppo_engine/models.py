@@ -306,9 +306,13 @@ def base_inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> d
     positions alone (ALiBi) take none, and need none.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(base.forward).parameters:
+    if takes_positions(base):
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     return inputs
+
+
+def takes_positions(base: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(base.forward).parameters
 
 
 def _layer_count(model: PreTrainedModel) -> int:

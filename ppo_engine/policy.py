@@ -19,6 +19,7 @@ from ppo_engine.anatomy import span
 from ppo_engine.config import GenerationConfig, ModelConfig
 from ppo_engine.conversation import Environment, as_rollout, converse
 from ppo_engine.errors import UserError
+from ppo_engine.packing import TokenRows
 from ppo_engine.rollout import Rollout
 from ppo_engine.text import Prompt
 from ppo_kernels import linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs
@@ -87,6 +88,21 @@ class Policy:
     def uses_own_logits(self) -> bool:
         """True where log-probs must come from the model's own logits (see `_find_head`)."""
         return self._head is None
+
+    @property
+    def logits_note(self) -> str:
+        """What is to be said where log-probs cost more than they need; empty where they do not."""
+        if self.uses_own_logits:
+            return (
+                "Logits are the model's own, for every position: its output layer could not be "
+                "reproduced from its hidden states. More memory and time, the same results."
+            )
+        if self.makes_logits:
+            return (
+                "Logits are made for every response token, as the output layer has adapters or is "
+                "quantised. More memory and time, the same results."
+            )
+        return ""
 
     @property
     def makes_logits(self) -> bool:
@@ -227,16 +243,46 @@ class Policy:
         the model's own are used."""
         ids, mask = rollout.sequences()
         start = rollout.prompt_ids.shape[1] - 1
-        model = models.unwrap(self.model)
         # The last token predicts nothing that is needed.
-        inputs = models.base_inputs(model.base_model, ids[:, :-1], mask[:, :-1])
+        states: Tensor = self._run(ids[:, :-1], mask[:, :-1])[:, start:][rollout.mask]
+        return states
+
+    def row_logprobs(self, rows: TokenRows) -> Tensor:
+        """Log-probs of the tokens that `rows` trains, row by row, `[tokens]` fp32."""
+        states, targets = self._row_states(rows)
+        with span("losses"), models.compute(self.device, self.dtype):
+            if self.makes_logits:
+                return token_logprobs(self._logits(states), targets)
+            return linear_logprobs(states, targets=targets, **self._linear(temperature=1.0))
+
+    def nll_loss(self, rows: TokenRows, normalizer: float) -> Tensor:
+        """The negative log-likelihood of the tokens that `rows` trains, over `normalizer`: of all
+        such tokens in the mini-batch, so that its passes add up to the mean of its tokens."""
+        return -self.row_logprobs(rows).sum() / normalizer
+
+    def _row_states(self, rows: TokenRows) -> tuple[Tensor, Tensor]:
+        """The state before each trained token, and these tokens."""
+        targets = rows.trained[:, 1:]
+        positions = None if rows.positions is None else rows.positions[:, :-1]
+        mask = rows.owners[:, :-1] >= 0 if rows.positions is None else None
+        states = self._run(rows.ids[:, :-1], mask, positions)
+        return states[targets], rows.ids[:, 1:][targets]
+
+    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """The last hidden states of `[B, L]` tokens; the logits, where the model's own are used.
+
+        Padded ones have a mask, packed ones positions and no mask."""
+        model = models.unwrap(self.model)
+        if mask is not None:
+            inputs = models.base_inputs(model.base_model, ids, mask)
+        else:
+            inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         with models.compute(self.device, self.dtype):
             if self._head is None:
-                found = self.model(**inputs).logits
+                found: Tensor = self.model(**inputs).logits
             else:
                 found = model.base_model(**inputs).last_hidden_state
-        states: Tensor = found[:, start:][rollout.mask]
-        return states
+        return found
 
     @property
     def _output_layer(self) -> Any:

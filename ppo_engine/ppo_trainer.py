@@ -97,16 +97,8 @@ class PPOTrainer:
             held_out = self._limited(held_out)
             self.notes += overlap(self.examples, held_out)
         self.evaluator = Evaluator(self.engine, held_out)
-        if self.engine.policy.uses_own_logits:
-            self.notes.append(
-                "Logits are the model's own, for every position: its output layer could not be "
-                "reproduced from its hidden states. More memory and time, the same results."
-            )
-        elif self.engine.policy.makes_logits:
-            self.notes.append(
-                "Logits are made for every response token, as the output layer has adapters or is "
-                "quantised. More memory and time, the same results."
-            )
+        if self.engine.policy.logits_note:
+            self.notes.append(self.engine.policy.logits_note)
         self.step = 0
 
     def train(self) -> dict[str, float]:

@@ -26,6 +26,8 @@ _HEADLINES = (
     ("objective/response_length", "length", "{:.0f}"),
     ("policy/clip_fraction", "clipped", "{:.1%}"),
     ("value/explained_variance", "explained variance", "{:+.2f}"),
+    ("sft/loss", "loss", "{:.4f}"),
+    ("eval/perplexity", "held-out perplexity", "{:.3f}"),
     ("reward/loss", "loss", "{:.4f}"),
     ("reward/accuracy", "accuracy", "{:.1%}"),
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),

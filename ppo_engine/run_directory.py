@@ -2,7 +2,7 @@
 
 config.yaml            resolved settings
 metrics.jsonl          one line a step
-samples.jsonl          some responses of some steps
+samples.jsonl          some responses of some steps (PPO)
 critic.jsonl           the critic's values on held-out responses, and their scores
 checkpoints/step-…/    what a resumed run goes on from
 policy/, critic/ or reward_model/   the result, Hugging Face format

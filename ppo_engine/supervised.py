@@ -30,7 +30,7 @@ from ppo_engine.checkpoint import (
     save_training_state,
     trainable_state,
 )
-from ppo_engine.config import RewardModelConfig, RewardModelSettings
+from ppo_engine.config import RewardModelConfig, RewardModelSettings, SFTConfig, SFTSettings
 from ppo_engine.config_io import as_dict, flatten
 from ppo_engine.data import split_by_prompt
 from ppo_engine.errors import UserError
@@ -53,13 +53,13 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
     unit: ClassVar[str]  # what examples are called
     result: ClassVar[str]  # the trained model's folder within the run's
 
-    config: RewardModelConfig
+    config: RewardModelConfig | SFTConfig
 
     def __init__(
         self,
         model: str | PreTrainedModel | None,
         source: str | Path | Iterable[Any] | None,
-        config: RewardModelConfig,
+        config: RewardModelConfig | SFTConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         console: Console | None,
     ) -> None:
@@ -95,7 +95,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     @property
     @abstractmethod
-    def settings(self) -> RewardModelSettings:
+    def settings(self) -> RewardModelSettings | SFTSettings:
         """The section of the method's own settings."""
 
     @abstractmethod

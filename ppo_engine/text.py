@@ -6,7 +6,7 @@ by the model's chat template up to the point where its answer begins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,9 +23,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     require_chat_template(tokenizer)
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    # The template has written every special token already.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _tokens(tokenizer, _render(tokenizer, prompt, ask=True))
 
 
 def encode_answer(
@@ -54,7 +52,7 @@ def encode_answer(
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, finished: bool) -> list[int]:
     """Token ids of a response; a finished one ends with EOS, as a sampled one does."""
-    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    ids = _tokens(tokenizer, response)
     return [*ids, tokenizer.eos_token_id] if finished else ids
 
 
@@ -73,6 +71,70 @@ def encode_dialogue(
     room = max_tokens - len(answer)
     question = encode_prompt(tokenizer, prompt)
     return [*question[len(question) - min(room, len(question)) :], *answer]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    turns: list[Message],
+    end_ids: Collection[int],
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of a conversation, and which are the model's to write: those of the assistant's
+    messages among `turns`, up to and with the one of `end_ids` that ends each.
+
+    Prompts and answers are tokenized apart, as they are when the model answers. One sequence, or,
+    where the chat template shows earlier answers other than they were written (without their
+    thoughts, say), one for each answer. An answer that the template leaves open at the end of a
+    sequence ends with EOS.
+    """
+    messages = [*prompt, *turns]
+    asked, answers = [], []
+    for index in range(len(prompt), len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:index], ask=True)
+        after = _render(tokenizer, messages[: index + 1], ask=False)
+        shown = after.removeprefix(before) if after.startswith(before) else None
+        # Not shown: the prompt ends with what a finished answer lacks, such as an open thought.
+        answers.append(messages[index]["content"] if shown is None else shown)
+        asked.append(before)
+    done = [before + answer for before, answer in zip(asked, answers, strict=True)]
+    sequences = [[piece] for piece in zip(asked, answers, strict=True)]
+    if all(b.startswith(a) for a, b in zip(done[:-1], asked[1:], strict=True)):
+        new = [b.removeprefix(a) for a, b in zip(["", *done[:-1]], asked, strict=True)]
+        sequences = [list(zip(new, answers, strict=True))]
+    return [_encode_pieces(tokenizer, pieces, end_ids) for pieces in sequences]
+
+
+def _encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, str]], end_ids: Collection[int]
+) -> tuple[list[int], list[bool]]:
+    ids: list[int] = []
+    trained: list[bool] = []
+    stop = 0
+    for asked, answer in pieces:
+        question, response = _tokens(tokenizer, asked), _tokens(tokenizer, answer)
+        ends = [place for place, token in enumerate(response, start=1) if token in end_ids]
+        learned = ends[-1] if ends else len(response)  # not what the template writes after it
+        stop = len(ids) + len(question) + learned
+        ids += question + response
+        trained += [False] * len(question)
+        trained += [place < learned for place in range(len(response))]
+    ids, trained = ids[:stop], trained[:stop]
+    if ids[-1] not in end_ids:
+        ids.append(tokenizer.eos_token_id)
+        trained.append(True)
+    return ids, trained
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bool) -> str:
+    """The chat template's text, where `ask` up to the point where the model's answer begins."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Without a BOS or the like: a template has written every special token already."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from tiny import tiny_model_folder
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
-from ppo_engine.config import PPOConfig, RewardModelConfig
+from ppo_engine.config import PPOConfig, RewardModelConfig, SFTConfig
 from ppo_engine.config_io import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +57,10 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.policy.path, config.data.path) == ("1e-5", "p.jsonl")  # taken literally
     assert (config.run.output_dir, config.run.seed) == ("out: 1", 7)
     assert (config.reward.path, config.reward.function) == ("my reward/", None)
-    config = resolved(RewardModelConfig, capsys, "reward", *flags)
-    assert isinstance(config, RewardModelConfig)
-    assert (config.model.path, config.data.path) == ("1e-5", "p.jsonl")
+    for cls, command in ((RewardModelConfig, "reward"), (SFTConfig, "sft")):
+        config = resolved(cls, capsys, command, *flags)
+        assert isinstance(config, RewardModelConfig | SFTConfig)
+        assert (config.model.path, config.data.path) == ("1e-5", "p.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,9 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["ppo", "--model", "m"], "No prompts were given: --data"),
         (["ppo", "--model", "m", "--data", "d"], "No reward was given: --reward"),
         (["reward"], "No preference pairs were given: --data"),
+        (["sft"], "No examples were given: --data"),
+        (["sft", "batch_size=1"], "did you mean sft.batch_size?"),
+        (["sft", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
         (["reward", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
         (["generate", "--model", "m"], "prompts (--data FILE) or one prompt (--prompt TEXT)"),
         (["generate", "--model", "./absent", "--prompt", "x"], "'./absent' does not exist"),
@@ -214,6 +218,39 @@ def test_bad_prompts_stop_before_anything_is_written(
     assert cli.main([*flags, "data.on_bad_line=skip"]) == 0
     shown = capsys.readouterr()
     assert len(shown.out.strip().split("\n")) == 1 and "Prompts: 1 skipped" in shown.err
+
+
+def test_sft_trains_on_examples_and_saves(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(7)]
+    chat = [{"role": role, "content": "Hello."} for role in ("user", "assistant")]
+    data = write("examples.jsonl", *rows, {"messages": chat})
+    flags = ["sft", "--model", model, "--data", data, "sft.batch_size=3", "--output-dir", "run"]
+    assert cli.main([*flags, "data.eval_fraction=0.25"]) == 0
+    metrics = read("run/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert {"sft/loss", "eval/loss", "eval/perplexity"} <= {*metrics[0], *metrics[-1]}
+    assert AutoModelForCausalLM.from_pretrained("run/policy").config.vocab_size == 259
+    shown = capsys.readouterr().out
+    assert "Supervised fine-tuning, 6 examples, 2 held out" in shown and "perplexity" in shown
+    assert cli.main(["reward", "--model", "run/policy", "--data", write("pairs.jsonl", *PAIRS),
+                     "--output-dir", "reward"]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Q"}, "no column 'response'"),
+        ({"messages": [{"role": "user", "content": "Q"}]}, "no message is the assistant's"),
+        ("[]", "not a JSON object"),
+    ],
+)
+def test_bad_examples_stop_before_anything_is_written(
+    model: str, row: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("examples.jsonl", {"prompt": "Q", "response": "A"}, row)
+    assert cli.main(["sft", "--model", model, "--data", data, "--output-dir", "run"]) == 2
+    assert f"examples.jsonl:2: {message}" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_reward_trains_on_pairs_and_saves(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_engine.config import AdaptiveKLConfig, PPOConfig, RewardModelConfig
+from ppo_engine.config import AdaptiveKLConfig, PPOConfig, RewardModelConfig, SFTConfig
 from ppo_engine.config_io import as_dict, dump_config, flatten, load_config
 from ppo_engine.errors import UserError
 
@@ -20,6 +20,7 @@ def write(tmp_path: Path, text: str) -> str:
 def test_defaults_without_file_or_overrides() -> None:
     assert load_config(PPOConfig) == PPOConfig()
     assert load_config(RewardModelConfig) == RewardModelConfig()
+    assert load_config(SFTConfig) == SFTConfig()
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ EVALUATED_ROW = {
     "eval/win_rate_se": 0.1,
     "eval/kl": 0.2,
 }
+SFT_ROW = {"sft/loss": 2.0, "eval/perplexity": 7.4}
 EVAL_ROW = {"eval/accuracy": 0.6, "eval/accuracy_se": 0.05}
 
 
@@ -41,6 +42,7 @@ EVAL_ROW = {"eval/accuracy": 0.6, "eval/accuracy_se": 0.05}
         [REWARD_ROW, {**REWARD_ROW, **EVAL_ROW}],
         [EVALUATED_ROW | {ANTICIPATION[0]: 0.5}, {**PPO_ROW, ANTICIPATION[3]: None}],
         [EVAL_ROW, REWARD_ROW, {"eval/accuracy": 0.7}],
+        [SFT_ROW, {"sft/loss": 1.0}],
     ],
     ids=[
         "one step",
@@ -49,6 +51,7 @@ EVAL_ROW = {"eval/accuracy": 0.6, "eval/accuracy_se": 0.05}
         "reward model",
         "one evaluation",
         "accuracy without its error",
+        "sft",
     ],
 )
 def test_curves_of_any_run(tmp_path: Path, rows: list[dict[str, Any]]) -> None:

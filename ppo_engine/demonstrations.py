@@ -1,0 +1,136 @@
+"""Answers to learn from, prompts with responses or conversations: checked, then as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ppo_engine.columns import check_messages, check_prompt, check_text, column, kind, name_of
+from ppo_engine.data import chat_if_dialogue
+from ppo_engine.errors import UserError
+from ppo_engine.packing import EncodedExample
+from ppo_engine.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
+from ppo_engine.text import (
+    Message,
+    Prompt,
+    encode_prompt,
+    encode_response,
+    encode_turns,
+    require_chat_template,
+)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt, how it is to be answered, and where it stood.
+
+    Text is answered by text. Chat messages are followed by further ones, the first of them the
+    assistant's; every message of the assistant among these is learned.
+    """
+
+    prompt: Prompt
+    response: str | list[Message]
+    place: str = ""
+
+
+def load_demonstrations(
+    source: str | Path | Iterable[Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    on_bad_line: OnBadLine = "error",
+) -> tuple[list[Demonstration], SkippedLines]:
+    """Demonstrations of a file or a sequence of rows, in any of these forms:
+
+    - `prompt` (text, chat messages or an HH-RLHF dialogue) and `response`, or `completion`: text,
+      or chat messages;
+    - chat `messages`, of which every one of the assistant is learned.
+
+    Raises `UserError` for a row that fits none, or skips it, and where none is left.
+    """
+    bad_lines = BadLines(on_bad_line)
+    found = []
+    for place, row in read_rows(source, "demonstrations", bad_lines):
+        try:
+            prompt, response = _demonstration_of(row, bool(tokenizer.chat_template))
+        except BadLineError as error:
+            bad_lines.add(place, error.reason, error.detail)
+            continue
+        found.append(Demonstration(prompt, response, place))
+    if not found:
+        raise UserError(f"No usable example in {name_of(source)}: {bad_lines.skipped}.")
+    if any(not isinstance(example.prompt, str) for example in found):
+        require_chat_template(tokenizer)
+    return found, bad_lines.skipped
+
+
+def encode_demonstration(
+    tokenizer: PreTrainedTokenizerBase, example: Demonstration, end_ids: Collection[int]
+) -> list[EncodedExample]:
+    """An example as token ids; the tokens of its responses are learned, and those of `end_ids`
+    that end them. One for each answer where the chat template rewrites earlier ones.
+
+    Raises `BadLineError` for a conversation that the template refuses.
+    """
+    if isinstance(example.prompt, str):
+        assert isinstance(example.response, str)
+        asked = encode_prompt(tokenizer, example.prompt)
+        answer = encode_response(tokenizer, example.response, finished=True)
+        encoded = [(asked + answer, [False] * len(asked) + [True] * len(answer))]
+    else:
+        assert not isinstance(example.response, str)
+        try:
+            encoded = encode_turns(tokenizer, example.prompt, example.response, end_ids)
+        except TemplateError as error:  # such as "roles must alternate"
+            raise BadLineError("refused by the model's chat template", f" ({error})") from None
+    return [EncodedExample(ids, [False, *trained[1:]]) for ids, trained in encoded]
+
+
+def cut(example: EncodedExample, limit: int) -> EncodedExample:
+    """At most `limit` tokens. First the start of the prompt goes, as long as half of the limit is
+    left of it; then the end of what follows. So an answer is never learned without its question."""
+    excess = max(0, len(example) - limit)
+    start = min(excess, max(0, example.trained.index(True) - limit // 2))
+    kept = slice(start, start + limit)
+    return EncodedExample(example.ids[kept], [False, *example.trained[kept][1:]])
+
+
+def _demonstration_of(row: Any, chat: bool) -> tuple[Prompt, str | list[Message]]:
+    if not isinstance(row, Mapping):
+        raise BadLineError("an example must be a dictionary", f", not {kind(row)}")
+    if row.get("messages") is not None:
+        messages = check_messages(row["messages"], "messages")
+        roles = [message["role"] for message in messages]
+        if "assistant" not in roles:
+            raise BadLineError("no message is the assistant's: there is nothing to learn")
+        first = roles.index("assistant")
+        if first == 0:
+            raise BadLineError("the first message is the assistant's: it answers nothing")
+        prompt: Prompt = check_prompt(messages[:first])
+        response: Any = messages[first:]
+    else:
+        prompt = chat_if_dialogue(check_prompt(column(row, "prompt")), chat)
+        name = "completion" if "response" not in row and "completion" in row else "response"
+        response = column(row, name)
+        if isinstance(response, str):
+            response = check_text(response, name)
+            if not isinstance(prompt, str):
+                response = [{"role": "assistant", "content": response}]
+        else:
+            response = check_messages(response, name)
+            if response[0]["role"] != "assistant":
+                raise BadLineError(f"the first message of {name!r} is not the assistant's")
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+    answers = [response] if isinstance(response, str) else _answers(response)
+    if not all(answer.strip() for answer in answers):
+        raise BadLineError("empty response")
+    return prompt, response
+
+
+def _answers(messages: list[Message]) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == "assistant"]

@@ -1,0 +1,112 @@
+"""Examples of many lengths as rows of tokens: several to a row, without one seeing another.
+
+A row of tensors holds examples end to end, the position ids starting anew at each, and no attention
+mask: from such positions transformers makes attention block-diagonal, for the models that can
+(`can_pack` proves it). For others, a row is one example and padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine import models
+
+_PROBE = ("The quick brown fox jumps over the lazy dog.", "Another text, in the same row.")
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids, and which of them are learned: never the first, which nothing predicts."""
+
+    ids: list[int]
+    trained: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One forward pass: `[B, L]` tensors, padded on the right."""
+
+    ids: Tensor
+    positions: Tensor | None  # None: one example a row, masked where `owners` is negative
+    trained: Tensor  # bool
+    owners: Tensor  # the number of the example that a token belongs to; -1 is padding
+
+
+def plan(lengths: Sequence[int], room: int, rows: int, pack: bool) -> list[list[list[int]]]:
+    """Forward passes of rows of indices into `lengths`: passes of at most `rows * room` tokens,
+    padding included; rows of at most `room`, or of one example each.
+
+    First-fit decreasing: the longest first, each into the first row that has room for it. What is
+    planned together is a mini-batch, so that training batches stay as random as they were.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    filled: list[list[int]] = []
+    used: list[int] = []
+    for index in order:
+        length = lengths[index]
+        place = next((r for r, n in enumerate(used) if pack and n + length <= room), None)
+        if place is None:
+            filled.append([index])
+            used.append(length)
+        else:
+            filled[place].append(index)
+            used[place] += length
+    # Rows of similar length together; the first of a pass is its widest.
+    passes: list[list[list[int]]] = []
+    width = 0
+    for row in sorted(range(len(filled)), key=lambda r: -used[r]):
+        if not passes or (len(passes[-1]) + 1) * width > rows * room:
+            passes.append([])
+            width = used[row]
+        passes[-1].append(filled[row])
+    return passes
+
+
+def stack_rows(
+    examples: Sequence[EncodedExample],
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device,
+    pack: bool,
+) -> TokenRows:
+    """The tensors of one forward pass of `plan`; owners are the indices that `rows` holds."""
+    width = max(sum(len(examples[i]) for i in row) for row in rows)
+    ids, positions, trained, owners = [], [], [], []
+    for row in rows:
+        left = width - sum(len(examples[i]) for i in row)
+        ids.append([t for i in row for t in examples[i].ids] + [pad] * left)
+        trained.append([t for i in row for t in examples[i].trained] + [False] * left)
+        owners.append([i for i in row for _ in examples[i].ids] + [-1] * left)
+        # What is left is an example to itself.
+        positions.append([t for n in (*(len(examples[i]) for i in row), left) for t in range(n)])
+    return TokenRows(
+        ids=torch.tensor(ids, device=device),
+        positions=torch.tensor(positions, device=device) if pack else None,
+        trained=torch.tensor(trained, device=device),
+        owners=torch.tensor(owners, device=device),
+    )
+
+
+@torch.no_grad()
+def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether texts in one row do not see each other: a probe must give a causal language model's
+    logits of each alone."""
+    if not models.takes_positions(model.base_model):
+        return False
+    apart = [
+        torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)
+        for text in _PROBE
+    ]
+    positions = torch.cat([torch.arange(x.shape[1], device=model.device) for x in apart])[None]
+    alone = [model(input_ids=x, use_cache=False).logits for x in apart]
+    together = model(input_ids=torch.cat(apart, 1), position_ids=positions, use_cache=False).logits
+    return torch.allclose(together, torch.cat(alone, 1), rtol=_TOLERANCE, atol=_TOLERANCE)

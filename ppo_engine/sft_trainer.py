@@ -1,0 +1,169 @@
+"""Supervised fine-tuning: a language model learns to answer as the examples do.
+
+The loss is the mean of -log pi over response tokens (Ouyang et al. 2022, section 3.5), prompts
+excluded. It comes from hidden states before these tokens; logits for all are never there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine import models
+from ppo_engine.config import SFTConfig, SFTSettings
+from ppo_engine.demonstrations import (
+    Demonstration,
+    cut,
+    encode_demonstration,
+    load_demonstrations,
+)
+from ppo_engine.errors import UserError
+from ppo_engine.packing import EncodedExample, TokenRows, can_pack, plan, stack_rows
+from ppo_engine.policy import Policy
+from ppo_engine.progress import Progress
+from ppo_engine.rows import BadLineError, BadLines, SkippedLines
+from ppo_engine.supervised import SupervisedTrainer, mean_by_cluster
+
+
+class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
+    """Fine-tunes a language model on examples: everything is loaded and checked here, nothing is
+    written before `train`."""
+
+    command = "sft"
+    title = "Supervised fine-tuning"
+    unit = "examples"
+    result = "policy"
+
+    config: SFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        examples: str | Path | Iterable[Any] | None = None,
+        config: SFTConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """`model` and `examples` (a file, or rows as `demonstrations.load_demonstrations` takes
+        them) come from `config` where they are not given. A model object needs its `tokenizer`.
+        Progress goes to `console`, by default the terminal."""
+        super().__init__(model, examples, config or SFTConfig(), tokenizer, console)
+
+    @property
+    def settings(self) -> SFTSettings:
+        return self.config.sft
+
+    @torch.no_grad()
+    def evaluate(self, progress: Progress | None = None) -> dict[str, float]:
+        """Loss on the held-out response tokens, its standard error (tokens of one example are not
+        independent), and the perplexity, exp(loss)."""
+        if not self.held_out:
+            raise UserError("Nothing is held out: set data.eval_fraction or data.eval_path.")
+        found = torch.zeros(2, len(self.held_out), device=self.device)
+        passes = self._plan(self.held_out)
+        for planned in progress.track(passes, "held-out batch") if progress else passes:
+            rows = self._stack(self.held_out, planned)
+            nll = -self.policy.row_logprobs(rows)
+            owners = rows.owners[:, 1:][rows.trained[:, 1:]]
+            found.index_add_(1, owners, torch.stack((nll, torch.ones_like(nll))))
+        loss, error = mean_by_cluster(*found)
+        return {
+            "eval/loss": loss,
+            "eval/loss_se": error,
+            "eval/perplexity": torch.tensor(loss).exp().item(),
+        }
+
+    def _read(self, source: Any) -> tuple[list[Demonstration], SkippedLines]:
+        on_bad_line = self.config.data.on_bad_line
+        return load_demonstrations(source, tokenizer=self.tokenizer, on_bad_line=on_bad_line)
+
+    def _load_model(self, model: str | PreTrainedModel | None) -> Any:
+        self.policy = Policy.open(
+            model or "",
+            self.config.model,
+            device=self.device,
+            dtype=self.dtype,
+            tokenizer=self.tokenizer,
+        )
+        if self.policy.logits_note:
+            self.notes.append(self.policy.logits_note)
+        self.packed = can_pack(models.unwrap(self.policy.model), self.tokenizer)
+        if not self.packed:
+            self.notes.append(
+                "Examples are padded, not packed into rows: in a probe, this model let packed "
+                "texts see each other. More time, the same results."
+            )
+        return self.policy.model.train()
+
+    def _encode(self, rows: Sequence[Demonstration], name: str) -> list[EncodedExample]:
+        limit = self._limit_of_tokens()
+        bad_lines = BadLines(self.config.data.on_bad_line)
+        encoded, apart = [], 0
+        for row in rows:
+            try:
+                found = encode_demonstration(self.tokenizer, row, self.policy.eos_ids)
+            except BadLineError as error:
+                bad_lines.add(row.place, error.reason, error.detail)
+                continue
+            apart += len(found) > 1
+            encoded += found
+        long = sum(len(example) > limit for example in encoded)
+        if bad_lines.skipped.total:
+            self.notes.append(f"Examples: {bad_lines.skipped}.")
+        if apart:
+            self.notes.append(
+                f"{apart} {name} conversations are an example for each answer: the chat template "
+                "shows earlier answers other than they were written."
+            )
+        if long:
+            self.notes.append(
+                f"{long} of {len(encoded)} {name} examples were cut to {limit} tokens "
+                "(data.max_tokens, or what the model reads)."
+            )
+        if rows and not encoded:
+            raise UserError(f"No {name} example is left: {bad_lines.skipped}.")
+        return [cut(example, limit) for example in encoded]
+
+    def _limit_of_tokens(self) -> int:
+        text = models.unwrap(self.policy.model).config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or sys.maxsize
+        return min(self.config.data.max_tokens, positions)
+
+    def _backward(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        tokens = sum(sum(example.trained) for example in examples)
+        total = torch.zeros((), device=self.device)
+        for planned in self._plan(examples):
+            loss = self.policy.nll_loss(self._stack(examples, planned), tokens)
+            loss.backward()
+            total += loss.detach()
+        return {"loss": total}
+
+    def _plan(self, examples: Sequence[EncodedExample]) -> list[list[list[int]]]:
+        """Forward passes over `examples`, as `packing.plan`."""
+        room, rows = self._limit_of_tokens(), self.config.sft.micro_batch_size
+        return plan([len(example) for example in examples], room, rows, self.packed)
+
+    def _stack(
+        self, examples: Sequence[EncodedExample], planned: Sequence[Sequence[int]]
+    ) -> TokenRows:
+        pad = self.tokenizer.pad_token_id
+        return stack_rows(examples, planned, pad, self.device, self.packed)
+
+    def _tokens(self, example: EncodedExample) -> int:
+        return len(example)
+
+    def _save_model(self, folder: Path) -> None:
+        self.policy.save(folder)
+
+    def _summary(self, metrics: dict[str, float]) -> str:
+        return (
+            f"held-out loss {metrics['eval/loss']:.4f} ± {metrics['eval/loss_se']:.4f} nats per "
+            f"token (standard error), perplexity {metrics['eval/perplexity']:.3f}"
+        )

@@ -1,0 +1,213 @@
+"""Examples to learn from: every accepted form, and token by token what of it is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
+
+from ppo_engine.demonstrations import (
+    Demonstration,
+    cut,
+    encode_demonstration,
+    load_demonstrations,
+)
+from ppo_engine.errors import UserError
+from ppo_engine.packing import EncodedExample, plan
+from ppo_engine.rows import BadLineError
+
+CHAT = tiny_tokenizer()
+TEXT = tiny_tokenizer(chat_template=False)
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "A color?"}
+BLUE = {"role": "assistant", "content": "Blue."}
+MORE = {"role": "user", "content": "More?"}
+RED = {"role": "assistant", "content": "Red."}
+DIALOGUE = "\n\nHuman: A color?\n\nAssistant:"
+
+
+def shown(row: dict[str, Any], tokenizer: Any = CHAT, end_ids: Any = None) -> list[str]:
+    """Each example of a row as text, what is learned in brackets."""
+    [example], _ = load_demonstrations([row], tokenizer=tokenizer)
+    found = []
+    for encoded in encode_demonstration(tokenizer, example, end_ids or {tokenizer.eos_token_id}):
+        text, inside = "", False
+        for token, trained in zip(encoded.ids, encoded.trained, strict=True):
+            text += "[" * (trained and not inside) + "]" * (inside and not trained)
+            text += tokenizer.decode([token])
+            inside = trained
+        found.append(text + "]" * inside)
+    return found
+
+
+# Forms
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "response"),
+    [
+        ({"prompt": "Q: ", "response": "A"}, "Q: ", "A"),
+        ({"prompt": "Q: ", "completion": "A", "source": "x"}, "Q: ", "A"),
+        ({"prompt": [USER], "response": "Blue."}, [USER], [BLUE]),
+        ({"prompt": [USER], "completion": [BLUE]}, [USER], [BLUE]),
+        ({"prompt": "A color?", "completion": [BLUE]}, [USER], [BLUE]),
+        ({"prompt": DIALOGUE, "response": "Blue."}, [USER], [BLUE]),
+        ({"messages": [SYSTEM, USER, BLUE, MORE, RED]}, [SYSTEM, USER], [BLUE, MORE, RED]),
+        ({"messages": None, "prompt": "Q", "response": "A"}, "Q", "A"),  # columns of a data set
+    ],
+)
+def test_forms(row: dict[str, Any], prompt: Any, response: Any, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(row))
+    found, skipped = load_demonstrations(file, tokenizer=CHAT)
+    assert found == [Demonstration(prompt, response, f"{file}:1")] and not skipped.total
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Q"}, "no column 'response' (columns: 'prompt')"),
+        ({"response": "A"}, "no column 'prompt'"),
+        ({"prompt": " ", "response": "A"}, "empty prompt"),
+        ({"prompt": "Q", "response": " \n"}, "empty response"),
+        ({"prompt": "Q", "response": None}, "must be text or chat messages, not null"),
+        ({"prompt": "Q", "completion": 3}, "must be text or chat messages, not int"),
+        ({"prompt": [USER], "response": [USER]}, "the first message of 'response' is not the"),
+        ({"messages": []}, "empty list"),
+        ({"messages": [USER]}, "no message is the assistant's: there is nothing to learn"),
+        ({"messages": [BLUE, USER]}, "the first message is the assistant's: it answers nothing"),
+        ({"messages": [USER, {**BLUE, "content": ""}]}, "empty response"),
+        ({"messages": [USER, {**BLUE, "content": None}]}, "must be text, not null"),
+        ({"messages": "hello"}, "must be text or chat messages"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "Q", "response": "A"}) + "\n" + json.dumps(row))
+    with pytest.raises(UserError) as caught:
+        load_demonstrations(file, tokenizer=CHAT)
+    assert "data.jsonl:2: " in str(caught.value) and message in str(caught.value)
+    found, skipped = load_demonstrations(file, tokenizer=CHAT, on_bad_line="skip")
+    assert len(found) == 1 and skipped.total == 1
+    with pytest.raises(UserError, match="No usable example"):
+        load_demonstrations([row], tokenizer=CHAT, on_bad_line="skip")
+
+
+def test_messages_without_a_chat_template() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        load_demonstrations([{"messages": [USER, BLUE]}], tokenizer=TEXT)
+
+
+# What is learned
+
+END, START = "<|im_end|>", "<|im_start|>"
+ASKED = f"{START}user\nA color?{END}\n{START}assistant\n"
+ASKED_MORE = f"\n{START}user\nMore?{END}\n{START}assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q: ", "response": "A."}, f"Q: [A.{END}]"),
+        ({"prompt": [USER], "response": "Blue."}, f"{ASKED}[Blue.{END}]"),
+        (
+            {"messages": [USER, BLUE, MORE, RED]},
+            f"{ASKED}[Blue.{END}]{ASKED_MORE}[Red.{END}]",
+        ),
+        (  # answers that the prompt holds are not to be learned
+            {"prompt": [USER, BLUE, MORE], "response": "Red."},
+            f"{ASKED}Blue.{END}{ASKED_MORE}[Red.{END}]",
+        ),
+        (
+            {"messages": [SYSTEM, USER, BLUE]},
+            f"{START}system\nBe brief.{END}\n{ASKED}[Blue.{END}]",
+        ),
+        ({"messages": [USER, BLUE, MORE]}, f"{ASKED}[Blue.{END}]"),  # nothing after it is learned
+    ],
+)
+def test_only_answers_and_their_ends_are_learned(row: dict[str, Any], expected: str) -> None:
+    assert shown(row) == [expected]
+
+
+def with_template(template: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_templates_that_drop_earlier_thoughts_make_an_example_of_each_answer() -> None:
+    forgets = with_template(
+        CHAT_TEMPLATE.replace(
+            "{{ message['content'] }}",
+            "{{ message['content'] if loop.last else message['content'].split('|')[-1] }}",
+        )
+    )
+    thought = {"role": "assistant", "content": "hm|Blue."}
+    found = shown({"messages": [USER, thought, MORE, RED]}, forgets)
+    assert found == [f"{ASKED}[hm|Blue.{END}]", f"{ASKED}Blue.{END}{ASKED_MORE}[Red.{END}]"]
+
+
+def test_a_prompt_that_ends_with_an_open_thought_is_answered_by_text_and_end() -> None:
+    opens = with_template(
+        CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>{% endif")
+    )
+    assert shown({"messages": [USER, BLUE]}, opens) == [f"{ASKED}<think>[Blue.{END}]"]
+
+
+def test_templates_with_another_end_of_turn_or_none() -> None:
+    other = with_template(
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}\0\n{% endfor %}"
+    )
+    nul = other("\0")["input_ids"][0]
+    row = {"messages": [USER, BLUE, MORE, RED]}
+    # Every token that the model may end with is known from its checkpoint.
+    assert shown(row, other, {nul, other.eos_token_id}) == [
+        "user:A color?\0\n[assistant:Blue.\0]\nuser:More?\0\n[assistant:Red.\0]"
+    ]
+    open_ended = with_template("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    assert shown(row, open_ended) == [f"A color? [Blue. ]More? [Red. {END}]"]
+
+
+def test_a_conversation_that_the_template_refuses() -> None:
+    strict = with_template("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(BadLineError, match=r"refused .*roles must alternate"):
+        encode_demonstration(strict, Demonstration([USER], [BLUE]), {258})
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "limit", "kept"),
+    [
+        (4, 3, 8, range(7)),
+        (10, 3, 8, range(5, 13)),  # the start of the prompt goes
+        (10, 6, 8, range(6, 14)),  # half of the limit stays of it, then the end goes
+        (2, 9, 8, range(8)),
+        (1, 9, 2, range(2)),
+    ],
+)
+def test_long_examples_keep_some_of_both(
+    asked: int, answered: int, limit: int, kept: range
+) -> None:
+    example = EncodedExample(list(range(asked + answered)), [False] * asked + [True] * answered)
+    found = cut(example, limit)
+    assert found.ids == [*kept] and found.trained == [place >= asked for place in kept]
+
+
+# Rows
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("lengths", [[5], [3] * 40, [64, 1, 1, 63, 2], [*range(1, 65)]])
+def test_a_plan_holds_every_example_once_within_its_limits(lengths: list[int], pack: bool) -> None:
+    passes = plan(lengths, room=64, rows=3, pack=pack)
+    rows = [row for forward in passes for row in forward]
+    assert sorted(index for row in rows for index in row) == [*range(len(lengths))]
+    for forward in passes:
+        widths = [sum(lengths[i] for i in row) for row in forward]
+        assert max(widths) <= 64 and len(forward) * max(widths) <= 3 * 64
+    if pack:  # first fit leaves at most one row half empty
+        assert sum(sum(lengths[i] for i in row) <= 32 for row in rows) <= 1
+    else:
+        assert all(len(row) == 1 for row in rows)
