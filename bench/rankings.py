@@ -1,0 +1,195 @@
+"""A reward model trained on rankings of four, against the same data expanded to pairs.
+
+Answers to short prompts, ranked by VADER as in the demo; the same prompts held out, the same number
+of optimizer steps. A prompt's four answers are read once as a ranking, and twelve times as six
+pairs. Seconds are those of the training steps alone.
+
+    python bench/rankings.py --model HuggingFaceTB/SmolLM2-135M-Instruct --cache rankings.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from ppo_engine import models
+from ppo_engine.config import (
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PreferenceDataConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RunConfig,
+)
+from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
+from ppo_engine.memory import keep_freed_memory
+from ppo_engine.policy import Policy
+from ppo_engine.reward_trainer import RewardModelTrainer
+
+TONES = ("", "joyful", "terrible and sad", "hateful")
+PAIRS = list(itertools.combinations(range(len(TONES)), 2))
+RANKINGS_PER_STEP = 4
+TRAINED_LAYERS = 3
+HELD_OUT = 0.3  # of the prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="a small chat model: name or folder")
+    parser.add_argument("--cache", required=True, type=Path, help="file of the ranked answers")
+    parser.add_argument("--depth", type=int, default=6, help="layers of the reward model")
+    parser.add_argument("--rounds", type=int, default=2, help="rankings of each prompt")
+    parser.add_argument("--seeds", type=int, default=2, help="splits and trainings")
+    options = parser.parse_args()
+    keep_freed_memory()
+    if not options.cache.exists():
+        rank_answers(options.model, options.cache, options.rounds)
+    rankings = read(options.cache)
+    results: dict[str, list[dict[str, float]]] = {"rankings": [], "pairs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        shallow = save_lower_layers(options.model, options.depth, Path(folder) / "model")
+        for seed in range(options.seeds):
+            sets = split(rankings, seed)
+            for name, found in results.items():
+                place = Path(folder) / f"{name}-{seed}"
+                found.append(train(shallow, name, sets, place, seed))
+                print(f"seed {seed}, {name}: {told(found[-1])}", flush=True)
+    show(results)
+
+
+def rank_answers(model: str, cache: Path, rounds: int) -> None:
+    """Sample four answers to each prompt and rank them: 0 is best, equal scores are ties."""
+    device = models.choose_device("auto")
+    policy = Policy.open(
+        model, ModelConfig(), device=device, dtype=models.choose_dtype("auto", device)
+    )
+    torch.manual_seed(0)
+    sentiment = SentimentIntensityAnalyzer()
+    topics, lines = TRAINING_TOPICS * rounds, []
+    for start in range(0, len(topics), 16):
+        batch = topics[start : start + 16]
+        asked = [prompt_about(topic, tone) for topic in batch for tone in TONES]
+        responses = policy.generate(asked, GenerationConfig(max_new_tokens=24)).responses
+        for index, topic in enumerate(batch):
+            answers = responses[index * len(TONES) : (index + 1) * len(TONES)]
+            scores = [-sentiment.polarity_scores(text)["compound"] for text in answers]
+            ranks = [sorted({*scores}).index(score) for score in scores]
+            row = {"prompt": prompt_about(topic), "responses": answers, "ranks": ranks}
+            lines.append(json.dumps(row) + "\n")
+    cache.write_text("".join(lines), encoding="utf-8")
+
+
+def read(cache: Path) -> list[dict[str, Any]]:
+    """The rankings that have a pair."""
+    rows = [json.loads(line) for line in cache.read_text(encoding="utf-8").split("\n") if line]
+    return [row for row in rows if len({*row["ranks"]}) > 1]
+
+
+def split(rankings: list[dict[str, Any]], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """By prompt."""
+    prompts = sorted({json.dumps(row["prompt"]) for row in rankings})
+    held_out = random.Random(seed).sample(prompts, round(HELD_OUT * len(prompts)))
+    sets: dict[str, list[dict[str, Any]]] = {"training": [], "eval": []}
+    for row in rankings:
+        sets["eval" if json.dumps(row["prompt"]) in held_out else "training"].append(row)
+    return sets
+
+
+def expand(rankings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All ordered pairs."""
+    pairs = []
+    for row in rankings:
+        ranked = list(zip(row["ranks"], row["responses"], strict=True))
+        for (rank_a, a), (rank_b, b) in itertools.combinations(ranked, 2):
+            if rank_a != rank_b:
+                better, worse = (a, b) if rank_a < rank_b else (b, a)
+                pairs.append({"prompt": row["prompt"], "chosen": better, "rejected": worse})
+    return pairs
+
+
+def save_lower_layers(model: str, depth: int, folder: Path) -> str:
+    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    del models.decoder_layers(language_model)[depth:]
+    language_model.config.num_hidden_layers = depth
+    language_model.save_pretrained(folder)
+    models.load_tokenizer(model).save_pretrained(folder)
+    return str(folder)
+
+
+def train(
+    model: str, name: str, sets: dict[str, list[dict[str, Any]]], folder: Path, seed: int
+) -> dict[str, float]:
+    """Held-out accuracy, its standard error by prompt, and the seconds of all training steps."""
+    size, micro = RANKINGS_PER_STEP, RANKINGS_PER_STEP
+    if name == "pairs":  # as many steps, and as many sequences in a forward pass
+        size, micro = RANKINGS_PER_STEP * len(PAIRS), RANKINGS_PER_STEP * len(TONES) // 2
+        sets = {which: expand(part) for which, part in sets.items()}
+    folder.mkdir()
+    for which, part in sets.items():
+        (folder / f"{which}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    config = RewardModelConfig(
+        model=ModelConfig(
+            path=model,
+            trainable_layers=TRAINED_LAYERS,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.1),
+        ),
+        data=PreferenceDataConfig(
+            path=str(folder / "training.jsonl"), eval_path=str(folder / "eval.jsonl")
+        ),
+        reward=RewardModelSettings(batch_size=size, micro_batch_size=micro),
+        run=RunConfig(output_dir=str(folder / "run"), seed=seed),
+    )
+    with (folder / "log.txt").open("w") as log:
+        found = RewardModelTrainer(config=config, console=Console(file=log)).train()
+    steps = [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
+    return {
+        "accuracy": found["eval/accuracy"],
+        "error": found["eval/accuracy_se"],
+        "seconds": sum(step.get("time/update", 0.0) for step in steps),
+        "steps": len(steps) - 1,
+    }
+
+
+def told(result: dict[str, float]) -> str:
+    return (
+        f"accuracy {result['accuracy']:.1%} ± {result['error']:.1%}, {result['seconds']:.1f} s "
+        f"of training, {result['steps']:.0f} steps"
+    )
+
+
+def show(results: dict[str, list[dict[str, float]]]) -> None:
+    print("\nMeans; standard errors of one split, by prompt")
+    for name, found in results.items():
+        accuracy = statistics.mean(x["accuracy"] for x in found)
+        error = statistics.mean(x["error"] for x in found)
+        seconds = statistics.mean(x["seconds"] for x in found)
+        print(f"{name:>9}: held-out accuracy {accuracy:.1%} ± {error:.1%}, {seconds:.1f} s")
+    both = list(zip(results["rankings"], results["pairs"], strict=True))
+    ratios = [pairs["seconds"] / rankings["seconds"] for rankings, pairs in both]
+    rises = [rankings["accuracy"] - pairs["accuracy"] for rankings, pairs in both]
+    error = statistics.stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else math.nan
+    print(
+        f"Rankings train {statistics.mean(ratios):.2f}x as fast ({min(ratios):.2f} to "
+        f"{max(ratios):.2f}); their accuracy is higher by {statistics.mean(rises):+.1%} "
+        f"± {error:.1%} (over seeds)."
+    )
+
+
+if __name__ == "__main__":
+    main()
