@@ -258,7 +258,20 @@ class Policy:
     def nll_loss(self, rows: TokenRows, normalizer: float) -> Tensor:
         """The negative log-likelihood of the tokens that `rows` trains, over `normalizer`: of all
         such tokens in the mini-batch, so that its passes add up to the mean of its tokens."""
-        return -self.row_logprobs(rows).sum() / normalizer
+        if self.makes_logits:
+            return -self.row_logprobs(rows).sum() / normalizer
+        states, targets = self._row_states(rows)
+        with span("losses"), models.compute(self.device, self.dtype):
+            loss, _ = linear_ppo_loss(
+                states,
+                targets=targets,
+                old_logprobs=None,
+                advantages=torch.ones(len(targets), device=self.device),
+                objective="cispo",  # on policy, with advantages of 1: -log pi
+                normalizer=normalizer,
+                **self._linear(temperature=1.0),
+            )
+        return loss
 
     def _row_states(self, rows: TokenRows) -> tuple[Tensor, Tensor]:
         """The state before each trained token, and these tokens."""

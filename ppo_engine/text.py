@@ -38,16 +38,12 @@ def encode_answer(
     if isinstance(prompt, str):
         if not isinstance(answer, str):
             raise UserError("To a prompt that is text, an environment answers with text.")
-        return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        return _tokens(tokenizer, answer)
     message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
     turn = {"role": "assistant", "content": _TURN}
-    text = tokenizer.apply_chat_template(
-        [*prompt, turn, message], tokenize=False, add_generation_prompt=True
-    )
-    behind = str(text).rpartition(_TURN)[2]
+    behind = _render(tokenizer, [*prompt, turn, message], ask=True).rpartition(_TURN)[2]
     before, found, after = behind.partition(eos)
-    rest = after if found and not before.strip() else behind
-    return list(tokenizer(rest, add_special_tokens=False)["input_ids"])
+    return _tokens(tokenizer, after if found and not before.strip() else behind)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, finished: bool) -> list[int]:
