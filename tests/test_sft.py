@@ -88,6 +88,14 @@ def bloom() -> BloomForCausalLM:
     return BloomForCausalLM(config).eval()
 
 
+def model_without_positions() -> Any:
+    """It takes position ids and passes them over."""
+    model = tiny_model()
+    inner = model.forward
+    model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
+    return model
+
+
 def model_that_shifts_its_logits() -> Any:
     """Only the model itself knows how."""
     model = tiny_model()
@@ -107,6 +115,7 @@ def model_that_shifts_its_logits() -> Any:
     [
         (tiny_model, True, ""),
         (bloom, False, "padded, not packed"),
+        (model_without_positions, False, "padded, not packed"),
         (model_that_shifts_its_logits, True, "Logits are the model's own"),
     ],
 )
