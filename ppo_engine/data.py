@@ -175,7 +175,8 @@ def load_preferences(
 
 
 def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> list[Ranking]:
-    """Rankings of at most `max_pairs` pairs in all, whole ones; a sample, in the order they had."""
+    """Rankings of at most `max_pairs` pairs in all, whole ones; a sample, in the order they had.
+    A `UserError` where not one fits."""
     if sum(ranking.pairs for ranking in rankings) <= max_pairs:
         return list(rankings)
     chosen, room = [], max_pairs
@@ -185,6 +186,11 @@ def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> l
         if rankings[index].pairs <= room:
             chosen.append(index)
             room -= rankings[index].pairs
+    if not chosen:
+        raise UserError(
+            f"data.max_pairs={max_pairs} is less than the pairs of any ranking "
+            f"({min(ranking.pairs for ranking in rankings)} at least): raise it."
+        )
     return [rankings[index] for index in sorted(chosen)]
 
 

@@ -382,6 +382,8 @@ def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
         assert sample_rankings(rankings, limit, seed=0) == found
     assert sample_rankings(rankings, 25, seed=1) != sample_rankings(rankings, 25, seed=0)
     assert sample_rankings(rankings, 140, seed=0) == rankings
+    with pytest.raises(UserError, match=r"max_pairs=5 is less .*\(6 at least\)"):
+        sample_rankings(rankings[:20], 5, seed=0)
 
 
 @pytest.mark.parametrize(
