@@ -260,14 +260,12 @@ class _Timeline:
 def _transformer_spans(engine: PPOEngine) -> Iterator[None]:
     """A span around each call of the models, while the context lasts."""
     causal = [policy.model for policy in (engine.policy, engine.reference) if policy is not None]
-    scoring = [getattr(scorer, "model", None) for scorer in (engine.critic, engine.reward)]
+    scoring = [scorer.model for scorer in (engine.critic, *engine.rewards.models) if scorer]
     modules: list[Any] = []
     for model in map(models.unwrap, causal):
         modules += [model, model.base_model, model.get_output_embeddings()]
-    for model in scoring:
-        if model is not None:
-            base = models.unwrap(model)
-            modules += [base, base.base_model, value_model.score_head(base)]
+    for model in map(models.unwrap, scoring):
+        modules += [model, model.base_model, value_model.score_head(model)]
     with ExitStack() as stack:
         for module in {id(module): module for module in modules if module is not None}.values():
             stack.enter_context(_span_around(module))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 
@@ -45,3 +46,21 @@ def kl_bound(n: int) -> float:
     arXiv:2401.01879).
     """
     return math.log(n) - (n - 1) / n
+
+
+def best_of_n_table(scores: Tensor) -> Table:
+    """The mean score, and what the best of 2, 4, … K responses scores: for `scores` [P, K]."""
+    prompts, count = scores.shape
+    table = Table(
+        "best of",
+        "score, mean ± SE" if prompts > 1 else "score",
+        "KL to the policy",
+        title=f"Scores of {prompts} prompt{'s' * (prompts != 1)}, {count} responses each",
+        title_justify="left",
+    )
+    for n in sorted({count, *(2**power for power in range(count.bit_length()))}):
+        best = expected_best(scores, n)
+        error = f" ± {float(best.std()) / math.sqrt(prompts):.3f}" if prompts > 1 else ""
+        far = f"at most {kl_bound(n):.2f} nats" if n > 1 else "0"
+        table.add_row(f"{n} (mean)" if n == 1 else str(n), f"{float(best.mean()):+.3f}{error}", far)
+    return table

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from ppo_engine.errors import UserError
 from ppo_engine.memory import keep_freed_memory
 
 DEBUG_VARIABLE = "PPO_ENGINE_DEBUG"
-_FUNCTION = re.compile(r"^(?:.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
                 Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
             ],
         )
-        trains.add_argument(
-            "--reward", metavar="PATH", help="a reward model's name or folder, or file.py:function"
-        )
+        _add_reward(trains, "what scores a response")
         trains.add_argument(
             "--profile", action="store_true", help="write where a step's time goes, with a trace"
         )
@@ -136,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         ],
     )
     generate.add_argument("--n", metavar="K", help="responses to each prompt")
+    _add_reward(generate, "score the responses, and show what the best of n scores")
 
     doctor = commands.add_parser(
         "doctor", help="what is installed, what runs, what is missing and what that costs"
@@ -166,6 +163,26 @@ def _add(
     )
     parser.set_defaults(run=run, parser=parser, flags=flags)
     return parser
+
+
+def _add_reward(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--reward",
+        metavar="REWARD",
+        action="append",
+        help=f"{purpose}: a reward model's name or folder, file.py:function, or a URL; several "
+        "times for several, whose weights are reward.weights=[1,0.5]",
+    )
+
+
+def _reward_overrides(options: argparse.Namespace) -> list[str]:
+    """--reward, in place of whatever a settings file names."""
+    from ppo_engine.reward_sources import parse_source, source_settings
+
+    if options.reward is None:
+        return []
+    settings = source_settings([parse_source(text) for text in options.reward])
+    return [f"reward.{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def _overrides(options: argparse.Namespace, rest: list[str], **keys: str) -> list[str]:
@@ -251,12 +268,9 @@ def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], dat
 
 def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.config import GRPO_DEFAULTS, PPOConfig
+    from ppo_engine.reward_sources import configured_sources
 
-    overrides = _overrides(options, rest)
-    if options.reward is not None:
-        function = _FUNCTION.match(options.reward) and not Path(options.reward).exists()
-        key = "reward.function" if function else "reward.path"
-        overrides.insert(0, f"{key}={json.dumps(options.reward)}")
+    overrides = _reward_overrides(options) + _overrides(options, rest)
     if options.profile:
         overrides.insert(0, "profile=true")
     defaults = GRPO_DEFAULTS if options.algorithm == "grpo" else None
@@ -267,8 +281,8 @@ def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
         (config.policy.path, "policy was given: --model NAME_OR_FOLDER, or policy.path=…"),
         (config.data.path, "prompts were given: --data FILE.jsonl, or data.path=FILE"),
         (
-            config.reward.path or config.reward.function,
-            "reward was given: --reward FOLDER or --reward file.py:function",
+            configured_sources(config.reward),
+            "reward was given: --reward FOLDER, --reward file.py:function or --reward URL",
         ),
     ):
         if not value:
@@ -286,7 +300,7 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> None:
     if options.output_dir is not None:
         options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
         options.output_dir = None
-    overrides = _overrides(options, rest, seed="seed")
+    overrides = _reward_overrides(options) + _overrides(options, rest, seed="seed")
     if options.n is not None:
         overrides.insert(0, f"responses={options.n}")
     config = _load(GenerateConfig, options, overrides)

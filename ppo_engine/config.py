@@ -68,14 +68,44 @@ class ModelConfig:
 
 
 @_settings
-class RewardConfig:
-    """What scores a response: a reward model's folder or name, or a Python function."""
+class RewardSource:
+    """One reward: one of a reward model, a Python function and an HTTP endpoint."""
+
+    path: str | None = None  # a reward model's folder or name
+    function: str | None = None  # "file.py:name" or "package.module:name"
+    url: str | None = None  # http:// or https://, see `http_reward`
+    name: str = ""  # in metrics; empty: the folder's, the function's or the host's
+
+
+@_settings
+class RewardEndpointConfig:
+    """How endpoints are asked."""
+
+    timeout: PositiveFloat = 60.0  # seconds to wait for an answer
+    batch_size: PositiveInt | None = None  # responses of one request; None sends all in one
+
+
+@_settings
+class ScoringConfig:
+    """What scores a response: one of path, function and url, or several rewards in `sources`."""
 
     path: str | None = None
-    function: str | None = None  # "file.py:name" or "package.module:name"
+    function: str | None = None
+    url: str | None = None
+    sources: list[RewardSource] = Field(default_factory=list)
+    weights: list[FiniteFloat] | None = None  # of the rewards in their order; None: 1 each
+    http: RewardEndpointConfig = Field(default_factory=RewardEndpointConfig)
+
+
+@_settings
+class RewardConfig(ScoringConfig):
+    """What scores a response in training, and what becomes of the score (see `score_shaping`)."""
+
     normalize: bool = False  # shift and scale scores to mean 0, deviation 1 on the first rollouts
     missing_eos_score: FiniteFloat | None = None  # replaces the score of an unfinished response
     missing_eos_penalty: NonNegativeFloat = 0.0  # or is subtracted from it
+    length_penalty: NonNegativeFloat = 0.0  # off the score for each token of the response …
+    length_penalty_from: NonNegativeInt = 0  # … beyond so many
 
 
 @_settings

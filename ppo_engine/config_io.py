@@ -197,11 +197,23 @@ def _drop_unknown(
             continue
         section = _section(kind)
         if section is None:
+            _drop_unknown_in_list(kind, data[name], prefix + name, problems)
             continue
         if data[name] is None and kind is section:
             data[name] = {}  # a section whose every line is commented out
         if isinstance(data[name], dict):
             _drop_unknown(section, data[name], f"{prefix}{name}.", known, problems)
+
+
+def _drop_unknown_in_list(kind: Any, items: Any, key: str, problems: list[str]) -> None:
+    """The same for a list of sections, such as `reward.sources`."""
+    section = next(iter(typing.get_args(kind)), None)
+    if typing.get_origin(kind) is not list or not dataclasses.is_dataclass(section):
+        return
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, dict):
+            prefix = f"{key}[{index}]."
+            _drop_unknown(section, item, prefix, list(_keys(section, prefix)), problems)
 
 
 def _nearest(unknown: str, known: list[str]) -> str:

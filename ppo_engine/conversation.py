@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from ppo_engine import models
 from ppo_engine.config import EnvironmentConfig, GenerationConfig
 from ppo_engine.errors import UserError
-from ppo_engine.rewards import import_function
 from ppo_engine.rollout import Rollout
 from ppo_engine.sampler import Continuation, sample
 from ppo_engine.text import Message, Prompt, encode_answer, encode_prompt, pad_left
+from ppo_engine.user_functions import import_function
 
 if TYPE_CHECKING:
     from ppo_engine.policy import Policy

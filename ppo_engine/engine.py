@@ -31,15 +31,9 @@ from ppo_engine.estimators import Evidence, check_groups, check_settings, equal_
 from ppo_engine.kl_control import KLController
 from ppo_engine.optim import Learner
 from ppo_engine.policy import Policy
-from ppo_engine.rewards import (
-    RewardFunction,
-    RewardModel,
-    ScoreNormalizer,
-    apply_missing_eos,
-    load_reward,
-    same_tokenizer,
-)
+from ppo_engine.rewards import RewardsLike, load_rewards
 from ppo_engine.rollout import Experience, Rollout, importance_weights, objective_metrics
+from ppo_engine.score_shaping import ScoreNormalizer, shape_scores
 from ppo_engine.text import Prompt
 
 
@@ -49,8 +43,10 @@ class PPOEngine:
     Args:
         policy: a causal language model: Hugging Face name, folder, or a loaded model (then with
             `tokenizer`). Empty: `config.policy.path`.
-        reward: a reward model's name or folder, `"file.py:function"`, or a function
-            `(prompts, responses, **columns) -> list[float]`. None: `config.reward`.
+        reward: a reward model's name or folder, `"file.py:function"`, the URL of an endpoint, or
+            a function `(prompts, responses, **columns) -> list[float]`, sync or async; a list of
+            these, or a mapping of names to these. `config.reward` has their weights, and names the
+            rewards where None is given.
         config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
             updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
             does, or the schedule to "constant".
@@ -65,7 +61,7 @@ class PPOEngine:
     def __init__(
         self,
         policy: str | PreTrainedModel = "",
-        reward: str | Callable[..., Sequence[float]] | RewardModel | RewardFunction | None = None,
+        reward: RewardsLike | None = None,
         *,
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -82,18 +78,13 @@ class PPOEngine:
             policy, config.policy, device=self.device, dtype=self.dtype, tokenizer=tokenizer
         )
         self.reference = self.policy.reference()
-        self.reward = load_reward(
-            reward if reward is not None else config.reward,
+        self.rewards = load_rewards(
+            reward,
+            config.reward,
+            self.policy.tokenizer,
             device=self.device,
             dtype=self.dtype,
             micro_batch_size=config.ppo.micro_batch_size,
-        )
-        # A reward model that reads the policy's own tokens: no text in between.
-        self._shared_reward_model = (
-            self.reward
-            if isinstance(self.reward, RewardModel)
-            and same_tokenizer(self.reward.tokenizer, self.policy.tokenizer)
-            else None
         )
         self.environment = load_environment(config.environment, environment)
         per_step = config.ppo.epochs * math.ceil(
@@ -103,7 +94,7 @@ class PPOEngine:
             Critic(
                 config.critic,
                 self.policy,
-                self._shared_reward_model,
+                next(iter(self.rewards.by_tokens.values()), None),
                 updates=config.steps * per_step,
                 seed=config.run.seed,
             )
@@ -151,15 +142,14 @@ class PPOEngine:
         )
         return replace(rollout, greedy=greedy)
 
-    @span("score")
     def score(self, rollout: Rollout) -> Tensor:
-        """What the reward says of each response, [B] fp32; neither normalized nor penalized."""
-        if self._shared_reward_model is not None:
-            return self._shared_reward_model.score_tokens(*rollout.sequences())
-        scores = self.reward(
-            rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns
-        )
-        return scores.to(self.device)
+        """The weighted sum of `score_each`, [B] fp32; neither normalized nor penalized."""
+        return self.rewards.total(self.score_each(rollout))
+
+    @span("score")
+    def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What each reward says of each response, before weights: [B] fp32 by the reward's name."""
+        return self.rewards.score_each(rollout)
 
     @span("advantages")
     def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
@@ -213,13 +203,11 @@ class PPOEngine:
         )
 
     def shaped_scores(self, rollout: Rollout, scores: Tensor, *, learn: bool = False) -> Tensor:
-        """What training makes of `scores` [B]: normalized, and with the missing-EOS rule applied.
+        """What training makes of `scores` [B]: normalized and penalized, see `score_shaping`.
 
         The normalization takes them into its statistics where it is to `learn` from them.
         """
-        if self.normalizer is not None:
-            scores = self.normalizer(scores, learn=learn)
-        return apply_missing_eos(scores, rollout.finished, self.config.reward)
+        return shape_scores(scores, rollout, self.config.reward, self.normalizer, learn=learn)
 
     @torch.no_grad()
     def compare_with_reference(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:

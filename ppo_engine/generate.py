@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 from pydantic import ConfigDict, Field
@@ -16,11 +16,26 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from ppo_engine import models
-from ppo_engine.config import GenerationConfig, ModelConfig, PositiveInt, PromptDataConfig
-from ppo_engine.data import PromptExample, limit_prompts, load_prompts, prompts_from_sequence
+from ppo_engine.best_of_n import best_of_n_table
+from ppo_engine.config import (
+    GenerationConfig,
+    ModelConfig,
+    PositiveInt,
+    PromptDataConfig,
+    ScoringConfig,
+)
+from ppo_engine.data import (
+    PromptExample,
+    columns_of,
+    limit_prompts,
+    load_prompts,
+    prompts_from_sequence,
+)
 from ppo_engine.errors import UserError
 from ppo_engine.policy import Policy
 from ppo_engine.progress import Progress
+from ppo_engine.reward_sources import configured_sources
+from ppo_engine.rewards import Rewards, load_rewards
 from ppo_engine.rows import SkippedLines
 
 
@@ -34,6 +49,7 @@ class GenerateConfig:
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     responses: PositiveInt = 1  # to each prompt
     batch_size: PositiveInt = 16  # responses sampled at a time
+    reward: ScoringConfig = Field(default_factory=ScoringConfig)  # none: responses get no scores
     output: str = ""  # a file; empty writes to standard output
     seed: int = 0
     device: str = "auto"
@@ -43,7 +59,8 @@ class GenerateConfig:
 def generate(config: GenerateConfig) -> None:
     """Write `{"prompt", "responses", "finished"}` for each prompt, its other columns kept.
 
-    `finished` says of each response whether it ended by itself. A file appears when it is whole.
+    `finished` says of each response whether it ended by itself; with a reward, `scores` has their
+    scores, and what the best of n of them scores is shown. A file appears when it is whole.
     """
     if bool(config.prompt) == bool(config.data.path):
         raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
@@ -63,46 +80,61 @@ def generate(config: GenerateConfig) -> None:
     examples, too_long = limit_prompts(
         examples, tokenizer, data.max_prompt_tokens, on_bad_line=data.on_bad_line
     )
+    dtype = models.choose_dtype(config.dtype, device)
+    rewards = None
+    if configured_sources(config.reward):
+        rewards = load_rewards(None, config.reward, tokenizer, device=device, dtype=dtype)
     policy = Policy.open(
-        config.model,
-        ModelConfig(),
-        device=device,
-        dtype=models.choose_dtype(config.dtype, device),
-        tokenizer=tokenizer,
+        config.model, ModelConfig(), device=device, dtype=dtype, tokenizer=tokenizer
     )
     torch.manual_seed(config.seed)
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+    console = Console(stderr=True, highlight=False)
+    scores: list[list[float]] = []
     with (
         _output(config.output) as out,
-        Progress(len(batches), "generate", console=Console(stderr=True)) as progress,
+        Progress(len(batches), "generate", console=console) as progress,
     ):
         for report in (skipped, too_long):
             if report.total:
                 progress.note(f"Prompts: {report}.")
         for step, batch in enumerate(batches, start=1):
-            with progress.phase("generate"):
-                rows = _respond(policy, batch, config)
-            out.writelines(rows)
+            rows = _respond(policy, rewards, batch, config, progress)
+            scores += [row["scores"] for row in rows if rewards is not None]
+            out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             out.flush()
             progress.step(step, {})
+    if scores:
+        console.print(best_of_n_table(torch.tensor(scores)))
 
 
-def _respond(policy: Policy, batch: list[PromptExample], config: GenerateConfig) -> list[str]:
-    prompts = [example.prompt for example in batch for _ in range(config.responses)]
-    responses: list[str] = []
-    finished: list[bool] = []
-    for start in range(0, len(prompts), config.batch_size):
-        part = prompts[start : start + config.batch_size]
-        rollout = policy.generate(part, config.generation)
-        responses += rollout.responses
-        finished += rollout.finished.tolist()
+def _respond(
+    policy: Policy,
+    rewards: Rewards | None,
+    batch: list[PromptExample],
+    config: GenerateConfig,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The row of each prompt in `batch`."""
+    asked = [example for example in batch for _ in range(config.responses)]
+    found: dict[str, list[Any]] = {"responses": [], "finished": []}
+    for start in range(0, len(asked), config.batch_size):
+        part = asked[start : start + config.batch_size]
+        with progress.phase("generate"):
+            prompts = [example.prompt for example in part]
+            rollout = policy.generate(prompts, config.generation, columns_of(part))
+        found["responses"] += rollout.responses
+        found["finished"] += rollout.finished.tolist()
+        if rewards is not None:
+            with progress.phase("score"):
+                scores = rewards.total(rewards.score_each(rollout))
+            found.setdefault("scores", []).extend(scores.tolist())
     rows = []
     for index, example in enumerate(batch):
         own = slice(index * config.responses, (index + 1) * config.responses)
-        row = {"prompt": example.prompt, "responses": responses[own], "finished": finished[own]}
-        others = {name: value for name, value in example.columns.items() if name not in row}
-        rows.append(json.dumps({**row, **others}, ensure_ascii=False, default=str) + "\n")
+        row = {"prompt": example.prompt, **{name: column[own] for name, column in found.items()}}
+        rows.append(row | {k: v for k, v in example.columns.items() if k not in row})
     return rows
 
 

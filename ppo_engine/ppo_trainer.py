@@ -6,7 +6,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,8 @@ from ppo_engine.errors import UserError
 from ppo_engine.evaluation import Evaluator, check_evaluation, hold_out, overlap
 from ppo_engine.progress import Progress
 from ppo_engine.report import write_curves
-from ppo_engine.rewards import RewardFunction, RewardModel, reward_config
+from ppo_engine.reward_sources import with_rewards
+from ppo_engine.rewards import RewardsLike, reward_metrics
 from ppo_engine.rollout import Rollout
 from ppo_engine.run_directory import RunDirectory, atomic_folder
 from ppo_engine.text import show_prompt
@@ -59,7 +60,7 @@ class PPOTrainer:
     def __init__(
         self,
         policy: str | PreTrainedModel = "",
-        reward: str | Callable[..., Sequence[float]] | RewardModel | RewardFunction | None = None,
+        reward: RewardsLike | None = None,
         prompts: str | Path | Iterable[Any] | None = None,
         *,
         config: PPOConfig | None = None,
@@ -74,8 +75,8 @@ class PPOTrainer:
         # The run's config.yaml names what is trained, however it was given.
         if isinstance(policy, str) and policy:
             config = replace(config, policy=replace(config.policy, path=policy))
-        if isinstance(reward, str):
-            config = replace(config, reward=reward_config(reward, config.reward))
+        if reward is not None:
+            config = replace(config, reward=with_rewards(config.reward, reward))
         if isinstance(prompts, str | Path):
             config = replace(config, data=replace(config.data, path=str(prompts)))
         self.config = config
@@ -129,7 +130,8 @@ class PPOTrainer:
                 started = time.perf_counter()
                 recording = self.step + 1 == profiled
                 with anatomy.recording(self.engine) if recording else nullcontext() as profile:
-                    rollout, scores = self._sample(progress)
+                    rollout, rewards = self._sample(progress)
+                    scores = self.engine.rewards.total(rewards)
                     # Only now: a reward that fails on its first responses leaves nothing behind.
                     run = run or self._open_run()
                     trackers = trackers or self._open_trackers(run)
@@ -142,14 +144,14 @@ class PPOTrainer:
                 metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
                 if profile is not None:
                     self._write_profile(profile, run, progress)
-                samples = self._samples(rollout, scores)
+                samples = self._samples(rollout, rewards)
                 if self.evaluator.due(self.step):
                     evaluation = self.evaluator.evaluate(progress)
                     self.evaluator.keep(self.step, evaluation, run)
                     metrics |= evaluation.metrics
                     samples += evaluation.samples[:_SAMPLES_LOGGED]
                 metrics["memory/peak"] = peak_memory(self.engine.device)
-                metrics |= progress.times
+                metrics |= reward_metrics(rewards) | progress.times
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
@@ -197,13 +199,13 @@ class PPOTrainer:
             )
         return min(config.data.max_prompt_tokens, room)
 
-    def _sample(self, progress: Progress) -> tuple[Rollout, Tensor]:
+    def _sample(self, progress: Progress) -> tuple[Rollout, dict[str, Tensor]]:
+        """The step's responses, and what each reward says of them."""
         examples = self.batch(self.step)
         with progress.phase("generate"):
             rollout = self.engine.generate([e.prompt for e in examples], columns_of(examples))
         with progress.phase("score"):
-            scores = self.engine.score(rollout)
-        return rollout, scores
+            return rollout, self.engine.score_each(rollout)
 
     def _done(self) -> bool:
         return self.step >= self.config.steps or self.evaluator.out_of_patience
@@ -223,16 +225,18 @@ class PPOTrainer:
             self._show_samples(run, trackers, progress, evaluation.samples[:_SAMPLES_LOGGED])
         return run, trackers
 
-    def _samples(self, rollout: Rollout, scores: Tensor) -> list[dict[str, Any]]:
+    def _samples(self, rollout: Rollout, rewards: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Rows for samples.jsonl, in the steps that are to have some."""
         every = self.config.run.sample_every
         if not every or (self.step - 1) % every:
             return []
+        scores = self.engine.rewards.total(rewards)
         return [
             {
                 "prompt": rollout.prompts[i],
                 "response": rollout.responses[i],
                 "score": float(scores[i]),
+                "rewards": {name: float(values[i]) for name, values in rewards.items()},
                 "finished": bool(rollout.finished[i]),
             }
             for i in range(min(_SAMPLES_LOGGED, len(rollout)))

@@ -106,7 +106,7 @@ def make_critic(
     included), else the policy's weights with a new head.
 
     `tokenizer` is the policy's, whose tokens the critic reads: hand in a reward model only where
-    it shares them (`rewards.same_tokenizer`).
+    it shares them (`reward_model.same_tokenizer`).
     """
     if config.path:
         options = models.load_options(config, device, dtype)

@@ -20,7 +20,7 @@ from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from ppo_engine import PPOEngine, anatomy, cli, critic, engine, estimators, models, optim, policy
 from ppo_engine.config import GenerationConfig, LoraConfig, ModelConfig, PPOConfig, PPOSettings
 from ppo_engine.config import RunConfig as Run
-from ppo_engine.rewards import RewardModel
+from ppo_engine.reward_model import RewardModel
 from ppo_engine.value_model import value_model_from_policy
 from ppo_kernels import head, logprob
 
@@ -177,17 +177,21 @@ def slow_sampling(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine.policy.tokenizer, "decode", slowly(engine.policy.tokenizer.decode))
 
 
+def slow_reward(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine.rewards.by_name["length"], "function", slowly(length))
+
+
 @pytest.mark.parametrize(
     ("plant", "phase", "transformer"),
     [
         (slow_sampling, "generate", False),
         (lambda e, p: slow_layer(e, "policy"), "generate", True),
-        (lambda e, p: setattr(e.reward, "function", slowly(length)), "score", False),
+        (slow_reward, "score", False),
         (slow_head, "advantages: logprobs", True),
         (lambda e, p: slow_layer(e, "reference"), "advantages: reference", True),
         (lambda e, p: slow_layer(e, "critic"), "advantages: critic", True),
         (slow_function(estimators, "kl_shaped_gae"), "advantages: gae", False),
-        (slow_function(engine, "apply_missing_eos"), "advantages: other", False),
+        (slow_function(engine, "shape_scores"), "advantages: other", False),
         (slow_function(logprob, "forward_of_tiles"), "advantages: logprobs", False),
         (slow_function(policy, "linear_ppo_loss"), "update: losses", False),
         (slow_function(critic, "ppo_value_loss"), "update: losses", False),

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
-from ppo_engine.config import PPOConfig, RewardModelConfig, SFTConfig
+from ppo_engine.best_of_n import expected_best
+from ppo_engine.config import (
+    PPOConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RewardSource,
+    SFTConfig,
+)
 from ppo_engine.config_io import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -64,22 +72,30 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reward", "function"),
+    ("rewards", "expected"),
     [
-        ("rewards.py:score", True),
-        ("some/folder/my.py:f", True),
-        ("package.module:name", True),
-        ("organization/model-7b", False),
-        ("runs/reward/model", False),
+        (["some/folder/my.py:f"], RewardConfig(function="some/folder/my.py:f")),
+        (["organization/model-7b"], RewardConfig(path="organization/model-7b")),
+        (["http://localhost/score"], RewardConfig(url="http://localhost/score")),
+        (
+            ["runs/reward/model", "my.py:f"],
+            RewardConfig(
+                sources=[RewardSource(path="runs/reward/model"), RewardSource(function="my.py:f")]
+            ),
+        ),
     ],
 )
-def test_reward_is_a_model_or_a_function(
-    reward: str, function: bool, capsys: pytest.CaptureFixture[str]
+def test_reward_names_one_or_several_in_place_of_those_in_the_file(
+    rewards: list[str], expected: RewardConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = resolved(PPOConfig, capsys, "ppo", "--reward", reward)
-    assert isinstance(config, PPOConfig)
-    found = (config.reward.path, config.reward.function)
-    assert found == ((None, reward) if function else (reward, None))
+    flags = [flag for reward in rewards for flag in ("--reward", reward)]
+    for file in ("{path: a}", "{function: b.py:c}", "{url: 'http://d'}", "{sources: [{path: e}]}"):
+        Path("settings.yaml").write_text(f"reward: {file}\n")
+        config = resolved(PPOConfig, capsys, "ppo", "--config", "settings.yaml", *flags)
+        assert isinstance(config, PPOConfig) and config.reward == expected
+    weights = "reward.weights=[1, 0.5]"
+    config = resolved(PPOConfig, capsys, "ppo", weights, *flags)
+    assert isinstance(config, PPOConfig) and config.reward.weights == [1, 0.5]
 
 
 def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +122,10 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["ppo"], "No policy was given: --model"),
         (["ppo", "--model", "m"], "No prompts were given: --data"),
         (["ppo", "--model", "m", "--data", "d"], "No reward was given: --reward"),
+        (
+            ["ppo", "--model", "m", "--data", "d", "reward.path=a", "reward.url=b"],
+            "reward.path and reward.url are set",
+        ),
         (["reward"], "No preference pairs were given: --data"),
         (["sft"], "No examples were given: --data"),
         (["sft", "batch_size=1"], "did you mean sft.batch_size?"),
@@ -197,6 +217,41 @@ def test_generate_writes_responses(model: str, capsys: pytest.CaptureFixture[str
     assert again == rows  # the same seed
     assert cli.main(["generate", *flags, "batch_size=2", "--seed", "1", "--output-dir", "d"]) == 0
     assert read("d/responses.jsonl") != rows
+
+
+def test_generate_scores_and_shows_the_best_of_n(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("prompts.jsonl", {"prompt": "One", "k": 1}, {"prompt": "Two", "k": 2})
+    write(
+        "reward.py",
+        "def a(prompts, responses, k): return [100 * n + len(r) for n, r in zip(k, responses)]",
+        "def b(prompts, responses): return [r.count(' ') for r in responses]",
+    )
+    flags = ["generate", "--model", model, "--data", data, "--n", "5", "batch_size=4"]
+    flags += ["generation.max_new_tokens=8", "--reward", "reward.py:a", "--reward", "reward.py:b"]
+    assert cli.main([*flags, "reward.weights=[1,-2]", "--out", "out.jsonl"]) == 0
+    rows = read("out.jsonl")
+    for row in rows:
+        expected = [100 * row["k"] + len(r) - 2 * r.count(" ") for r in row["responses"]]
+        assert row["scores"] == expected
+    shown = capsys.readouterr().err
+    assert "Scores of 2 prompts, 5 responses each" in shown
+    table = torch.tensor([row["scores"] for row in rows])
+    for n, label in ((1, "1 (mean)"), (2, "2"), (4, "4"), (5, "5")):
+        best = expected_best(table, n)
+        error = best.std().item() / 2**0.5
+        line = next(line for line in shown.split("\n") if line.startswith(f"│ {label} "))
+        assert f"{best.mean():+.3f} ± {error:.3f}" in line
+    assert "at most 0.19 nats" in shown
+
+    # Without a reward the rows are the same but for the scores; one prompt has no standard error.
+    assert cli.main([*flags[:-4], "--out", "plain.jsonl"]) == 0
+    assert read("plain.jsonl") == [{k: v for k, v in row.items() if k != "scores"} for row in rows]
+    assert "Scores" not in capsys.readouterr().err
+    flags = ["generate", "--model", model, "--prompt", "One", "generation.max_new_tokens=2"]
+    assert cli.main([*flags, "--reward", "reward.py:b"]) == 0
+    assert "±" not in capsys.readouterr().err.split("Scores of 1 prompt, 1 responses")[1]
 
 
 @pytest.mark.parametrize(

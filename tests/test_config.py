@@ -91,6 +91,8 @@ def test_section_with_every_line_commented_out(tmp_path: Path) -> None:
             'data.path="a: b # ü \\u2028"',
             "run.trackers=[wandb]",
             "reward.missing_eos_score=-1",
+            "reward.sources=[{path: a}, {url: 'http://b', name: c}]",
+            "reward.weights=[1, 0.5]",
         ],
     ],
 )
@@ -115,6 +117,7 @@ def test_flatten_names_every_leaf() -> None:
         ("stepz=1", "steps"),
         ("ppo.adaptive_kl.targett=1", "ppo.adaptive_kl.target"),
         ("pppo.kl_coef=1", "ppo.kl_coef"),
+        ("reward.sources=[{path: a}, {nme: b}]", "reward.sources[1].name"),
         ("xyzzy.plugh=1", "policy, reward, critic"),
         ("xyzzy={}", "policy, reward, critic"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_a_run_leaves_its_folder(model, tmp_path):
     assert logged[0]["objective/kl"] == 0.0
     samples = rows(run / "samples.jsonl")
     assert {"step", "prompt", "response", "score", "finished"} <= samples[0].keys()
+    assert samples[0]["rewards"] == {"length_reward": samples[0]["score"]}
+    assert not any(name.startswith("rewards/") for name in metrics)  # objective/scores has it
     assert (run / "config.yaml").exists() and (run / "report.png").exists()
     policy = AutoModelForCausalLM.from_pretrained(run / "policy")
     start = AutoModelForCausalLM.from_pretrained(model)
@@ -81,6 +84,29 @@ def test_a_run_leaves_its_folder(model, tmp_path):
     )
     critic = AutoModelForSequenceClassification.from_pretrained(run / "critic")
     assert critic.config.num_labels == 1
+
+
+def test_several_rewards_are_measured_apart_and_asked_once(model, tmp_path):
+    calls = []
+
+    def shortness(prompts, responses):
+        calls.append(len(responses))
+        return [-len(response) for response in responses]
+
+    settings = config(tmp_path / "run", steps=1, sample_every=1)
+    settings = replace(settings, reward=RewardConfig(weights=[1, 0.5]))
+    rewards = {"length": length_reward, "short": shortness}
+    metrics = PPOTrainer(model, rewards, PROMPTS, config=settings).train()
+    assert calls == [4]
+    [logged] = rows(tmp_path / "run" / "metrics.jsonl")
+    for name in ("length", "short"):
+        assert logged[f"rewards/{name}/std"] == metrics[f"rewards/{name}/std"] > 0
+    total = logged["rewards/length/mean"] + 0.5 * logged["rewards/short/mean"]
+    assert logged["objective/scores"] == pytest.approx(total)
+    for sample in rows(tmp_path / "run" / "samples.jsonl"):
+        letters = len(sample["response"])
+        assert sample["rewards"] == pytest.approx({"length": letters / 10, "short": -letters})
+        assert sample["score"] == pytest.approx(letters / 10 - letters / 2)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +171,7 @@ def test_the_recorded_settings_name_what_was_trained(model, tmp_path):
     PPOTrainer(model, f"{source}:reward", str(prompts), config=settings).train()
     recorded = load_config(PPOConfig, str(tmp_path / "run" / "config.yaml"), [])
     assert recorded.policy.path == model
-    assert recorded.reward.function == f"{source}:reward"
+    assert recorded.reward == replace(settings.reward, function=f"{source}:reward")
     assert recorded.data.path == str(prompts)
 
 

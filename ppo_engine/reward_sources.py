@@ -1,0 +1,97 @@
+"""Which rewards a command line, a settings file or a Python call names, before any is loaded.
+
+Without torch: the command line finds mistakes here at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ppo_engine.config import RewardSource, ScoringConfig
+from ppo_engine.errors import UserError
+
+Scoring = TypeVar("Scoring", bound=ScoringConfig)
+
+_KINDS = ("path", "function", "url")
+_NAME = re.compile(r"[\w.-]+", re.ASCII)
+
+
+def parse_source(text: str, name: str = "") -> RewardSource:
+    """The reward that `text` names: a URL, "file.py:function", or a model's folder or name."""
+    if text.startswith(("http://", "https://")):
+        return RewardSource(url=text, name=name)
+    if ":" in text and not Path(text).exists():
+        return RewardSource(function=text, name=name)
+    return RewardSource(path=text, name=name)
+
+
+def configured_sources(config: ScoringConfig) -> list[RewardSource]:
+    """The rewards of `config`, none where it names none; a UserError where it is ambiguous."""
+    given = [key for key in (*_KINDS, "sources") if getattr(config, key)]
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(f'reward.{key}' for key in given)} are set: set one of them, or list "
+            "several rewards under reward.sources."
+        )
+    if given and given != ["sources"]:
+        return [RewardSource(**{given[0]: getattr(config, given[0])})]
+    for index, source in enumerate(config.sources):
+        kinds = [key for key in _KINDS if getattr(source, key)]
+        if len(kinds) != 1:
+            raise UserError(
+                f"reward.sources[{index}] must set one of path, function and url, but sets "
+                f"{' and '.join(kinds) or 'none of them'}."
+            )
+    return config.sources
+
+
+def source_settings(sources: Sequence[RewardSource]) -> dict[str, Any]:
+    """`path`, `function`, `url` and `sources` of a configuration that names these rewards."""
+    if len(sources) == 1 and not sources[0].name:
+        return {**{kind: getattr(sources[0], kind) for kind in _KINDS}, "sources": []}
+    return {**dict.fromkeys(_KINDS), "sources": [asdict(source) for source in sources]}
+
+
+def with_rewards(config: Scoring, given: Any) -> Scoring:
+    """`config` naming the rewards that Python was given, so that a run's settings tell of them;
+    naming none where one is an object, which no settings can name."""
+    rewards = named_rewards(given)
+    if not all(isinstance(reward, str) for _, reward in rewards):
+        rewards = []
+    sources = [parse_source(text, name) for name, text in rewards]
+    return replace(config, **source_settings(sources))
+
+
+def named_rewards(given: Any) -> list[tuple[str, Any]]:
+    """(name or "", reward) of one reward, a list of rewards, or a mapping of names to rewards."""
+    if isinstance(given, Mapping):
+        return list(given.items())
+    return [("", reward) for reward in (given if isinstance(given, list | tuple) else [given])]
+
+
+def unique_names(wanted: Sequence[str], defaults: Sequence[str]) -> list[str]:
+    """The rewards' names in metrics: as wanted, or by default, numbered where they repeat."""
+    check_names(wanted)
+    names: list[str] = []
+    for name, default in zip(wanted, defaults, strict=True):
+        stem = "_".join(_NAME.findall(default)) or "reward"
+        free = (f"{stem}_{n}" if n > 1 else stem for n in itertools.count(1))
+        names.append(name or next(x for x in free if x not in {*wanted, *names}))
+    return names
+
+
+def check_names(wanted: Sequence[str]) -> None:
+    """Raise a UserError for a name that occurs twice, or is unfit for the name of a metric."""
+    for name in filter(None, wanted):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(
+                f"The reward name {name!r} does not fit into the name of a metric: use letters, "
+                "digits, '_', '.' and '-'."
+            )
+        if wanted.count(name) > 1:
+            raise UserError(f"Two rewards are named {name!r}: give each a name of its own.")

@@ -1,0 +1,203 @@
+"""HTTP endpoints as rewards, against a real server: what is sent, taken, and tried again."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from ppo_engine import http_reward
+from ppo_engine.config import RewardEndpointConfig
+from ppo_engine.errors import UserError
+from ppo_engine.http_reward import HTTPReward
+
+PROMPTS = ["Say a.", [{"role": "user", "content": "Say ü."}], "Say c."]
+RESPONSES = ["a", "bbbbbbbb", "ccc"]
+FINISHED = [True, False, True]
+COLUMNS = {"answer": ["x", None, 3]}
+
+Answer = tuple[int, str]  # status and body
+
+
+def lengths(request: dict[str, Any]) -> Answer:
+    return 200, json.dumps({"scores": [len(response) for response in request["responses"]]})
+
+
+class Server:
+    """Answers with `answer`; what was asked is in `requests`."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.answer: Callable[[dict[str, Any]], Answer] = lengths
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                owner.requests.append(json.loads(body))
+                status, text = owner.answer(owner.requests[-1])
+                if status == 0:  # hang up
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                self.send_response(status)
+                if 300 <= status < 400:
+                    self.send_header("Location", "http://elsewhere/score")
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def score(self, **settings: Any) -> list[float]:
+        reward = HTTPReward(self.url, RewardEndpointConfig(**settings))
+        return reward(PROMPTS, RESPONSES, FINISHED, COLUMNS).tolist()
+
+    def answer_in_turn(self, *answers: Answer | Callable[[dict[str, Any]], Answer]) -> None:
+        """These, then lengths."""
+        left = list(answers)
+
+        def answer(request: dict[str, Any]) -> Answer:
+            following = left.pop(0) if left else lengths
+            return following(request) if callable(following) else following
+
+        self.answer = answer
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_reward, "_BACKOFF", 0.0)
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def test_a_batch_is_one_request(server: Server) -> None:
+    assert server.score() == [1, 8, 3]
+    expected = {"prompts": PROMPTS, "responses": RESPONSES, "finished": FINISHED}
+    assert server.requests == [expected | {"columns": COLUMNS}]
+
+
+def test_requests_hold_at_most_batch_size_responses(server: Server) -> None:
+    assert server.score(batch_size=2) == [1, 8, 3]
+    assert [request["responses"] for request in server.requests] == [["a", "bbbbbbbb"], ["ccc"]]
+    assert [request["columns"]["answer"] for request in server.requests] == [["x", None], [3]]
+    assert [len(request["prompts"]) for request in server.requests] == [2, 1]
+    assert [request["finished"] for request in server.requests] == [[True, False], [True]]
+
+
+@pytest.mark.parametrize("body", ['{"scores": [1, 2.5, -3]}', '{"rewards": [1, 2.5, -3]}'])
+def test_scores_by_either_name_or_bare(server: Server, body: str) -> None:
+    server.answer = lambda _: (200, body)
+    assert server.score() == [1, 2.5, -3]
+    server.answer = lambda _: (200, "[1, 2.5, -3]")
+    assert server.score() == [1, 2.5, -3]
+
+
+@pytest.mark.parametrize(
+    "failure", [(429, ""), (500, "busy"), (503, ""), (0, "")], ids=["429", "500", "503", "hang up"]
+)
+def test_what_may_pass_is_tried_again(server: Server, failure: Answer) -> None:
+    server.answer_in_turn(failure, failure)
+    assert server.score() == [1, 8, 3]
+    assert len(server.requests) == 3 and server.requests[2] == server.requests[0]
+
+
+@pytest.mark.parametrize("failure", [(400, ""), (404, ""), (422, "")])
+def test_what_will_not_pass_is_not_tried_again(server: Server, failure: Answer) -> None:
+    server.answer_in_turn(failure)
+    with pytest.raises(UserError):
+        server.score()
+    assert len(server.requests) == 1
+
+
+def test_an_endpoint_that_starts_late_is_waited_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retries are real: with their waits, a server that comes up half a second late."""
+    monkeypatch.setattr(http_reward, "_BACKOFF", 0.25)  # after 0 and 0.5 s
+    port = server.server.server_port
+    server.server.shutdown()
+    server.server.server_close()
+
+    def start() -> None:
+        time.sleep(0.3)
+        server.server = ThreadingHTTPServer(("127.0.0.1", port), server.server.RequestHandlerClass)
+        server.server.serve_forever()
+
+    threading.Thread(target=start, daemon=True).start()
+    assert server.score() == [1, 8, 3]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((500, "boom\nTraceback"), r"answered 500 Internal Server Error: 'boom'\. .* server's log"),
+        ((404, ""), r"answered 404 Not Found, with an empty body\. It must take POST requests"),
+        ((308, ""), r"answered 308 .* points to: http://elsewhere/score"),
+        ((200, "<html>hello\n"), r"answered 200, but not with JSON: '<html>hello'"),
+        ((200, '{"score": [1, 2, 3]}'), r"returned \{'score': \[1, 2, 3\]\} \(dict\); it must"),
+        ((200, '{"scores": [1, 2]}'), "returned 2 scores for 3 responses"),
+        ((200, '{"scores": [1, null, 3]}'), r"returned None \(NoneType\) for response 1"),
+        ((200, '{"scores": [1, 2, NaN]}'), r"returned nan \(float\) for response 2"),
+        ((200, '{"scores": 1}'), r"returned 1 \(int\)"),
+    ],
+)
+def test_a_bad_answer_is_described(server: Server, answer: Answer, message: str) -> None:
+    server.answer = lambda _: answer
+    with pytest.raises(UserError, match=message) as caught:
+        server.score()
+    assert server.url in str(caught.value)
+
+
+def test_an_endpoint_that_takes_too_long(server: Server) -> None:
+    def slow(request: dict[str, Any]) -> Answer:
+        time.sleep(0.5)
+        return lengths(request)
+
+    server.answer = slow
+    with pytest.raises(
+        UserError, match=r"not answer within 0\.1 s, .* Raise reward\.http\.timeout"
+    ):
+        server.score(timeout=0.1)
+    assert len(server.requests) == 3  # each may have cost the server its work
+
+
+def test_an_endpoint_that_is_not_there() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    reward = HTTPReward(f"http://me:secret@127.0.0.1:{port}/score", RewardEndpointConfig())
+    message = rf"http://127\.0\.0\.1:{port}/score cannot be reached: .*refused.* server running"
+    with pytest.raises(UserError, match=message) as caught:
+        reward(PROMPTS, RESPONSES, FINISHED, {})
+    assert "secret" not in str(caught.value)
+
+
+def test_columns_that_are_no_json_are_refused(server: Server) -> None:
+    reward = HTTPReward(server.url, RewardEndpointConfig())
+    with pytest.raises(UserError, match="no valid JSON"):
+        reward(PROMPTS, RESPONSES, FINISHED, {"x": [1.0, float("nan"), 2.0]})
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("url", ["http://", "https:///score", "http://host:port/", "http://[::1"])
+def test_a_url_without_a_host_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="is not a valid URL"):
+        HTTPReward(url, RewardEndpointConfig())

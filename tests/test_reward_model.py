@@ -1,0 +1,73 @@
+"""Reward models: by text and by token ids, their limits, and whose tokens they share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model_folder, tiny_tokenizer
+
+from ppo_engine.errors import UserError
+from ppo_engine.reward_model import RewardModel, load_reward_model, same_tokenizer
+from ppo_engine.text import encode_dialogue, pad_left
+from ppo_engine.value_model import load_value_model, save_value_model
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+PROMPTS = ["Say a.", [{"role": "user", "content": "Say b, at some length."}], "Say c."]
+RESPONSES = ["a", "bbbbbbbb", "ccc"]
+FINISHED = [True, False, True]
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = tiny_tokenizer()
+    model = load_value_model(tiny_model_folder(folder), tokenizer, device=CPU)
+    save_value_model(model, tokenizer, folder / "model")
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def reward_model(reward_folder) -> RewardModel:
+    return load_reward_model(reward_folder, device=CPU, dtype=FP32, micro_batch_size=2)
+
+
+def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_model, reward_folder):
+    by_text = reward_model(PROMPTS, RESPONSES, FINISHED)
+    tokenizer = tiny_tokenizer()
+    rows = [
+        encode_dialogue(tokenizer, prompt, response, 1000, finished)
+        for prompt, response, finished in zip(PROMPTS, RESPONSES, FINISHED, strict=True)
+    ]
+    ids, mask = (torch.tensor(x) for x in pad_left(rows, tokenizer.pad_token_id))
+    torch.testing.assert_close(reward_model.score_tokens(ids, mask), by_text)
+    # One row at a time, in the order given.
+    single = load_reward_model(reward_folder, device=CPU, dtype=FP32, micro_batch_size=1)
+    torch.testing.assert_close(single(PROMPTS, RESPONSES, FINISHED), by_text)
+    assert len(set(by_text.tolist())) == 3 and not by_text.requires_grad
+
+
+def test_an_unfinished_response_is_scored_without_eos(reward_model):
+    done, cut = reward_model(["Say a.", "Say a."], ["aa", "aa"], [True, False])
+    assert done != cut
+
+
+def test_a_reward_model_keeps_to_its_token_limit(reward_model):
+    short = RewardModel(
+        reward_model.model, reward_model.tokenizer, device=CPU, dtype=FP32, max_tokens=4
+    )
+    scores = short(["left out " * 9, "xx"], ["abc", "abc"], [True, True])
+    assert scores[0] == pytest.approx(scores[1].item())
+    assert scores[0] != pytest.approx(reward_model(["xx"], ["abc"], [True]).item())
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    with pytest.raises(UserError, match="no score head"):
+        load_reward_model(tiny_model_folder(tmp_path), device=CPU, dtype=FP32)
+
+
+def test_same_tokenizer_looks_at_vocabulary_and_template():
+    assert same_tokenizer(tiny_tokenizer(), tiny_tokenizer())
+    assert not same_tokenizer(tiny_tokenizer(), tiny_tokenizer(chat_template=False))
+    larger = tiny_tokenizer()
+    larger.add_tokens(["<new>"])
+    assert not same_tokenizer(tiny_tokenizer(), larger)
