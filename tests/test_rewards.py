@@ -220,5 +220,6 @@ def test_each_model_of_the_policys_tokenizer_reads_tokens(reward_folders, monkey
     assert torch.equal(each["again"], each["own"])
     # The critic starts from the first of them, though it is neither the first model nor reward.
     head = own.model.state_dict()["score.weight"]
-    assert torch.equal(engine.critic.state_dict()["score.weight"], head)
+    assert engine.critic is not None
+    assert torch.equal(engine.critic.model.state_dict()["score.weight"], head)
     assert not torch.equal(other.model.state_dict()["score.weight"], head)
