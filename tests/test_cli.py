@@ -228,7 +228,7 @@ def test_generate_scores_and_shows_the_best_of_n(
         "def a(prompts, responses, k): return [100 * n + len(r) for n, r in zip(k, responses)]",
         "def b(prompts, responses): return [r.count(' ') for r in responses]",
     )
-    flags = ["generate", "--model", model, "--data", data, "--n", "5", "batch_size=4"]
+    flags = ["generate", "--model", model, "--data", data, "--n", "5", "batch_size=12"]
     flags += ["generation.max_new_tokens=8", "--reward", "reward.py:a", "--reward", "reward.py:b"]
     assert cli.main([*flags, "reward.weights=[1,-2]", "--out", "out.jsonl"]) == 0
     rows = read("out.jsonl")
