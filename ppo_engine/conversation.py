@@ -16,7 +16,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.rollout import Rollout
 from ppo_engine.sampler import Continuation, sample
 from ppo_engine.text import Message, Prompt, encode_answer, encode_prompt, pad_left
-from ppo_engine.user_functions import import_function
+from ppo_engine.user_functions import UserFunction, import_function, shown
 
 if TYPE_CHECKING:
     from ppo_engine.policy import Policy
@@ -24,20 +24,22 @@ if TYPE_CHECKING:
 Answer = str | Message | None
 
 
-class Environment:
-    """A user's `(prompts, turns, **columns) -> list`, which answers the policy's turns.
+class Environment(UserFunction):
+    """A user's `(prompts, turns, **columns) -> list`, sync or async, which answers the policy.
 
     `turns` holds, for each conversation that still goes on, the texts of its turns so far: the
     policy's, the environment's, and so on, the last one the policy's. The result says for each what
     comes next: text (a user's message, where prompts are chat messages), a chat message such as
-    `{"role": "tool", "content": …}`, or None where the conversation is over. Columns of the data
-    come as to a reward function.
+    `{"role": "tool", "content": …}`, or None where the conversation is over.
     """
 
-    def __init__(self, function: Callable[..., Any], max_turns: int, name: str | None = None):
-        self.function = function
+    kind = "environment"
+
+    def __init__(
+        self, function: Callable[..., Any], max_turns: int, name: str | None = None
+    ) -> None:
+        super().__init__(function, name)
         self.max_turns = max_turns
-        self.name = name or getattr(function, "__name__", type(function).__name__)
 
     def __call__(
         self,
@@ -45,7 +47,20 @@ class Environment:
         turns: Sequence[Sequence[str]],
         columns: Mapping[str, Sequence[Any]],
     ) -> list[Answer]:
-        result = self.function(list(prompts), [list(t) for t in turns], **columns)
+        """The answers, one for each; a UserError where the function fails or misbehaves."""
+        result = self.call(prompts, [list(texts) for texts in turns], columns)
+        if not isinstance(result, list | tuple) or len(result) != len(prompts):
+            raise UserError(
+                f"{self} returned {shown(result)}; it must return a list of {len(prompts)}, an "
+                "answer or None for each conversation."
+            )
+        for index, answer in enumerate(result):
+            is_message = isinstance(answer, Mapping) and {"role", "content"} <= answer.keys()
+            if not (answer is None or isinstance(answer, str) or is_message):
+                raise UserError(
+                    f"{self} returned {shown(answer)} for conversation {index} (counted from 0); "
+                    "an answer is text, a message with 'role' and 'content', or None."
+                )
         return list(result)
 
 
@@ -160,9 +175,10 @@ def as_rollout(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     columns: Mapping[str, Sequence[Any]],
+    *,
+    several: bool,
 ) -> Rollout:
-    """The batch of them. Where any has several turns, the column `turns` holds their texts."""
-    several = any(len(c.turns) > 1 for c in conversations)
+    """The batch of them. Where there may be `several` turns, the column `turns` has their texts."""
     recorded = any(c.logprobs for c in conversations)
     width = max(len(c.tokens) for c in conversations)
 

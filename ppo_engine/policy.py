@@ -152,7 +152,13 @@ class Policy:
             greedy=greedy,
             record_logprobs=record_logprobs,
         )
-        return as_rollout(conversations, self.tokenizer, self.device, columns)
+        return as_rollout(
+            conversations,
+            self.tokenizer,
+            self.device,
+            columns,
+            several=environment is not None,
+        )
 
     def response_logprobs(self, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the response tokens, each [B, T] fp32, 0 at padding.

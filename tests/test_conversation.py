@@ -13,6 +13,7 @@ from ppo_engine import conversation
 from ppo_engine.config import EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig
 from ppo_engine.conversation import Environment
 from ppo_engine.engine import PPOEngine
+from ppo_engine.errors import UserError
 from ppo_engine.sampler import Continuation
 from ppo_kernels import gae
 
@@ -97,7 +98,7 @@ def test_an_answer_that_leaves_no_room_ends_the_conversation(scripted):
     scripted([say("yes")])
     rollout = engine.generate(["Q"])
     assert text_of(rollout, 0, rollout.response_mask) == "yes<|im_end|>"
-    assert rollout.environment_mask is None
+    assert not rollout.environment_mask.any() and rollout.columns["turns"] == [["yes"]]
 
 
 def test_a_tool_answers_with_a_message_of_its_own(scripted):
@@ -106,6 +107,39 @@ def test_a_tool_answers_with_a_message_of_its_own(scripted):
     rollout = engine.generate([CHAT])
     between = "\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
     assert text_of(rollout, 0, rollout.environment_mask) == between
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (lambda prompts, turns: ["a"], "The environment '<lambda>' returned .* a list of 2"),
+        (lambda prompts, turns: [1, None], r"returned 1 \(int\) for conversation 0"),
+        (lambda prompts, turns: [None, {"role": "tool"}], "for conversation 1"),
+        (lambda prompts, turns: 1 / 0, "failed at .*test_conversation.py, line"),
+        (lambda prompts, turns, hint: [None] * 2, "asks for 'hint'"),
+    ],
+)
+def test_a_wrong_environment_is_named(scripted, environment, message):
+    engine = engine_with(environment)
+    scripted([say("a"), say("b")])
+    with pytest.raises(UserError, match=message):
+        engine.generate([CHAT] * 2)
+
+
+def test_messages_are_no_answer_to_a_text(scripted):
+    engine = engine_with(lambda prompts, turns: [{"role": "tool", "content": "x"}])
+    scripted([say("a")])
+    with pytest.raises(UserError, match="To a prompt that is text"):
+        engine.generate(["text"])
+
+
+def test_an_environment_by_name(scripted, tmp_path):
+    file = tmp_path / "world.py"
+    file.write_text("async def reply(prompts, turns):\n    return ['go on'] * len(turns)\n")
+    config = EnvironmentConfig(function=f"{file}:reply", max_turns=2)
+    engine = make_engine(environment=config)
+    scripted([say("a")], [say("b")])
+    assert engine.generate([CHAT]).columns["turns"] == [["a", "go on", "b"]]
 
 
 @pytest.fixture
