@@ -340,7 +340,7 @@ def test_a_resumed_run_evaluates_the_same(model, tmp_path, held_out_file):
 
     once = config(halves, run={"checkpoint_every": 3}, **settings)
     with pytest.raises(UserError, match="power"):
-        train_noisy(model, once, failing)
+        train_noisy(model, once, {"noisy": failing})
     assert len(rows(halves / "metrics.jsonl")) == 5  # steps 0 to 4, one more than the checkpoint
     torch.manual_seed(99)  # what happens in between must not matter
     random.seed(99)
