@@ -5,6 +5,7 @@ The records are as argilla 2.8 and the converter of label-studio-sdk 2.1 write t
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from tiny import tiny_tokenizer
 
-from ppo_engine.data import load_preferences
+from ppo_engine.data import Ranking, load_preferences
 from ppo_engine.errors import UserError
 
 Row = dict[str, Any]
@@ -152,6 +153,11 @@ EXPORTS: dict[str, tuple[Row, list[tuple[str, str]], dict[str, int]]] = {
 GOOD = {"prompt": "ordinary", "chosen": "yes", "rejected": "no"}
 
 
+def pairs_of(ranking: Ranking) -> list[tuple[str, str]]:
+    both = itertools.combinations(zip(ranking.ranks, ranking.responses, strict=True), 2)
+    return [(better, worse) for (rank, better), (other, worse) in both if rank < other]
+
+
 @pytest.mark.parametrize(
     ("row", "expected", "counted"),
     EXPORTS.values(),
@@ -162,18 +168,17 @@ def test_what_an_export_says(
 ) -> None:
     file = tmp_path / "export.json"
     file.write_text(json.dumps([GOOD, row]))
-    [first, *pairs], skipped = load_preferences(file, tokenizer=tiny_tokenizer())
-    assert (first.prompt, first.chosen, first.rejected) == ("ordinary", "yes", "no")
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
-        ("Q", *both) for both in expected
-    ]
+    [first, *rankings], skipped = load_preferences(file, tokenizer=tiny_tokenizer())
+    assert first == Ranking("ordinary", ("yes", "no"), (0, 1))
+    assert [pair for ranking in rankings for pair in pairs_of(ranking)] == expected
+    assert all(ranking.prompt == "Q" for ranking in rankings)
     assert dict(skipped.reasons) == counted
 
 
 def test_whole_texts_without_a_prompt() -> None:
     row = studio({"text1": "The sky is blue.", "text2": "The sky is black."}, [RIGHT])
     [pair], _ = load_preferences([row], tokenizer=tiny_tokenizer())
-    assert (pair.prompt, pair.chosen) == ("The sky is", " black.")
+    assert pair == Ranking("The sky is", (" black.", " blue."), (0, 1))
 
 
 def test_a_chat_is_a_prompt() -> None:
@@ -183,7 +188,7 @@ def test_a_chat_is_a_prompt() -> None:
         studio(PAIR | {"prompt": chat}, [LEFT]),
     ):
         [pair], _ = load_preferences([row], tokenizer=tiny_tokenizer())
-        assert pair.prompt == chat and pair.chosen == "A"
+        assert pair == Ranking(chat, ("A", "B"), (0, 1))
 
 
 def test_an_annotation_is_named_and_its_neighbors_are_kept() -> None:
