@@ -41,8 +41,8 @@ inline Row<T> row_of(const Tokens& x, const Run& run) {
           run.along_prompts ? x.row_stride : x.stride};
 }
 
-// Puts their scores and ranks one after the other; absent ones, and those up to a whole number of
-// vectors, are of score 0 and rank -1. False where a rank is none of R.
+// Puts their scores and ranks one after the other. Of rank -1 are those that are absent, and what
+// follows up to a whole number of vectors. False where a rank is none of R.
 template <class A, class R>
 using Gather = bool (*)(const RankingLossArgs& args, const Run& run, A* scores, R* ranks);
 
@@ -53,10 +53,9 @@ bool gather(const RankingLossArgs& args, const Run& run, A* scores, R* ranks) {
   I beyond = 0;
   for (int64_t i = 0; i < run.count; ++i) {
     const I rank = from_ranks[i];
-    const A score = A(widen(from[i]));
     beyond |= rank ^ I(R(rank));
     ranks[i] = R(rank < 0 ? -1 : rank);
-    scores[i] = rank < 0 ? A(0) : score;
+    scores[i] = A(widen(from[i]));
   }
   for (int64_t i = run.count; i % kWidth<A>; ++i) {
     ranks[i] = -1;
