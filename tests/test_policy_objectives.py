@@ -44,13 +44,13 @@ def arguments(
     of: dict[str, str], shape: tuple[int, int] = (7, 9), mask: Tensor | None = None, **more: Any
 ) -> dict[str, Any]:
     """Random ones that reach every branch: whole sequences on either side of the clip range, and
-    one beyond the clamp."""
+    one beyond the clamp. The terms of the loss have a mean, as in test_ppo_loss.py."""
     noise, off = torch.randn(5, *shape), 0.4 * torch.randn(shape[0], 1)
     off[2:3] = 25.0
     given = {
         "logprobs": noise[0] - 3,
         "old_logprobs": noise[0] - 3 + off + 0.2 * noise[1],
-        "advantages": noise[2] + 0.5,
+        "advantages": noise[2] + 1.5,
         "ref_logprobs": noise[0] - 3 + noise[3],
         "entropy": noise[4].abs() + 0.1,
         "is_weights": noise[3].exp(),
