@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ppo_engine.config_io import flatten
 from ppo_engine.errors import UserError
 from ppo_engine.text import show_prompt
 
@@ -183,6 +184,7 @@ def _run_name(folder: Path, start: int) -> str:
 
 
 def _as_table(step: int, samples: Sequence[Mapping[str, Any]]) -> Table:
+    samples = [flatten(dict(sample)) for sample in samples]  # a column for each reward
     columns = list(dict.fromkeys(name for sample in samples for name in sample))
     rows = [[step, *(_cell(sample.get(name)) for name in columns)] for sample in samples]
     return ["step", *columns], rows

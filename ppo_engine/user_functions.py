@@ -76,7 +76,7 @@ def import_function(spec: str) -> Callable[..., Any]:
 def _import_file(source: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"The file {source!r} of the function does not exist.")
+        raise UserError(f"The function's file {source!r} does not exist.")
     name = f"_user_file_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # it ends in .py

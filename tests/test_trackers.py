@@ -18,6 +18,7 @@ import pytest
 from test_ppo_trainer import PROMPTS, config, length_reward, rows
 from tiny import tiny_model_folder
 
+from ppo_engine.config_io import flatten
 from ppo_engine.errors import UserError
 from ppo_engine.ppo_trainer import PPOTrainer
 from ppo_engine.trackers import Trackers, check_trackers
@@ -212,7 +213,8 @@ def test_a_ppo_run_shows_its_samples_and_survives_its_tracker(
     trainer.train()
     assert [sorted(data)[0] for _, data in runs[0].logged] == ["memory/peak", "samples"]
     first = rows(tmp_path / "run" / "samples.jsonl")[0]
-    assert runs[0].logged[1][1]["samples"].data[0] == list(first.values())
+    assert runs[0].logged[1][1]["samples"].data[0] == list(flatten(first).values())
+    assert "rewards.length_reward" in runs[0].logged[1][1]["samples"].columns
     assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
     settings = config(tmp_path / "run", steps=3, resume=True, sample_every=1, trackers=["trackio"])
