@@ -55,7 +55,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ppo_engine import models, value_model
-from ppo_engine.run_directory import atomic_folder
+from ppo_engine.run.directory import atomic_folder
 
 if TYPE_CHECKING:
     from ppo_engine.engine import PPOEngine

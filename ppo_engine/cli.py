@@ -177,7 +177,7 @@ def _add_reward(parser: argparse.ArgumentParser, purpose: str) -> None:
 
 def _reward_overrides(options: argparse.Namespace) -> list[str]:
     """--reward, in place of whatever a settings file names."""
-    from ppo_engine.reward_sources import parse_source, source_settings
+    from ppo_engine.rewards.sources import parse_source, source_settings
 
     if options.reward is None:
         return []
@@ -268,7 +268,7 @@ def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], dat
 
 def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.config import GRPO_DEFAULTS, PPOConfig
-    from ppo_engine.reward_sources import configured_sources
+    from ppo_engine.rewards.sources import configured_sources
 
     overrides = _reward_overrides(options) + _overrides(options, rest)
     if options.profile:

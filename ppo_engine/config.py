@@ -73,7 +73,7 @@ class RewardSource:
 
     path: str | None = None  # a reward model's folder or name
     function: str | None = None  # "file.py:name" or "package.module:name"
-    url: str | None = None  # http:// or https://, see `http_reward`
+    url: str | None = None  # http:// or https://, see `rewards.http`
     name: str = ""  # in metrics; empty: the folder's, the function's or the host's
 
 
@@ -99,7 +99,7 @@ class ScoringConfig:
 
 @_settings
 class RewardConfig(ScoringConfig):
-    """What scores a response in training, and what becomes of the score (see `score_shaping`)."""
+    """What scores a response in training, and what becomes of the score (see `rewards.shaping`)."""
 
     normalize: bool = False  # shift and scale scores to mean 0, deviation 1 on the first rollouts
     missing_eos_score: FiniteFloat | None = None  # replaces the score of an unfinished response

@@ -13,7 +13,7 @@ from ppo_engine.anatomy import span
 from ppo_engine.config import ModelConfig, PPOSettings
 from ppo_engine.optim import Learner
 from ppo_engine.policy import Policy
-from ppo_engine.reward_model import RewardModel
+from ppo_engine.rewards.model import RewardModel
 from ppo_engine.rollout import Experience, Rollout
 from ppo_kernels import ppo_value_loss
 

@@ -31,9 +31,9 @@ from ppo_engine.estimators import Evidence, check_groups, check_settings, equal_
 from ppo_engine.kl_control import KLController
 from ppo_engine.optim import Learner
 from ppo_engine.policy import Policy
-from ppo_engine.rewards import RewardsLike, load_rewards
+from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
+from ppo_engine.rewards.weighted import RewardsLike, load_rewards
 from ppo_engine.rollout import Experience, Rollout, importance_weights, objective_metrics
-from ppo_engine.score_shaping import ScoreNormalizer, shape_scores
 from ppo_engine.text import Prompt
 
 
@@ -203,7 +203,7 @@ class PPOEngine:
         )
 
     def shaped_scores(self, rollout: Rollout, scores: Tensor, *, learn: bool = False) -> Tensor:
-        """What training makes of `scores` [B]: normalized and penalized, see `score_shaping`.
+        """What training makes of `scores` [B]: normalized and penalized, see `rewards.shaping`.
 
         The normalization takes them into its statistics where it is to `learn` from them.
         """

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from ppo_engine.best_of_n import expected_best
-from ppo_engine.checkpoint import random_states, restore_random_states
 from ppo_engine.config import EvaluationConfig
-from ppo_engine.data import PromptExample, columns_of
+from ppo_engine.data.prompts import PromptExample, columns_of
 from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
-from ppo_engine.progress import Progress
+from ppo_engine.rewards.best_of_n import expected_best
 from ppo_engine.rollout import Rollout
-from ppo_engine.run_directory import RunDirectory, atomic_folder
+from ppo_engine.run.checkpoint import random_states, restore_random_states
+from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.run.progress import Progress
 
 READ = tuple(range(10, 101, 10))  # percent of a response at which the critic is asked
 POINTS_AT = 50  # of them the one whose single values are kept, for a picture

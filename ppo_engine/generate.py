@@ -16,7 +16,6 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from ppo_engine import models
-from ppo_engine.best_of_n import best_of_n_table
 from ppo_engine.config import (
     GenerationConfig,
     ModelConfig,
@@ -24,19 +23,20 @@ from ppo_engine.config import (
     PromptDataConfig,
     ScoringConfig,
 )
-from ppo_engine.data import (
+from ppo_engine.data.prompts import (
     PromptExample,
     columns_of,
     limit_prompts,
     load_prompts,
     prompts_from_sequence,
 )
+from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.policy import Policy
-from ppo_engine.progress import Progress
-from ppo_engine.reward_sources import configured_sources
-from ppo_engine.rewards import Rewards, load_rewards
-from ppo_engine.rows import SkippedLines
+from ppo_engine.rewards.best_of_n import best_of_n_table
+from ppo_engine.rewards.sources import configured_sources
+from ppo_engine.rewards.weighted import Rewards, load_rewards
+from ppo_engine.run.progress import Progress
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ppo_engine.anatomy import span
-from ppo_engine.checkpoint import load_trainable_state, trainable_state
 from ppo_engine.config import OptimizerConfig
 from ppo_engine.errors import UserError
+from ppo_engine.run.checkpoint import load_trainable_state, trainable_state
 
 
 class Learner:

@@ -18,8 +18,8 @@ from ppo_engine import models
 from ppo_engine.anatomy import span
 from ppo_engine.config import GenerationConfig, ModelConfig
 from ppo_engine.conversation import Environment, as_rollout, converse
+from ppo_engine.data.packing import TokenRows
 from ppo_engine.errors import UserError
-from ppo_engine.packing import TokenRows
 from ppo_engine.rollout import Rollout
 from ppo_engine.text import Prompt
 from ppo_kernels import linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs

@@ -18,34 +18,34 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import anatomy, models, value_model
-from ppo_engine.checkpoint import (
-    load_training_state,
-    random_states,
-    restore_random_states,
-    save_training_state,
-)
 from ppo_engine.config import PPOConfig
 from ppo_engine.config_io import as_dict, flatten
 from ppo_engine.conversation import Environment
-from ppo_engine.data import (
+from ppo_engine.data.prompts import (
     PromptExample,
-    SkippedLines,
     columns_of,
     limit_prompts,
     load_prompts,
     prompts_from_sequence,
 )
+from ppo_engine.data.rows import SkippedLines
 from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
 from ppo_engine.evaluation import Evaluator, check_evaluation, hold_out, overlap
-from ppo_engine.progress import Progress
-from ppo_engine.report import write_curves
-from ppo_engine.reward_sources import with_rewards
-from ppo_engine.rewards import RewardsLike, reward_metrics
+from ppo_engine.rewards.sources import with_rewards
+from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
 from ppo_engine.rollout import Rollout
-from ppo_engine.run_directory import RunDirectory, atomic_folder
+from ppo_engine.run.checkpoint import (
+    load_training_state,
+    random_states,
+    restore_random_states,
+    save_training_state,
+)
+from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.run.progress import Progress
+from ppo_engine.run.report import write_curves
+from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.text import show_prompt
-from ppo_engine.trackers import Trackers, check_trackers
 
 _SAMPLES_LOGGED = 4  # responses of each sampled step that go to samples.jsonl
 

@@ -18,16 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models, value_model
 from ppo_engine.config import RewardModelConfig, RewardModelSettings
-from ppo_engine.data import (
-    Ranking,
-    count_pairs,
-    load_preferences,
-    prompt_groups,
-    sample_rankings,
-)
+from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, sample_rankings
+from ppo_engine.data.rows import SkippedLines
+from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
-from ppo_engine.progress import Progress
-from ppo_engine.rows import SkippedLines
+from ppo_engine.run.progress import Progress
 from ppo_engine.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_engine.text import encode_dialogue, pad_left
 from ppo_kernels import pairwise_loss, ranking_loss

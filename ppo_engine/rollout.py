@@ -90,7 +90,7 @@ class Experience:
     """A rollout with everything that an update needs; token tensors are [B, T] fp32."""
 
     rollout: Rollout
-    scores: Tensor  # [B] what the rewards say, shaped (`score_shaping`)
+    scores: Tensor  # [B] what the rewards say, shaped (`rewards.shaping`)
     logprobs: Tensor  # of the policy before the update, at the sampling temperature
     ref_logprobs: Tensor
     advantages: Tensor  # not whitened: the loss whitens with `moments`

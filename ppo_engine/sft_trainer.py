@@ -18,17 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models
 from ppo_engine.config import SFTConfig, SFTSettings
-from ppo_engine.demonstrations import (
+from ppo_engine.data.demonstrations import (
     Demonstration,
     cut,
     encode_demonstration,
     load_demonstrations,
 )
+from ppo_engine.data.packing import EncodedExample, TokenRows, can_pack, plan, stack_rows
+from ppo_engine.data.rows import BadLineError, BadLines, SkippedLines
 from ppo_engine.errors import UserError
-from ppo_engine.packing import EncodedExample, TokenRows, can_pack, plan, stack_rows
 from ppo_engine.policy import Policy
-from ppo_engine.progress import Progress
-from ppo_engine.rows import BadLineError, BadLines, SkippedLines
+from ppo_engine.run.progress import Progress
 from ppo_engine.supervised import SupervisedTrainer, mean_by_cluster
 
 

@@ -22,7 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models
-from ppo_engine.checkpoint import (
+from ppo_engine.config import RewardModelConfig, RewardModelSettings, SFTConfig, SFTSettings
+from ppo_engine.config_io import as_dict, flatten
+from ppo_engine.data.rows import SkippedLines
+from ppo_engine.data.split import split_by_prompt
+from ppo_engine.errors import UserError
+from ppo_engine.optim import make_optimizer, make_scheduler, optimizer_step
+from ppo_engine.run.checkpoint import (
     load_trainable_state,
     load_training_state,
     random_states,
@@ -30,16 +36,10 @@ from ppo_engine.checkpoint import (
     save_training_state,
     trainable_state,
 )
-from ppo_engine.config import RewardModelConfig, RewardModelSettings, SFTConfig, SFTSettings
-from ppo_engine.config_io import as_dict, flatten
-from ppo_engine.data import split_by_prompt
-from ppo_engine.errors import UserError
-from ppo_engine.optim import make_optimizer, make_scheduler, optimizer_step
-from ppo_engine.progress import Progress
-from ppo_engine.report import write_curves
-from ppo_engine.rows import SkippedLines
-from ppo_engine.run_directory import RunDirectory, atomic_folder
-from ppo_engine.trackers import Trackers, check_trackers
+from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.run.progress import Progress
+from ppo_engine.run.report import write_curves
+from ppo_engine.run.trackers import Trackers, check_trackers
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
 Example = TypeVar("Example")  # the same as token ids

@@ -20,7 +20,7 @@ from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from ppo_engine import PPOEngine, anatomy, cli, critic, engine, estimators, models, optim, policy
 from ppo_engine.config import GenerationConfig, LoraConfig, ModelConfig, PPOConfig, PPOSettings
 from ppo_engine.config import RunConfig as Run
-from ppo_engine.reward_model import RewardModel
+from ppo_engine.rewards.model import RewardModel
 from ppo_engine.value_model import value_model_from_policy
 from ppo_kernels import head, logprob
 
@@ -275,7 +275,7 @@ def test_the_profiler_does_not_write_over_the_display() -> None:
     code = """
 from types import SimpleNamespace
 import torch
-from ppo_engine import anatomy
+from ppo_engine import (anatomy)
 from contextlib import nullcontext
 anatomy._transformer_spans = nullcontext
 with anatomy.recording(SimpleNamespace(device=torch.device("cpu"))):

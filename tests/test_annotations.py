@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny import tiny_tokenizer
 
-from ppo_engine.data import Ranking, load_preferences
+from ppo_engine.data.preferences import Ranking, load_preferences
 from ppo_engine.errors import UserError
 
 Row = dict[str, Any]

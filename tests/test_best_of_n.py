@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from ppo_engine.best_of_n import expected_best, kl_bound
+from ppo_engine.rewards.best_of_n import expected_best, kl_bound
 
 SCORES = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

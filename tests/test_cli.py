@@ -14,7 +14,6 @@ from tiny import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
-from ppo_engine.best_of_n import expected_best
 from ppo_engine.config import (
     PPOConfig,
     RewardConfig,
@@ -23,6 +22,7 @@ from ppo_engine.config import (
     SFTConfig,
 )
 from ppo_engine.config_io import load_config
+from ppo_engine.rewards.best_of_n import expected_best
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [

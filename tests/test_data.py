@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 from tiny import tiny_tokenizer
 
-from ppo_engine.data import (
+from ppo_engine.data.preferences import Ranking, load_preferences, sample_rankings
+from ppo_engine.data.prompts import (
     PromptExample,
-    Ranking,
     limit_prompts,
-    load_preferences,
     load_prompts,
     prompts_from_sequence,
-    sample_rankings,
-    split_by_prompt,
 )
+from ppo_engine.data.rows import read_jsonl
+from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import UserError
-from ppo_engine.rows import read_jsonl
 
 HH_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "preferences.jsonl.gz"
 CHAT = tiny_tokenizer()

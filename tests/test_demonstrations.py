@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-from ppo_engine.demonstrations import (
+from ppo_engine.data.demonstrations import (
     Demonstration,
     cut,
     encode_demonstration,
     load_demonstrations,
 )
+from ppo_engine.data.packing import EncodedExample, plan
+from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
-from ppo_engine.packing import EncodedExample, plan
-from ppo_engine.rows import BadLineError
 
 CHAT = tiny_tokenizer()
 TEXT = tiny_tokenizer(chat_template=False)

@@ -30,7 +30,7 @@ from ppo_engine.config import (
     RewardConfig,
     RunConfig,
 )
-from ppo_engine.data import PromptExample
+from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
 from ppo_engine.evaluation import (
     READ,
@@ -42,7 +42,7 @@ from ppo_engine.evaluation import (
     win_shares,
 )
 from ppo_engine.ppo_trainer import PPOTrainer
-from ppo_engine.progress import Progress
+from ppo_engine.run.progress import Progress
 from ppo_engine.sampler import Continuation
 
 PROMPTS = [f"Prompt {i}" for i in range(6)]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from ppo_engine import http_reward
 from ppo_engine.config import RewardEndpointConfig
 from ppo_engine.errors import UserError
-from ppo_engine.http_reward import HTTPReward
+from ppo_engine.rewards import http as http_reward
+from ppo_engine.rewards.http import HTTPReward
 
 PROMPTS = ["Say a.", [{"role": "user", "content": "Say ü."}], "Say c."]
 RESPONSES = ["a", "bbbbbbbb", "ccc"]

@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from ppo_engine.progress import Progress, duration, is_interactive, printable
+from ppo_engine.run.progress import Progress, duration, is_interactive, printable
 
 METRICS = {"objective/scores": 0.5, "objective/kl": 0.031, "policy/clip_fraction": 0.125}
 

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ppo_engine.errors import UserError
-from ppo_engine.report import write_curves
+from ppo_engine.run.report import write_curves
 
 PPO_ROW = {
     "objective/scores": 0.5,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppo_engine.errors import UserError
-from ppo_engine.reward_function import RewardFunction
+from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.user_functions import import_function
 
 PROMPTS = ["Say a.", [{"role": "user", "content": "Say b, at some length."}], "Say c."]

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.errors import UserError
-from ppo_engine.reward_model import RewardModel, load_reward_model, same_tokenizer
+from ppo_engine.rewards.model import RewardModel, load_reward_model, same_tokenizer
 from ppo_engine.text import encode_dialogue, pad_left
 from ppo_engine.value_model import load_value_model, save_value_model
 

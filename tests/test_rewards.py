@@ -19,11 +19,11 @@ from ppo_engine.config import (
 )
 from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
-from ppo_engine.http_reward import HTTPReward
-from ppo_engine.reward_function import RewardFunction
-from ppo_engine.reward_model import RewardModel, load_reward_model
-from ppo_engine.reward_sources import configured_sources, parse_source, with_rewards
-from ppo_engine.rewards import Rewards, load_rewards, reward_metrics
+from ppo_engine.rewards.function import RewardFunction
+from ppo_engine.rewards.http import HTTPReward
+from ppo_engine.rewards.model import RewardModel, load_reward_model
+from ppo_engine.rewards.sources import configured_sources, parse_source, with_rewards
+from ppo_engine.rewards.weighted import Rewards, load_rewards, reward_metrics
 from ppo_engine.value_model import load_value_model, save_value_model
 
 CPU, FP32 = torch.device("cpu"), torch.float32

@@ -10,7 +10,7 @@ import pytest
 from ppo_engine.config import PPOConfig, RewardModelConfig
 from ppo_engine.config_io import load_config
 from ppo_engine.errors import UserError
-from ppo_engine.run_directory import RunDirectory, atomic_folder
+from ppo_engine.run.directory import RunDirectory, atomic_folder
 
 
 def lines(file: Path) -> list[dict[str, object]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ppo_engine.config import RewardConfig
+from ppo_engine.rewards.shaping import ScoreNormalizer, length_penalty, shape_scores
 from ppo_engine.rollout import Rollout
-from ppo_engine.score_shaping import ScoreNormalizer, length_penalty, shape_scores
 
 
 def rollout(lengths: list[int], finished: list[bool]) -> Rollout:

@@ -27,8 +27,8 @@ from ppo_engine.config import (
     RunConfig,
     SFTSettings,
 )
+from ppo_engine.data.packing import stack_rows
 from ppo_engine.errors import UserError
-from ppo_engine.packing import stack_rows
 
 
 def examples(count: int = 32) -> list[dict[str, Any]]:

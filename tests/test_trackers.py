@@ -21,7 +21,7 @@ from tiny import tiny_model_folder
 from ppo_engine.config_io import flatten
 from ppo_engine.errors import UserError
 from ppo_engine.ppo_trainer import PPOTrainer
-from ppo_engine.trackers import Trackers, check_trackers
+from ppo_engine.run.trackers import Trackers, check_trackers
 
 SAMPLES = [
     {"prompt": "Say *hi* | <b>\nnow", "response": "a | `b`\n\n- c", "score": 0.123456},

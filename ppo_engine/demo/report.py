@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_engine.progress import duration, printable
+from ppo_engine.run.progress import duration, printable
 
 _SAMPLES = 3
 

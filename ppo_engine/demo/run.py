@@ -47,9 +47,9 @@ from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
 from ppo_engine.policy import Policy
 from ppo_engine.ppo_trainer import PPOTrainer, peak_memory
-from ppo_engine.progress import Progress
 from ppo_engine.reward_trainer import RewardModelTrainer
-from ppo_engine.run_directory import RunDirectory
+from ppo_engine.run.directory import RunDirectory
+from ppo_engine.run.progress import Progress
 from ppo_engine.text import Prompt, show_prompt
 
 # Candidates are asked for in several tones and ranked as answers to the neutral prompt: rankings

@@ -133,7 +133,7 @@ class Trackers:
     """Every tracker in `names`, for the run in `folder` from after step `start` on.
 
     One that fails, at its start or later, gets nothing more, and a warning (logger
-    `ppo_engine.trackers`, so on stderr) says so once; the others and the run go on.
+    `ppo_engine.run.trackers`, so on stderr) says so once; the others and the run go on.
     """
 
     def __init__(

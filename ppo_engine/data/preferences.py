@@ -1,24 +1,22 @@
-"""Prompts and preferences: every accepted form in, one checked form out.
+"""Preferences: every accepted form in, rankings out.
 
-Nothing here trains or tokenizes more than it must; a line that cannot be used is an error naming
-`file:line`, or is counted and reported where `on_bad_line="skip"`.
+A line that cannot be used is an error naming `file:line`, or is counted and reported where
+`on_bad_line="skip"`.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine.annotations import ordinary_rows
-from ppo_engine.columns import (
+from ppo_engine.data.annotations import ordinary_rows
+from ppo_engine.data.columns import (
     check_messages,
     check_prompt,
     check_text,
@@ -27,18 +25,9 @@ from ppo_engine.columns import (
     kind,
     name_of,
 )
+from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
-from ppo_engine.text import Message, Prompt, encode_prompt, require_chat_template
-
-
-@dataclass(frozen=True)
-class PromptExample:
-    """A prompt, the other columns of its row (for the reward function), and where it stood."""
-
-    prompt: Prompt
-    columns: dict[str, Any] = field(default_factory=dict)
-    place: str = ""
+from ppo_engine.text import Message, Prompt, require_chat_template
 
 
 @dataclass(frozen=True)
@@ -63,74 +52,6 @@ class Ranking:
 def count_pairs(ranks: Sequence[int]) -> int:
     """How many pairs of different ranks there are."""
     return sum(a != b for index, a in enumerate(ranks) for b in ranks[index + 1 :])
-
-
-class _HasPrompt(Protocol):
-    @property
-    def prompt(self) -> Prompt: ...
-
-
-Example = TypeVar("Example", bound=_HasPrompt)
-
-
-def load_prompts(
-    path: str | Path, *, on_bad_line: OnBadLine = "error"
-) -> tuple[list[PromptExample], SkippedLines]:
-    """Prompts of a JSONL or parquet file or a saved data set: the column `prompt` of each row.
-
-    A prompt is text or chat messages; the other columns are kept. Raises `UserError` for a row
-    without a usable prompt, or skips it, and where no row is left.
-    """
-    return _prompts(path, on_bad_line)
-
-
-def prompts_from_sequence(
-    prompts: Iterable[Any], *, on_bad_line: OnBadLine = "error"
-) -> tuple[list[PromptExample], SkippedLines]:
-    """The same from Python: texts, lists of messages, dictionaries, or a `datasets.Dataset`."""
-    rows = (row if isinstance(row, Mapping) else {"prompt": row} for row in prompts)
-    return _prompts(rows, on_bad_line)
-
-
-def limit_prompts(
-    examples: Sequence[PromptExample],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    *,
-    on_bad_line: OnBadLine = "error",
-) -> tuple[list[PromptExample], SkippedLines]:
-    """The prompts of 1 to `max_prompt_tokens` tokens; others are errors, or skipped and counted."""
-    if any(not isinstance(example.prompt, str) for example in examples):
-        require_chat_template(tokenizer)
-    bad_lines = BadLines(on_bad_line)
-    kept = []
-    for example in examples:
-        try:
-            tokens = len(encode_prompt(tokenizer, example.prompt))
-        except TemplateError as error:  # such as "roles must alternate"
-            bad_lines.add(example.place, "refused by the model's chat template", f" ({error})")
-            continue
-        if tokens > max_prompt_tokens:
-            bad_lines.add(
-                example.place,
-                "prompt too long",
-                f": {tokens} tokens, more than data.max_prompt_tokens = {max_prompt_tokens}",
-                "Raise data.max_prompt_tokens, shorten the prompt, or leave such prompts out with "
-                "data.on_bad_line=skip.",
-            )
-        elif tokens == 0:
-            bad_lines.add(example.place, "prompt has no tokens")
-        else:
-            kept.append(example)
-    if not kept:
-        raise UserError(f"No usable prompt is left: {bad_lines.skipped}.")
-    return kept, bad_lines.skipped
-
-
-def columns_of(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
-    """The other columns of the data as lists; one that some rows lack holds None there."""
-    names = {name for example in examples for name in example.columns}
-    return {name: [example.columns.get(name) for example in examples] for name in sorted(names)}
 
 
 def load_preferences(
@@ -192,61 +113,6 @@ def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> l
             f"({min(ranking.pairs for ranking in rankings)} at least): raise it."
         )
     return [rankings[index] for index in sorted(chosen)]
-
-
-def prompt_groups(examples: Sequence[_HasPrompt]) -> list[list[int]]:
-    """The indices of each prompt's examples; those without a prompt have nothing in common."""
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        key = json.dumps(example.prompt) if example.prompt else f"no prompt {index}"
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())
-
-
-def split_by_prompt(
-    examples: Sequence[Example], fraction: float, seed: int, name: str = "examples"
-) -> tuple[list[Example], list[Example]]:
-    """`(training, held out)`, about `fraction` of the examples held out, by prompt and repeatably.
-
-    Examples of one prompt never stand on both sides: held-out metrics would flatter otherwise.
-    """
-    if fraction == 0:
-        return list(examples), []
-    groups = prompt_groups(examples)
-    random.Random(seed).shuffle(groups)
-    target = max(1, round(fraction * len(examples)))
-    held_out: set[int] = set()
-    for group in groups:
-        if len(held_out) + len(group) <= target:
-            held_out.update(group)
-    if not held_out:
-        smallest = min(groups, key=len)
-        held_out.update(smallest)
-    if len(held_out) == len(examples):
-        raise UserError(
-            f"{len(examples)} {name} over {len(groups)} prompts are too few to hold some out: give "
-            "more data, data.eval_path, or data.eval_fraction=0."
-        )
-    training = [example for index, example in enumerate(examples) if index not in held_out]
-    return training, [examples[index] for index in sorted(held_out)]
-
-
-def _prompts(
-    source: str | Path | Iterable[Any], on_bad_line: OnBadLine
-) -> tuple[list[PromptExample], SkippedLines]:
-    bad_lines = BadLines(on_bad_line)
-    examples = []
-    for place, row in read_rows(source, "prompts", bad_lines):
-        try:
-            prompt = check_prompt(column(row, "prompt"))
-        except BadLineError as error:
-            bad_lines.add(place, error.reason, error.detail)
-            continue
-        columns = {name: value for name, value in row.items() if name != "prompt"}
-        examples.append(PromptExample(prompt, columns, place))
-    if not examples:
-        raise UserError(f"No usable prompt in {name_of(source)}: {bad_lines.skipped}.")
-    return examples, bad_lines.skipped
 
 
 def _ranking_of(row: Any, chat: bool) -> Ranking:
@@ -334,6 +200,8 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
 _ASSISTANT = "\n\nAssistant:"
 
 

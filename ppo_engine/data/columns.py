@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_engine.rows import BadLineError, has_lone_surrogate
+from ppo_engine.data.rows import BadLineError, has_lone_surrogate
 from ppo_engine.text import Message, Prompt
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine.columns import check_messages, check_prompt, check_text, column, kind, name_of
-from ppo_engine.data import chat_if_dialogue
+from ppo_engine.data.columns import check_messages, check_prompt, check_text, column, kind, name_of
+from ppo_engine.data.packing import EncodedExample
+from ppo_engine.data.preferences import chat_if_dialogue
+from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.packing import EncodedExample
-from ppo_engine.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.text import (
     Message,
     Prompt,

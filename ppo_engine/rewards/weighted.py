@@ -1,8 +1,8 @@
 """What scores responses, higher is better: one reward or several with weights.
 
 A reward is called with (prompts, responses, finished, columns), B of each, and returns scores [B].
-It is a reward model (`reward_model`), a Python function (`reward_function`) or an HTTP endpoint
-(`http_reward`). What becomes of the scores is in `score_shaping`.
+It is a reward model (`model`), a Python function (`function`) or an HTTP endpoint
+(`http`). What becomes of the scores is in `shaping`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.config import RewardEndpointConfig, RewardSource, ScoringConfig
 from ppo_engine.errors import UserError
-from ppo_engine.http_reward import HTTPReward
-from ppo_engine.reward_function import RewardFunction
-from ppo_engine.reward_model import RewardModel, load_reward_model, same_tokenizer
-from ppo_engine.reward_sources import (
+from ppo_engine.rewards.function import RewardFunction
+from ppo_engine.rewards.http import HTTPReward
+from ppo_engine.rewards.model import RewardModel, load_reward_model, same_tokenizer
+from ppo_engine.rewards.sources import (
     check_names,
     configured_sources,
     named_rewards,

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ppo_engine.data.rows import BadLines, read_jsonl
 from ppo_engine.errors import UserError
-from ppo_engine.rows import BadLines, read_jsonl
 
 _COLORS = ("#2a6fbb", "#d1602b", "#3b8f5a", "#8457a8", "#b08a1e", "#7a7a7a")
 _MANY_POINTS = 40  # from here on the points fade behind their running mean

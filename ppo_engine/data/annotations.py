@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ppo_engine.rows import BadLineError, BadLines, Row
+from ppo_engine.data.rows import BadLineError, BadLines, Row
 
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "request")
 _RESPONSES = ("response", "answer", "completion", "reply", "output", "generation", "text")

@@ -26,7 +26,7 @@ from urllib3.util import Retry
 
 from ppo_engine.config import RewardEndpointConfig
 from ppo_engine.errors import UserError
-from ppo_engine.reward_function import checked_scores
+from ppo_engine.rewards.function import checked_scores
 from ppo_engine.text import Prompt
 
 _ATTEMPTS = 6

@@ -1,0 +1,1 @@
+"""Data: files of rows in, checked examples and their token ids out."""

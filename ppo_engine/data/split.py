@@ -1,0 +1,56 @@
+"""Training and held-out examples: no prompt is in both."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from ppo_engine.errors import UserError
+from ppo_engine.text import Prompt
+
+
+class _HasPrompt(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+Example = TypeVar("Example", bound=_HasPrompt)
+
+
+def prompt_groups(examples: Sequence[_HasPrompt]) -> list[list[int]]:
+    """The indices of each prompt's examples; those without a prompt have nothing in common."""
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        key = json.dumps(example.prompt) if example.prompt else f"no prompt {index}"
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def split_by_prompt(
+    examples: Sequence[Example], fraction: float, seed: int, name: str = "examples"
+) -> tuple[list[Example], list[Example]]:
+    """`(training, held out)`, about `fraction` of the examples held out, by prompt and repeatably.
+
+    Examples of one prompt never stand on both sides: held-out metrics would flatter otherwise.
+    """
+    if fraction == 0:
+        return list(examples), []
+    groups = prompt_groups(examples)
+    random.Random(seed).shuffle(groups)
+    target = max(1, round(fraction * len(examples)))
+    held_out: set[int] = set()
+    for group in groups:
+        if len(held_out) + len(group) <= target:
+            held_out.update(group)
+    if not held_out:
+        smallest = min(groups, key=len)
+        held_out.update(smallest)
+    if len(held_out) == len(examples):
+        raise UserError(
+            f"{len(examples)} {name} over {len(groups)} prompts are too few to hold some out: give "
+            "more data, data.eval_path, or data.eval_fraction=0."
+        )
+    training = [example for index, example in enumerate(examples) if index not in held_out]
+    return training, [examples[index] for index in sorted(held_out)]
