@@ -35,9 +35,16 @@ class Learner:
         """Of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @span("optimizer")
     def step(self) -> Tensor:
-        """One step with the gradients that are there; returns their norm before clipping."""
-        return optimizer_step(self.optimizer, self.scheduler, self.config, self.name)
+        """Clip the gradients, take a step, drop them; the result is that of `clip_gradients`."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        where = f"{self.name}, step {self.scheduler.last_epoch + 1}"
+        norm = clip_gradients(parameters, self.config.max_grad_norm, where)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -97,19 +104,6 @@ def make_scheduler(optimizer: AdamW, config: OptimizerConfig, total_steps: int) 
         return 1.0
 
     return LambdaLR(optimizer, factor)
-
-
-@span("optimizer")
-def optimizer_step(
-    optimizer: AdamW, scheduler: LambdaLR, config: OptimizerConfig, where: str
-) -> Tensor:
-    """Clip the gradients, take a step, drop them; arguments and result as in `clip_gradients`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_gradients(parameters, config.max_grad_norm, where)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    scheduler.step()
-    return norm
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, where: str = "") -> Tensor:

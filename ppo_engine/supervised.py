@@ -27,14 +27,12 @@ from ppo_engine.config_io import as_dict, flatten
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import UserError
-from ppo_engine.optim import make_optimizer, make_scheduler, optimizer_step
+from ppo_engine.optim import Learner
 from ppo_engine.run.checkpoint import (
-    load_trainable_state,
     load_training_state,
     random_states,
     restore_random_states,
     save_training_state,
-    trainable_state,
 )
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.progress import Progress
@@ -88,8 +86,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.held_out = self._encode(held_out, "held-out")
         self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
         self.total_steps = self.steps_per_epoch * self.settings.epochs
-        self.optimizer = make_optimizer(self.model, config.model.optimizer)
-        self.scheduler = make_scheduler(self.optimizer, config.model.optimizer, self.total_steps)
+        self.learner = Learner(self.model, config.model.optimizer, self.total_steps, "the model")
         self.step = 0
         self.before: dict[str, float] = {}  # held-out metrics of the untrained model
 
@@ -184,15 +181,10 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
     def train_step(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step on a mini-batch, accumulated over micro-batches to its exact mean."""
         started = time.perf_counter()
-        learning_rate = float(self.scheduler.get_last_lr()[0])
+        learning_rate = self.learner.learning_rate
         found = self._backward(examples)
         self.step += 1
-        found["grad_norm"] = optimizer_step(
-            self.optimizer,
-            self.scheduler,
-            self.config.model.optimizer,
-            f"{self.title}, step {self.step}",
-        )
+        found["grad_norm"] = self.learner.step()
         metrics = {f"{self.command}/{name}": float(value) for name, value in found.items()}
         seconds = time.perf_counter() - started
         return {
@@ -216,9 +208,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 {
                     "step": self.step,  # the data's position too: see `mini_batch`
                     "before": self.before,
-                    "model": trainable_state(self.model),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
+                    "model": self.learner.state_dict(),
                     "random": random_states(),
                 },
             )
@@ -229,9 +219,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             run.rewind(-1)
             return
         state = load_training_state(newest[1], self.device)
-        load_trainable_state(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.learner.load_state_dict(state["model"])
         restore_random_states(state["random"])
         self.step, self.before = state["step"], state["before"]
         run.rewind(self.step)

@@ -120,7 +120,7 @@ def test_micro_batches_add_up_to_the_same_gradient(folder, data, center_coef):
     for size in (8, 3, 1):
         reward = {"micro_batch_size": size, "center_coef": center_coef}
         made = trainer(folder, pairs=data, reward=reward)
-        made.optimizer.zero_grad = lambda set_to_none: None  # keeps the gradients
+        made.learner.optimizer.zero_grad = lambda set_to_none: None  # keeps the gradients
         metrics.append(made.train_step(made.mini_batch(0)))
         gradients.append([p.grad for p in made.model.parameters()])
     for other, found in zip(gradients[1:], metrics[1:], strict=True):

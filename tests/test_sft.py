@@ -138,7 +138,7 @@ def test_the_loss_is_the_mean_over_learned_tokens(make: Any, packed: bool, note:
 
 
 def gradients_of_a_step(made: SFTTrainer) -> list[torch.Tensor]:
-    made.optimizer.zero_grad = lambda set_to_none: None  # type: ignore[method-assign,assignment]
+    made.learner.optimizer.zero_grad = lambda set_to_none: None  # type: ignore[method-assign,assignment]
     made.config.model.optimizer.__dict__["max_grad_norm"] = 1e9
     made.train_step(made.mini_batch(0))
     return [p.grad for p in made.policy.model.parameters()]
