@@ -234,11 +234,12 @@ class PPOEngine:
         if self.estimator.group:
             metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
         warming_up = self.updates < settings.critic_warmup_steps
+        kl_coef = float(experience.kl_coef)  # once: a GPU has to be waited for
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
             order = torch.randperm(len(experience), generator=self.shuffle)
             for rows in order.split(settings.mini_batch_size):
-                found = {} if warming_up else self._update_policy(experience, rows)
+                found = {} if warming_up else self._update_policy(experience, rows, kl_coef)
                 if self.critic is not None:
                     parts = map(experience.select, rows.split(settings.micro_batch_size))
                     tokens = experience.rollout.mask[rows].sum()
@@ -274,7 +275,9 @@ class PPOEngine:
             self.normalizer.load_state_dict(state["normalizer"])
         self.shuffle.set_state(state["shuffle"].cpu())
 
-    def _update_policy(self, experience: Experience, rows: Tensor) -> dict[str, Tensor]:
+    def _update_policy(
+        self, experience: Experience, rows: Tensor, kl_coef: float
+    ) -> dict[str, Tensor]:
         """One optimizer step on the mini-batch `rows`, accumulated over micro-batches."""
         settings = self.config.ppo
         tokens = experience.rollout.mask[rows].sum()
@@ -300,7 +303,7 @@ class PPOEngine:
                     normalizer=self._normalizer(tokens, len(rows)),
                     entropy_coef=settings.entropy_coef,
                     ref_logprobs=part.ref_logprobs if penalized else None,
-                    kl_coef=float(part.kl_coef) if penalized else 0.0,
+                    kl_coef=kl_coef if penalized else 0.0,
                     kl_estimator=settings.kl_estimator,
                     is_weights=part.is_weights,
                 )

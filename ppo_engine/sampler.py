@@ -57,6 +57,7 @@ def sample(
     plain = transformers.GenerationConfig(eos_token_id=policy.eos_ids, pad_token_id=pad)
     # The warpers are given, not configured, so that the recorder comes after them.
     warpers = LogitsProcessorList([] if greedy else _warpers(settings))
+    sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     recorder = _Recorder()
     if record_logprobs:
         warpers.append(recorder)
@@ -69,9 +70,7 @@ def sample(
                 logits_processor=warpers,
                 generation_config=transformers.GenerationConfig(
                     do_sample=not greedy,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
+                    **sampling,
                     max_new_tokens=settings.max_new_tokens,
                     eos_token_id=policy.eos_ids,
                     pad_token_id=pad,
