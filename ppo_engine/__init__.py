@@ -1,6 +1,6 @@
 """RLHF on one machine: supervised fine-tuning, reward models from ranked answers, and PPO.
 
-    from ppo_engine import (PPOConfig, PPOTrainer)
+    from ppo_engine import PPOConfig, PPOTrainer
     PPOTrainer("path/to/model", reward=my_function, prompts=["…"], config=PPOConfig()).train()
 
 `PPOEngine` gives the four calls of a PPO step to a training loop of your own.

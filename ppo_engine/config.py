@@ -148,7 +148,8 @@ class PPOSettings:
     """The algorithm (Schulman et al. 2017; Ouyang et al. 2022) and its relatives.
 
     `estimators` says what each estimator is; those without a critic use no value setting. The
-    losses are those of `ppo_kernels.ppo_policy_loss`.
+    losses are those of `ppo_kernels.ppo_policy_loss`. What is said to be the source's own is, unless
+    set, as the estimator's source has it.
     """
 
     estimator: Literal[
@@ -161,23 +162,24 @@ class PPOSettings:
     epochs: PositiveInt = 1
     gamma: Fraction = 1.0
     lam: Fraction = 0.95  # of gae
-    whiten_advantages: bool | None = None  # None: as the estimator's source does
+    whiten_advantages: bool = cast(Any, None)  # the source's own
     whiten_rewards: bool = False
 
     kl_coef: NonNegativeFloat = 0.05
     kl_in: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3"] = cast(Any, None)  # k1 in the reward, k3 in the loss
     adaptive_kl: AdaptiveKLConfig | None = None
 
     objective: Literal["clip", "cispo"] = "clip"
-    ratio_level: Literal["token", "sequence"] = "token"  # "sequence" is GSPO
+    # "sequence" is GSPO, whose ratios stay so near 1 that its clip_range is some 3e-4.
+    ratio_level: Literal["token", "sequence"] = "token"
     clip_range: (
         Annotated[float, Field(gt=0, lt=1)]
         | tuple[Annotated[float, Field(ge=0, le=1)], PositiveFloat]  # (low, high): "clip-higher"
     ) = 0.2
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    # "sum" is over a constant, responses times generation.max_new_tokens (Dr. GRPO).
-    reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
+    # The source's own. "sum" is over a constant, responses times generation.max_new_tokens.
+    reduction: Literal["token_mean", "sequence_mean", "sum"] = cast(Any, None)
     entropy_coef: NonNegativeFloat = 0.0
     # Weigh tokens by min(pi_old / pi_sampler, cap) where the sampler's log-probs are others than
     # the trainer's: those of `Rollout.logprobs`, recorded in sampling.
@@ -185,6 +187,17 @@ class PPOSettings:
 
     value_clip_range: PositiveFloat | None = 0.2
     critic_warmup_steps: NonNegativeInt = 0  # first steps, in which the critic alone is trained
+
+    def __post_init__(self) -> None:
+        reductions = {"grpo": "sequence_mean", "dr_grpo": "sum"}
+        own = {
+            "whiten_advantages": self.estimator in ("gae", "monte_carlo", "td", "reinforce_pp"),
+            "kl_estimator": "k1" if self.kl_in == "reward" else "k3",
+            "reduction": reductions.get(self.estimator, "token_mean"),
+        }
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
 # What `ppo-engine grpo` starts from: as in Shao et al. 2024 (arXiv:2402.03300, section 4.2), in
@@ -194,9 +207,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
         "estimator": "grpo",
         "group_size": 8,
         "kl_in": "loss",
-        "kl_estimator": "k3",
         "kl_coef": 0.04,
-        "reduction": "sequence_mean",
     }
 }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine import models
@@ -27,10 +27,11 @@ Answer = str | Message | None
 class Environment(UserFunction):
     """A user's `(prompts, turns, **columns) -> list`, sync or async, which answers the policy.
 
-    `turns` holds, for each conversation that still goes on, the texts of its turns so far: the
-    policy's, the environment's, and so on, the last one the policy's. The result says for each what
-    comes next: text (a user's message, where prompts are chat messages), a chat message such as
-    `{"role": "tool", "content": …}`, or None where the conversation is over.
+    `turns` holds, for each conversation that still goes on, the messages that came after its
+    prompt: the policy's (`{"role": "assistant", "content": …}`), the environment's, and so on, the
+    last one the policy's. The result says for each what comes next: a chat message such as
+    `{"role": "tool", "content": …}`, text (which is a user's message, where prompts are chat
+    messages), or None where the conversation is over.
     """
 
     kind = "environment"
@@ -44,24 +45,29 @@ class Environment(UserFunction):
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        turns: Sequence[Sequence[str]],
+        turns: Sequence[Sequence[Message]],
         columns: Mapping[str, Sequence[Any]],
     ) -> list[Answer]:
         """The answers, one for each; a UserError where the function fails or misbehaves."""
-        result = self.call(prompts, [list(texts) for texts in turns], columns)
+        result = self.call(prompts, [list(messages) for messages in turns], columns)
         if not isinstance(result, list | tuple) or len(result) != len(prompts):
             raise UserError(
                 f"{self} returned {shown(result)}; it must return a list of {len(prompts)}, an "
                 "answer or None for each conversation."
             )
         for index, answer in enumerate(result):
-            is_message = isinstance(answer, Mapping) and {"role", "content"} <= answer.keys()
-            if not (answer is None or isinstance(answer, str) or is_message):
+            if not (answer is None or isinstance(answer, str) or _is_message(answer)):
                 raise UserError(
                     f"{self} returned {shown(answer)} for conversation {index} (counted from 0); "
-                    "an answer is text, a message with 'role' and 'content', or None."
+                    "an answer is text, a message with 'role' and 'content' as text, or None."
                 )
         return list(result)
+
+
+def _is_message(answer: Any) -> bool:
+    return isinstance(answer, Mapping) and all(
+        isinstance(answer.get(key), str) for key in ("role", "content")
+    )
 
 
 def load_environment(
@@ -87,7 +93,7 @@ class Conversation:
     tokens: list[int] = field(default_factory=list)  # of the response
     own: list[bool] = field(default_factory=list)  # whether the policy wrote it
     logprobs: list[float] = field(default_factory=list)  # of the sampler; 0 where not its own
-    turns: list[str] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
     finished: bool = False
 
     def write(self, new: Continuation, text: str) -> None:
@@ -95,15 +101,15 @@ class Conversation:
         self.tokens += new.tokens
         self.own += [True] * len(new.tokens)
         self.logprobs += new.logprobs
-        self.turns.append(text)
+        self.turns.append({"role": "assistant", "content": text})
         self.finished = new.finished
 
-    def hear(self, tokens: Sequence[int], text: str) -> None:
+    def hear(self, tokens: Sequence[int], message: Message) -> None:
         """A turn of the environment's."""
         self.tokens += tokens
         self.own += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens) if self.logprobs else []
-        self.turns.append(text)
+        self.turns.append(message)
 
 
 def converse(
@@ -119,6 +125,11 @@ def converse(
     """One conversation from each prompt. It is over after `environment.max_turns` turns of the
     policy, when the environment has no answer or a too long one, and when a turn of the policy
     does not end within `settings.max_new_tokens`."""
+    if environment is not None and "turns" in columns:
+        raise UserError(
+            "The prompts have a column 'turns', the name under which a reward gets the turns of a "
+            "conversation: rename it."
+        )
     found = [
         Conversation(prompt, encode_prompt(policy.tokenizer, prompt), row)
         for row, prompt in enumerate(prompts)
@@ -155,19 +166,31 @@ def _answered(
         return []
     picked = {name: [column[c.row] for c in active] for name, column in columns.items()}
     answers = environment([c.prompt for c in active], [c.turns for c in active], picked)
-    config = models.unwrap(policy.model).config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    positions = models.positions(policy.model)
     going_on = []
     for conversation, answer in zip(active, answers, strict=True):
         if answer is None:
             continue
         eos = str(policy.tokenizer.decode(conversation.tokens[-1:]))
-        tokens = encode_answer(policy.tokenizer, conversation.prompt, answer, eos)
+        try:
+            tokens = encode_answer(policy.tokenizer, conversation.prompt, answer, eos)
+        except TemplateError as error:  # such as "roles must alternate"
+            raise UserError(
+                f"{environment} answered {shown(answer)}, which the model's chat template refuses: "
+                f"{error}"
+            ) from error
         length = len(conversation.prompt_ids) + len(conversation.tokens) + len(tokens)
         if length + max_new_tokens <= positions:
-            conversation.hear(tokens, answer if isinstance(answer, str) else answer["content"])
+            message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
+            conversation.hear(tokens, message)
             going_on.append(conversation)
     return going_on
+
+
+def _text(conversation: Conversation) -> str:
+    """A response as text: after a text prompt as it was read, of a chat its turns as paragraphs."""
+    between = "" if isinstance(conversation.prompt, str) else "\n\n"
+    return between.join(turn["content"] for turn in conversation.turns)
 
 
 def as_rollout(
@@ -178,7 +201,7 @@ def as_rollout(
     *,
     several: bool,
 ) -> Rollout:
-    """The batch of them. Where there may be `several` turns, the column `turns` has their texts."""
+    """The batch of them. Where there may be `several` turns, the column `turns` has the messages."""
     recorded = any(c.logprobs for c in conversations)
     width = max(len(c.tokens) for c in conversations)
 
@@ -196,7 +219,7 @@ def as_rollout(
         mask=padded((c.own for c in conversations), False),
         finished=torch.tensor([c.finished for c in conversations], device=device),
         prompts=[c.prompt for c in conversations],
-        responses=["\n\n".join(c.turns) for c in conversations],
+        responses=[_text(c) for c in conversations],
         columns={**columns, "turns": [c.turns for c in conversations]} if several else columns,
         environment_mask=padded(heard, False) if several else None,
         logprobs=padded((c.logprobs for c in conversations), 0.0) if recorded else None,

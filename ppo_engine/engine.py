@@ -109,7 +109,7 @@ class PPOEngine:
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
         self.normalizer = ScoreNormalizer() if config.reward.normalize else None
-        self.updates = 0
+        self.steps_done = 0
         self.policy_version = 0
 
     @span("generate")
@@ -122,8 +122,8 @@ class PPOEngine:
     ) -> Rollout:
         """Sample responses to each prompt: text, or chat messages.
 
-        `group_size` of them in a row, unless given those of the configuration. `columns` holds
-        lists as long as `prompts`, handed on to a reward function and an environment.
+        `group_size` of them in a row, by default that of the configuration. `columns` holds lists
+        as long as `prompts`, handed on to a reward function and an environment.
         """
         config = self.config
         size = config.ppo.group_size if group_size is None else group_size
@@ -166,6 +166,7 @@ class PPOEngine:
         if self.estimator.group:
             check_groups(rollout.prompts, self.config.ppo)
         scores = self.shaped_scores(rollout, scores, learn=True)
+        greedy_scores = self._greedy_scores(rollout)
 
         settings = self.config.ppo
         logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
@@ -180,12 +181,13 @@ class PPOEngine:
                     rollout.mask,
                     kl_coef=self.kl.coef if in_reward else torch.zeros_like(self.kl.coef),
                     values=values,
-                    greedy_scores=self._greedy_scores(rollout),
+                    greedy_scores=greedy_scores,
                 ),
                 settings,
             )
         kl_coef = self.kl.coef.clone()
-        self.kl.update(shaped.kl.mean(), len(rollout))
+        if not self._warms_up:  # until then the KL is 0, whatever its coefficient
+            self.kl.update((logprobs - ref_logprobs).sum(1).mean(), len(rollout))
         return Experience(
             rollout=rollout,
             scores=scores,
@@ -233,20 +235,19 @@ class PPOEngine:
         metrics["policy/learning_rate"] = self.learner.learning_rate
         if self.estimator.group:
             metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
-        warming_up = self.updates < settings.critic_warmup_steps
         kl_coef = float(experience.kl_coef)  # once: a GPU has to be waited for
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
             order = torch.randperm(len(experience), generator=self.shuffle)
             for rows in order.split(settings.mini_batch_size):
-                found = {} if warming_up else self._update_policy(experience, rows, kl_coef)
+                parts = [experience.select(part) for part in rows.split(settings.micro_batch_size)]
+                tokens = experience.rollout.mask[rows].sum()
+                found = {} if self._warms_up else self._update_policy(parts, tokens, kl_coef)
                 if self.critic is not None:
-                    parts = map(experience.select, rows.split(settings.micro_batch_size))
-                    tokens = experience.rollout.mask[rows].sum()
                     found |= self.critic.update(parts, tokens, settings)
                 for name, value in found.items():
                     records[name].append(value)
-        self.updates += 1
+        self.steps_done += 1
         for name, values in records.items():
             over_steps = torch.stack(values)
             metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())
@@ -257,7 +258,7 @@ class PPOEngine:
         return {
             "policy": self.learner.state_dict(),
             "critic": self.critic.learner.state_dict() if self.critic else None,
-            "updates": self.updates,
+            "steps_done": self.steps_done,
             "policy_version": self.policy_version,
             "kl_coef": self.kl.coef,
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
@@ -268,26 +269,30 @@ class PPOEngine:
         self.learner.load_state_dict(state["policy"])
         if self.critic is not None:
             self.critic.learner.load_state_dict(state["critic"])
-        self.updates = state["updates"]
+        self.steps_done = state["steps_done"]
         self.policy_version = state["policy_version"]
         self.kl.coef.copy_(state["kl_coef"])
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
         self.shuffle.set_state(state["shuffle"].cpu())
 
+    @property
+    def _warms_up(self) -> bool:
+        return self.steps_done < self.config.ppo.critic_warmup_steps
+
     def _update_policy(
-        self, experience: Experience, rows: Tensor, kl_coef: float
+        self, parts: Sequence[Experience], tokens: Tensor, kl_coef: float
     ) -> dict[str, Tensor]:
-        """One optimizer step on the mini-batch `rows`, accumulated over micro-batches."""
+        """One optimizer step on a mini-batch of `tokens` (0-dim) tokens, in micro-batches."""
         settings = self.config.ppo
-        tokens = experience.rollout.mask[rows].sum()
+        normalizer = self._normalizer(tokens, sum(map(len, parts)))
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         penalized = settings.kl_in == "loss"
         self.policy.model.train()
-        for part in map(experience.select, rows.split(settings.micro_batch_size)):
+        for part in parts:
             # Until the first step the old log-probs are those of this very pass; measured again in
             # another batch they would differ by rounding, and the ratio from 1.
-            on_policy = self.policy_version == experience.policy_version
+            on_policy = self.policy_version == part.policy_version
             with span("policy"):
                 loss, stats = self.policy.policy_loss(
                     part.rollout,
@@ -298,9 +303,9 @@ class PPOEngine:
                     ratio_level=settings.ratio_level,
                     clip_range=settings.clip_range,
                     dual_clip=settings.dual_clip,
-                    moments=part.moments if self._whitens else None,
+                    moments=part.moments if settings.whiten_advantages else None,
                     reduction=settings.reduction,
-                    normalizer=self._normalizer(tokens, len(rows)),
+                    normalizer=normalizer,
                     entropy_coef=settings.entropy_coef,
                     ref_logprobs=part.ref_logprobs if penalized else None,
                     kl_coef=kl_coef if penalized else 0.0,
@@ -318,11 +323,6 @@ class PPOEngine:
         found["policy/grad_norm"] = self.learner.step()
         self.policy_version += 1
         return found
-
-    @property
-    def _whitens(self) -> bool:
-        chosen = self.config.ppo.whiten_advantages
-        return self.estimator.whiten if chosen is None else chosen
 
     def _normalizer(self, tokens: Tensor, responses: int) -> Tensor | float:
         """What a mini-batch's sum of losses is divided by, whatever its micro-batches."""

@@ -100,23 +100,22 @@ def rloo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
 
 @dataclass(frozen=True)
 class Estimator:
-    """An estimator with what it needs, and whether its source whitens what it gives."""
+    """An estimator with what it needs."""
 
     estimate: Callable[[Evidence, PPOSettings], ShapedGAE]
     critic: bool = False
     group: bool = False
     greedy: bool = False
-    whiten: bool = False
 
 
 ESTIMATORS = {
-    "gae": Estimator(generalized, critic=True, whiten=True),
-    "monte_carlo": Estimator(monte_carlo, critic=True, whiten=True),
-    "td": Estimator(td, critic=True, whiten=True),
+    "gae": Estimator(generalized, critic=True),
+    "monte_carlo": Estimator(monte_carlo, critic=True),
+    "td": Estimator(td, critic=True),
     "grpo": Estimator(grpo, group=True),
     "dr_grpo": Estimator(dr_grpo, group=True),
     "rloo": Estimator(rloo, group=True),
-    "reinforce_pp": Estimator(reinforce_pp, whiten=True),
+    "reinforce_pp": Estimator(reinforce_pp),
     "remax": Estimator(remax, greedy=True),
 }
 
@@ -135,6 +134,10 @@ def check_settings(config: PPOConfig) -> Estimator:
             f"ppo.rollout_batch_size={settings.rollout_batch_size} is not a multiple of "
             f"ppo.group_size={settings.group_size}: a step holds whole groups."
         )
+    if settings.gamma != 1 and (estimator.group or estimator.greedy):
+        raise UserError(
+            f"{name} compares the rewards of whole responses and discounts none: leave ppo.gamma at 1."
+        )
     if estimator.group and settings.whiten_rewards:
         raise UserError(
             f"ppo.whiten_rewards scales the rewards of tokens, of which {name} has none: leave it "
@@ -142,6 +145,15 @@ def check_settings(config: PPOConfig) -> Estimator:
         )
     if settings.critic_warmup_steps and not estimator.critic:
         raise UserError(f"{name} has no critic: leave ppo.critic_warmup_steps at 0.")
+    if config.critic.path and not estimator.critic:
+        raise UserError(f"{name} has no critic: leave critic.path out.")
+    if settings.kl_in == "loss" and settings.kl_estimator == "k1":
+        raise UserError(
+            "ppo.kl_estimator=k1 in the loss is no penalty: the mean of its gradient is 0. Take k2 "
+            "or k3, or ppo.kl_in=reward."
+        )
+    if settings.adaptive_kl is not None and settings.kl_coef == 0:
+        raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: give it a start.")
     if settings.critic_warmup_steps >= config.steps:
         raise UserError(
             f"ppo.critic_warmup_steps={settings.critic_warmup_steps} leaves none of the "

@@ -92,7 +92,7 @@ class Evaluator:
         if score <= self.best_score:
             return
         self.best_score, self.best_step, self.since_best = score, step, 0
-        if self.config.keep_best:
+        if self.config.keep_best and step > 0:  # the policy as it came is where it came from
             with atomic_folder(run.path / "best") as folder:
                 self.engine.policy.save(folder)
                 facts = json.dumps({"step": step, "score": score})
@@ -103,7 +103,8 @@ class Evaluator:
         if self.best_step < 0:
             return []
         best = f"step {self.best_step}, score {self.best_score:+.3f}"
-        found = [f"Best on held-out prompts: {best}{'; it is in best/' * self.config.keep_best}."]
+        kept = self.config.keep_best and self.best_step > 0
+        found = [f"Best on held-out prompts: {best}{'; it is in best/' * kept}."]
         if self.out_of_patience:
             found.append(
                 f"Stopped early, after {self.since_best} evaluations in a row without a new best "
@@ -115,9 +116,15 @@ class Evaluator:
         names = ("best_score", "best_step", "since_best")
         return {name: getattr(self, name) for name in names}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], run: RunDirectory) -> None:
+        """Go on from a checkpoint of `run`, whose `best/` may be from a later step than it."""
         for name, value in state.items():
             setattr(self, name, value)
+        file = run.path / "best" / "best.json"
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["step"] > self.best_step:
+                self.best_score, self.best_step = kept["score"], kept["step"]
 
     def _answers(self, progress: Progress, by_reference: bool) -> _Answers:
         """Responses of the policy, or of the reference, measured; in batches like training's."""
@@ -211,6 +218,11 @@ def check_evaluation(config: EvaluationConfig) -> None:
                 f"evaluation.{name} is set, but no prompts are held out: set evaluation.prompts, "
                 "or evaluation.path."
             )
+    if config.best_of > 1 and not held_out:
+        raise UserError(
+            "evaluation.best_of is set, but no prompts are held out: set evaluation.prompts, or "
+            "evaluation.path."
+        )
     if config.patience and not config.every:
         raise UserError(
             "evaluation.patience counts evaluations during training: set evaluation.every."

@@ -9,7 +9,9 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import itertools
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,8 +271,26 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def positions(model: Any) -> int:
+    """How many tokens a model reads in all; `sys.maxsize` where its family has no limit."""
+    text = unwrap(model).config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
+
+
 def is_quantized(model: Any) -> bool:
     return getattr(unwrap(model), "hf_quantizer", None) is not None
+
+
+def _copy_on_cpu(model: nn.Module) -> Any:
+    """A copy that takes nothing of a GPU's memory, which a run may need to the last byte."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    copies: dict[int, Any] = {}
+    for x in tensors:
+        on_cpu = x.detach().to("cpu", copy=True)
+        copies[id(x)] = (
+            nn.Parameter(on_cpu, x.requires_grad) if isinstance(x, nn.Parameter) else on_cpu
+        )
+    return copy.deepcopy(model, copies)
 
 
 def merged(model: Any) -> Any:
@@ -282,9 +302,9 @@ def merged(model: Any) -> Any:
     """
     if not hasattr(model, "merge_and_unload"):
         return model
-    twin = copy.deepcopy(model)  # the trained model keeps its adapters
-    if not is_quantized(model):
-        return twin.merge_and_unload()
+    if not is_quantized(model):  # the trained model keeps its adapters
+        return _copy_on_cpu(model).merge_and_unload()
+    twin = copy.deepcopy(model)
     # Merged by peft they would be quantised again, and the adapters with them.
     deltas = {
         name: module.get_delta_weight(module.active_adapter[0])

@@ -189,8 +189,7 @@ class PPOTrainer:
     def _prompt_limit(self) -> int:
         """Tokens a prompt may have: as configured, and so that a response fits behind it."""
         config = self.config
-        text = models.unwrap(self.engine.policy.model).config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or sys.maxsize
+        positions = models.positions(self.engine.policy.model)
         room = positions - config.generation.max_new_tokens
         if room < 1:
             raise UserError(
@@ -294,7 +293,7 @@ class PPOTrainer:
             return
         state = load_training_state(newest[1], self.engine.device)
         self.engine.load_state_dict(state["engine"])
-        self.evaluator.load_state_dict(state.get("evaluator", {}))  # older ones have none
+        self.evaluator.load_state_dict(state["evaluator"], run)
         restore_random_states(state["random"])
         self.step = state["step"]
         run.rewind(self.step)

@@ -31,7 +31,7 @@ class Rollout:
     mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
     finished: Tensor  # [B] bool, the response ended with EOS
     prompts: Sequence[Prompt]  # as given
-    responses: Sequence[str]  # decoded, without special tokens
+    responses: Sequence[str]  # decoded, without special tokens; of several turns all of them
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
     environment_mask: Tensor | None = None  # [B, T] bool, True is a token of the environment's
     logprobs: Tensor | None = None  # [B, T] fp32, of the sampler, where they were recorded
@@ -94,7 +94,7 @@ class Experience:
     logprobs: Tensor  # of the policy before the update, at the sampling temperature
     ref_logprobs: Tensor
     advantages: Tensor  # not whitened: the loss whitens with `moments`
-    kl: Tensor  # [B] sum over the response
+    kl: Tensor  # [B] sum over the response, by `ppo.kl_estimator`
     kl_coef: Tensor  # 0-dim, the weight of the KL penalty
     moments: Tensor  # [3] (count, mean, M2) of the advantages
     entropy: Tensor  # of the policy at each token
@@ -138,7 +138,8 @@ def objective_metrics(experience: Experience) -> dict[str, float]:
     found = {
         "objective/scores": experience.scores.mean(),
         "objective/scores_std": experience.scores.std(unbiased=False),
-        "objective/kl": experience.kl.mean(),
+        # Unbiased, whatever the estimator of the penalty.
+        "objective/kl": (experience.logprobs - experience.ref_logprobs).sum(1).mean(),
         "objective/kl_coef": experience.kl_coef,
         "objective/entropy": experience.entropy[mask].mean(),
         "objective/response_length": rollout.lengths.float().mean(),

@@ -6,7 +6,6 @@ excluded. It comes from hidden states before these tokens; logits for all are ne
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,9 +131,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return [cut(example, limit) for example in encoded]
 
     def _limit_of_tokens(self) -> int:
-        text = models.unwrap(self.policy.model).config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or sys.maxsize
-        return min(self.config.data.max_tokens, positions)
+        return min(self.config.data.max_tokens, models.positions(self.policy.model))
 
     def _backward(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         tokens = sum(sum(example.trained) for example in examples)

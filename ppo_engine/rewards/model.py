@@ -36,8 +36,7 @@ class RewardModel:
         self.device = device
         self.dtype = dtype
         self.micro_batch_size = micro_batch_size
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_tokens = min(x for x in (max_tokens, limit, sys.maxsize) if x is not None)
+        self.max_tokens = min(max_tokens or sys.maxsize, models.positions(model))
 
     def __call__(
         self,
@@ -46,11 +45,17 @@ class RewardModel:
         finished: Sequence[bool],
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
-        """Scores `[B]`, fp32, of text as this model's tokenizer and chat template render it."""
-        rows = [
-            encode_dialogue(self.tokenizer, prompt, response, self.max_tokens, ended)
-            for prompt, response, ended in zip(prompts, responses, finished, strict=True)
-        ]
+        """Scores `[B]`, fp32, of text as this model's tokenizer and chat template render it.
+
+        Chats of several turns (`conversation`, column `turns`) are rendered turn by turn.
+        """
+        turns = (columns or {}).get("turns", [None] * len(prompts))
+        rows = []
+        for prompt, response, ended, said in zip(prompts, responses, finished, turns, strict=True):
+            if said and not isinstance(prompt, str):
+                prompt, response = [*prompt, *said[:-1]], said[-1]["content"]
+            ids = encode_dialogue(self.tokenizer, prompt, response, self.max_tokens, ended)
+            rows.append(ids)
         return self._score(rows)
 
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

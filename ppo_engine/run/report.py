@@ -53,7 +53,7 @@ _PANELS = (
     Panel("objective/kl", "KL to the reference", "nats per response", held_out="eval/kl"),
     Panel("objective/entropy", "Entropy of the policy", "nats per token"),
     Panel("objective/response_length", "Response length", "tokens"),
-    Panel("policy/loss", "Policy loss", "mean per token"),
+    Panel("policy/loss", "Policy loss", "as ppo.reduction has it"),
     Panel("value/loss", "Value loss", "mean per token"),
     Panel("value/explained_variance", "Explained variance of the critic", "1 is perfect"),
     Panel("sft/loss", "Loss on responses", "nats per token"),
