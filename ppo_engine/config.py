@@ -148,8 +148,8 @@ class PPOSettings:
     """The algorithm (Schulman et al. 2017; Ouyang et al. 2022) and its relatives.
 
     `estimators` says what each estimator is; those without a critic use no value setting. The
-    losses are those of `ppo_kernels.ppo_policy_loss`. What is said to be the source's own is, unless
-    set, as the estimator's source has it.
+    losses are those of `ppo_kernels.ppo_policy_loss`. "The source's own" is, unless set, as the
+    estimator's source has it.
     """
 
     estimator: Literal[

@@ -201,7 +201,7 @@ def as_rollout(
     *,
     several: bool,
 ) -> Rollout:
-    """The batch of them. Where there may be `several` turns, the column `turns` has the messages."""
+    """The batch of them; where there may be `several` turns, with these in the column `turns`."""
     recorded = any(c.logprobs for c in conversations)
     width = max(len(c.tokens) for c in conversations)
 

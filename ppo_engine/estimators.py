@@ -136,7 +136,8 @@ def check_settings(config: PPOConfig) -> Estimator:
         )
     if settings.gamma != 1 and (estimator.group or estimator.greedy):
         raise UserError(
-            f"{name} compares the rewards of whole responses and discounts none: leave ppo.gamma at 1."
+            f"{name} compares the rewards of whole responses and discounts nothing: leave "
+            "ppo.gamma at 1."
         )
     if estimator.group and settings.whiten_rewards:
         raise UserError(

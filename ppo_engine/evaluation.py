@@ -102,9 +102,12 @@ class Evaluator:
         """What is to be said at the end of a run."""
         if self.best_step < 0:
             return []
-        best = f"step {self.best_step}, score {self.best_score:+.3f}"
-        kept = self.config.keep_best and self.best_step > 0
-        found = [f"Best on held-out prompts: {best}{'; it is in best/' * kept}."]
+        score = f"score {self.best_score:+.3f}"
+        if self.best_step == 0:
+            found = [f"No evaluation was better than the one before training ({score})."]
+        else:
+            kept = "; it is in best/" * self.config.keep_best
+            found = [f"Best on held-out prompts: step {self.best_step}, {score}{kept}."]
         if self.out_of_patience:
             found.append(
                 f"Stopped early, after {self.since_best} evaluations in a row without a new best "

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import importlib.util
 import inspect
-import itertools
 import logging
 import sys
 from collections.abc import Iterator
@@ -283,13 +282,11 @@ def is_quantized(model: Any) -> bool:
 
 def _copy_on_cpu(model: nn.Module) -> Any:
     """A copy that takes nothing of a GPU's memory, which a run may need to the last byte."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    copies: dict[int, Any] = {}
-    for x in tensors:
-        on_cpu = x.detach().to("cpu", copy=True)
-        copies[id(x)] = (
-            nn.Parameter(on_cpu, x.requires_grad) if isinstance(x, nn.Parameter) else on_cpu
-        )
+    copies: dict[int, Any] = {  # what deepcopy takes to be copied already
+        id(x): nn.Parameter(x.detach().to("cpu", copy=True), x.requires_grad)
+        for x in model.parameters()
+    }
+    copies |= {id(x): x.to("cpu", copy=True) for x in model.buffers()}
     return copy.deepcopy(model, copies)
 
 

@@ -135,11 +135,12 @@ def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) ->
 def objective_metrics(experience: Experience) -> dict[str, float]:
     """What a step found before it learned anything from it."""
     rollout, mask = experience.rollout, experience.rollout.mask
+    kl = torch.where(mask, experience.logprobs - experience.ref_logprobs, 0.0).sum(1)
     found = {
         "objective/scores": experience.scores.mean(),
         "objective/scores_std": experience.scores.std(unbiased=False),
         # Unbiased, whatever the estimator of the penalty.
-        "objective/kl": (experience.logprobs - experience.ref_logprobs).sum(1).mean(),
+        "objective/kl": kl.mean(),
         "objective/kl_coef": experience.kl_coef,
         "objective/entropy": experience.entropy[mask].mean(),
         "objective/response_length": rollout.lengths.float().mean(),

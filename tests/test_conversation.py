@@ -14,7 +14,9 @@ from ppo_engine.config import EnvironmentConfig, GenerationConfig, PPOConfig, Ru
 from ppo_engine.conversation import Environment
 from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
+from ppo_engine.rewards.model import RewardModel
 from ppo_engine.sampler import Continuation
+from ppo_engine.value_model import value_model_from_policy
 from ppo_kernels import gae
 
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -25,6 +27,12 @@ EOS = TOKENIZER.eos_token_id
 def say(text: str, finished: bool = True) -> Continuation:
     ids = TOKENIZER(text)["input_ids"]
     return Continuation([*ids, EOS] if finished else ids, finished, [])
+
+
+def messages(*texts: str) -> list[dict[str, str]]:
+    """The turns of a conversation, the policy's and the environment's."""
+    roles = ["assistant", "user"] * len(texts)
+    return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
 
 
 @pytest.fixture
@@ -61,7 +69,8 @@ def test_the_environments_turns_stand_between_the_policys(scripted):
 
     def environment(prompts, turns, hint):
         seen.append((prompts, turns, hint))
-        return [None if t[0] == "four" else f"no, {h}" for t, h in zip(turns, hint, strict=True)]
+        first = [t[0]["content"] for t in turns]
+        return [None if t == "four" else f"no, {h}" for t, h in zip(first, hint, strict=True)]
 
     engine = engine_with(environment)
     scripted([say("five"), say("four"), say("six", finished=False)], [say("ok, 4")], [say("4!")])
@@ -71,17 +80,17 @@ def test_the_environments_turns_stand_between_the_policys(scripted):
     between = "\n<|im_start|>user\nno, a<|im_end|>\n<|im_start|>assistant\n"
     assert text_of(rollout, 0, rollout.environment_mask) == between * 2
     # What the chat template writes of the whole conversation, but for the newline at its end.
-    said = ["five", "no, a", "ok, 4", "no, a", "4!"]
-    roles = ["assistant", "user"] * 3
-    chat = [*CHAT, *({"role": r, "content": c} for r, c in zip(roles, said, strict=False))]
+    said = messages("five", "no, a", "ok, 4", "no, a", "4!")
+    chat = [*CHAT, *said]
     ids, real = rollout.sequences()
     whole = TOKENIZER.apply_chat_template(chat, tokenize=False)
     assert TOKENIZER.decode(ids[0][real[0]]) == whole.rstrip("\n")
     assert text_of(rollout, 1, rollout.response_mask) == "four<|im_end|>"
     assert text_of(rollout, 2, rollout.response_mask) == "six"
-    assert rollout.columns["turns"] == [said, ["four"], ["six"]]
+    assert rollout.columns["turns"] == [said, messages("four"), messages("six")]
+    assert rollout.responses[0] == "five\n\nno, a\n\nok, 4\n\nno, a\n\n4!"
     assert rollout.lengths.tolist() == [5 + 6 + 3, 5, 3]
-    assert [turns for _, turns, _ in seen] == [[["five"], ["four"]], [said[:3]]]
+    assert [turns for _, turns, _ in seen] == [[said[:1], messages("four")], [said[:3]]]
     assert [hint for *_, hint in seen] == [["a", "b"], ["a"]]
 
 
@@ -90,7 +99,7 @@ def test_text_prompts_and_the_turn_limit(scripted):
     scripted([say("yes")], [say("no")])
     rollout = engine.generate(["Q: really?\nA:"])
     assert text_of(rollout, 0, rollout.response_mask) == "yes<|im_end|>\nQ: more?\nA:no<|im_end|>"
-    assert rollout.responses == ["yes\n\n\nQ: more?\nA:\n\nno"]
+    assert rollout.responses == ["yes\nQ: more?\nA:no"]
 
 
 def test_an_answer_that_leaves_no_room_ends_the_conversation(scripted):
@@ -98,7 +107,7 @@ def test_an_answer_that_leaves_no_room_ends_the_conversation(scripted):
     scripted([say("yes")])
     rollout = engine.generate(["Q"])
     assert text_of(rollout, 0, rollout.response_mask) == "yes<|im_end|>"
-    assert not rollout.environment_mask.any() and rollout.columns["turns"] == [["yes"]]
+    assert not rollout.environment_mask.any() and rollout.columns["turns"] == [messages("yes")]
 
 
 def test_a_tool_answers_with_a_message_of_its_own(scripted):
@@ -115,6 +124,7 @@ def test_a_tool_answers_with_a_message_of_its_own(scripted):
         (lambda prompts, turns: ["a"], "The environment '<lambda>' returned .* a list of 2"),
         (lambda prompts, turns: [1, None], r"returned 1 \(int\) for conversation 0"),
         (lambda prompts, turns: [None, {"role": "tool"}], "for conversation 1"),
+        (lambda prompts, turns: [None, {"role": "tool", "content": 4}], "for conversation 1"),
         (lambda prompts, turns: 1 / 0, "failed at .*test_conversation.py, line"),
         (lambda prompts, turns, hint: [None] * 2, "asks for 'hint'"),
     ],
@@ -124,6 +134,33 @@ def test_a_wrong_environment_is_named(scripted, environment, message):
     scripted([say("a"), say("b")])
     with pytest.raises(UserError, match=message):
         engine.generate([CHAT] * 2)
+
+
+def test_an_answer_that_the_template_refuses_is_named(scripted):
+    engine = engine_with(lambda prompts, turns: [{"role": "system", "content": "x"}])
+    template = "{% if messages[-1].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    engine.policy.tokenizer.chat_template = template + engine.policy.tokenizer.chat_template
+    scripted([say("a")])
+    with pytest.raises(UserError, match="chat template refuses: no system"):
+        engine.generate([CHAT])
+
+
+def test_the_column_of_turns_is_not_overwritten():
+    engine = engine_with(lambda prompts, turns: [None])
+    with pytest.raises(UserError, match="have a column 'turns'"):
+        engine.generate([CHAT], {"turns": [1]})
+
+
+def test_a_reward_model_of_its_own_tokenizer_reads_the_turns(scripted):
+    """As `from_pretrained` would: the whole conversation, rendered by its own template."""
+    engine = engine_with(lambda prompts, turns: ["no"], max_turns=2)
+    tokenizer = tiny_tokenizer()
+    model = value_model_from_policy(tiny_model(seed=3), tokenizer, seed=5)
+    reward = RewardModel(model, tokenizer, device=torch.device("cpu"), dtype=torch.float32)
+    scripted([say("five")], [say("4")])
+    rollout = engine.generate([CHAT])
+    by_text = reward(rollout.prompts, rollout.responses, [True], rollout.columns)
+    torch.testing.assert_close(by_text, reward.score_tokens(*rollout.sequences()))
 
 
 def test_messages_are_no_answer_to_a_text(scripted):
@@ -139,14 +176,15 @@ def test_an_environment_by_name(scripted, tmp_path):
     config = EnvironmentConfig(function=f"{file}:reply", max_turns=2)
     engine = make_engine(environment=config)
     scripted([say("a")], [say("b")])
-    assert engine.generate([CHAT]).columns["turns"] == [["a", "go on", "b"]]
+    assert engine.generate([CHAT]).columns["turns"] == [messages("a", "go on", "b")]
 
 
 @pytest.fixture
 def conversed(scripted):
     """An engine, and a rollout of which one response has three turns and one has one."""
     engine = engine_with(
-        lambda prompts, turns: [None if t[0] == "four" else "no" for t in turns], max_turns=2,
+        lambda prompts, turns: [None if t[0]["content"] == "four" else "no" for t in turns],
+        max_turns=2,
         ppo={"rollout_batch_size": 2, "mini_batch_size": 2, "micro_batch_size": 1},
     )  # fmt: skip
     scripted([say("five"), say("four")], [say("ok, 4")])
@@ -188,9 +226,10 @@ def test_the_loss_is_of_the_policys_tokens_alone(scripted, estimator):
     weights = []
     for poison in (False, True):
         engine = engine_with(
-            lambda prompts, turns: ["no" if t[0] == "five" else None for t in turns], max_turns=2,
+            lambda prompts, turns: ["no" if t[0]["content"] == "five" else None for t in turns],
+            max_turns=2,
             ppo={"rollout_batch_size": 2, "mini_batch_size": 2, "estimator": estimator,
-                 "group_size": 2, "kl_in": "loss", "ratio_level": "token"},
+                 "group_size": 2, "kl_in": "loss"},
         )  # fmt: skip
         scripted([say("five"), say("four")], [say("ok, 4")])
         rollout = engine.generate([CHAT])

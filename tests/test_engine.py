@@ -116,14 +116,35 @@ def test_micro_batches_add_up_to_the_mini_batch(size, ppo):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_the_loss_is_the_one_that_is_set():
+def clip(ratio, a, log_p, c):
+    loss = torch.maximum(-a * ratio, -a * ratio.clamp(0.9, 1.3))
+    return torch.where(a < 0, torch.minimum(loss, -c * a), loss)
+
+
+def cispo(ratio, a, log_p, c):
+    return -ratio.clamp(0.9, 1.3).detach() * a * log_p
+
+
+@pytest.mark.parametrize(
+    ("ppo", "objective"),
+    [
+        ({"dual_clip": 2.0}, clip),
+        ({"objective": "cispo"}, cispo),
+        ({"ratio_level": "sequence", "dual_clip": 2.0}, clip),
+        ({"objective": "cispo", "importance_cap": 1.1}, cispo),
+    ],
+    ids=str,
+)
+def test_the_loss_is_the_one_that_is_set(ppo, objective):
     """Gradient and value of one mini-batch against the formula, written out (float64)."""
-    settings = {"estimator": "dr_grpo", "group_size": 4, "reduction": "sum", "kl_in": "loss"}
-    settings |= {"kl_coef": 0.3, "kl_estimator": "k3", "entropy_coef": 0.05, "dual_clip": 2.0}
-    engine = make_engine(ppo={**settings, "clip_range": (0.1, 0.3)})
+    settings = {"estimator": "dr_grpo", "group_size": 4, "kl_in": "loss", "kl_coef": 0.3}
+    settings |= {"entropy_coef": 0.05, "clip_range": (0.1, 0.3)}
+    engine = make_engine(ppo={**settings, **ppo})
     rollout = engine.generate(PROMPTS[:2])
-    experience = engine.estimate_advantages(rollout, torch.arange(8.0))
     noise = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    logprobs, _, _ = engine.compare_with_reference(rollout)
+    rollout = dataclasses.replace(rollout, logprobs=(logprobs - noise) * rollout.mask)
+    experience = engine.estimate_advantages(rollout, torch.arange(8.0))
     experience = dataclasses.replace(
         experience,
         logprobs=experience.logprobs + noise,
@@ -144,20 +165,25 @@ def test_the_loss_is_the_one_that_is_set():
     model.load_state_dict({n: p.double() for (n, _), p in zip(
         model.named_parameters(), before, strict=True)}, strict=False)  # fmt: skip
     model.zero_grad()
+    mask = rollout.mask
     ids, real = rollout.sequences()
     positions = (real.long().cumsum(1) - 1).clamp_min(0)
     logits = model(ids, attention_mask=real.long(), position_ids=positions).logits
-    start = rollout.prompt_ids.shape[1]
-    log_p = logits[:, start - 1 : -1].log_softmax(-1)
+    log_p = logits[:, rollout.prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
     logprobs = log_p.gather(2, rollout.response_ids[..., None])[..., 0]
-    ratio = (logprobs - experience.logprobs.double()).exp()
+    log_ratio = logprobs - experience.logprobs.double()
+    if "ratio_level" in ppo:  # the advantage is the same for all tokens of a response
+        log_ratio = ((log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand(
+            mask.shape
+        )
     a = experience.advantages.double()
-    loss = torch.maximum(-a * ratio, -a * ratio.clamp(0.9, 1.3))
-    loss = torch.where(a < 0, torch.minimum(loss, -2.0 * a), loss)
-    log_ratio = logprobs - experience.ref_logprobs.double()
-    loss = loss + 0.3 * ((-log_ratio).exp() - 1 + log_ratio)
+    loss = objective(log_ratio.exp(), a, logprobs, 2.0)
+    if "importance_cap" in ppo:
+        loss = loss * noise.double().exp().clamp(max=1.1)
+    to_ref = logprobs - experience.ref_logprobs.double()
+    loss = loss + 0.3 * ((-to_ref).exp() - 1 + to_ref)
     loss = loss + 0.05 * (log_p.exp() * log_p).sum(-1)
-    total = loss[rollout.mask].sum() / (8 * 12)
+    total = loss[mask].sum() / (8 * 12)
     total.backward()
     assert metrics["policy/loss"] == pytest.approx(total.item(), rel=1e-5)
     for found, parameter in zip(gradients, model.parameters(), strict=True):

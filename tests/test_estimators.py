@@ -9,7 +9,13 @@ import pytest
 import torch
 from test_engine import PROMPTS, experience_of, make_engine
 
-from ppo_engine.config import PPOConfig, PPOSettings
+from ppo_engine.config import (
+    AdaptiveKLConfig,
+    GenerationConfig,
+    ModelConfig,
+    PPOConfig,
+    PPOSettings,
+)
 from ppo_engine.errors import UserError
 from ppo_engine.estimators import ESTIMATORS, Evidence, check_settings
 
@@ -109,8 +115,8 @@ EXPECTED = {
 
 
 def settings_of(name: str, **more) -> PPOSettings:
-    # The estimators of the table that discount do so here by 0.9; ReMax has no discount.
-    gamma = 1.0 if name == "remax" else 0.9
+    # Those that discount do so here by 0.9.
+    gamma = 1.0 if name == "remax" or ESTIMATORS[name].group else 0.9
     return PPOSettings(
         estimator=name, group_size=G, rollout_batch_size=B, gamma=gamma, lam=0.7, **more
     )
@@ -186,9 +192,22 @@ def test_remax_compares_with_the_greedy_response():
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_whitening_is_the_sources():
-    for name, whitens in (("gae", True), ("reinforce_pp", True), ("grpo", False), ("remax", False)):
-        assert ESTIMATORS[name].whiten == whitens
+@pytest.mark.parametrize(
+    ("ppo", "whitens", "reduction", "kl_estimator"),
+    [
+        ({}, True, "token_mean", "k1"),
+        ({"estimator": "reinforce_pp"}, True, "token_mean", "k1"),
+        ({"estimator": "rloo", "kl_in": "loss"}, False, "token_mean", "k3"),
+        ({"estimator": "grpo"}, False, "sequence_mean", "k1"),
+        ({"estimator": "dr_grpo", "kl_estimator": "k2"}, False, "sum", "k2"),
+        ({"estimator": "remax", "reduction": "sum"}, False, "sum", "k1"),
+        ({"estimator": "grpo", "whiten_advantages": True}, True, "sequence_mean", "k1"),
+    ],
+)
+def test_what_is_not_set_is_as_the_source_has_it(ppo, whitens, reduction, kl_estimator):
+    settings = PPOSettings(**ppo)
+    assert settings.whiten_advantages == whitens
+    assert (settings.reduction, settings.kl_estimator) == (reduction, kl_estimator)
 
 
 @pytest.mark.parametrize(
@@ -200,11 +219,23 @@ def test_whitening_is_the_sources():
         ({"estimator": "remax", "critic_warmup_steps": 1}, "has no critic"),
         ({"critic_warmup_steps": 100}, "leaves none of the 100 steps to the policy"),
         ({"objective": "cispo", "dual_clip": 3.0}, "bounds the clipped objective"),
+        ({"kl_in": "loss", "kl_estimator": "k1"}, "is no penalty"),
+        ({"estimator": "rloo", "group_size": 2, "gamma": 0.9}, "leave ppo.gamma at 1"),
+        ({"estimator": "remax", "gamma": 0.9}, "leave ppo.gamma at 1"),
+        ({"kl_coef": 0.0, "adaptive_kl": AdaptiveKLConfig()}, "give it a start"),
     ],
 )
 def test_settings_that_do_not_go_together(ppo, message):
     with pytest.raises(UserError, match=message):
         check_settings(PPOConfig(ppo=PPOSettings(**ppo)))
+
+
+def test_no_path_for_a_critic_that_is_not_made():
+    config = PPOConfig(
+        ppo=PPOSettings(estimator="rloo", group_size=2), critic=ModelConfig(path="somewhere")
+    )
+    with pytest.raises(UserError, match=r"has no critic: leave critic\.path out"):
+        check_settings(config)
 
 
 def test_groups_must_be_whole_and_of_one_prompt():
@@ -225,7 +256,8 @@ def test_groups_without_a_signal_are_counted():
 
 
 def test_the_critic_warms_up_alone():
-    engine = make_engine(ppo={"critic_warmup_steps": 1, "mini_batch_size": 4})
+    kl = {"adaptive_kl": AdaptiveKLConfig(horizon=10)}
+    engine = make_engine(ppo={"critic_warmup_steps": 1, "mini_batch_size": 4, **kl})
     before = [p.detach().clone() for p in engine.policy.model.parameters()]
     values = [p.detach().clone() for p in engine.critic.model.parameters()]
     metrics = engine.update(experience_of(engine))
@@ -234,7 +266,9 @@ def test_the_critic_warms_up_alone():
     assert all(torch.equal(a, b) for a, b in same)
     changed = zip(values, engine.critic.model.parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in changed)
+    assert engine.kl.coef.item() == pytest.approx(0.05)  # of a policy that does not move
     assert engine.update(experience_of(engine))["policy/grad_norm"] > 0
+    assert engine.kl.coef.item() < 0.05
 
 
 def test_importance_weights_are_truncated():
@@ -254,3 +288,25 @@ def test_importance_weights_are_truncated():
     )
     with pytest.raises(ValueError, match=r"needs Rollout\.logprobs"):
         engine.estimate_advantages(dataclasses.replace(rollout, logprobs=None), [0.0] * 8)
+
+
+def test_the_samplers_logprobs_are_those_it_drew_from(tmp_path):
+    """With a temperature and top-k, in conversations: 0 where the environment speaks."""
+    generation = GenerationConfig(max_new_tokens=6, temperature=0.7, top_k=7)
+    engine = make_engine(
+        ppo={"importance_cap": 2.0},
+        generation=generation,
+        environment_function=lambda prompts, turns: ["go on"] * len(turns),
+    )
+    engine.policy.eos_ids = list(range(100, 259))
+    rollout = engine.generate(PROMPTS)
+    assert rollout.environment_mask.any()
+    ids, real = rollout.sequences()
+    positions = (real.long().cumsum(1) - 1).clamp_min(0)
+    logits = engine.policy.model(ids, attention_mask=real.long(), position_ids=positions).logits
+    logits = logits[:, rollout.prompt_ids.shape[1] - 1 : -1] / 0.7
+    kept = logits >= logits.topk(7).values[..., -1:]
+    log_p = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    expected = log_p.gather(2, rollout.response_ids[..., None])[..., 0]
+    expected = torch.where(rollout.mask, expected, 0.0)
+    torch.testing.assert_close(rollout.logprobs, expected, rtol=1e-4, atol=1e-4)
