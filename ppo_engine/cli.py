@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(
+            "interrupted; a run that had run.checkpoint_every set goes on with run.resume=true",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -204,11 +208,14 @@ def _load(
     options: argparse.Namespace,
     overrides: Sequence[str],
     defaults: Mapping[str, Any] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings; None when a dry run has printed them."""
+    """The command's settings, also through `check`; None when a dry run has printed them."""
     from ppo_engine.config_io import dump_config, load_config
 
     config = load_config(cls, options.config, overrides, defaults)
+    if check is not None:
+        check(config)
     if options.dry_run:
         print(dump_config(config), end="")
         return None
@@ -244,7 +251,7 @@ def _sft(options: argparse.Namespace, rest: list[str]) -> None:
 def _reward(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.config import RewardModelConfig
 
-    config = _load_supervised(RewardModelConfig, options, rest, "preference pairs")
+    config = _load_supervised(RewardModelConfig, options, rest, "preferences")
     if config is not None:
         from ppo_engine.reward_trainer import RewardModelTrainer
 
@@ -269,12 +276,13 @@ def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], dat
 def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.config import GRPO_DEFAULTS, PPOConfig
     from ppo_engine.rewards.sources import configured_sources
+    from ppo_engine.settings_checks import check_settings
 
     overrides = _reward_overrides(options) + _overrides(options, rest)
     if options.profile:
         overrides.insert(0, "profile=true")
     defaults = GRPO_DEFAULTS if options.algorithm == "grpo" else None
-    config = _load(PPOConfig, options, overrides, defaults)
+    config = _load(PPOConfig, options, overrides, defaults, check_settings)
     if config is None:
         return
     for value, what in (
@@ -294,8 +302,7 @@ def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> None:
-    _quiet_libraries()
-    from ppo_engine.generate import GenerateConfig, generate
+    from ppo_engine.config import GenerateConfig
 
     if options.output_dir is not None:
         options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
@@ -304,8 +311,14 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> None:
     if options.n is not None:
         overrides.insert(0, f"responses={options.n}")
     config = _load(GenerateConfig, options, overrides)
-    if config is not None:
-        generate(config)
+    if config is None:
+        return
+    if not config.model:
+        raise UserError("No model was given: --model NAME_OR_FOLDER.")
+    _quiet_libraries()
+    from ppo_engine.generate import generate
+
+    generate(config)
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
@@ -323,6 +336,8 @@ def _quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # What one library tells another's developers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
 def _version() -> str:

@@ -188,10 +188,24 @@ class PPOSettings:
     value_clip_range: PositiveFloat | None = 0.2
     critic_warmup_steps: NonNegativeInt = 0  # first steps, in which the critic alone is trained
 
+    @property
+    def has_critic(self) -> bool:
+        return self.estimator in ("gae", "monte_carlo", "td")
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether a response's advantage comes from the others to the same prompt."""
+        return self.estimator in ("grpo", "dr_grpo", "rloo")
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether it comes from the greedy response to the same prompt."""
+        return self.estimator == "remax"
+
     def __post_init__(self) -> None:
         reductions = {"grpo": "sequence_mean", "dr_grpo": "sum"}
         own = {
-            "whiten_advantages": self.estimator in ("gae", "monte_carlo", "td", "reinforce_pp"),
+            "whiten_advantages": self.has_critic or self.estimator == "reinforce_pp",
             "kl_estimator": "k1" if self.kl_in == "reward" else "k3",
             "reduction": reductions.get(self.estimator, "token_mean"),
         }
@@ -319,6 +333,23 @@ class SFTConfig:
     data: DemonstrationDataConfig = Field(default_factory=DemonstrationDataConfig)
     sft: SFTSettings = Field(default_factory=SFTSettings)
     run: RunConfig = Field(default_factory=RunConfig)
+
+
+@_settings
+class GenerateConfig:
+    """What `ppo-engine generate` takes: prompts from `data.path`, or the one in `prompt`."""
+
+    model: str = ""
+    prompt: str = ""  # a question; chat models get it as the user's message
+    data: PromptDataConfig = Field(default_factory=PromptDataConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    responses: PositiveInt = 1  # to each prompt
+    batch_size: PositiveInt = 16  # responses sampled at a time
+    reward: ScoringConfig = Field(default_factory=ScoringConfig)  # none: responses get no scores
+    output: str = ""  # a file; empty writes to standard output
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 @_settings

@@ -27,13 +27,14 @@ from ppo_engine.anatomy import span
 from ppo_engine.config import PPOConfig
 from ppo_engine.conversation import Environment, load_environment
 from ppo_engine.critic import Critic
-from ppo_engine.estimators import Evidence, check_groups, check_settings, equal_groups
+from ppo_engine.estimators import ESTIMATORS, Evidence, check_groups, equal_groups
 from ppo_engine.kl_control import KLController
 from ppo_engine.optim import Learner
 from ppo_engine.policy import Policy
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike, load_rewards
 from ppo_engine.rollout import Experience, Rollout, importance_weights, objective_metrics
+from ppo_engine.settings_checks import check_settings
 from ppo_engine.text import Prompt
 
 
@@ -68,7 +69,7 @@ class PPOEngine:
         environment: Callable[..., Any] | Environment | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
-        self.estimator = check_settings(config)
+        check_settings(config)
         self.device = models.choose_device(config.run.device)
         self.dtype = models.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
@@ -98,7 +99,7 @@ class PPOEngine:
                 updates=config.steps * per_step,
                 seed=config.run.seed,
             )
-            if self.estimator.critic
+            if config.ppo.has_critic
             else None
         )
         self.learner = Learner(
@@ -135,7 +136,7 @@ class PPOEngine:
             environment=self.environment,
             record_logprobs=config.ppo.importance_cap is not None,
         )
-        if not self.estimator.greedy:
+        if not self.config.ppo.needs_greedy:
             return rollout
         greedy = self.policy.generate(
             prompts, config.generation, columns, environment=self.environment, greedy=True
@@ -163,7 +164,7 @@ class PPOEngine:
                 f"scores must be {len(rollout)} finite numbers, one for each response, but are "
                 f"{tuple(scores.shape)}: {scores.flatten()[:8].tolist()}"
             )
-        if self.estimator.group:
+        if self.config.ppo.compares_groups:
             check_groups(rollout.prompts, self.config.ppo)
         scores = self.shaped_scores(rollout, scores, learn=True)
         greedy_scores = self._greedy_scores(rollout)
@@ -173,7 +174,7 @@ class PPOEngine:
         values = self.values(rollout) if self.critic else None
         in_reward = settings.kl_in == "reward"
         with span("gae"):
-            shaped = self.estimator.estimate(
+            shaped = ESTIMATORS[settings.estimator](
                 Evidence(
                     scores,
                     logprobs,
@@ -233,7 +234,7 @@ class PPOEngine:
         settings = self.config.ppo
         metrics = objective_metrics(experience)
         metrics["policy/learning_rate"] = self.learner.learning_rate
-        if self.estimator.group:
+        if self.config.ppo.compares_groups:
             metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
         kl_coef = float(experience.kl_coef)  # once: a GPU has to be waited for
         records: dict[str, list[Tensor]] = defaultdict(list)
@@ -336,7 +337,7 @@ class PPOEngine:
 
     def _greedy_scores(self, rollout: Rollout) -> Tensor | None:
         """The score of the greedy response to each response's prompt, [B]."""
-        if not self.estimator.greedy:
+        if not self.config.ppo.needs_greedy:
             return None
         if rollout.greedy is None:
             raise ValueError("ReMax needs Rollout.greedy, which PPOEngine.generate makes.")

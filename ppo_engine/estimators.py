@@ -1,8 +1,8 @@
 """Advantage estimators: from the scores of responses to the advantages of their tokens.
 
 Each is a function `(Evidence, PPOSettings) -> ShapedGAE`, found by the name that `ppo.estimator`
-takes in `ESTIMATORS`, with what it needs: a critic, groups of responses to one prompt, a greedy
-response. All of them run on `kl_shaped_gae`. There are two kinds:
+takes in `ESTIMATORS`; `PPOSettings` says what each needs. All of them run on `kl_shaped_gae`.
+There are two kinds:
 
 - of tokens: rewards are the score at the end and the KL penalty of each token, and a token's
   advantage comes from the rewards after it (with values, discount and lambda where there is a
@@ -16,14 +16,12 @@ The penalty is 0 in both where it is a part of the loss (`ppo.kl_in=loss`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppo_engine.config import PPOConfig, PPOSettings
-from ppo_engine.errors import UserError
+from ppo_engine.config import PPOSettings
 from ppo_engine.text import Prompt
 from ppo_kernels import gae, kl_shaped_gae
 from ppo_kernels.reference import ShapedGAE
@@ -98,74 +96,25 @@ def rloo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
     return _of_sequences(evidence, settings, rewards - others)
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """An estimator with what it needs."""
-
-    estimate: Callable[[Evidence, PPOSettings], ShapedGAE]
-    critic: bool = False
-    group: bool = False
-    greedy: bool = False
-
-
-ESTIMATORS = {
-    "gae": Estimator(generalized, critic=True),
-    "monte_carlo": Estimator(monte_carlo, critic=True),
-    "td": Estimator(td, critic=True),
-    "grpo": Estimator(grpo, group=True),
-    "dr_grpo": Estimator(dr_grpo, group=True),
-    "rloo": Estimator(rloo, group=True),
-    "reinforce_pp": Estimator(reinforce_pp),
-    "remax": Estimator(remax, greedy=True),
+ESTIMATORS: dict[str, Callable[[Evidence, PPOSettings], ShapedGAE]] = {
+    "gae": generalized,
+    "monte_carlo": monte_carlo,
+    "td": td,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "remax": remax,
 }
 
-
-def check_settings(config: PPOConfig) -> Estimator:
-    """The estimator that `config` names; a UserError where other settings do not go with it."""
-    settings = config.ppo
-    estimator = ESTIMATORS[settings.estimator]
-    name = f"ppo.estimator={settings.estimator}"
-    if estimator.group and settings.group_size < 2:
-        raise UserError(
-            f"{name} compares responses to the same prompt: set ppo.group_size to 2 or more."
-        )
-    if settings.rollout_batch_size % settings.group_size:
-        raise UserError(
-            f"ppo.rollout_batch_size={settings.rollout_batch_size} is not a multiple of "
-            f"ppo.group_size={settings.group_size}: a step holds whole groups."
-        )
-    if settings.gamma != 1 and (estimator.group or estimator.greedy):
-        raise UserError(
-            f"{name} compares the rewards of whole responses and discounts nothing: leave "
-            "ppo.gamma at 1."
-        )
-    if estimator.group and settings.whiten_rewards:
-        raise UserError(
-            f"ppo.whiten_rewards scales the rewards of tokens, of which {name} has none: leave it "
-            "out."
-        )
-    if settings.critic_warmup_steps and not estimator.critic:
-        raise UserError(f"{name} has no critic: leave ppo.critic_warmup_steps at 0.")
-    if config.critic.path and not estimator.critic:
-        raise UserError(f"{name} has no critic: leave critic.path out.")
-    if settings.kl_in == "loss" and settings.kl_estimator == "k1":
-        raise UserError(
-            "ppo.kl_estimator=k1 in the loss is no penalty: the mean of its gradient is 0. Take k2 "
-            "or k3, or ppo.kl_in=reward."
-        )
-    if settings.adaptive_kl is not None and settings.kl_coef == 0:
-        raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: give it a start.")
-    if settings.critic_warmup_steps >= config.steps:
-        raise UserError(
-            f"ppo.critic_warmup_steps={settings.critic_warmup_steps} leaves none of the "
-            f"{config.steps} steps to the policy: lower it, or raise steps."
-        )
-    if settings.dual_clip is not None and settings.objective != "clip":
-        raise UserError(
-            f"ppo.dual_clip bounds the clipped objective, and ppo.objective={settings.objective} "
-            "has none: leave it out."
-        )
-    return estimator
+TITLES = {  # what people call a run with each
+    **dict.fromkeys(("gae", "monte_carlo", "td"), "PPO"),
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "remax": "ReMax",
+}
 
 
 def check_groups(prompts: Sequence[Prompt], settings: PPOSettings) -> None:

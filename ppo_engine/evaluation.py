@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from ppo_engine.config import EvaluationConfig
 from ppo_engine.data.prompts import PromptExample, columns_of
 from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
@@ -208,28 +207,6 @@ class Evaluator:
             for index, example in enumerate(self.examples)
         ]
         return Evaluation(metrics, samples, points)
-
-
-def check_evaluation(config: EvaluationConfig) -> None:
-    """Raise a `UserError` for settings that contradict one another, or would do nothing."""
-    if config.path and config.prompts:
-        raise UserError("Set either evaluation.path or evaluation.prompts, not both.")
-    held_out = config.path or config.prompts
-    for name in ("every", "patience"):
-        if getattr(config, name) and not held_out:
-            raise UserError(
-                f"evaluation.{name} is set, but no prompts are held out: set evaluation.prompts, "
-                "or evaluation.path."
-            )
-    if config.best_of > 1 and not held_out:
-        raise UserError(
-            "evaluation.best_of is set, but no prompts are held out: set evaluation.prompts, or "
-            "evaluation.path."
-        )
-    if config.patience and not config.every:
-        raise UserError(
-            "evaluation.patience counts evaluations during training: set evaluation.every."
-        )
 
 
 def hold_out(

@@ -8,21 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from ppo_engine import models
-from ppo_engine.config import (
-    GenerationConfig,
-    ModelConfig,
-    PositiveInt,
-    PromptDataConfig,
-    ScoringConfig,
-)
+from ppo_engine.config import GenerateConfig, ModelConfig
 from ppo_engine.data.prompts import (
     PromptExample,
     columns_of,
@@ -37,23 +29,6 @@ from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards
 from ppo_engine.run.progress import Progress
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class GenerateConfig:
-    """What `ppo-engine generate` takes: prompts from `data.path`, or the one in `prompt`."""
-
-    model: str = ""
-    prompt: str = ""  # a question; chat models get it as the user's message
-    data: PromptDataConfig = Field(default_factory=PromptDataConfig)
-    generation: GenerationConfig = Field(default_factory=GenerationConfig)
-    responses: PositiveInt = 1  # to each prompt
-    batch_size: PositiveInt = 16  # responses sampled at a time
-    reward: ScoringConfig = Field(default_factory=ScoringConfig)  # none: responses get no scores
-    output: str = ""  # a file; empty writes to standard output
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def generate(config: GenerateConfig) -> None:
@@ -77,15 +52,19 @@ def generate(config: GenerateConfig) -> None:
         skipped = SkippedLines()
     else:
         examples, skipped = load_prompts(data.path, on_bad_line=data.on_bad_line)
-    examples, too_long = limit_prompts(
-        examples, tokenizer, data.max_prompt_tokens, on_bad_line=data.on_bad_line
-    )
     dtype = models.choose_dtype(config.dtype, device)
     rewards = None
     if configured_sources(config.reward):
         rewards = load_rewards(None, config.reward, tokenizer, device=device, dtype=dtype)
     policy = Policy.open(
         config.model, ModelConfig(), device=device, dtype=dtype, tokenizer=tokenizer
+    )
+    examples, too_long = limit_prompts(
+        examples,
+        tokenizer,
+        data.max_prompt_tokens,
+        room=policy.room_for_prompts(config.generation),
+        on_bad_line=data.on_bad_line,
     )
     torch.manual_seed(config.seed)
     size = max(1, config.batch_size // config.responses)
@@ -105,6 +84,11 @@ def generate(config: GenerateConfig) -> None:
             out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             out.flush()
             progress.step(step, {})
+        if config.output:
+            progress.note(
+                f"{len(examples)} prompts, with {config.responses} of the model's responses to "
+                f"each, are in {config.output}"
+            )
     if scores:
         console.print(best_of_n_table(torch.tensor(scores)))
 

@@ -44,10 +44,23 @@ def load_model_config(path: str) -> Any:
         raise UserError("No model was given: set its path to a Hugging Face name or folder.")
     if (path.startswith((".", "/")) or Path(path).exists()) and not Path(path).is_dir():
         raise UserError(f"Model folder {path!r} does not exist or is not a folder.")
+    inside = [name for name in ("policy", "reward_model") if Path(path, name).is_dir()]
+    if inside and not Path(path, "config.json").exists():
+        raise UserError(
+            f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
+        )
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"Could not load a model from {path!r}: {first_line(error)}") from error
+        nowhere = "" if Path(path).is_dir() else f" (and there is no folder {path!r} here)"
+        raise UserError(
+            f"Could not load a model from {path!r}{nowhere}: {first_line(error)}"
+        ) from error
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a model's configuration says that its checkpoint has a classification head."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -262,7 +275,10 @@ def _add_lora(model: PreTrainedModel, config: LoraConfig, task: str) -> Any:
         lora_dropout=0.0,
         task_type=task,
     )
-    return peft.get_peft_model(model, adapter)
+    try:
+        return peft.get_peft_model(model, adapter)
+    except ValueError as error:  # such as modules that the model does not have
+        raise UserError(f"lora.target_modules: {first_line(error)}") from error
 
 
 def unwrap(model: Any) -> Any:

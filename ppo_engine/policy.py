@@ -65,7 +65,8 @@ class Policy:
         `model` is empty) or from a loaded model with its tokenizer."""
         if isinstance(model, str):
             path = models.resolve(model or config.path)
-            models.load_model_config(path)
+            if models.is_classifier(models.load_model_config(path)):
+                raise UserError(f"{path!r} scores texts and writes none: give a language model.")
             tokenizer = tokenizer or models.load_tokenizer(path)
             options = models.load_options(config, device, dtype)
             try:
@@ -83,6 +84,17 @@ class Policy:
         policy = cls(model, tokenizer, device=device, dtype=dtype)
         policy.model = models.prepare_for_training(model, config, "CAUSAL_LM").eval()
         return policy
+
+    def room_for_prompts(self, settings: GenerationConfig) -> int:
+        """Tokens that the model's length leaves to a prompt; a UserError where there are none."""
+        positions = models.positions(self.model)
+        room = positions - settings.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"generation.max_new_tokens is {settings.max_new_tokens}, but the model reads "
+                f"{positions} tokens in all: lower it."
+            )
+        return room
 
     @property
     def uses_own_logits(self) -> bool:

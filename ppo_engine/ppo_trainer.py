@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import anatomy, models, value_model
+from ppo_engine import anatomy, value_model
 from ppo_engine.config import PPOConfig
 from ppo_engine.config_io import as_dict, flatten
 from ppo_engine.conversation import Environment
@@ -31,7 +31,8 @@ from ppo_engine.data.prompts import (
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
-from ppo_engine.evaluation import Evaluator, check_evaluation, hold_out, overlap
+from ppo_engine.estimators import TITLES
+from ppo_engine.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.rewards.sources import with_rewards
 from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
 from ppo_engine.rollout import Rollout
@@ -41,10 +42,11 @@ from ppo_engine.run.checkpoint import (
     restore_random_states,
     save_training_state,
 )
-from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
+from ppo_engine.settings_checks import check_settings
 from ppo_engine.text import show_prompt
 
 _SAMPLES_LOGGED = 4  # responses of each sampled step that go to samples.jsonl
@@ -82,7 +84,8 @@ class PPOTrainer:
         self.config = config
         self.console = console
         check_trackers(config.run.trackers)
-        check_evaluation(config.evaluation)
+        check_settings(config)
+        check_output(config.run.output_dir, config.run.resume)
         self.notes: list[str] = []
         examples = self._read(config.data.path if prompts is None else prompts)
         held_out = self._read(config.evaluation.path) if config.evaluation.path else []
@@ -172,7 +175,7 @@ class PPOTrainer:
     @property
     def title(self) -> str:
         """The method's name."""
-        return "PPO" if self.engine.critic else self.config.ppo.estimator
+        return TITLES[self.config.ppo.estimator]
 
     def batch(self, step: int) -> list[PromptExample]:
         """The prompts of step 0, 1, …: each pass over the data is a fresh permutation, known from
@@ -185,18 +188,6 @@ class PPOTrainer:
             for epoch in {place // total for place in places}
         }
         return [self.examples[orders[place // total][place % total]] for place in places]
-
-    def _prompt_limit(self) -> int:
-        """Tokens a prompt may have: as configured, and so that a response fits behind it."""
-        config = self.config
-        positions = models.positions(self.engine.policy.model)
-        room = positions - config.generation.max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"generation.max_new_tokens is {config.generation.max_new_tokens}, but the model "
-                f"reads {positions} tokens in all: lower it."
-            )
-        return min(config.data.max_prompt_tokens, room)
 
     def _sample(self, progress: Progress) -> tuple[Rollout, dict[str, Tensor]]:
         """The step's responses, and what each reward says of them."""
@@ -289,6 +280,7 @@ class PPOTrainer:
     def _restore(self, run: RunDirectory) -> None:
         newest = run.newest_checkpoint()
         if newest is None:
+            self.notes.append(f"{run.path} has no checkpoint: the run begins anew.")
             run.rewind(-1)
             return
         state = load_training_state(newest[1], self.engine.device)
@@ -322,7 +314,8 @@ class PPOTrainer:
         kept, skipped = limit_prompts(
             examples,
             self.engine.policy.tokenizer,
-            self._prompt_limit(),
+            self.config.data.max_prompt_tokens,
+            room=self.engine.policy.room_for_prompts(self.config.generation),
             on_bad_line=self.config.data.on_bad_line,
         )
         self._note_skipped(skipped)

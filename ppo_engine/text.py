@@ -37,7 +37,9 @@ def encode_answer(
     """
     if isinstance(prompt, str):
         if not isinstance(answer, str):
-            raise UserError("To a prompt that is text, an environment answers with text.")
+            raise UserError(
+                "To a prompt that is text an environment answers with text, not a message."
+            )
         return _tokens(tokenizer, answer)
     message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
     turn = {"role": "assistant", "content": _TURN}

@@ -50,7 +50,7 @@ def load_value_model(
     """
     path = models.resolve(path)
     config = models.load_model_config(path)
-    if is_classifier(config) and config.num_labels != 1:
+    if models.is_classifier(config) and config.num_labels != 1:
         raise UserError(
             f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
             "has exactly one (num_labels=1)."
@@ -143,11 +143,6 @@ def init_head(head: nn.Linear, seed: int) -> None:
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
         if head.bias is not None:
             head.bias.zero_()
-
-
-def is_classifier(config: Any) -> bool:
-    """Whether a model's configuration says that its checkpoint has a classification head."""
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
 def score_head(model: Any) -> nn.Linear:

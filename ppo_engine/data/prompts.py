@@ -6,6 +6,7 @@ Nothing here trains or tokenizes more than it must; a line that cannot be used i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,9 +58,13 @@ def limit_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     *,
+    room: int = sys.maxsize,
     on_bad_line: OnBadLine = "error",
 ) -> tuple[list[PromptExample], SkippedLines]:
-    """The prompts of 1 to `max_prompt_tokens` tokens; others are errors, or skipped and counted."""
+    """The prompts of 1 to `max_prompt_tokens` tokens; others are errors, or skipped and counted.
+
+    `room` is what the model's length leaves to a prompt before its response.
+    """
     if any(not isinstance(example.prompt, str) for example in examples):
         require_chat_template(tokenizer)
     bad_lines = BadLines(on_bad_line)
@@ -70,12 +75,18 @@ def limit_prompts(
         except TemplateError as error:  # such as "roles must alternate"
             bad_lines.add(example.place, "refused by the model's chat template", f" ({error})")
             continue
-        if tokens > max_prompt_tokens:
+        if tokens > min(max_prompt_tokens, room):
+            whose = "data.max_prompt_tokens" if max_prompt_tokens <= room else "the model's room"
+            remedy = (
+                "Raise data.max_prompt_tokens"
+                if max_prompt_tokens <= room
+                else ("Lower generation.max_new_tokens")
+            )
             bad_lines.add(
                 example.place,
                 "prompt too long",
-                f": {tokens} tokens, more than data.max_prompt_tokens = {max_prompt_tokens}",
-                "Raise data.max_prompt_tokens, shorten the prompt, or leave such prompts out with "
+                f": {tokens} tokens, more than {whose} = {min(max_prompt_tokens, room)}",
+                f"{remedy}, shorten the prompt, or leave such prompts out with "
                 "data.on_bad_line=skip.",
             )
         elif tokens == 0:

@@ -57,7 +57,7 @@ class BadLines:
 
     def add(self, place: str, reason: str, detail: str = "", hint: str = "") -> None:
         if not self.skip:
-            hint = hint or "Mend it, or leave such lines out with on_bad_line=skip."
+            hint = hint or "Mend it, or leave such lines out with data.on_bad_line=skip."
             raise UserError(f"{place}: {reason}{detail}. {hint}")
         self.skipped.add(place, reason, detail)
 

@@ -59,7 +59,7 @@ class RunDirectory:
         if resume:
             self._check_resumable(config)
         else:
-            self._check_free()
+            _check_free(self.path)
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             _write_atomically(self.path / "config.yaml", dump_config(config))
@@ -97,16 +97,6 @@ class RunDirectory:
             if file.exists():
                 _write_atomically(file, "".join(_lines_until(file, step)))
 
-    def _check_free(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"Run folder {self.path} is a file; choose another run.output_dir.")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            hint = "go on with that run (run.resume=true), " if self._config_file().exists() else ""
-            raise UserError(
-                f"Run folder {self.path} is not empty: {hint}choose another run.output_dir, or "
-                "remove the folder."
-            )
-
     def _check_resumable(self, config: Any) -> None:
         file = self._config_file()
         if not file.is_file():
@@ -129,6 +119,31 @@ class RunDirectory:
 
     def _config_file(self) -> Path:
         return self.path / "config.yaml"
+
+
+def check_output(path: str | Path, resume: bool = False) -> None:
+    """Raise a `UserError` for a folder that a new run could not be written to, before any work."""
+    folder = Path(path).expanduser()
+    if resume or not str(path):
+        return
+    _check_free(folder)
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(
+            f"Run folder {folder} cannot be written: {parent} is not a folder to write to."
+        )
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
+    if path.is_dir() and any(path.iterdir()):
+        is_run = (path / "config.yaml").exists()
+        hint = "go on with that run (run.resume=true), " if is_run else ""
+        raise UserError(
+            f"Run folder {path} is not empty: {hint}choose another run.output_dir, or remove the "
+            "folder."
+        )
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""Settings of a PPO run that do not go together; what is wrong by itself, `config` refuses."""
+
+from __future__ import annotations
+
+from ppo_engine.config import EvaluationConfig, PPOConfig
+from ppo_engine.errors import UserError
+
+
+def check_settings(config: PPOConfig) -> None:
+    """Raise a `UserError` for settings that contradict one another, or would do nothing."""
+    _check_evaluation(config.evaluation)
+    settings = config.ppo
+    name = f"ppo.estimator={settings.estimator}"
+    if settings.compares_groups and settings.group_size < 2:
+        raise UserError(
+            f"{name} compares responses to the same prompt: set ppo.group_size to 2 or more."
+        )
+    if settings.rollout_batch_size % settings.group_size:
+        raise UserError(
+            f"ppo.rollout_batch_size={settings.rollout_batch_size} is not a multiple of "
+            f"ppo.group_size={settings.group_size}: a step holds whole groups."
+        )
+    if settings.gamma != 1 and (settings.compares_groups or settings.needs_greedy):
+        raise UserError(
+            f"{name} compares the rewards of whole responses and discounts nothing: leave "
+            "ppo.gamma at 1."
+        )
+    if settings.compares_groups and settings.whiten_rewards:
+        raise UserError(
+            f"ppo.whiten_rewards scales the rewards of tokens, of which {name} has none: leave it "
+            "out."
+        )
+    if settings.critic_warmup_steps and not settings.has_critic:
+        raise UserError(f"{name} has no critic: leave ppo.critic_warmup_steps at 0.")
+    if settings.kl_in == "loss" and settings.kl_estimator == "k1":
+        raise UserError(
+            "ppo.kl_estimator=k1 in the loss is no penalty: the mean of its gradient is 0. Take k2 "
+            "or k3, or ppo.kl_in=reward."
+        )
+    if settings.adaptive_kl is not None and settings.kl_coef == 0:
+        raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: give it a start.")
+    if settings.critic_warmup_steps >= config.steps:
+        raise UserError(
+            f"ppo.critic_warmup_steps={settings.critic_warmup_steps} leaves none of the "
+            f"{config.steps} steps to the policy: lower it, or raise steps."
+        )
+    if settings.dual_clip is not None and settings.objective != "clip":
+        raise UserError(
+            f"ppo.dual_clip bounds the clipped objective, and ppo.objective={settings.objective} "
+            "has none: leave it out."
+        )
+
+
+def _check_evaluation(config: EvaluationConfig) -> None:
+    if config.path and config.prompts:
+        raise UserError("Set either evaluation.path or evaluation.prompts, not both.")
+    held_out = config.path or config.prompts
+    for name in ("every", "patience"):
+        if getattr(config, name) and not held_out:
+            raise UserError(
+                f"evaluation.{name} is set, but no prompts are held out: set evaluation.prompts, "
+                "or evaluation.path."
+            )
+    if config.best_of > 1 and not held_out:
+        raise UserError(
+            "evaluation.best_of is set, but no prompts are held out: set evaluation.prompts, or "
+            "evaluation.path."
+        )
+    if config.patience and not config.every:
+        raise UserError(
+            "evaluation.patience counts evaluations during training: set evaluation.every."
+        )
