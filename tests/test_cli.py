@@ -126,7 +126,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
             ["ppo", "--model", "m", "--data", "d", "reward.path=a", "reward.url=b"],
             "reward.path and reward.url are set",
         ),
-        (["reward"], "No preference pairs were given: --data"),
+        (["reward"], "No preferences were given: --data"),
         (["sft"], "No examples were given: --data"),
         (["sft", "batch_size=1"], "did you mean sft.batch_size?"),
         (["sft", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
@@ -168,7 +168,8 @@ def test_interruption_is_one_line(
 
     monkeypatch.setattr("ppo_engine.config_io.load_config", interrupted)
     assert cli.main(["ppo"]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    shown = capsys.readouterr().err
+    assert shown.startswith("interrupted; ") and shown.count("\n") == 1
 
 
 def test_help_and_settings_load_no_torch() -> None:

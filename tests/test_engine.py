@@ -133,7 +133,7 @@ def cispo(ratio, a, log_p, c):
         ({"ratio_level": "sequence", "dual_clip": 2.0}, clip),
         ({"objective": "cispo", "importance_cap": 1.1}, cispo),
     ],
-    ids=str,
+    ids=["clip", "cispo", "sequence", "capped"],
 )
 def test_the_loss_is_the_one_that_is_set(ppo, objective):
     """Gradient and value of one mini-batch against the formula, written out (float64)."""

@@ -12,12 +12,12 @@ from test_engine import PROMPTS, experience_of, make_engine
 from ppo_engine.config import (
     AdaptiveKLConfig,
     GenerationConfig,
-    ModelConfig,
     PPOConfig,
     PPOSettings,
 )
 from ppo_engine.errors import UserError
-from ppo_engine.estimators import ESTIMATORS, Evidence, check_settings
+from ppo_engine.estimators import ESTIMATORS, Evidence
+from ppo_engine.settings_checks import check_settings
 
 B, T, G = 6, 5, 3
 KL = 0.3
@@ -116,18 +116,19 @@ EXPECTED = {
 
 def settings_of(name: str, **more) -> PPOSettings:
     # Those that discount do so here by 0.9.
-    gamma = 1.0 if name == "remax" or ESTIMATORS[name].group else 0.9
-    return PPOSettings(
-        estimator=name, group_size=G, rollout_batch_size=B, gamma=gamma, lam=0.7, **more
+    settings = PPOSettings(
+        estimator=name, group_size=G, rollout_batch_size=B, gamma=0.9, lam=0.7, **more
     )
+    discounts = not (settings.compares_groups or settings.needs_greedy)
+    return settings if discounts else dataclasses.replace(settings, gamma=1.0)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_advantages_are_those_of_the_formula(name):
     x = evidence()
-    if not ESTIMATORS[name].critic:
+    if not PPOSettings(estimator=name).has_critic:
         x = x._replace(values=None)
-    shaped = ESTIMATORS[name].estimate(x, settings_of(name))
+    shaped = ESTIMATORS[name](x, settings_of(name))
     expected = torch.zeros(B, T, dtype=torch.float64)
     for row, advantages in zip(responses(evidence()), EXPECTED[name](evidence()), strict=True):
         expected[row["row"], row["places"]] = torch.tensor(advantages, dtype=torch.float64)
@@ -143,9 +144,9 @@ def test_advantages_are_those_of_the_formula(name):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_no_penalty_in_the_rewards_where_it_is_in_the_loss(name):
-    found = ESTIMATORS[name].estimate(evidence(kl_coef=0.0), settings_of(name))
+    found = ESTIMATORS[name](evidence(kl_coef=0.0), settings_of(name))
     other = evidence(kl_coef=0.0)._replace(ref_logprobs=evidence().ref_logprobs + 3.0)
-    shaped = ESTIMATORS[name].estimate(other, settings_of(name))
+    shaped = ESTIMATORS[name](other, settings_of(name))
     assert torch.equal(shaped.advantages, found.advantages)
     assert not torch.equal(shaped.kl, found.kl)
 
@@ -154,11 +155,11 @@ def test_no_penalty_in_the_rewards_where_it_is_in_the_loss(name):
 def test_equal_scores_have_no_advantage(name):
     """Also where their mean is not exactly representable."""
     x = evidence(kl_coef=0.0, dtype=torch.float32)._replace(scores=torch.full((B,), 7.3))
-    shaped = ESTIMATORS[name].estimate(x, settings_of(name))
+    shaped = ESTIMATORS[name](x, settings_of(name))
     assert shaped.advantages.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", [n for n, e in ESTIMATORS.items() if not e.critic])
+@pytest.mark.parametrize("name", [n for n in ESTIMATORS if not PPOSettings(estimator=n).has_critic])
 def test_critic_free_estimators_make_no_critic(name):
     engine = make_engine(ppo={"estimator": name, "group_size": 4, "epochs": 2})
     assert engine.critic is None
@@ -228,14 +229,6 @@ def test_what_is_not_set_is_as_the_source_has_it(ppo, whitens, reduction, kl_est
 def test_settings_that_do_not_go_together(ppo, message):
     with pytest.raises(UserError, match=message):
         check_settings(PPOConfig(ppo=PPOSettings(**ppo)))
-
-
-def test_no_path_for_a_critic_that_is_not_made():
-    config = PPOConfig(
-        ppo=PPOSettings(estimator="rloo", group_size=2), critic=ModelConfig(path="somewhere")
-    )
-    with pytest.raises(UserError, match=r"has no critic: leave critic\.path out"):
-        check_settings(config)
 
 
 def test_groups_must_be_whole_and_of_one_prompt():

@@ -326,7 +326,9 @@ def test_training_does_not_notice_it(model, tmp_path, held_out_file, lora):
 def test_a_resumed_run_evaluates_the_same(model, tmp_path, held_out_file):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     settings = {"steps": 6, "path": held_out_file, "every": 2}
-    train_noisy(model, config(whole, **settings))
+    run = {"seed": 2}  # with which the best is after the last checkpoint before the crash
+    train_noisy(model, config(whole, run=run, **settings))
+    assert json.loads((whole / "best" / "best.json").read_text())["step"] == 4
     calls = 0
 
     def failing(prompts, responses):
@@ -338,7 +340,7 @@ def test_a_resumed_run_evaluates_the_same(model, tmp_path, held_out_file):
             raise RuntimeError("the power went off")
         return noisy(prompts, responses)
 
-    once = config(halves, run={"checkpoint_every": 3}, **settings)
+    once = config(halves, run={"checkpoint_every": 3, **run}, **settings)
     with pytest.raises(UserError, match="power"):
         train_noisy(model, once, {"noisy": failing})
     assert len(rows(halves / "metrics.jsonl")) == 5  # steps 0 to 4, one more than the checkpoint
@@ -455,6 +457,43 @@ def test_patience_ends_the_run_and_the_best_is_kept(model, tmp_path, monkeypatch
     PPOTrainer(model, letters, PROMPTS, config=patient).train()  # with more, it goes on
     assert len(rows(run / "metrics.jsonl")) == 7
     assert json.loads((run / "best" / "best.json").read_text()) == {"step": 5, "score": 9.0}
+
+
+def test_a_best_from_after_the_checkpoint_stays_the_one_to_beat(model, tmp_path, monkeypatch):
+    """A run that crashed behind a new best, and whose repeat scores lower."""
+    run = tmp_path / "run"
+    settings = config(run, steps=4, prompts=2, every=1, run={"checkpoint_every": 2})
+    scripted = {0: 0.0, 1: 1.0, 2: 2.0, 3: 9.0}
+
+    def evaluate(evaluator, progress):
+        if evaluator.engine.steps_done == 4 and scripted[3] == 9.0:
+            raise RuntimeError("the power went off")
+        score = scripted.get(evaluator.engine.steps_done, 2.5)
+        return Evaluation({"eval/scores": score}, [], None)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    with pytest.raises(RuntimeError, match="power"):
+        PPOTrainer(model, letters, PROMPTS, config=settings).train()
+    scripted[3] = 2.4
+    again = replace(settings, run=replace(settings.run, resume=True))
+    trainer = PPOTrainer(model, letters, PROMPTS, config=again)
+    trainer.train()
+    assert json.loads((run / "best" / "best.json").read_text()) == {"step": 3, "score": 9.0}
+    assert "step 3, score +9.000; it is in best/" in trainer.evaluator.notes()[0]
+
+
+def test_nothing_is_kept_where_training_made_it_worse(model, tmp_path, monkeypatch):
+    scores = iter([1.0, 0.5])
+    monkeypatch.setattr(
+        Evaluator, "evaluate", lambda *_: Evaluation({"eval/scores": next(scores)}, [], None)
+    )
+    trainer = PPOTrainer(
+        model, letters, PROMPTS, config=config(tmp_path / "run", steps=1, prompts=2)
+    )
+    trainer.train()
+    assert not (tmp_path / "run" / "best").exists()
+    [note] = trainer.evaluator.notes()
+    assert note == "No evaluation was better than the one before training (score +1.000)."
 
 
 def test_the_best_is_not_kept_where_it_is_not_wanted(model, tmp_path, held_out_file):
