@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine import models, value_model
 from ppo_engine.config import RewardModelConfig, RewardModelSettings
 from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, sample_rankings
-from ppo_engine.data.rows import SkippedLines
+from ppo_engine.data.rows import BadLines, SkippedLines
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
 from ppo_engine.run.progress import Progress
@@ -127,11 +128,16 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
         """Token ids. Of responses that differ only beyond the limit the best stays; a ranking that
         has no pair then is left out. Both are noted."""
-        limit = self.config.data.max_tokens
+        limit = min(self.config.data.max_tokens, models.positions(self.model))
+        bad_lines = BadLines(self.config.data.on_bad_line)
         encoded, cut, same = [], 0, 0
         groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
         for index, ranking in enumerate(rows):
-            full = self._dialogues(ranking, sys.maxsize)
+            try:
+                full = self._dialogues(ranking, sys.maxsize)
+            except TemplateError as error:  # such as "roles must alternate"
+                bad_lines.add(ranking.place, "refused by the model's chat template", f" ({error})")
+                continue
             long = max(map(len, full)) > limit
             cut += long
             ids = self._dialogues(ranking, limit) if long else full
@@ -140,10 +146,12 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             kept_ids, ranks = [ids[i] for i in kept], [ranking.ranks[i] for i in kept]
             if count_pairs(ranks):
                 encoded.append(EncodedRanking(kept_ids, ranks, ranking.margin, groups[index]))
+        if bad_lines.skipped.total:
+            self.notes.append(f"Preferences: {bad_lines.skipped}.")
         if cut:
             self.notes.append(
-                f"{cut} of {len(rows)} {name} preferences were cut to data.max_tokens={limit} "
-                "tokens."
+                f"{cut} of {len(rows)} {name} preferences were cut to {limit} tokens "
+                "(data.max_tokens, or what the model reads)."
             )
         if same:
             self.notes.append(
@@ -151,9 +159,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 "only the best stays."
             )
         if rows and not encoded:
+            refused = f"; {bad_lines.skipped}" if bad_lines.skipped.total else ""
             raise UserError(
-                f"No {name} preference is left: as tokens, the responses are the same within the "
-                f"limit of data.max_tokens={limit}."
+                f"No {name} preference is left: within {limit} tokens (data.max_tokens, or what "
+                f"the model reads), the responses of {same} are the same{refused}."
             )
         return encoded
 

@@ -14,7 +14,12 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_model_folder, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from ppo_engine.config import (
     ModelConfig,
@@ -270,7 +275,7 @@ def test_long_pairs_are_cut_and_counted(folder):
     pairs[1] = {"prompt": "Same start?", "chosen": "y" * 300 + "a", "rejected": "y" * 300 + "b"}
     made = trainer(folder, pairs=pairs, data={"max_tokens": 64})
     notes = " ".join(made.notes)
-    assert "were cut to data.max_tokens=64" in notes and "equal as tokens" in notes
+    assert "were cut to 64 tokens" in notes and "equal as tokens" in notes
     encoded = [*made.training, *made.held_out]
     assert len(encoded) == 31
     assert max(map(len, encoded)) == 64
@@ -285,6 +290,38 @@ def test_responses_that_are_cut_to_the_same_tokens_leave_a_ranking(folder):
     made = trainer(folder, pairs=rankings, data={"max_tokens": 64, "eval_fraction": 0.0})
     assert made.training[0].ranks == [0, 2]
     assert "equal as tokens" in " ".join(made.notes)
+
+
+def test_no_more_tokens_are_kept_than_the_model_has_positions():
+    config = GPT2Config(vocab_size=259, n_positions=64, n_embd=32, n_layer=1, n_head=2,
+                        num_labels=1, bos_token_id=None, eos_token_id=258)  # fmt: skip
+    pairs = planted_pairs(12)
+    pairs[0]["prompt"] = "long " * 100
+    settings = RewardModelConfig(data=PreferenceDataConfig(eval_fraction=0.0))
+    made = RewardModelTrainer(
+        GPT2ForSequenceClassification(config), pairs, settings, tiny_tokenizer()
+    )
+    assert made.train_step(made.training)["reward/loss"] > 0
+    assert max(map(len, made.training)) == 64 and "cut to 64 tokens" in " ".join(made.notes)
+
+
+def test_a_chat_that_the_template_refuses_is_named_or_skipped(folder):
+    chat = [{"role": "user", "content": "never"}]
+    rows = [*planted_pairs(3), {"prompt": chat, "responses": ["a", "b"], "ranks": [0, 1]}]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+
+    def made(on_bad_line, rows):
+        data = PreferenceDataConfig(eval_fraction=0.0, on_bad_line=on_bad_line)
+        settings = RewardModelConfig(ModelConfig(path=folder), data)
+        return RewardModelTrainer(None, rows, settings, tokenizer)
+
+    with pytest.raises(UserError, match=r"preferences\[3\]: refused .*no such role"):
+        made("error", rows)
+    skipping = made("skip", rows)
+    assert len(skipping.training) == 3 and "1 skipped" in " ".join(skipping.notes)
+    with pytest.raises(UserError, match="No training preference is left: .*1 skipped"):
+        made("skip", rows[3:])
 
 
 def test_a_sample_of_the_pairs(folder):
@@ -323,7 +360,7 @@ def test_training_with_only_upper_layers_leaves_the_lower_ones_alone(folder):
                 "pairs": [{"prompt": "a", "chosen": "yyyyya", "rejected": "yyyyyb"}],
                 "data": {"max_tokens": 4, "eval_fraction": 0.0},
             },
-            "the same within the limit",
+            "within 4 tokens .* of 1 are the same",
         ),
         ({"trackers": ["wandb"]}, "wandb"),
         (

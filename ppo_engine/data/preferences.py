@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Ranking:
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     margin: float | None = None
+    place: str = field(default="", compare=False)  # where it stood in the data
 
     @property
     def pairs(self) -> int:
@@ -83,7 +84,7 @@ def load_preferences(
             bad_lines.add(place, error.reason, error.detail)
             continue
         if found.pairs:
-            rankings.append(found)
+            rankings.append(replace(found, place=place))
         else:  # no mistake: people do find all responses equally good
             bad_lines.skipped.add(place, "no two responses with different ranks")
     if not rankings:
