@@ -78,6 +78,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
             models.load_model_config(models.resolve(config.model.path))
             tokenizer = models.load_tokenizer(models.resolve(config.model.path))
+        models.separate_pad_from_eos(tokenizer)  # of one that was handed in
         self.tokenizer = tokenizer
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)

@@ -173,8 +173,10 @@ def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
 
 def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a UserError unless `sequence_scores` equals the model's own pooled logits."""
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE]
-    pad, width = tokenizer.pad_token_id, max(map(len, rows))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    # With EOS, as responses end: a pooling that takes it for padding is found out.
+    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], eos] for text in _PROBE]
+    width = max(map(len, rows))
     device = model.device
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)

@@ -60,6 +60,13 @@ def test_a_reward_model_keeps_to_its_token_limit(reward_model):
     assert scores[0] != pytest.approx(reward_model(["xx"], ["abc"], [True]).item())
 
 
+def test_a_tokenizer_that_pads_with_eos_is_given_a_pad_token(reward_model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    made = RewardModel(reward_model.model, tokenizer, device=CPU, dtype=FP32)
+    assert tokenizer.pad_token == "<|pad|>" and made.model.config.pad_token_id == 256
+
+
 def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(UserError, match="no score head"):
         load_reward_model(tiny_model_folder(tmp_path), device=CPU, dtype=FP32)

@@ -292,6 +292,22 @@ def test_responses_that_are_cut_to_the_same_tokens_leave_a_ranking(folder):
     assert "equal as tokens" in " ".join(made.notes)
 
 
+@pytest.mark.parametrize("pad", ["<|im_end|>", None])
+def test_a_tokenizer_that_pads_with_eos_or_not_at_all_is_given_a_pad_token(folder, tmp_path, pad):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = pad
+    made = RewardModelTrainer(trainer(folder).model, planted_pairs(32), tokenizer=tokenizer)
+    text = "How is it? Fine."
+    with torch.no_grad():
+        score = made._forward([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]).item()
+        made._save_model(tmp_path)
+        saved = AutoTokenizer.from_pretrained(tmp_path)(
+            [text + tokenizer.eos_token, "Longer: " + text * 2], padding=True, return_tensors="pt"
+        )
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        assert plain(**saved).logits[0, 0].item() == pytest.approx(score, rel=1e-3)
+
+
 def test_no_more_tokens_are_kept_than_the_model_has_positions():
     config = GPT2Config(vocab_size=259, n_positions=64, n_embd=32, n_layer=1, n_head=2,
                         num_labels=1, bos_token_id=None, eos_token_id=258)  # fmt: skip
@@ -320,7 +336,7 @@ def test_a_chat_that_the_template_refuses_is_named_or_skipped(folder):
         made("error", rows)
     skipping = made("skip", rows)
     assert len(skipping.training) == 3 and "1 skipped" in " ".join(skipping.notes)
-    with pytest.raises(UserError, match="No training preference is left: .*1 skipped"):
+    with pytest.raises(UserError, match=r"No training preference is left: .*1 skipped"):
         made("skip", rows[3:])
 
 

@@ -246,3 +246,10 @@ def test_scoring_needs_a_head(folder):
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         load_value_model(str(tmp_path / "nowhere"), tiny_tokenizer(), device=CPU)
+
+
+def test_the_probe_finds_a_pad_token_that_ends_responses(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match="cannot be made"):
+        load_value_model(folder, tokenizer, device=CPU)

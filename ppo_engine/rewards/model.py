@@ -31,6 +31,7 @@ class RewardModel:
         max_tokens: int | None = None,
     ) -> None:
         """`max_tokens` of prompt and response together; the model's own limit unless given."""
+        models.separate_pad_from_eos(tokenizer)
         self.model = ready_value_model(model, tokenizer, device).requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = device
