@@ -7,6 +7,7 @@ A trainer says what an example is, what its loss is and what is measured on held
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
@@ -208,6 +209,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 folder,
                 {
                     "step": self.step,  # the data's position too: see `mini_batch`
+                    "examples": self._digest(),
                     "before": self.before,
                     "model": self.learner.state_dict(),
                     "random": random_states(),
@@ -220,10 +222,24 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             run.rewind(-1)
             return
         state = load_training_state(newest[1], self.device)
+        if state["examples"] != self._digest():
+            raise UserError(
+                f"The {self.unit} are not those that the run in {run.path} began with, so held-out "
+                "ones may have been trained on: resume it with the same data, or start a new run."
+            )
         self.learner.load_state_dict(state["model"])
         restore_random_states(state["random"])
         self.step, self.before = state["step"], state["before"]
         run.rewind(self.step)
+
+    def _digest(self) -> str:
+        """Of all examples, which ones are held out included."""
+        digest = hashlib.sha256()
+        for examples in (self.training, self.held_out):
+            digest.update(f"{len(examples)} examples".encode())
+            for example in examples:
+                digest.update(repr(example).encode())
+        return digest.hexdigest()
 
     def _split(self, source: Any) -> tuple[list[Row], list[Row]]:
         """The rows to train on, and those held out."""

@@ -238,6 +238,22 @@ def test_a_resumed_run_ends_with_the_very_same_weights(folder: str, tmp_path: Pa
         assert found[name] == expected[name]
 
 
+@pytest.mark.parametrize("rows", [examples(40), examples(31), examples()[::-1]])
+def test_a_run_is_not_resumed_on_other_data(folder: str, tmp_path: Path, rows: Any) -> None:
+    data = tmp_path / "data.jsonl"
+
+    def made(rows: Any, **run: Any) -> SFTTrainer:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return trainer(folder, tmp_path / "run", str(data), **run)
+
+    made(examples()).train()
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"examples are not those that the run in .* began with"):
+        made(rows, resume=True).train()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
+    assert made(examples(), resume=True).train()["eval/loss"] > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
