@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,12 +115,21 @@ def _awaited(result: Awaitable[Any]) -> Any:
     async def wait() -> Any:
         return await result
 
+    future = asyncio.run_coroutine_threadsafe(wait(), _loop())
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    with ThreadPoolExecutor(1) as elsewhere:
-        return elsewhere.submit(asyncio.run, wait()).result()
+        return future.result()
+    except BaseException:
+        future.cancel()  # where Ctrl-C ends the wait
+        raise
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One event loop for all async functions and batches: clients, locks and semaphores that a
+    file makes once belong to the loop that used them first."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async functions", daemon=True).start()
+    return loop
 
 
 class _ColumnParameters:
