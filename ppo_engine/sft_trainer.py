@@ -7,6 +7,7 @@ excluded. It comes from hidden states before these tokens; logits for all are ne
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ppo_engine.data.demonstrations import (
 )
 from ppo_engine.data.packing import EncodedExample, TokenRows, can_pack, plan, stack_rows
 from ppo_engine.data.rows import BadLineError, BadLines, SkippedLines
+from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
 from ppo_engine.policy import Policy
 from ppo_engine.run.progress import Progress
@@ -61,17 +63,18 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
 
     @torch.no_grad()
     def evaluate(self, progress: Progress | None = None) -> dict[str, float]:
-        """Loss on the held-out response tokens, its standard error (tokens of one example are not
+        """Loss on the held-out response tokens, its standard error (answers to one prompt are not
         independent), and the perplexity, exp(loss)."""
         if not self.held_out:
             raise UserError("Nothing is held out: set data.eval_fraction or data.eval_path.")
-        found = torch.zeros(2, len(self.held_out), device=self.device)
+        groups = torch.tensor([example.group for example in self.held_out], device=self.device)
+        found = torch.zeros(2, int(groups.max()) + 1, device=self.device)
         passes = self._plan(self.held_out)
         for planned in progress.track(passes, "held-out batch") if progress else passes:
             rows = self._stack(self.held_out, planned)
             nll = -self.policy.row_logprobs(rows)
             owners = rows.owners[:, 1:][rows.trained[:, 1:]]
-            found.index_add_(1, owners, torch.stack((nll, torch.ones_like(nll))))
+            found.index_add_(1, groups[owners], torch.stack((nll, torch.ones_like(nll))))
         loss, error = mean_by_cluster(*found)
         return {
             "eval/loss": loss,
@@ -105,14 +108,15 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         limit = self._limit_of_tokens()
         bad_lines = BadLines(self.config.data.on_bad_line)
         encoded, apart = [], 0
-        for row in rows:
+        groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
+        for index, row in enumerate(rows):
             try:
                 found = encode_demonstration(self.tokenizer, row, self.policy.eos_ids)
             except BadLineError as error:
                 bad_lines.add(row.place, error.reason, error.detail)
                 continue
             apart += len(found) > 1
-            encoded += found
+            encoded += [replace(example, group=groups[index]) for example in found]
         long = sum(len(example) > limit for example in encoded)
         if bad_lines.skipped.total:
             self.notes.append(f"Examples: {bad_lines.skipped}.")

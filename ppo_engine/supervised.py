@@ -262,13 +262,15 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
 def mean_by_cluster(sums: Tensor, counts: Tensor) -> tuple[float, float]:
     """The mean of all observations, and its standard error where those of a cluster (the pairs of
-    one prompt, the tokens of one response) depend on each other.
+    one prompt, the tokens of its responses) depend on each other; NaN where there is but one.
 
-    `sums`, `counts`: `[clusters]`, of each one's observations. The error is that
-    of a ratio, sqrt(sum (s - mean n)^2) / sum n (Cochran 1977, section 2.11; Liang and Zeger 1986):
-    the binomial one for yes and no, one to a cluster.
+    `sums`, `counts`: `[clusters]`, of each one's observations; those without any are no clusters.
+    The error of G of them is that of a ratio, sqrt(G/(G-1) sum (s - mean n)^2) / sum n (Cochran
+    1977, section 2.11; Liang and Zeger 1986).
     """
     sums, counts = sums.double(), counts.double()
     mean = sums.sum() / counts.sum()
-    error = (sums - mean * counts).square().sum().sqrt() / counts.sum()
+    clusters = (counts > 0).sum()
+    squares = (sums - mean * counts).square().sum() * clusters / (clusters - 1)
+    error = squares.sqrt() / counts.sum() if clusters > 1 else counts.new_tensor(math.nan)
     return mean.item(), error.item()

@@ -98,7 +98,7 @@ def test_a_planted_preference_is_learned_and_saved(folder, tmp_path):
     assert 0.2 < found["eval_before/accuracy"] < 0.8
     assert found["eval/accuracy"] > 0.9
     p = found["eval/accuracy"]
-    assert found["eval/accuracy_se"] == pytest.approx(math.sqrt(p * (1 - p) / 40))
+    assert found["eval/accuracy_se"] == pytest.approx(math.sqrt(p * (1 - p) / 39))
     assert found["reward/loss"] < math.log(2)
 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
@@ -187,9 +187,20 @@ def test_the_error_of_the_accuracy_is_that_of_prompts(folder):
         pairs[encoded.group] = pairs.get(encoded.group, 0) + len(ahead)
     assert len(pairs) < len(made.held_out)  # some prompts are there twice
     accuracy = sum(right.values()) / sum(pairs.values())
-    error = math.sqrt(sum((right[g] - accuracy * pairs[g]) ** 2 for g in pairs))
+    spread = sum((right[g] - accuracy * pairs[g]) ** 2 for g in pairs)
+    error = math.sqrt(spread * len(pairs) / (len(pairs) - 1))
     assert found["eval/accuracy"] == pytest.approx(accuracy) and error > 1
     assert found["eval/accuracy_se"] == pytest.approx(error / sum(pairs.values()))
+
+
+def test_one_prompt_alone_has_no_standard_error(folder, tmp_path):
+    data = planted_pairs(8)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(p | {"prompt": "Q"}) + "\n" for p in data[:3]))
+    found = trainer(folder, tmp_path / "run", data, data={"eval_path": str(held_out)}).train()
+    assert math.isnan(found["eval/accuracy_se"]) and found["eval/accuracy"] >= 0
+    [first, *_] = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open())
+    assert first["eval/accuracy_se"] is None
 
 
 def test_a_ranking_of_two_is_a_pair(folder):

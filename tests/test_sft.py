@@ -129,12 +129,26 @@ def test_the_loss_is_the_mean_over_learned_tokens(make: Any, packed: bool, note:
     found = made.evaluate()
     sums, counts = [sum(x) for x in held_out], [len(x) for x in held_out]
     loss = sum(sums) / sum(counts)
-    error = math.sqrt(sum((s - loss * n) ** 2 for s, n in zip(sums, counts, strict=True)))
+    spread = sum((s - loss * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    error = math.sqrt(spread * len(sums) / (len(sums) - 1))
     assert found["eval/loss"] == pytest.approx(loss, rel=1e-5)
     assert found["eval/loss_se"] == pytest.approx(error / sum(counts), rel=1e-3)
     assert found["eval/perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     step = made.train_step(batch)
     assert step["sft/loss"] == pytest.approx(sum(of_tokens) / len(of_tokens), rel=1e-5)
+
+
+def test_the_error_of_the_loss_is_that_of_prompts() -> None:
+    rows = [{"prompt": f"Q{n // 4}", "response": "a" * (n + 1)} for n in range(32)]
+    made = trainer(tiny_model(), rows=rows, data={"eval_fraction": 0.5})
+    sums, counts = [0.0] * 4, [0] * 4
+    for place, nll in enumerate(plain_nll(made.policy.model, made.held_out)):
+        sums[place // 4] += sum(nll)
+        counts[place // 4] += len(nll)
+    loss = sum(sums) / sum(counts)
+    spread = sum((s - loss * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    error = math.sqrt(spread * 4 / 3) / sum(counts)
+    assert made.evaluate()["eval/loss_se"] == pytest.approx(error, rel=1e-3)
 
 
 def gradients_of_a_step(made: SFTTrainer) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def cut(example: EncodedExample, limit: int) -> EncodedExample:
     excess = max(0, len(example) - limit)
     start = min(excess, max(0, example.trained.index(True) - limit // 2))
     kept = slice(start, start + limit)
-    return EncodedExample(example.ids[kept], [False, *example.trained[kept][1:]])
+    return replace(example, ids=example.ids[kept], trained=[False, *example.trained[kept][1:]])
 
 
 def _demonstration_of(row: Any, chat: bool) -> tuple[Prompt, str | list[Message]]:

@@ -26,6 +26,7 @@ class EncodedExample:
 
     ids: list[int]
     trained: list[bool]
+    group: int = 0  # the number of its prompt
 
     def __len__(self) -> int:
         return len(self.ids)
