@@ -140,12 +140,23 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             self._restore(run)
         settings = flatten(as_dict(self.config))
         trackers = Trackers(config.trackers, run.path, settings, self.step)
+        try:
+            metrics = self._train(run, trackers)
+        finally:
+            trackers.close()
+        write_curves(run.path, run.path / "report.png", self.title)
+        before = {name.replace("eval/", "eval_before/"): x for name, x in self.before.items()}
+        return {**metrics, **before}
+
+    def _train(self, run: RunDirectory, trackers: Trackers) -> dict[str, float]:
+        """All that `train` does between making the run's folder and drawing the curves."""
         if not self.before and self.held_out:
             # Apart from the training's progress, whose estimate of the time left it would spoil.
             title = f"Held-out {self.unit} before training"
             with Progress(1, title, console=self.console) as progress:
                 self.before = self.evaluate(progress)
                 run.log_metrics(0, self.before)
+                trackers.log(0, self.before)
                 progress.step(1, self.before)
         metrics: dict[str, float] = {}
         counts = f"{len(self.training)} {self.unit}, {len(self.held_out)} held out"
@@ -164,7 +175,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
-                every = config.checkpoint_every
+                every = self.config.run.checkpoint_every
                 if last or (every and self.step % every == 0):
                     self._save_checkpoint(run)
             if not metrics and self.held_out:  # resumed at its end
@@ -175,10 +186,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 progress.note(f"Before training: {self._summary(self.before)}")
                 progress.note(f"After training:  {self._summary(metrics)}")
             progress.note(f"The trained model is in {run.path / self.result}")
-        trackers.close()
-        write_curves(run.path, run.path / "report.png", self.title)
-        before = {name.replace("eval/", "eval_before/"): x for name, x in self.before.items()}
-        return {**metrics, **before}
+        return metrics
 
     def train_step(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step on a mini-batch, accumulated over micro-batches to its exact mean."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import logging
 import sys
 import types
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_ppo_trainer import PROMPTS, config, length_reward, rows
 from tiny import tiny_model_folder
 
+from ppo_engine import SFTTrainer
+from ppo_engine.config import DemonstrationDataConfig, RunConfig, SFTConfig, SFTSettings
 from ppo_engine.config_io import flatten
 from ppo_engine.errors import UserError
 from ppo_engine.ppo_trainer import PPOTrainer
@@ -221,3 +225,32 @@ def test_a_ppo_run_shows_its_samples_and_survives_its_tracker(
     PPOTrainer(model, length_reward, PROMPTS, config=settings).train()
     assert runs[1].settings["name"] == "run from step 3"
     assert [step for step, _ in runs[1].logged] == [3, 3]
+
+
+def test_supervised_training_shows_its_steps_from_0_on_and_closes_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = fake_package(monkeypatch, "trackio")
+    model = tiny_model_folder(tmp_path)
+
+    def made(name: str) -> SFTTrainer:
+        settings = SFTConfig(
+            data=DemonstrationDataConfig(eval_fraction=0.25),
+            sft=SFTSettings(batch_size=3),
+            run=RunConfig(output_dir=str(tmp_path / name), device="cpu", trackers=["trackio"]),
+        )
+        examples = [{"prompt": f"Q{n}", "response": "yes"} for n in range(8)]
+        return SFTTrainer(model, examples, settings, console=Console(file=io.StringIO()))
+
+    made("whole").train()
+    assert [step for step, _ in runs[0].logged] == [0, 1, 2] and runs[0].finished == 1
+    assert "eval/loss" in runs[0].logged[0][1] and "sft/loss" in runs[0].logged[1][1]
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    killed = made("cut")
+    monkeypatch.setattr(killed, "train_step", fails)
+    with pytest.raises(MemoryError):
+        killed.train()
+    assert [step for step, _ in runs[1].logged] == [0] and runs[1].finished == 1
