@@ -27,7 +27,7 @@ from ppo_engine.config import (
     RunConfig,
     SFTSettings,
 )
-from ppo_engine.data.packing import stack_rows
+from ppo_engine.data.packing import can_pack, stack_rows
 from ppo_engine.errors import UserError
 
 
@@ -108,6 +108,49 @@ def model_that_shifts_its_logits() -> Any:
 
     model.forward = shifted
     return model
+
+
+def model_that_rounds_by_the_shape_of_a_batch() -> Any:
+    """As products in bf16 and in 8 bits do, and by so much."""
+    model = tiny_model()
+    inner = model.forward
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        torch.manual_seed(output.logits.numel())
+        output.logits = output.logits + 0.1 * torch.randn_like(output.logits)
+        return output
+
+    model.forward = rounded
+    return model
+
+
+def model_that_packs_one_row_only() -> Any:
+    """As flash attention's variable lengths in transformers."""
+    model = tiny_model()
+    inner = model.forward
+
+    def forward(*args: Any, position_ids: Any, **kwargs: Any) -> Any:
+        one = len(position_ids) == 1
+        return inner(*args, position_ids=position_ids if one else None, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (tiny_model, True),
+        (lambda: tiny_model().bfloat16(), True),
+        (model_that_rounds_by_the_shape_of_a_batch, True),
+        (model_that_packs_one_row_only, False),
+        (model_without_positions, False),
+        (bloom, False),
+    ],
+)
+def test_packing_is_for_models_whose_texts_do_not_see_each_other(make: Any, expected: bool) -> None:
+    assert can_pack(make(), tiny_tokenizer()) is expected
 
 
 @pytest.mark.parametrize(

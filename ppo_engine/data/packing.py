@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine import models
 
 _PROBE = ("The quick brown fox jumps over the lazy dog.", "Another text, in the same row.")
-_TOLERANCE = 1e-3
+# Of what one text sees of another where they are one: products whose shapes depend on the tokens, as
+# those of experts do, round by less.
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,32 @@ def stack_rows(
 
 @torch.no_grad()
 def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts in one row do not see each other: a probe must give a causal language model's
-    logits of each alone."""
+    """Whether texts in one row do not see each other: in a probe, a text's logits must stay as they
+    are when the one before it becomes another, in a pass of one row and of two.
+
+    They are not compared with those of the text alone: products in bf16 and in 8 bits round as the
+    shape of the batch has it, by more than some texts see of each other.
+    """
     if not models.takes_positions(model.base_model):
         return False
-    apart = [
-        torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)
+    first, second = (
+        torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)
         for text in _PROBE
-    ]
-    positions = torch.cat([torch.arange(x.shape[1], device=model.device) for x in apart])[None]
-    alone = [model(input_ids=x, use_cache=False).logits for x in apart]
-    together = model(input_ids=torch.cat(apart, 1), position_ids=positions, use_cache=False).logits
-    return torch.allclose(together, torch.cat(alone, 1), rtol=_TOLERANCE, atol=_TOLERANCE)
+    )
+    other = torch.full_like(first, second[0])
+
+    def seen(positions: Tensor, rows: int) -> float:
+        """By how much the second text's logits tell which text is before it."""
+        found = []
+        for before in (first, other):
+            ids = torch.cat((before, second)).expand(rows, -1)
+            logits = model(
+                input_ids=ids, position_ids=positions.expand(rows, -1), use_cache=False
+            ).logits
+            found.append(logits[:, len(before) :].float())
+        return (found[0] - found[1]).abs().max().item()
+
+    whole = torch.arange(len(first) + len(second), device=model.device)
+    apart = torch.cat((whole[: len(first)], whole[: len(second)]))
+    limit = _ROUNDING * seen(whole, rows=1)
+    return all(seen(apart, rows) <= limit for rows in (1, 2))
