@@ -14,6 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -76,6 +77,30 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def shown_settings(tree: Any) -> Any:
+    """Settings as others may see them, of lists and dictionaries: every `url` by `shown_url`."""
+    if isinstance(tree, dict):
+        return {
+            key: shown_url(value) if key == "url" and value else shown_settings(value)
+            for key, value in tree.items()
+        }
+    return [shown_settings(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def shown_url(url: str) -> str:
+    """A URL without what may be secret: user and password, query, fragment.
+
+    In one that is no valid URL nobody can tell where a password ends: of that nothing is left.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return "http://…" if re.search("[@?#]", url) else url
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="…" if parts.query else "", fragment="").geturl()
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import anatomy, value_model
 from ppo_engine.config import PPOConfig
-from ppo_engine.config_io import as_dict, flatten
+from ppo_engine.config_io import as_dict, flatten, shown_settings
 from ppo_engine.conversation import Environment
 from ppo_engine.data.prompts import (
     PromptExample,
@@ -255,7 +255,7 @@ class PPOTrainer:
         )
 
     def _open_trackers(self, run: RunDirectory) -> Trackers:
-        settings = flatten(as_dict(self.config))
+        settings = flatten(shown_settings(as_dict(self.config)))
         return Trackers(self.config.run.trackers, run.path, settings, self.step)
 
     def _save_checkpoint(self, run: RunDirectory) -> None:

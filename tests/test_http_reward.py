@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ppo_engine.config import RewardEndpointConfig
+from ppo_engine.config_io import shown_settings, shown_url
 from ppo_engine.errors import UserError
 from ppo_engine.rewards import http as http_reward
 from ppo_engine.rewards.http import HTTPReward
@@ -195,6 +196,36 @@ def test_columns_that_are_no_json_are_refused(server: Server) -> None:
     with pytest.raises(UserError, match="no valid JSON"):
         reward(PROMPTS, RESPONSES, FINISHED, {"x": [1.0, float("nan"), 2.0]})
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://host:80/a@b", "http://host:80/a@b"),
+        ("http://me:secret@host:80/x", "http://host:80/x"),
+        ("https://host/x?token=secret#secret", "https://host/x?…"),
+        ("http://me:secret@host:99999/x", "http://…"),
+        ("http://me:sec/ret@host/x", "http://…"),
+        ("http://host:port/x", "http://host:port/x"),
+        ("/x?token=secret", "/x?…"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert shown_url(url) == shown
+    settings = {"reward": {"url": url, "sources": [{"url": url, "name": url}, {"url": None}]}}
+    [first, second] = shown_settings(settings)["reward"]["sources"]
+    assert shown_settings(settings)["reward"]["url"] == first["url"] == shown
+    assert first["name"] == url and second == {"url": None}
+
+
+def test_no_message_tells_a_secret(server: Server) -> None:
+    at = server.url.removeprefix("http://")
+    failures = {"http://me:secret@host:99999/x": 0, f"http://me:secret@{at}?secret": 404}
+    for url, status in failures.items():
+        server.answer = lambda _, status=status: (status, "")
+        with pytest.raises(UserError) as caught:
+            HTTPReward(url, RewardEndpointConfig())(PROMPTS, RESPONSES, FINISHED, {})
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://", "https:///score", "http://host:port/", "http://[::1"])

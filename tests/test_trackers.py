@@ -12,6 +12,7 @@ import io
 import logging
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ from test_ppo_trainer import PROMPTS, config, length_reward, rows
 from tiny import tiny_model_folder
 
 from ppo_engine import SFTTrainer
-from ppo_engine.config import DemonstrationDataConfig, RunConfig, SFTConfig, SFTSettings
+from ppo_engine.config import (
+    DemonstrationDataConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+    SFTSettings,
+)
 from ppo_engine.config_io import flatten
 from ppo_engine.errors import UserError
 from ppo_engine.ppo_trainer import PPOTrainer
+from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.trackers import Trackers, check_trackers
 
 SAMPLES = [
@@ -254,3 +262,20 @@ def test_supervised_training_shows_its_steps_from_0_on_and_closes_whatever_happe
     with pytest.raises(MemoryError):
         killed.train()
     assert [step for step, _ in runs[1].logged] == [0] and runs[1].finished == 1
+
+
+def test_trackers_and_a_resume_are_told_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = fake_package(monkeypatch, "trackio")
+    model = tiny_model_folder(tmp_path)
+    settings = config(tmp_path / "run", trackers=["trackio"])
+    reward = RewardConfig(url="http://me:secret@127.0.0.1:1/score?secret")
+    trainer = PPOTrainer(model, None, PROMPTS, config=replace(settings, reward=reward))
+    run = trainer._open_run()
+    trainer._open_trackers(run)
+    assert runs[0].settings["config"]["reward.url"] == "http://127.0.0.1:1/score?…"
+    other = replace(trainer.config, reward=RewardConfig(url="http://me:secret@127.0.0.1:2/"))
+    with pytest.raises(UserError, match=r"reward\.url: .*:1/score.* then, .*:2/' now") as caught:
+        RunDirectory(run.path, other, resume=True)
+    assert "secret" not in str(caught.value)

@@ -25,6 +25,7 @@ from urllib3.exceptions import ReadTimeoutError
 from urllib3.util import Retry
 
 from ppo_engine.config import RewardEndpointConfig
+from ppo_engine.config_io import shown_url
 from ppo_engine.errors import UserError
 from ppo_engine.rewards.function import checked_scores
 from ppo_engine.text import Prompt
@@ -45,12 +46,11 @@ class HTTPReward:
         except ValueError:  # such as a port that is no number
             valid = False
         if not valid:
-            raise UserError(f"{url!r} is not a valid URL: write http://HOST:PORT/PATH.")
+            raise UserError(f"{shown_url(url)!r} is not a valid URL: write http://HOST:PORT/PATH.")
         self.url = url
         self.host = parts.netloc.rpartition("@")[2]
         self.settings = settings
-        # Messages end up in logs: no password in them.
-        self._shown = f"The reward endpoint {parts._replace(netloc=self.host).geturl()}"
+        self._shown = f"The reward endpoint {shown_url(url)}"
         retry = Retry(
             total=_ATTEMPTS - 1,
             read=_READ_ATTEMPTS - 1,
@@ -119,7 +119,8 @@ class HTTPReward:
                 allow_redirects=False,  # they would turn the POST into a GET
             )
         except requests.RequestException as error:
-            reason = getattr(error.args[0] if error.args else error, "reason", None) or error
+            reason = getattr(error.args[0] if error.args else error, "reason", None)
+            reason = reason or str(error).replace(self.url, shown_url(self.url))
             if isinstance(error, requests.Timeout) or isinstance(reason, ReadTimeoutError):
                 raise UserError(
                     f"{self._shown} did not answer within {self.settings.timeout:g} s, nor when "
@@ -138,7 +139,7 @@ def _first_line(response: requests.Response) -> str:
 
 def _advice(response: requests.Response) -> str:
     if response.is_redirect:
-        return f"Use the URL that it points to: {response.headers['location']}"
+        return f"Use the URL that it points to: {shown_url(response.headers['location'])}"
     if response.status_code == requests.codes.too_many_requests or response.status_code >= 500:
         return f"That was the last of {_ATTEMPTS} attempts; look at the server's log."
     return (

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ppo_engine.config_io import as_dict, dump_config, flatten, load_config
+from ppo_engine.config_io import as_dict, dump_config, flatten, load_config, shown_settings
 from ppo_engine.errors import UserError
 
 # A resumed run may differ in these: how long it goes on, where it is, and what it shows.
@@ -104,10 +104,11 @@ class RunDirectory:
                 f"{self.path} holds no run to go on with ({file.name} is not there): correct "
                 "run.output_dir, or start anew with run.resume=false."
             )
-        before = flatten(as_dict(load_config(type(config), str(file))))
-        now = flatten(as_dict(config))
+        both = [as_dict(load_config(type(config), str(file))), as_dict(config)]
+        before, now = map(flatten, both)
+        then, today = map(flatten, map(shown_settings, both))
         changed = [
-            f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+            f"{key}: {then.get(key)!r} then, {today.get(key)!r} now"
             for key in sorted({*before, *now} - _FREE_KEYS)
             if before.get(key) != now.get(key)
         ]
