@@ -142,15 +142,25 @@ def test_tensorboard_gets_metrics_and_samples(tmp_path: Path) -> None:
     trackers.close()
 
 
-def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "again", "expected"),
+    [
+        (2, {3: 30.0, 4: 40.0}, [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]),
+        (0, {0: 5.0, 1: 10.0}, [(0, 5.0), (1, 10.0)]),
+    ],
+    ids=["from a checkpoint", "without one"],
+)
+def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(
+    tmp_path: Path, start: int, again: dict[int, float], expected: list[tuple[int, float]]
+) -> None:
     pytest.importorskip("tensorboard", reason="the optional group `tensorboard` is not installed")
-    for start, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0, 4: 40.0})):
-        trackers = Trackers(["tensorboard"], tmp_path, {}, start)
+    for begin, values in ((0, {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}), (start, again)):
+        trackers = Trackers(["tensorboard"], tmp_path, {}, begin)
         for step, value in values.items():
             trackers.log(step, {"x": value})
         trackers.close()
     found = [(event.step, event.value) for event in tensorboard_events(tmp_path).Scalars("x")]
-    assert found == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -39,7 +39,8 @@ class TensorBoard:
     def __init__(self, folder: Path, settings: Mapping[str, Any], start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = start + 1 if start else None
+        # From the start too: a run resumed without a checkpoint repeats all, step 0 included.
+        purge = start + 1 if start else 0
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
