@@ -36,6 +36,7 @@ class Server:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.answer: Callable[[dict[str, Any]], Answer] = lengths
+        self.retry_after: str | None = None
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,6 +50,8 @@ class Server:
                 self.send_response(status)
                 if 300 <= status < 400:
                     self.send_header("Location", "http://elsewhere/score")
+                if status == 503 and owner.retry_after:
+                    self.send_header("Retry-After", owner.retry_after)
                 self.send_header("Content-Length", str(len(text.encode())))
                 self.end_headers()
                 self.wfile.write(text.encode())
@@ -118,6 +121,18 @@ def test_what_may_pass_is_tried_again(server: Server, failure: Answer) -> None:
     server.answer_in_turn(failure, failure)
     assert server.score() == [1, 8, 3]
     assert len(server.requests) == 3 and server.requests[2] == server.requests[0]
+
+
+@pytest.mark.parametrize("asked", ["21600", "Fri, 01 Jan 2100 00:00:00 GMT"])
+def test_a_server_cannot_ask_for_a_wait_of_hours(
+    server: Server, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
+    server.retry_after = asked
+    server.answer_in_turn((503, ""))
+    assert server.score() == [1, 8, 3]
+    assert waits == [60]
 
 
 @pytest.mark.parametrize("failure", [(400, ""), (404, ""), (422, "")])

@@ -33,6 +33,7 @@ from ppo_engine.text import Prompt
 _ATTEMPTS = 6
 _READ_ATTEMPTS = 3  # where the request got through: each may have cost the server its work
 _BACKOFF = 0.5  # seconds; times 0, 2, 4, 8 and 16: the waits between attempts
+_LONGEST_WAIT = 60  # seconds, where the server asks for a longer one (Retry-After)
 _BODY_CHARACTERS = 200
 
 
@@ -55,6 +56,7 @@ class HTTPReward:
             total=_ATTEMPTS - 1,
             read=_READ_ATTEMPTS - 1,
             backoff_factor=_BACKOFF,
+            retry_after_max=_LONGEST_WAIT,
             status_forcelist=(429, *range(500, 600)),
             allowed_methods=("POST",),
             raise_on_status=False,
