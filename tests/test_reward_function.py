@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -139,6 +142,43 @@ def test_an_async_function_works_where_a_loop_runs_already():
         return score(AsyncJudge())
 
     assert asyncio.run(notebook()).tolist() == [1, 8, 3]
+
+
+def test_what_async_functions_share_lasts_for_all_batches():
+    one_at_a_time = asyncio.Semaphore(1)  # belongs to the loop in which it first made one wait
+
+    async def judge(prompts, responses):
+        async def one(response):
+            async with one_at_a_time:
+                await asyncio.sleep(0)
+                return len(response)
+
+        return await asyncio.gather(*map(one, responses))
+
+    async def other(prompts, responses):
+        return await judge(prompts, responses)
+
+    async def notebook():
+        return score(judge)
+
+    batches = [score(judge), score(judge), score(other), asyncio.run(notebook())]
+    assert [scores.tolist() for scores in batches] == [[1, 8, 3]] * 4
+
+
+def test_an_interrupt_ends_an_async_function():
+    ended = threading.Event()
+
+    async def judge(prompts, responses):
+        try:
+            await asyncio.sleep(0.2)  # the score is waited for by now
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        score(judge)
+    assert ended.wait(5)
 
 
 def test_an_async_function_that_fails_says_where(tmp_path):
