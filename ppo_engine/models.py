@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import itertools
 import logging
 import sys
 from collections.abc import Iterator
@@ -297,13 +298,32 @@ def is_quantized(model: Any) -> bool:
 
 
 def _copy_on_cpu(model: nn.Module) -> Any:
-    """A copy that takes nothing of a GPU's memory, which a run may need to the last byte."""
-    copies: dict[int, Any] = {  # what deepcopy takes to be copied already
-        id(x): nn.Parameter(x.detach().to("cpu", copy=True), x.requires_grad)
-        for x in model.parameters()
+    """A copy that takes nothing of a GPU's memory, which a run may need to the last byte: but for
+    one quantised layer at a time, which becomes a plain one in fp32."""
+    copies: dict[int, Any] = {
+        id(layer): _dequantized(layer) for layer in model.modules() if hasattr(layer, "source_cls")
     }
-    copies |= {id(x): x.to("cpu", copy=True) for x in model.buffers()}
+    for x in itertools.chain(model.parameters(), model.buffers()):
+        if type(x) not in (nn.Parameter, Tensor):
+            continue  # a quantised weight, of which there is a copy
+        on_cpu = x.detach().to("cpu", copy=True)
+        copies[id(x)] = (
+            nn.Parameter(on_cpu, x.requires_grad) if isinstance(x, nn.Parameter) else on_cpu
+        )
     return copy.deepcopy(model, copies)
+
+
+def _dequantized(layer: Any) -> nn.Linear:
+    """A quantised layer as the plain one that it was made from, rounded as it is, on the CPU."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = nn.Parameter(weight.detach().to("cpu", torch.float32), False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to("cpu", torch.float32), False)
+    return plain
 
 
 def merged(model: Any) -> Any:
@@ -315,17 +335,17 @@ def merged(model: Any) -> Any:
     """
     if not hasattr(model, "merge_and_unload"):
         return model
-    if not is_quantized(model):  # the trained model keeps its adapters
-        return _copy_on_cpu(model).merge_and_unload()
-    twin = copy.deepcopy(model)
+    twin = _copy_on_cpu(model)  # the trained model keeps its adapters
+    if not is_quantized(model):
+        return twin.merge_and_unload()
     # Merged by peft they would be quantised again, and the adapters with them.
     deltas = {
         name: module.get_delta_weight(module.active_adapter[0])
         for name, module in unwrap(twin).named_modules()
         if hasattr(module, "get_delta_weight")
     }
-    with quiet_transformers():
-        plain = twin.unload().dequantize(dtype=torch.float32)
+    plain = twin.unload()
+    plain.hf_quantizer.remove_quantization_config(plain)
     with torch.no_grad():
         for name, delta in deltas.items():
             plain.get_submodule(name).weight += delta

@@ -122,14 +122,14 @@ def value_model_from_policy(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
     """The policy's transformer, copied (adapters merged), under a new head."""
-    policy = models.merged(policy)
+    device, policy = policy.device, models.merged(policy)  # merged, it is on the CPU
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with models.quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     init_head(_find_head(model)[1], seed)
-    return ready_value_model(model, tokenizer, policy.device)
+    return ready_value_model(model, tokenizer, device)
 
 
 def init_head(head: nn.Linear, seed: int) -> None:

@@ -95,6 +95,11 @@ def experience_of(engine: PPOEngine) -> Experience:
     return engine.estimate_advantages(rollout, engine.score(rollout))
 
 
+def refuse_copy(parameter: Any, memo: Any) -> Any:
+    """In place of a copy where the parameter is, which may be a GPU without room for it."""
+    raise AssertionError("a parameter was copied on its device")
+
+
 def critic_of(engine: PPOEngine) -> Any:
     assert engine.critic is not None
     return engine.critic.model
@@ -129,7 +134,9 @@ def test_a_step_trains_adapters_and_head_alone(folder: str, bits: Bits | None) -
 
 
 @pytest.mark.parametrize("bits", BASES)
-def test_what_is_saved_is_what_was_trained(folder: str, tmp_path: Path, bits: Bits | None) -> None:
+def test_what_is_saved_is_what_was_trained(
+    folder: str, tmp_path: Path, bits: Bits | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(folder, bits)
     experience = experience_of(engine)
     for _ in range(2):
@@ -138,6 +145,9 @@ def test_what_is_saved_is_what_was_trained(folder: str, tmp_path: Path, bits: Bi
     with torch.no_grad():
         logprobs, _ = engine.policy.response_logprobs(rollout, 1.0)
         values = engine.critic.values(rollout)
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse_copy)
+    for name in ("Params4bit", "Int8Params") if bits else ():
+        monkeypatch.setattr(f"bitsandbytes.nn.{name}.__deepcopy__", refuse_copy)
     engine.policy.save(tmp_path / "policy")
     save_value_model(critic_of(engine), engine.policy.tokenizer, tmp_path / "critic")
 
