@@ -103,8 +103,9 @@ def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> l
         return list(rankings)
     chosen, room = [], max_pairs
     # A sample, not the start: files are often sorted.
-    count = min(len(rankings), max_pairs)
-    for index in random.Random(seed).sample(range(len(rankings)), count):
+    for index in random.Random(seed).sample(range(len(rankings)), len(rankings)):
+        if not room:
+            break
         if rankings[index].pairs <= room:
             chosen.append(index)
             room -= rankings[index].pairs
