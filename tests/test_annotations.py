@@ -84,6 +84,9 @@ ORDER = ["response-3", "response-1", "response-2"]
 WITH_TIE = [{"value": name, "rank": rank} for name, rank in zip(ORDER, (1, 2, 2), strict=True)]
 EXPORTS: dict[str, tuple[Row, list[tuple[str, str]], dict[str, int]]] = {
     "argilla 2, ranking": (argilla(THREE, preference=[(ORDER, None)]), C_A_B, {}),
+    "argilla 2, fields without numbers": (
+        argilla({"prompt": "Q", "x": "A", "y": "B"}, rank=[(["y", "x"], None)]), [("B", "A")], {},
+    ),
     "argilla 2, beside other questions": (
         argilla(THREE, rank=[(ORDER, None)], why=[("none at all", None)], score=[(4, None)],
                 topics=[(["art", "science"], None)]),
@@ -209,6 +212,15 @@ def test_an_annotation_is_named_and_its_neighbors_are_kept() -> None:
             "fields, each once: response-3, .*, other",
         ),
         (argilla(THREE, rank=[(ORDER + ORDER[:1], None)]), "text fields, each once"),
+        (
+            argilla(THREE, acceptable=[(ORDER[:2], None)]),
+            "several labels .* names response-3, response-1 of response-1, response-2, response-3",
+        ),
+        (
+            argilla({"prompt": "Q", "x": "A", "y": "B", "z": "C"}, fit=[(["z", "x"], None)]),
+            "several labels without order",
+        ),
+        (argilla(THREE, Worst=[("response-1", None)]), "worst response: .* for the best"),
         (argilla(TWO, best=[("response_1", None), ("A", None)]), "label names no text field: 'A'"),
         (
             argilla({"prompt": "Q", "good": "A", "bad": "B"}, best=[("good", None)]),

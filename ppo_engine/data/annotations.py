@@ -7,8 +7,10 @@ whose meaning would have to be guessed is a bad line that says what was expected
 **Argilla 2** (checked with 2.8): `records.to_json` and `to_list`, and the flattened rows of
 `to_list(flatten=True)` and `to_datasets`. **Argilla 1** (`FeedbackDataset`): the rows of
 `format_as("datasets")` and `push_to_huggingface`. The one question that compares is a
-RankingQuestion whose values are names of fields (best first, or with a `rank` each, equal for a
-tie), or a LabelQuestion whose label names the best one of `response_1`, `response_2`, … or a tie.
+RankingQuestion whose values are names of fields (all of them, best first, or with a `rank` each,
+equal for a tie), or a LabelQuestion whose label names the best one of `response_1`, `response_2`, …
+or a tie. In a list that names some responses only, as a MultiLabelQuestion's, order means nothing;
+and a question that is named for the worst is no such question: both are bad lines.
 Argilla 2 itself does not export two things: the ties of a ranking and, in `to_json`, the status of
 an answer. So filter the records for submitted ones before that.
 
@@ -36,6 +38,7 @@ _RESPONSES = ("response", "answer", "completion", "reply", "output", "generation
 _TIES = ("tie", "equal", "same", "both", "neither", "none")
 # What JSON-MIN writes beside the task's own columns.
 _JSON_MIN = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time")
+_FOR_THE_WORST = re.compile(r"worst|least|lowest|reject|dislike", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?P<stem>.*?)[-_ ]?(?P<number>\d+|(?<=[-_ ])[A-Za-z]|[A-Z])")
 
 Fields = Mapping[str, Any]
@@ -177,6 +180,11 @@ def _comparing_question(
             ": expected a ranking or a label whose values are names of text fields (questions: "
             f"{', '.join(questions)}; text fields: {', '.join(texts)})",
         )
+    if _FOR_THE_WORST.search(found[0]):
+        raise BadLineError(
+            "a question seems to ask for the worst response",
+            f": expected one for the best (question: {found[0]}); turn it round, or rename it",
+        )
     return found[0]
 
 
@@ -206,6 +214,13 @@ def _ranking(value: Any, texts: Fields) -> dict[str, Any]:
             "a ranking does not name text fields, each once",
             f": {', '.join(name for name, _ in named) or value} (text fields: {', '.join(texts)})",
         )
+    whole = _family(str(fields[0]), texts) or [name for name in texts if name not in _PROMPTS]
+    plain = isinstance(value, list) and isinstance(value[0], str)
+    if plain and not {*whole} <= {*fields}:
+        raise BadLineError(
+            "a list names some responses only: is it a ranking, or several labels without order",
+            f"? It names {', '.join(map(str, fields))} of {', '.join(whole)}",
+        )
     ranks = (-1 if rank is None else rank for _, rank in named)
     return dict(zip(map(str, fields), ranks, strict=True))
 
@@ -219,13 +234,17 @@ def _label_ranks(label: str, texts: Fields) -> dict[str, int]:
         raise BadLineError(
             "a label names no text field", f": {label!r} (text fields: {', '.join(texts)})"
         )
-    family = next((names for names in _families(texts).values() if best in names), [])
+    family = _family(best, texts)
     if len(family) < 2:
         raise BadLineError(
             "what a label was preferred to is not clear",
             f": expected fields such as response_1 and response_2, not {', '.join(texts)}",
         )
     return {name: int(name != best) for name in family}
+
+
+def _family(field: str, texts: Fields) -> list[str]:
+    return next((names for names in _families(texts).values() if field in names), [])
 
 
 def _field(name: str, texts: Fields) -> str | None:

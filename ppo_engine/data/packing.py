@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine import models
 
 _PROBE = ("The quick brown fox jumps over the lazy dog.", "Another text, in the same row.")
-# Of what one text sees of another where they are one: products whose shapes depend on the tokens, as
-# those of experts do, round by less.
+# Of what one text sees of another where they are one: products whose shapes depend on the tokens,
+# as those of experts do, round by less.
 _ROUNDING = 1e-2
 
 
