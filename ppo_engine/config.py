@@ -312,7 +312,8 @@ class DemonstrationDataConfig:
     path: str = ""
     eval_path: str | None = None  # instead of holding out a share
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    max_tokens: PositiveInt = 1024  # of an example, longer ones are cut; of a row, which holds many
+    # Of an example, longer ones are cut; of a row, which holds many.
+    max_tokens: Annotated[int, Field(ge=2)] = 1024
     on_bad_line: Literal["error", "skip"] = "error"
 
 

@@ -374,6 +374,13 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_example_holds_more_than_one_token(folder: str) -> None:
+    with pytest.raises(ValueError, match="max_tokens"):
+        trainer(folder, data={"max_tokens": 1})
+    made = trainer(folder, data={"max_tokens": 2})
+    assert made.train_step(made.mini_batch(0))["sft/loss"] > 0
+
+
 def test_a_refused_conversation_is_named_or_skipped(folder: str) -> None:
     template = (
         "{% for m in messages %}{% if 'no' in m['content'] %}{{ raise_exception('never') }}"
