@@ -322,7 +322,7 @@ class SFTSettings:
     """Supervised fine-tuning: the negative log-likelihood of response tokens."""
 
     batch_size: PositiveInt = 16  # examples per optimizer step
-    micro_batch_size: PositiveInt = 4  # rows of data.max_tokens per forward pass; memory only
+    micro_batch_size: PositiveInt = 4  # times data.max_tokens: tokens of a pass; memory only
     epochs: PositiveInt = 1
 
 
