@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,10 @@ def test_a_plan_holds_every_example_once_within_its_limits(lengths: list[int], p
         assert sum(sum(lengths[i] for i in row) <= 32 for row in rows) <= 1
     else:
         assert all(len(row) == 1 for row in rows)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_plan_of_many_examples_takes_no_time(pack: bool) -> None:
+    started = time.process_time()
+    assert len(plan([64] * 20_000, room=64, rows=1, pack=pack)) == 20_000
+    assert time.process_time() - started < 2  # where every row is looked at for each: 10 and more

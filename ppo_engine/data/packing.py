@@ -51,18 +51,8 @@ def plan(lengths: Sequence[int], room: int, rows: int, pack: bool) -> list[list[
     First-fit decreasing: the longest first, each into the first row that has room for it. What is
     planned together is a mini-batch, so that training batches stay as random as they were.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    filled: list[list[int]] = []
-    used: list[int] = []
-    for index in order:
-        length = lengths[index]
-        place = next((r for r, n in enumerate(used) if pack and n + length <= room), None)
-        if place is None:
-            filled.append([index])
-            used.append(length)
-        else:
-            filled[place].append(index)
-            used[place] += length
+    filled = _first_fit(lengths, room) if pack else [[index] for index in range(len(lengths))]
+    used = [sum(lengths[index] for index in row) for row in filled]
     # Rows of similar length together; the first of a pass is its widest.
     passes: list[list[list[int]]] = []
     width = 0
@@ -72,6 +62,25 @@ def plan(lengths: Sequence[int], room: int, rows: int, pack: bool) -> list[list[
             width = used[row]
         passes[-1].append(filled[row])
     return passes
+
+
+def _first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    shortest = min(lengths, default=0)
+    filled: list[list[int]] = []
+    unfilled: list[tuple[list[int], int]] = []  # the rows that another fits into, and its room
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        place = next((r for r, (_, left) in enumerate(unfilled) if length <= left), None)
+        if place is None:
+            place = len(unfilled)
+            filled.append([])
+            unfilled.append((filled[-1], room))
+        row, left = unfilled[place]
+        row.append(index)
+        unfilled[place] = row, left - length
+        if left - length < shortest:
+            del unfilled[place]
+    return filled
 
 
 def stack_rows(
