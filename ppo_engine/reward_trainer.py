@@ -111,6 +111,17 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         limit = self.config.data.max_pairs
         return rows if limit is None else sample_rankings(rows, limit, self.config.run.seed)
 
+    def _split(self, source: Any) -> tuple[list[Ranking], list[Ranking]]:
+        training, held_out = super()._split(source)
+        guessed = sum(not ranking.prompt_given for ranking in (*training, *held_out))
+        if guessed and held_out:
+            self.notes.append(
+                f"{guessed} preferences are whole texts without a prompt, which is taken to be "
+                "what both begin with: those of one prompt may be among training and held-out "
+                "ones. Give each its prompt to be sure."
+            )
+        return training, held_out
+
     def _load_model(self, model: str | PreTrainedModel | None) -> Any:
         config, seed = self.config.model, self.config.run.seed
         if isinstance(model, PreTrainedModel):

@@ -351,6 +351,17 @@ def test_a_chat_that_the_template_refuses_is_named_or_skipped(folder):
         made("skip", rows[3:])
 
 
+@pytest.mark.parametrize(("whole", "eval_fraction"), [(True, 0.25), (True, 0), (False, 0.25)])
+def test_whole_texts_that_may_share_a_prompt_are_noted(folder, whole, eval_fraction):
+    pairs = planted_pairs(8)
+    for pair in pairs[:3] if whole else []:
+        prompt = pair.pop("prompt")
+        pair.update({name: f"{prompt} {text}" for name, text in pair.items()})
+    made = trainer(folder, pairs=pairs, data={"eval_fraction": eval_fraction})
+    noted = "3 preferences are whole texts" in " ".join(made.notes)
+    assert noted == bool(whole and eval_fraction)
+
+
 def test_a_sample_of_the_pairs(folder):
     data = {"max_pairs": 20, "eval_fraction": 0.0}
     made = trainer(folder, pairs=planted_pairs(32), data=data)

@@ -44,6 +44,7 @@ class Ranking:
     ranks: tuple[int, ...]
     margin: float | None = None
     place: str = field(default="", compare=False)  # where it stood in the data
+    prompt_given: bool = field(default=True, compare=False)  # not but what two whole texts share
 
     @property
     def pairs(self) -> int:
@@ -125,6 +126,7 @@ def _ranking_of(row: Any, chat: bool) -> Ranking:
     chosen, rejected = column(row, "chosen"), column(row, "rejected")
     prompt = check_prompt(row["prompt"]) if row.get("prompt") is not None else None
     margin = _check_margin(row.get("margin"))
+    given = True
     if isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
         if prompt is not None:
@@ -133,13 +135,14 @@ def _ranking_of(row: Any, chat: bool) -> Ranking:
             prompt, chosen, rejected = _split_dialogues(chosen, rejected, chat)
         else:
             prompt, chosen, rejected = _split_texts(chosen, rejected)
+            given = False
     else:
         prompt, chosen, rejected = _split_messages(
             prompt, check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
         )
     if chosen == rejected:
         raise BadLineError("chosen and rejected are the same")
-    return Ranking(prompt, (chosen, rejected), (0, 1), margin)
+    return Ranking(prompt, (chosen, rejected), (0, 1), margin, prompt_given=given)
 
 
 def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:

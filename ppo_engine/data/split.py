@@ -33,7 +33,8 @@ def split_by_prompt(
 ) -> tuple[list[Example], list[Example]]:
     """`(training, held out)`, about `fraction` of the examples held out, by prompt and repeatably.
 
-    Examples of one prompt never stand on both sides: held-out metrics would flatter otherwise.
+    Examples of one prompt never stand on both sides: held-out metrics would flatter otherwise. Of
+    whole texts the prompt is but a guess (`preferences.Ranking.prompt_given`).
     """
     if fraction == 0:
         return list(examples), []
