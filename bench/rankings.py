@@ -1,8 +1,9 @@
 """A reward model trained on rankings of four, against the same data expanded to pairs.
 
-Answers to short prompts, ranked by VADER as in the demo; the same prompts held out, the same number
-of optimizer steps. A prompt's four answers are read once as a ranking, and twelve times as six
-pairs. Seconds are those of the training steps alone.
+Answers to short prompts, ranked by VADER as in the demo; the same prompts held out. Rankings with a
+tie are left out: the others have six pairs each, so that both ways take the same number of optimizer
+steps, each over the same rankings' worth of pairs, and read a ranking's answers four times or
+twelve. Seconds are those of the training steps alone.
 
     python bench/rankings.py --model HuggingFaceTB/SmolLM2-135M-Instruct --cache rankings.jsonl
 """
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--cache", required=True, type=Path, help="file of the ranked answers")
     parser.add_argument("--depth", type=int, default=6, help="layers of the reward model")
     parser.add_argument("--rounds", type=int, default=2, help="rankings of each prompt")
-    parser.add_argument("--seeds", type=int, default=2, help="splits and trainings")
+    parser.add_argument("--seeds", type=int, default=5, help="splits and trainings")
     options = parser.parse_args()
     keep_freed_memory()
     if not options.cache.exists():
@@ -70,6 +71,7 @@ def main() -> None:
                 place = Path(folder) / f"{name}-{seed}"
                 found.append(train(shallow, name, sets, place, seed))
                 print(f"seed {seed}, {name}: {told(found[-1])}", flush=True)
+            assert len({found[-1]["steps"] for found in results.values()}) == 1
     show(results)
 
 
@@ -96,9 +98,9 @@ def rank_answers(model: str, cache: Path, rounds: int) -> None:
 
 
 def read(cache: Path) -> list[dict[str, Any]]:
-    """The rankings that have a pair."""
+    """The rankings without a tie, which have all six pairs."""
     rows = [json.loads(line) for line in cache.read_text(encoding="utf-8").split("\n") if line]
-    return [row for row in rows if len({*row["ranks"]}) > 1]
+    return [row for row in rows if len({*row["ranks"]}) == len(TONES)]
 
 
 def split(rankings: list[dict[str, Any]], seed: int) -> dict[str, list[dict[str, Any]]]:
@@ -115,11 +117,9 @@ def expand(rankings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All ordered pairs."""
     pairs = []
     for row in rankings:
-        ranked = list(zip(row["ranks"], row["responses"], strict=True))
-        for (rank_a, a), (rank_b, b) in itertools.combinations(ranked, 2):
-            if rank_a != rank_b:
-                better, worse = (a, b) if rank_a < rank_b else (b, a)
-                pairs.append({"prompt": row["prompt"], "chosen": better, "rejected": worse})
+        best_first = sorted(zip(row["ranks"], row["responses"], strict=True))
+        for (_, better), (_, worse) in itertools.combinations(best_first, 2):
+            pairs.append({"prompt": row["prompt"], "chosen": better, "rejected": worse})
     return pairs
 
 
