@@ -122,7 +122,7 @@ def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool
         torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)
         for text in _PROBE
     )
-    other = torch.full_like(first, second[0])
+    other = torch.full_like(first, int(second[0]))
 
     def seen(positions: Tensor, rows: int) -> float:
         """By how much the second text's logits tell which text is before it."""
