@@ -1,9 +1,9 @@
 """A reward model trained on rankings of four, against the same data expanded to pairs.
 
 Answers to short prompts, ranked by VADER as in the demo; the same prompts held out. Rankings with a
-tie are left out: the others have six pairs each, so that both ways take the same number of optimizer
-steps, each over the same rankings' worth of pairs, and read a ranking's answers four times or
-twelve. Seconds are those of the training steps alone.
+tie are left out: the others have six pairs each, so that both ways take the same number of
+optimizer steps. A step reads each of its rankings' answers once, or three times, in the pairs that
+they are in. Seconds are those of the training steps alone.
 
     python bench/rankings.py --model HuggingFaceTB/SmolLM2-135M-Instruct --cache rankings.jsonl
 """
