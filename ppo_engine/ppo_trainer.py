@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class PPOTrainer:
         if self.engine.policy.logits_note:
             self.notes.append(self.engine.policy.logits_note)
         self.step = 0
+        self._closing = ExitStack()
 
     def train(self) -> dict[str, float]:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
@@ -113,6 +114,10 @@ class PPOTrainer:
         or the only one, is profiled (the first warms up): see `anatomy`. With held-out prompts
         (`config.evaluation`) it may end early, and `best/` holds the best policy.
         """
+        with self._closing:  # trackers, whatever happens
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         config = self.config.run
         run: RunDirectory | None = None
         trackers: Trackers | None = None
@@ -167,8 +172,6 @@ class PPOTrainer:
             progress.note(f"The policy is in {run.path / 'policy'}")
             for note in self.evaluator.notes():
                 progress.note(note)
-        if trackers is not None:
-            trackers.close()
         write_curves(run.path, run.path / "report.png", self.title)
         return metrics
 
@@ -256,7 +259,9 @@ class PPOTrainer:
 
     def _open_trackers(self, run: RunDirectory) -> Trackers:
         settings = flatten(shown_settings(as_dict(self.config)))
-        return Trackers(self.config.run.trackers, run.path, settings, self.step)
+        trackers = Trackers(self.config.run.trackers, run.path, settings, self.step)
+        self._closing.callback(trackers.close)
+        return trackers
 
     def _save_checkpoint(self, run: RunDirectory) -> None:
         with atomic_folder(run.checkpoint(self.step)) as folder:

@@ -289,3 +289,19 @@ def test_trackers_and_a_resume_are_told_no_secret(
     with pytest.raises(UserError, match=r"reward\.url: .*:1/score.* then, .*:2/' now") as caught:
         RunDirectory(run.path, other, resume=True)
     assert "secret" not in str(caught.value)
+
+
+def test_a_run_that_fails_closes_its_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = fake_package(monkeypatch, "trackio")
+    settings = config(tmp_path / "run", trackers=["trackio"])
+    trainer = PPOTrainer(tiny_model_folder(tmp_path), length_reward, PROMPTS, config=settings)
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trainer.engine, "update", fails)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert runs[0].finished == 1
