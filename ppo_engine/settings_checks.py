@@ -9,6 +9,11 @@ from ppo_engine.errors import UserError
 def check_settings(config: PPOConfig) -> None:
     """Raise a `UserError` for settings that contradict one another, or would do nothing."""
     _check_evaluation(config.evaluation)
+    if config.reward.missing_eos_score is not None and config.reward.missing_eos_penalty:
+        raise UserError(
+            "reward.missing_eos_penalty would do nothing: reward.missing_eos_score replaces the "
+            "score of an unfinished response. Set one of them."
+        )
     settings = config.ppo
     name = f"ppo.estimator={settings.estimator}"
     if settings.compares_groups and settings.group_size < 2:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppo_engine.config import RewardConfig
+from ppo_engine.config import PPOConfig, RewardConfig
+from ppo_engine.errors import UserError
 from ppo_engine.rewards.shaping import ScoreNormalizer, length_penalty, shape_scores
 from ppo_engine.rollout import Rollout
+from ppo_engine.settings_checks import check_settings
 
 
 def rollout(lengths: list[int], finished: list[bool]) -> Rollout:
@@ -89,3 +91,11 @@ def test_the_length_penalty_is_the_soft_overlong_punishment_of_dapo():
         0 if n <= limit - cache else ((limit - cache) - n) / cache for n in lengths.tolist()
     ]
     assert (-length_penalty(lengths, config)).tolist() == pytest.approx(punished)
+
+
+def test_a_penalty_beside_a_replacement_would_do_nothing() -> None:
+    both = RewardConfig(missing_eos_score=0.0, missing_eos_penalty=0.5)
+    with pytest.raises(UserError, match="missing_eos_penalty would do nothing"):
+        check_settings(PPOConfig(reward=both))
+    for one in ({"missing_eos_score": 0.0}, {"missing_eos_penalty": 0.5}):
+        check_settings(PPOConfig(reward=RewardConfig(**one)))
