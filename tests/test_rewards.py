@@ -223,3 +223,8 @@ def test_each_model_of_the_policys_tokenizer_reads_tokens(reward_folders, monkey
     assert engine.critic is not None
     assert torch.equal(engine.critic.model.state_dict()["score.weight"], head)
     assert not torch.equal(other.model.state_dict()["score.weight"], head)
+
+
+def test_a_model_without_its_tokenizer_is_no_reward() -> None:
+    with pytest.raises(UserError, match=r"LlamaForCausalLM alone is no reward: pass its folder"):
+        load(tiny_model())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.config import RewardEndpointConfig, RewardSource, ScoringConfig
@@ -143,6 +143,11 @@ def load_reward(
         given = parse_source(given)
     if isinstance(given, Reward):
         return given
+    if isinstance(given, nn.Module):
+        raise UserError(
+            f"A reward model needs its tokenizer, so this {type(given).__name__} alone is no "
+            "reward: pass its folder or name, rewards.model.RewardModel, or a function."
+        )
     if not isinstance(given, RewardSource):
         if not callable(given):
             raise UserError(f"A reward must be a function or a name, but is {shown(given)}.")
