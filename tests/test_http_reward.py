@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import socket
 import threading
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import torch
 
 from ppo_engine.config import RewardEndpointConfig
 from ppo_engine.config_io import shown_settings, shown_url
@@ -206,10 +208,11 @@ def test_an_endpoint_that_is_not_there() -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_columns_that_are_no_json_are_refused(server: Server) -> None:
+@pytest.mark.parametrize("value", [float("nan"), datetime.date(2026, 1, 1), torch.ones(2)])
+def test_columns_that_are_no_json_are_refused(server: Server, value: Any) -> None:
     reward = HTTPReward(server.url, RewardEndpointConfig())
     with pytest.raises(UserError, match="no valid JSON"):
-        reward(PROMPTS, RESPONSES, FINISHED, {"x": [1.0, float("nan"), 2.0]})
+        reward(PROMPTS, RESPONSES, FINISHED, {"x": [1.0, value, 2.0]})
     assert server.requests == []
 
 

@@ -91,11 +91,11 @@ class HTTPReward:
 
     def _answer(self, request: Mapping[str, Any]) -> Any:
         try:
-            body = json.dumps(request, default=str, allow_nan=False)
-        except ValueError as error:
+            body = json.dumps(request, allow_nan=False)
+        except (TypeError, ValueError) as error:
             raise UserError(
                 f"{self._shown} cannot be asked: the prompts or their columns are no valid JSON "
-                f"({error}). Mend the data."
+                f"({error}). Give text, finite numbers, lists and dictionaries of them."
             ) from error
         response = self._post(body)
         if response.status_code != requests.codes.ok:
