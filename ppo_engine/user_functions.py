@@ -78,6 +78,12 @@ def _import_file(source: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"The function's file {source!r} does not exist.")
+    return _run_file(path, path.stat().st_mtime_ns, source)
+
+
+@functools.cache
+def _run_file(path: Path, changed: int, source: str) -> ModuleType:
+    """Once for all functions of a file, which may load a judge; again where it `changed`."""
     name = f"_user_file_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # it ends in .py

@@ -219,3 +219,12 @@ def test_a_function_that_cannot_be_loaded(tmp_path, spec, message):
     (tmp_path / "syntax.py").write_text("def judge(:\n")
     with pytest.raises(UserError, match=message):
         import_function(spec.format(folder=tmp_path))
+
+
+def test_a_file_runs_once_for_all_its_functions_until_it_changes(tmp_path):
+    file = tmp_path / "judges.py"
+    file.write_text("judge = object\ndef one(p, r): return judge\ndef two(p, r): return one\n")
+    one, two = (import_function(f"{file}:{name}") for name in ("one", "two"))
+    assert two(0, 0) is one
+    os.utime(file, ns=(0, 0))
+    assert import_function(f"{file}:one") is not one
