@@ -40,8 +40,8 @@ inline Vec<A> log1p_unit(Vec<A> x) {
   return (s + s) * polynomial(Vec<A>(s * s), kAtanh<A>);
 }
 
-// The same for 0 <= x <= 2^100: 1 + x = 2^n (1 + f) with f in [0, 1], n ln 2 + log(1 + f). Below 1,
-// f is x itself.
+// The same for x from 0 to below 2^126 in float, 2^1022 in double, where 2^-n is a normal number:
+// 1 + x = 2^n (1 + f) with f in [0, 1], n ln 2 + log(1 + f). Below 1, f is x itself.
 template <class A>
 inline Vec<A> log1p_positive(Vec<A> x) {
   using C = ExpConstants<A>;

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kMostAcross = 32;  // responses of a prompt that takes a lane
 constexpr int64_t kRoom = 2048;      // responses of a tile of such prompts
 constexpr int64_t kOwn = 64;         // responses that meet a tile of their prompt's at a time
-constexpr int64_t kTerms = 64;       // pairs summed in A at a time; log1p_positive takes 100
+constexpr int64_t kTerms = 64;       // pairs summed in A at a time, in double up to twice as many
 
 // Ranks beside A: R is int32_t where A is float and that holds them all, else int64_t.
 template <class A, class R> struct RankVector {
