@@ -48,6 +48,18 @@ def load_value_model(
     `require_head` (a model that is to score without being trained) that is a UserError, as is a
     checkpoint with another number of labels, or one from which no per-token values can be made.
     """
+    model = read_value_model(path, seed=seed, require_head=require_head, options=options)
+    return ready_value_model(model, tokenizer, device)
+
+
+def read_value_model(
+    path: str,
+    *,
+    seed: int = 0,
+    require_head: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """What `load_value_model` loads, for `ready_value_model`, which checks it."""
     path = models.resolve(path)
     config = models.load_model_config(path)
     if models.is_classifier(config) and config.num_labels != 1:
@@ -78,7 +90,7 @@ def load_value_model(
                 "from it first (`ppo-engine reward`)."
             )
         init_head(head, seed)
-    return ready_value_model(model, tokenizer, device)
+    return cast(PreTrainedModel, model)
 
 
 def ready_value_model(

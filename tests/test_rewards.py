@@ -228,3 +228,12 @@ def test_each_model_of_the_policys_tokenizer_reads_tokens(reward_folders, monkey
 def test_a_model_without_its_tokenizer_is_no_reward() -> None:
     with pytest.raises(UserError, match=r"LlamaForCausalLM alone is no reward: pass its folder"):
         load(tiny_model())
+
+
+def test_a_reward_model_is_probed_once(
+    reward_folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes: list[Any] = []
+    monkeypatch.setattr("ppo_engine.value_model.check_value_head", lambda *_: probes.append(1))
+    load(reward_folders[0])
+    assert len(probes) == 1

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine import models
 from ppo_engine.text import Prompt, encode_dialogue, pad_left
-from ppo_engine.value_model import load_value_model, ready_value_model, sequence_scores
+from ppo_engine.value_model import read_value_model, ready_value_model, sequence_scores
 
 _PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
 
@@ -89,7 +89,7 @@ def load_reward_model(
     path = models.resolve(path)
     models.load_model_config(path)
     tokenizer = models.load_tokenizer(path)
-    model = load_value_model(path, tokenizer, device=device, require_head=True)
+    model = read_value_model(path, require_head=True)
     return RewardModel(
         model, tokenizer, device=device, dtype=dtype, micro_batch_size=micro_batch_size
     )
