@@ -86,7 +86,10 @@ class Evaluator:
         """Count the evaluation after `step`; a new best policy goes into the run's `best/`."""
         if evaluation.points is not None:
             run.log_critic(step, evaluation.points)
-        score = evaluation.metrics["eval/scores"]
+        metrics = evaluation.metrics
+        score = metrics["eval/scores"]
+        if not self.engine.config.reward.normalize:
+            score = metrics.get("eval/shaped_scores", score)
         self.since_best += 1
         if score <= self.best_score:
             return
@@ -174,9 +177,9 @@ class Evaluator:
             "response_length": rollout.lengths,
             "finished": rollout.finished,
         }
+        found["shaped_scores"] = engine.shaped_scores(rollout, scores)
         if engine.critic is not None:
             found["values"] = values_along(engine.values(rollout), rollout.mask)
-            found["shaped_scores"] = engine.shaped_scores(rollout, scores)
         return found
 
     def _compared(self, policy: _Answers, reference: _Answers) -> Evaluation:
@@ -186,6 +189,9 @@ class Evaluator:
         if each > 1:
             metrics[f"eval/best_of_{each}"] = float(expected_best(scores, each).mean())
         metrics |= mean_and_error("eval/win_rate", win_shares(scores, ref_scores))
+        shaped = numbers["shaped_scores"].view(-1, each)
+        if not torch.equal(shaped, scores):
+            metrics |= mean_and_error("eval/shaped_scores", shaped.mean(1))
         for name in ("kl", "response_length", "finished"):
             metrics[f"eval/{name}"] = float(numbers[name].mean())
         points = None

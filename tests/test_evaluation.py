@@ -180,12 +180,15 @@ def test_metrics_are_what_they_say(model, tmp_path, monkeypatch, each):
         for ours, others in zip(groups, their_groups, strict=True)
     ]
     means = [statistics.mean(group) for group in groups]
+    shaped_means = [statistics.mean(shaped[i : i + each]) for i in range(0, len(scores), each)]
     root = math.sqrt(len(HELD_OUT))
     expected = {
         "eval/scores": statistics.mean(scores),
         "eval/scores_se": statistics.stdev(means) / root,
         "eval/win_rate": statistics.mean(wins),
         "eval/win_rate_se": statistics.stdev(wins) / root,
+        "eval/shaped_scores": statistics.mean(shaped),
+        "eval/shaped_scores_se": statistics.stdev(shaped_means) / root,
         "eval/kl": statistics.mean(kls),
         "eval/response_length": statistics.mean(lengths),
         "eval/finished": statistics.mean(finished),
@@ -250,9 +253,8 @@ def test_one_prompt_has_no_standard_error(model, tmp_path):
     evaluator = trained_evaluator(model, tmp_path, prompts=1)
     evaluator.examples = evaluator.examples[:1]
     found = evaluate(evaluator).metrics
-    assert found.keys() == {
-        f"eval/{name}" for name in ("scores", "win_rate", "kl", "response_length", "finished")
-    }
+    names = ("scores", "shaped_scores", "win_rate", "kl", "response_length", "finished")
+    assert found.keys() == {f"eval/{name}" for name in names}
 
 
 @pytest.mark.parametrize(("estimator", "group_size"), [("grpo", 2), ("remax", 1)])
@@ -480,6 +482,23 @@ def test_a_best_from_after_the_checkpoint_stays_the_one_to_beat(model, tmp_path,
     trainer.train()
     assert json.loads((run / "best" / "best.json").read_text()) == {"step": 3, "score": 9.0}
     assert "step 3, score +9.000; it is in best/" in trainer.evaluator.notes()[0]
+
+
+@pytest.mark.parametrize(("normalize", "best"), [(False, 1), (True, 2)])
+def test_the_best_is_the_best_with_its_penalties(model, tmp_path, monkeypatch, normalize, best):
+    """Where penalties and scores are of one scale."""
+    scripted = iter([(0.0, 0.0), (1.0, 0.9), (2.0, 0.5)])
+
+    def evaluate(*_):
+        score, shaped = next(scripted)
+        return Evaluation({"eval/scores": score, "eval/shaped_scores": shaped}, [], None)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    settings = config(tmp_path / "run", steps=2, prompts=2, every=1)
+    settings = replace(settings, reward=RewardConfig(normalize=normalize, missing_eos_penalty=0.5))
+    trainer = PPOTrainer(model, letters, PROMPTS, config=settings)
+    trainer.train()
+    assert trainer.evaluator.best_step == best
 
 
 def test_nothing_is_kept_where_training_made_it_worse(model, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_leading_shapes(impl: str, rows: tuple[int, ...]) -> None:
 
 
 def test_strides_and_offsets(impl: str) -> None:
-    arguments = inputs()
+    arguments = inputs((6,) if impl == "triton" else (37,))
     op = partial(linear_logprobs, impl=impl)
     expected = ops.run(op, arguments, WRT)
     for name in WRT:
@@ -205,7 +205,8 @@ def test_gradcheck(impl: str) -> None:
     def function(*x: Tensor) -> Any:
         return linear_logprobs(**given, **dict(zip(WRT, x, strict=True)), impl=impl)
 
-    assert torch.autograd.gradcheck(function, tensors)
+    # Along one direction in Triton's interpreter, which takes a minute for all.
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=impl == "triton")
 
 
 def test_no_second_derivative_in_silence(kernel: str) -> None:
@@ -367,7 +368,8 @@ def test_tokens_without_gradient_need_no_logits() -> None:
 @pytest.mark.parametrize("entropy", [False, True])
 def test_compiles_without_a_graph_break(impl: str, entropy: bool) -> None:
     torch._dynamo.reset()
-    arguments = inputs(return_entropy=entropy, softcap=3.0)
+    shape = (6,) if impl == "triton" else (37,)
+    arguments = inputs(shape, return_entropy=entropy, softcap=3.0)
     op = partial(linear_logprobs, impl=impl)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     expected = ops.run(op, arguments, WRT)

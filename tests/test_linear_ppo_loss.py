@@ -236,7 +236,8 @@ def test_gradcheck(impl: str) -> None:
     def function(*x: Tensor) -> Tensor:
         return linear_ppo_loss(**given, **dict(zip(WRT, x, strict=True)), impl=impl)[0]
 
-    assert torch.autograd.gradcheck(function, tensors)
+    # Along one direction in Triton's interpreter, which takes a minute for all.
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=impl == "triton")
 
 
 def test_peaked_logits(kernel: str) -> None:
