@@ -239,7 +239,7 @@ class EvaluationConfig:
     best_of: PositiveInt = 1  # responses to each; with N > 1 the expected best of N is measured too
     patience: PositiveInt | None = None  # stop after so many in a row without a new best score
     keep_best: bool = True  # the policy with the best score so far stands in best/
-    # The best is that of eval/shaped_scores, with missing-EOS rule and length penalty; of eval/scores
+    # The best by eval/shaped_scores, with missing-EOS rule and length penalty; by eval/scores
     # where there is neither, or the scale of the shaped ones changes (reward.normalize).
 
 
