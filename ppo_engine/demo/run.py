@@ -121,7 +121,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
 
         with _shallow_model(model, scale.reward_depth) as shallow:
             reward_trainer = RewardModelTrainer(
-                preferences=rankings,
+                preferences=_pairs(rankings),
                 config=_reward_config(shallow, scale, config, run.path),
                 console=console,
             )
@@ -234,6 +234,20 @@ def _evaluate(
     )
 
 
+def _pairs(rankings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Best against third, second against last: each response in one pair, so that no forward pass
+    is spent on it twice. Ties are no pair."""
+    pairs = []
+    for ranking in rankings:
+        order = sorted(range(len(_TONES)), key=lambda i: ranking["ranks"][i])
+        for better, worse in zip(order[:2], order[2:], strict=True):
+            if ranking["ranks"][better] < ranking["ranks"][worse]:
+                chosen, rejected = ranking["responses"][better], ranking["responses"][worse]
+                pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
+                pairs.append(pair)
+    return pairs
+
+
 @contextlib.contextmanager
 def _shallow_model(model: str, depth: int) -> Iterator[str]:
     """A folder with the lower `depth` layers of `model`, from which the reward model starts.
@@ -297,7 +311,7 @@ def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
             optimizer=OptimizerConfig(learning_rate=scale.reward_learning_rate),
         ),
         data=PreferenceDataConfig(eval_fraction=0.1),
-        reward=RewardModelSettings(batch_size=4, micro_batch_size=4, epochs=scale.reward_epochs),
+        reward=RewardModelSettings(batch_size=8, micro_batch_size=8, epochs=scale.reward_epochs),
         run=RunConfig(output_dir=str(folder / "reward"), seed=config.seed),
     )
 
