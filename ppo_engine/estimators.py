@@ -158,9 +158,11 @@ def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: f
 
 def _of_groups(evidence: Evidence, settings: PPOSettings) -> Tensor:
     """The reward of each response, `[B / G, G]` in float64, which keeps equal ones equal."""
-    none = torch.zeros_like(evidence.logprobs)
-    kl = _shaped(evidence, settings, evidence.scores, none, evidence.kl_coef, 1.0, 1.0).kl
-    rewards = evidence.scores.double() - evidence.kl_coef * kl.double()
+    rewards = evidence.scores.double()
+    if settings.kl_in == "reward":
+        none = torch.zeros_like(evidence.logprobs)
+        kl = _shaped(evidence, settings, evidence.scores, none, evidence.kl_coef, 1.0, 1.0).kl
+        rewards = rewards - evidence.kl_coef * kl.double()
     return rewards.view(-1, settings.group_size)
 
 

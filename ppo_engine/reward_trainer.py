@@ -68,7 +68,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         tokenizer: PreTrainedTokenizerBase | None = None,
         console: Console | None = None,
     ) -> None:
-        """`model` and `preferences` (a file, or rows as `data.load_preferences` takes them) come
+        """`model` and `preferences` (a file, or rows as `load_preferences` takes them) come
         from `config` where they are not given. A model object needs its `tokenizer`. Progress goes
         to `console`, by default the terminal."""
         super().__init__(model, preferences, config or RewardModelConfig(), tokenizer, console)

@@ -1,4 +1,4 @@
-"""Preferences from annotation tools: their exports as the rows that `data.load_preferences` takes.
+"""Preferences from annotation tools: their exports as rows that `load_preferences` takes.
 
 Each submitted annotation becomes a row of its own, so annotators who disagree both count. What was
 discarded, cancelled or left a draft, and a vote for a tie, is not used and is counted; a record

@@ -84,7 +84,7 @@ class WandB:
         self._run.finish()
 
 
-class Trackio:
+class Trackio(WandB):
     """As `WandB`: trackio adds what a resumed run repeats to what is there, so it is another run.
 
     Local (`trackio show --project ppo-engine`), or where trackio's environment variables say.
@@ -101,14 +101,8 @@ class Trackio:
             config=dict(settings),
         )
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
     def log_samples(self, step: int, columns: list[str], rows: list[list[Cell]]) -> None:
         self._run.log({"samples": self._table(columns=columns, data=rows)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 _TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
