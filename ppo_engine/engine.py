@@ -136,7 +136,7 @@ class PPOEngine:
             environment=self.environment,
             record_logprobs=config.ppo.importance_cap is not None,
         )
-        if not self.config.ppo.needs_greedy:
+        if not config.ppo.needs_greedy:
             return rollout
         greedy = self.policy.generate(
             prompts, config.generation, columns, environment=self.environment, greedy=True
@@ -234,7 +234,7 @@ class PPOEngine:
         settings = self.config.ppo
         metrics = objective_metrics(experience)
         metrics["policy/learning_rate"] = self.learner.learning_rate
-        if self.config.ppo.compares_groups:
+        if settings.compares_groups:
             metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
         kl_coef = float(experience.kl_coef)  # once: a GPU has to be waited for
         records: dict[str, list[Tensor]] = defaultdict(list)
