@@ -25,12 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from ppo_engine import models
 from ppo_engine.config import (
-    GenerationConfig,
     ModelConfig,
     OptimizerConfig,
     PreferenceDataConfig,
@@ -38,12 +35,14 @@ from ppo_engine.config import (
     RewardModelSettings,
     RunConfig,
 )
-from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
+from ppo_engine.demo.candidates import TONES, TOPICS_PER_BATCH, load_vader, rank_candidates
+from ppo_engine.demo.model import save_lower_layers
+from ppo_engine.demo.prompts import TRAINING_TOPICS
 from ppo_engine.memory import keep_freed_memory
 from ppo_engine.policy import Policy
 from ppo_engine.reward_trainer import RewardModelTrainer
+from ppo_engine.run.progress import Progress
 
-TONES = ("", "joyful", "terrible and sad", "hateful")
 PAIRS = list(itertools.combinations(range(len(TONES)), 2))
 RANKINGS_PER_STEP = 4
 TRAINED_LAYERS = 3
@@ -64,7 +63,8 @@ def main() -> None:
     rankings = read(options.cache)
     results: dict[str, list[dict[str, float]]] = {"rankings": [], "pairs": []}
     with tempfile.TemporaryDirectory() as folder:
-        shallow = save_lower_layers(options.model, options.depth, Path(folder) / "model")
+        shallow = f"{folder}/model"
+        save_lower_layers(options.model, options.depth, shallow)
         for seed in range(options.seeds):
             sets = split(rankings, seed)
             for name, found in results.items():
@@ -76,25 +76,16 @@ def main() -> None:
 
 
 def rank_answers(model: str, cache: Path, rounds: int) -> None:
-    """Sample four answers to each prompt and rank them: 0 is best, equal scores are ties."""
+    """Sample four answers to each prompt and rank them, as the demo does."""
     device = models.choose_device("auto")
     policy = Policy.open(
         model, ModelConfig(), device=device, dtype=models.choose_dtype("auto", device)
     )
     torch.manual_seed(0)
-    sentiment = SentimentIntensityAnalyzer()
-    topics, lines = TRAINING_TOPICS * rounds, []
-    for start in range(0, len(topics), 16):
-        batch = topics[start : start + 16]
-        asked = [prompt_about(topic, tone) for topic in batch for tone in TONES]
-        responses = policy.generate(asked, GenerationConfig(max_new_tokens=24)).responses
-        for index, topic in enumerate(batch):
-            answers = responses[index * len(TONES) : (index + 1) * len(TONES)]
-            scores = [-sentiment.polarity_scores(text)["compound"] for text in answers]
-            ranks = [sorted({*scores}).index(score) for score in scores]
-            row = {"prompt": prompt_about(topic), "responses": answers, "ranks": ranks}
-            lines.append(json.dumps(row) + "\n")
-    cache.write_text("".join(lines), encoding="utf-8")
+    topics = TRAINING_TOPICS * rounds
+    with Progress(math.ceil(len(topics) / TOPICS_PER_BATCH), "Answers") as progress:
+        rankings = rank_candidates(policy, topics, 24, load_vader(), progress)
+    cache.write_text("".join(json.dumps(row) + "\n" for row in rankings), encoding="utf-8")
 
 
 def read(cache: Path) -> list[dict[str, Any]]:
@@ -121,15 +112,6 @@ def expand(rankings: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for (_, better), (_, worse) in itertools.combinations(best_first, 2):
             pairs.append({"prompt": row["prompt"], "chosen": better, "rejected": worse})
     return pairs
-
-
-def save_lower_layers(model: str, depth: int, folder: Path) -> str:
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    del models.decoder_layers(language_model)[depth:]
-    language_model.config.num_hidden_layers = depth
-    language_model.save_pretrained(folder)
-    models.load_tokenizer(model).save_pretrained(folder)
-    return str(folder)
 
 
 def train(

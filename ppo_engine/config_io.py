@@ -270,7 +270,12 @@ def _explain(error: ValidationError, known: list[str]) -> list[str]:
         key = ".".join(parts) or "settings"
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if problem["type"].endswith("dataclass_type"):
-            message = "should be a section of keys"
+            first = next((name for name in known if name.startswith(f"{key}.")), "")
+            message = f"should be a section of keys, such as {first}" if first else message
+        elif problem["type"] == "list_type":
+            message = "should be a list, such as [a, b]"
+        elif problem["type"] == "missing":  # of a list of fixed length: a section has defaults
+            message = f"should have at least {int(problem['loc'][-1]) + 1} values"
         if message not in expected.setdefault(key, []):
             expected[key].append(message)
         given.setdefault(key, problem["input"])

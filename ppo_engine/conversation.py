@@ -123,8 +123,9 @@ def converse(
     record_logprobs: bool = False,
 ) -> list[Conversation]:
     """One conversation from each prompt. It is over after `environment.max_turns` turns of the
-    policy, when the environment has no answer or a too long one, and when a turn of the policy
-    does not end within `settings.max_new_tokens`."""
+    policy, or when the environment has no answer. It is cut off, and not finished, where a turn
+    of the policy does not end within `settings.max_new_tokens`, and where an answer leaves the
+    model no positions for another turn."""
     if environment is not None and "turns" in columns:
         raise UserError(
             "The prompts have a column 'turns', the name under which a reward gets the turns of a "
@@ -184,6 +185,8 @@ def _answered(
             message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
             conversation.hear(tokens, message)
             going_on.append(conversation)
+        else:  # cut off, like a turn that did not end: metrics and `reward.missing_eos_…` see it
+            conversation.finished = False
     return going_on
 
 

@@ -113,7 +113,7 @@ def _operations(report: Report) -> None:
                 report.line("BROKEN", impl, f"{availability.reason}; cost: {_COST[impl]}")
             else:
                 needed = impl == "cpp" or gpu
-                cost = f"cost: {_COST[impl]}" if needed else "no cost here: there is no GPU"
+                cost = f"cost: {_COST[impl]}" if needed else "no cost on this machine"
                 report.line("missing", impl, f"{availability.reason}; {cost}")
     for op in table:
         for impl in (impl for impl in dispatch.IMPLS if table[op][impl].available):
@@ -145,7 +145,8 @@ def _check(report: Report, op: str, impl: str) -> None:
         float(((a - b).abs() / (1 + b.abs())).max()) for a, b in zip(got, expected, strict=True)
     )
     if worst <= _TOLERANCE:  # False for NaN
-        report.line("ok", name, f"agrees with the reference within {worst:.0e}")
+        agreement = f"within {worst:.0e}" if worst else "exactly"
+        report.line("ok", name, f"agrees with the reference {agreement}")
     else:
         report.line("BROKEN", name, f"differs from the reference by {worst:.1e} (limit 1e-4)")
 

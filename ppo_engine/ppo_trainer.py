@@ -43,7 +43,7 @@ from ppo_engine.run.checkpoint import (
     save_training_state,
 )
 from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output
-from ppo_engine.run.progress import Progress
+from ppo_engine.run.progress import Progress, counted
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings_checks import check_settings
@@ -129,7 +129,7 @@ class PPOTrainer:
             run, trackers = self._evaluate_untrained(run)
         profiled = min(self.step + 2, self.config.steps) if self.config.profile else None
         held_out = len(self.evaluator.examples)
-        title = f"{self.title}, {len(self.examples)} prompts"
+        title = f"{self.title}, {counted(len(self.examples), 'prompt')}"
         title += f", {held_out} held out" * bool(held_out)
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in self.notes:

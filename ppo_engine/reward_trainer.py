@@ -23,7 +23,7 @@ from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, 
 from ppo_engine.data.rows import BadLines, SkippedLines
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
-from ppo_engine.run.progress import Progress
+from ppo_engine.run.progress import Progress, counted, with_error
 from ppo_engine.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_engine.text import encode_dialogue, pad_left
 from ppo_kernels import pairwise_loss, ranking_loss
@@ -263,9 +263,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
 
     def _summary(self, metrics: dict[str, float]) -> str:
         pairs = sum(count_pairs(ranking.ranks) for ranking in self.held_out)
+        accuracy = with_error(metrics, "eval/accuracy", "{:.1%}")
         return (
-            f"held-out accuracy {metrics['eval/accuracy']:.1%} ± {metrics['eval/accuracy_se']:.1%} "
-            f"(standard error, {pairs} pairs), loss {metrics['eval/loss']:.4f}"
+            f"held-out accuracy {accuracy} (± standard error, "
+            f"{counted(pairs, 'pair')}), loss {metrics['eval/loss']:.4f}"
         )
 
 

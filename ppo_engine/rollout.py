@@ -29,7 +29,7 @@ class Rollout:
     prompt_mask: Tensor  # [B, P] bool, True is a real token
     response_ids: Tensor  # [B, T] long, padded on the right
     mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
-    finished: Tensor  # [B] bool, the response ended with EOS
+    finished: Tensor  # [B] bool, the response ended with EOS, and nothing was cut off
     prompts: Sequence[Prompt]  # as given
     responses: Sequence[str]  # decoded, without special tokens; of several turns all of them
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions

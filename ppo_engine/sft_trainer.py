@@ -29,7 +29,7 @@ from ppo_engine.data.rows import BadLineError, BadLines, SkippedLines
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
 from ppo_engine.policy import Policy
-from ppo_engine.run.progress import Progress
+from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.supervised import SupervisedTrainer, mean_by_cluster
 
 
@@ -164,7 +164,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         self.policy.save(folder)
 
     def _summary(self, metrics: dict[str, float]) -> str:
+        loss = with_error(metrics, "eval/loss", "{:.4f}")
         return (
-            f"held-out loss {metrics['eval/loss']:.4f} ± {metrics['eval/loss_se']:.4f} nats per "
-            f"token (standard error), perplexity {metrics['eval/perplexity']:.3f}"
+            f"held-out loss {loss} nats per token (± standard error), "
+            f"perplexity {metrics['eval/perplexity']:.3f}"
         )

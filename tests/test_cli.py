@@ -252,7 +252,7 @@ def test_generate_scores_and_shows_the_best_of_n(
     assert "Scores" not in capsys.readouterr().err
     flags = ["generate", "--model", model, "--prompt", "One", "generation.max_new_tokens=2"]
     assert cli.main([*flags, "--reward", "reward.py:b"]) == 0
-    assert "±" not in capsys.readouterr().err.split("Scores of 1 prompt, 1 responses")[1]
+    assert "±" not in capsys.readouterr().err.split("Scores of 1 prompt, 1 response each")[1]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def test_every_problem_is_listed_at_once() -> None:
                 "ppo.kl_coef=yes",
                 "policy.optimizer.schedule=step",
                 "policy.lora.target_modules=3",
+                "critic.lora=true",
+                "run.trackers=wandb",
                 "nonsense",
                 "ppo=3",
                 "run.sed=1",
@@ -153,12 +155,16 @@ def test_every_problem_is_listed_at_once() -> None:
         )
     text = str(caught.value)
     assert "nonsense" in text and "key=value" in text
-    assert "ppo: should be a section of keys, got 3" in text
+    assert "ppo: should be a section of keys, such as ppo." in text
+    assert "critic.lora: should be a section of keys, such as critic.lora.rank, got true" in text
+    assert "run.trackers: should be a list, such as [a, b], got" in text
     assert "policy.optimizer.schedule: should be 'linear', 'cosine' or 'constant', got" in text
     assert text.count("policy.lora.target_modules") == 1
     assert "run.sed: unknown key; did you mean run.seed?" in text
     assert "steps: should be a valid integer" in text
 
+    with pytest.raises(UserError, match="clip_range: should be a valid number or should have at "):
+        load_config(PPOConfig, None, ["ppo.clip_range=[0.5]"])
     with pytest.raises(UserError) as caught:
         load_config(PPOConfig, None, ["ppo.gamma=1.5", "ppo.epochs=0", "ppo.kl_coef=yes"])
     lines = str(caught.value).split("\n")[1:]

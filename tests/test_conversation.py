@@ -102,12 +102,13 @@ def test_text_prompts_and_the_turn_limit(scripted):
     assert rollout.responses == ["yes\nQ: more?\nA:no"]
 
 
-def test_an_answer_that_leaves_no_room_ends_the_conversation(scripted):
+def test_an_answer_that_leaves_no_room_cuts_the_conversation_off(scripted):
     engine = engine_with(lambda prompts, turns: ["x" * 3000] * len(turns))
     scripted([say("yes")])
     rollout = engine.generate(["Q"])
     assert text_of(rollout, 0, rollout.response_mask) == "yes<|im_end|>"
     assert not rollout.environment_mask.any() and rollout.columns["turns"] == [messages("yes")]
+    assert not rollout.finished.any()
 
 
 def test_a_tool_answers_with_a_message_of_its_own(scripted):

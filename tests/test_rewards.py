@@ -90,6 +90,11 @@ def test_a_folder_with_a_colon_is_a_folder(tmp_path, monkeypatch):
     assert parse_source("run:1").path == "run:1"
 
 
+def test_a_python_file_alone_is_no_reward():
+    with pytest.raises(UserError, match=r"'rew\.py' names a file; .* rew\.py:FUNCTION"):
+        parse_source("rew.py")
+
+
 def test_each_kind_is_loaded(tmp_path, reward_folders, monkeypatch):
     source = "def judge(prompts, responses):\n    return [0.5] * len(responses)\n"
     (tmp_path / "here.py").write_text(source)

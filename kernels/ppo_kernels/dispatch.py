@@ -81,7 +81,7 @@ NOT_WRITTEN = Availability(False, "not written yet")
 _WITHOUT_CPP = ("sample",)
 # Where they are faster than Triton's, which bench/notes/gpu.md has the figures of.
 WITH_CUDA = ("gae", "kl_shaped_gae")
-NOT_NEEDED = Availability(False, "none: triton's are used")
+NOT_NEEDED = Availability(False, "no kernel of its own; Triton's is used")
 
 
 def _triton_version() -> str:

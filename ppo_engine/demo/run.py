@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from ppo_engine import models
 from ppo_engine.config import (
@@ -39,23 +38,24 @@ from ppo_engine.config import (
     RewardModelSettings,
     RunConfig,
 )
-from ppo_engine.demo.model import model_path
+from ppo_engine.demo.candidates import (
+    TOPICS_PER_BATCH,
+    clear_pairs,
+    load_vader,
+    rank_candidates,
+)
+from ppo_engine.demo.model import model_path, save_lower_layers
 from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
-from ppo_engine.demo.report import Evaluation, show_result
+from ppo_engine.demo.report import Measurement, show_result
 from ppo_engine.demo.tiny import save_tiny_model
 from ppo_engine.engine import PPOEngine
-from ppo_engine.errors import UserError
+from ppo_engine.evaluation import mean_and_error
 from ppo_engine.policy import Policy
 from ppo_engine.ppo_trainer import PPOTrainer, peak_memory
 from ppo_engine.reward_trainer import RewardModelTrainer
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.progress import Progress
 from ppo_engine.text import Prompt, show_prompt
-
-# Candidates are asked for in several tones and ranked as answers to the neutral prompt: rankings
-# of clearly different answers teach more than those of near ties (compare RLCD, Yang et al. 2023,
-# arXiv:2307.12950).
-_TONES = ("", "joyful", "terrible and sad", "hateful")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ SMOKE = Scale(
 def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Run every stage; returns the figures of `summary.json`."""
     console = console or Console(highlight=False)
-    sentiment = _load_vader()
+    sentiment = load_vader()
     scale = SMOKE if config.smoke else FULL
     started = time.perf_counter()
     with _model_folder(config, console) as model:
@@ -119,9 +119,10 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
         rankings = _rank_candidates(model, scale, config, sentiment, console)
         run.log_samples(0, rankings)
 
-        with _shallow_model(model, scale.reward_depth) as shallow:
+        with tempfile.TemporaryDirectory(prefix="ppo-engine-") as shallow:
+            save_lower_layers(model, scale.reward_depth, shallow)
             reward_trainer = RewardModelTrainer(
-                preferences=_pairs(rankings),
+                preferences=clear_pairs(rankings),
                 config=_reward_config(shallow, scale, config, run.path),
                 console=console,
             )
@@ -168,34 +169,16 @@ def _rank_candidates(
     sentiment: Callable[[str], float],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Several candidate responses to each training prompt, and their ranks: 0 is best."""
+    """Rankings of several candidate responses to each training prompt, and what to say of them."""
     device = models.choose_device("auto")
     policy = Policy.open(
         model, ModelConfig(), device=device, dtype=models.choose_dtype("auto", device)
     )
     torch.manual_seed(config.seed)
-    chat = bool(policy.tokenizer.chat_template)
-    generation = GenerationConfig(max_new_tokens=scale.new_tokens)
     topics = TRAINING_TOPICS[: scale.topics]
-    batches = [topics[i : i + 16] for i in range(0, len(topics), 16)]
-    rankings: list[dict[str, Any]] = []
-    with Progress(len(batches), "Candidates to be ranked", console=console) as progress:
-        for step, batch in enumerate(batches, start=1):
-            with progress.phase("generate"):
-                asked = [prompt_about(t, tone, chat) for t in batch for tone in _TONES]
-                responses = policy.generate(asked, generation).responses
-            for index, topic in enumerate(batch):
-                candidates = list(responses[index * len(_TONES) : (index + 1) * len(_TONES)])
-                scores = [sentiment(text) for text in candidates]
-                distinct = sorted(set(scores), reverse=True)
-                rankings.append(
-                    {
-                        "prompt": prompt_about(topic, chat=chat),
-                        "responses": candidates,
-                        "ranks": [distinct.index(score) for score in scores],
-                    }
-                )
-            progress.step(step, {})
+    batches = math.ceil(len(topics) / TOPICS_PER_BATCH)
+    with Progress(batches, "Candidates to be ranked", console=console) as progress:
+        rankings = rank_candidates(policy, topics, scale.new_tokens, sentiment, progress)
         progress.note(
             "Candidates are asked for plainly, and in a joyful, a sad and a hateful tone; all are "
             "ranked as answers to the plain request."
@@ -210,63 +193,24 @@ def _rank_candidates(
 @torch.no_grad()
 def _evaluate(
     engine: PPOEngine, prompts: list[Prompt], sentiment: Callable[[str], float], seed: int
-) -> Evaluation:
+) -> Measurement:
     """One response to each held-out prompt, measured."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rollout = engine.generate(prompts, group_size=1)
     vader = torch.tensor([sentiment(text) for text in rollout.responses])
-    scores = engine.score(rollout).cpu()
+    scores = engine.score(rollout)
     logprobs, ref_logprobs, _ = engine.compare_with_reference(rollout)
-    kl = (logprobs - ref_logprobs).sum(1).cpu()
-    return Evaluation(
-        vader=float(vader.mean()),
-        vader_se=_standard_error(vader),
-        reward=float(scores.mean()),
-        reward_se=_standard_error(scores),
-        kl=float(kl.mean()),
-        kl_se=_standard_error(kl),
+    return Measurement(
+        **mean_and_error("vader", vader),
+        **mean_and_error("reward", scores),
+        **mean_and_error("kl", (logprobs - ref_logprobs).sum(1)),
         perplexity=float((-ref_logprobs[rollout.mask].mean()).exp()),
         distinct=len(set(rollout.responses)) / len(rollout),
         length=float(rollout.lengths.float().mean()),
         prompts=[_ask(prompt) for prompt in prompts],
         responses=list(rollout.responses),
     )
-
-
-def _pairs(rankings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Best against third, second against last: each response in one pair, so that no forward pass
-    is spent on it twice. Ties are no pair."""
-    pairs = []
-    for ranking in rankings:
-        order = sorted(range(len(_TONES)), key=lambda i: ranking["ranks"][i])
-        for better, worse in zip(order[:2], order[2:], strict=True):
-            if ranking["ranks"][better] < ranking["ranks"][worse]:
-                chosen, rejected = ranking["responses"][better], ranking["responses"][worse]
-                pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
-                pairs.append(pair)
-    return pairs
-
-
-@contextlib.contextmanager
-def _shallow_model(model: str, depth: int) -> Iterator[str]:
-    """A folder with the lower `depth` layers of `model`, from which the reward model starts.
-
-    Half the layers score and estimate values in half the time, and the middle of a language model
-    tells the tone of a text at least as well as its top, which is busy with the next word.
-    """
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    layers = models.decoder_layers(language_model)
-    del layers[depth:]
-    config = language_model.config.get_text_config()
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:depth]
-    with tempfile.TemporaryDirectory(prefix="ppo-engine-") as folder:
-        language_model.save_pretrained(folder)
-        models.load_tokenizer(model).save_pretrained(folder)
-        del language_model, layers
-        yield folder
 
 
 @contextlib.contextmanager
@@ -283,24 +227,8 @@ def _model_folder(config: DemoConfig, console: Console) -> Iterator[str]:
         yield model_path()
 
 
-def _load_vader() -> Callable[[str], float]:
-    """VADER's compound score of a text, from -1 (negative) to 1 (positive)."""
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise UserError(
-            "The demo needs the package vaderSentiment: pip install 'ppo-engine[demo]'"
-        ) from error
-    analyzer = SentimentIntensityAnalyzer()
-    return lambda text: float(analyzer.polarity_scores(text)["compound"])
-
-
 def _ask(prompt: Prompt) -> str:
     return show_prompt(prompt).strip()
-
-
-def _standard_error(values: torch.Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values)))
 
 
 def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -> Any:

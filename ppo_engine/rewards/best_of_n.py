@@ -12,6 +12,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ppo_engine.run.progress import counted
+
 
 def expected_best(scores: Tensor, n: int) -> Tensor:
     """Unbiased estimate of E[max of n scores] for each prompt: [P], from `scores` [P, K], n <= K.
@@ -55,7 +57,7 @@ def best_of_n_table(scores: Tensor) -> Table:
         "best of",
         "score, mean ± SE" if prompts > 1 else "score",
         "KL to the policy",
-        title=f"Scores of {prompts} prompt{'s' * (prompts != 1)}, {count} responses each",
+        title=f"Scores of {counted(prompts, 'prompt')}, {counted(count, 'response')} each",
         title_justify="left",
     )
     for n in sorted({count, *(2**power for power in range(count.bit_length()))}):

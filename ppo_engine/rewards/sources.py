@@ -27,6 +27,8 @@ def parse_source(text: str, name: str = "") -> RewardSource:
         return RewardSource(url=text, name=name)
     if ":" in text and not Path(text).exists():
         return RewardSource(function=text, name=name)
+    if text.endswith(".py"):
+        raise UserError(f"{text!r} names a file; name its function too, as {text}:FUNCTION.")
     return RewardSource(path=text, name=name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ class Progress:
             )
             self._live.start()
         else:
-            self._print(f"{self.title}: {self.total_steps} step{'s' * (self.total_steps != 1)}")
+            self._print(f"{self.title}: {counted(self.total_steps, 'step')}")
         return self
 
     def __exit__(
@@ -180,15 +181,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip()
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 pair" and "3 pairs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+def with_error(metrics: Mapping[str, float], name: str, form: str) -> str:
+    """`metrics[name]` written as `form` has it, with its standard error where it has one."""
+    value, error = form.format(metrics[name]), metrics.get(f"{name}_se", math.nan)
+    return value if math.isnan(error) else f"{value} ± {form.format(error).lstrip('+')}"
+
+
 def _headlines(metrics: Mapping[str, float]) -> str:
     return "  ".join(
-        f"{label} {form.format(metrics[name])}"
+        f"{label} {with_error(metrics, name, form)}"
         for name, label, form in _HEADLINES
         if name in metrics
     )

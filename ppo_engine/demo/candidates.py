@@ -1,0 +1,78 @@
+"""What the reward model learns from: several responses to each prompt, ranked by sentiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ppo_engine.config import GenerationConfig
+from ppo_engine.demo.prompts import prompt_about
+from ppo_engine.errors import UserError
+from ppo_engine.policy import Policy
+from ppo_engine.run.progress import Progress
+
+# Candidates are asked for in several tones and ranked as answers to the neutral prompt: rankings
+# of clearly different answers teach more than those of near ties (compare RLCD, Yang et al. 2023,
+# arXiv:2307.12950).
+TONES = ("", "joyful", "terrible and sad", "hateful")
+TOPICS_PER_BATCH = 16
+
+
+def load_vader() -> Callable[[str], float]:
+    """VADER's compound score of a text, from -1 (negative) to 1 (positive)."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise UserError(
+            "The demo needs the package vaderSentiment: pip install 'ppo-engine[demo]'"
+        ) from error
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda text: float(analyzer.polarity_scores(text)["compound"])
+
+
+def rank_candidates(
+    policy: Policy,
+    topics: Sequence[str],
+    new_tokens: int,
+    sentiment: Callable[[str], float],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A ranking for each topic: one candidate response of each tone, and their ranks, 0 is best.
+
+    Each batch of topics is a step of `progress`.
+    """
+    chat = bool(policy.tokenizer.chat_template)
+    generation = GenerationConfig(max_new_tokens=new_tokens)
+    rankings: list[dict[str, Any]] = []
+    for step, start in enumerate(range(0, len(topics), TOPICS_PER_BATCH), start=1):
+        batch = topics[start : start + TOPICS_PER_BATCH]
+        with progress.phase("generate"):
+            asked = [prompt_about(topic, tone, chat) for topic in batch for tone in TONES]
+            responses = policy.generate(asked, generation).responses
+        for index, topic in enumerate(batch):
+            candidates = list(responses[index * len(TONES) : (index + 1) * len(TONES)])
+            scores = [sentiment(text) for text in candidates]
+            distinct = sorted(set(scores), reverse=True)
+            rankings.append(
+                {
+                    "prompt": prompt_about(topic, chat=chat),
+                    "responses": candidates,
+                    "ranks": [distinct.index(score) for score in scores],
+                }
+            )
+        progress.step(step, {})
+    return rankings
+
+
+def clear_pairs(rankings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Best against third, second against last: each response in one pair, so that no forward pass
+    is spent on it twice. Ties are no pair."""
+    pairs = []
+    for ranking in rankings:
+        order = sorted(range(len(TONES)), key=lambda i: ranking["ranks"][i])
+        for better, worse in zip(order[:2], order[2:], strict=True):
+            if ranking["ranks"][better] < ranking["ranks"][worse]:
+                chosen, rejected = ranking["responses"][better], ranking["responses"][worse]
+                pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
+                pairs.append(pair)
+    return pairs
