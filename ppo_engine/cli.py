@@ -334,7 +334,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    from ppo_engine.models import hide_loading_bars
+
+    hide_loading_bars()
     logging.set_verbosity_error()
     # What one library tells another's developers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

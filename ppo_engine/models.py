@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -372,13 +373,21 @@ def _layer_count(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
+def hide_loading_bars() -> None:
+    """No bars of loading weights, which takes seconds; downloads keep theirs: they take minutes."""
+    hidden = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # hides both
+    if not hidden:
+        enable_progress_bars()
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without the library's progress bars, and its report that the head is new (it is meant to)."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    hide_loading_bars()
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
 )
+from transformers.utils import logging as transformers_logging
 
 from ppo_engine import models
 from ppo_engine.config import GenerationConfig as Sampling
@@ -313,3 +315,9 @@ def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
     assert models.choose_dtype("auto", CPU) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert models.choose_dtype("auto", CPU) == torch.bfloat16
+
+
+def test_downloads_show_how_far_they_are():
+    with models.quiet_transformers():
+        assert not transformers_logging.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
