@@ -174,6 +174,8 @@ class Evaluator:
         logprobs, ref_logprobs, _ = engine.compare_with_reference(rollout)
         found = {
             "kl": (logprobs - ref_logprobs).sum(1),
+            "ref_nll": -ref_logprobs.sum(1),
+            "tokens": rollout.mask.sum(1),
             "response_length": rollout.lengths,
             "finished": rollout.finished,
         }
@@ -192,8 +194,11 @@ class Evaluator:
         shaped = numbers["shaped_scores"].view(-1, each)
         if not torch.equal(shaped, scores):
             metrics |= mean_and_error("eval/shaped_scores", shaped.mean(1))
-        for name in ("kl", "response_length", "finished"):
+        metrics |= mean_and_error("eval/kl", numbers["kl"].view(-1, each).mean(1))
+        for name in ("response_length", "finished"):
             metrics[f"eval/{name}"] = float(numbers[name].mean())
+        nll = numbers["ref_nll"].sum() / numbers["tokens"].sum()
+        metrics["eval/ref_perplexity"] = float(nll.exp())
         points = None
         if "values" in numbers:
             values, final = numbers["values"], numbers["shaped_scores"]

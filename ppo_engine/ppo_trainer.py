@@ -49,7 +49,7 @@ from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings_checks import check_settings
 from ppo_engine.text import show_prompt
 
-_SAMPLES_LOGGED = 4  # responses of each sampled step that go to samples.jsonl
+_SAMPLES_LOGGED = 4  # of a sampled step's responses, and of the held-out ones for trackers
 
 
 class PPOTrainer:
@@ -157,7 +157,7 @@ class PPOTrainer:
                     evaluation = self.evaluator.evaluate(progress)
                     self.evaluator.keep(self.step, evaluation, run)
                     metrics |= evaluation.metrics
-                    samples += evaluation.samples[:_SAMPLES_LOGGED]
+                    samples += evaluation.samples
                 metrics["memory/peak"] = peak_memory(self.engine.device)
                 metrics |= reward_metrics(rewards) | progress.times
                 run.log_metrics(self.step, metrics)
@@ -215,7 +215,7 @@ class PPOTrainer:
             run.log_metrics(0, evaluation.metrics)
             trackers.log(0, evaluation.metrics)
             progress.step(1, evaluation.metrics)
-            self._show_samples(run, trackers, progress, evaluation.samples[:_SAMPLES_LOGGED])
+            self._show_samples(run, trackers, progress, evaluation.samples)
         return run, trackers
 
     def _samples(self, rollout: Rollout, rewards: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -242,14 +242,18 @@ class PPOTrainer:
         progress: Progress,
         samples: list[dict[str, Any]],
     ) -> None:
-        """Write them, and show the first of training and the first of the held-out prompts."""
+        """Write them, the first few for trackers too, and show the first of training and the first
+        of the held-out prompts."""
         if samples:
             run.log_samples(self.step, samples)
-            trackers.log_samples(self.step, samples)
+        tracked = []
         for name, held_out in (("sample", False), ("held-out sample", True)):
             found = [row for row in samples if row.get("held_out", False) == held_out]
+            tracked += found[:_SAMPLES_LOGGED]
             for row in found[:1]:
                 progress.sample(show_prompt(row["prompt"]), row["response"], row["score"], name)
+        if tracked:
+            trackers.log_samples(self.step, tracked)
 
     def _open_run(self) -> RunDirectory:
         config = self.config.run

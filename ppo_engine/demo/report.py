@@ -22,6 +22,8 @@ class Measurement:
     vader_se: float
     reward: float  # the reward model's score
     reward_se: float
+    win_rate: float  # of the reward model's scores, against the untrained model's responses
+    win_rate_se: float
     kl: float  # to the reference, nats per response
     kl_se: float
     perplexity: float  # under the reference: low is fluent, as the reference sees it
@@ -29,6 +31,7 @@ class Measurement:
     length: float  # tokens
     prompts: list[str]
     responses: list[str]
+    sentiments: list[float]  # of the responses, by VADER
 
 
 def show_result(
@@ -41,6 +44,7 @@ def show_result(
     rows = (
         ("VADER (independent), mean ± SE", "vader", "{:+.3f} ± {:.3f}"),
         ("reward model, mean ± SE", "reward", "{:+.2f} ± {:.2f}"),
+        ("scores above the untrained model's", "win_rate", "{:.0%} ± {:.0%}"),
         ("KL to the reference, nats per response", "kl", "{:.2f} ± {:.2f}"),
         ("perplexity under the reference", "perplexity", "{:.1f}"),
         ("distinct responses", "distinct", "{:.0%}"),

@@ -27,6 +27,7 @@ from ppo_engine import models
 from ppo_engine.config import (
     GRPO_DEFAULTS,
     DemoConfig,
+    EvaluationConfig,
     GenerationConfig,
     ModelConfig,
     OptimizerConfig,
@@ -38,6 +39,7 @@ from ppo_engine.config import (
     RewardModelSettings,
     RunConfig,
 )
+from ppo_engine.data.rows import read_jsonl
 from ppo_engine.demo.candidates import (
     TOPICS_PER_BATCH,
     clear_pairs,
@@ -48,7 +50,6 @@ from ppo_engine.demo.model import model_path, save_lower_layers
 from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
 from ppo_engine.demo.report import Measurement, show_result
 from ppo_engine.demo.tiny import save_tiny_model
-from ppo_engine.engine import PPOEngine
 from ppo_engine.evaluation import mean_and_error
 from ppo_engine.policy import Policy
 from ppo_engine.ppo_trainer import PPOTrainer, peak_memory
@@ -56,6 +57,8 @@ from ppo_engine.reward_trainer import RewardModelTrainer
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.progress import Progress
 from ppo_engine.text import Prompt, show_prompt
+
+_HELD_OUT = "held_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -130,21 +133,21 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
         chat = bool(reward_trainer.tokenizer.chat_template)
         del reward_trainer  # its optimizer's memory
 
+        held_out = [prompt_about(topic, chat=chat) for topic in HELD_OUT_TOPICS[: scale.held_out]]
+        lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in held_out)
+        (run.path / _HELD_OUT).write_text("".join(lines), encoding="utf-8")
         trainer = PPOTrainer(
             config=_policy_config(model, scale, config, run.path),
             prompts=[prompt_about(topic, chat=chat) for topic in TRAINING_TOPICS[: scale.topics]],
             console=console,
         )
-        held_out = [prompt_about(topic, chat=chat) for topic in HELD_OUT_TOPICS[: scale.held_out]]
-        before = _evaluate(trainer.engine, held_out, sentiment, config.seed)
         trainer.train()
-        after = _evaluate(trainer.engine, held_out, sentiment, config.seed)
-
-    rise = after.vader - before.vader
-    standard_error = math.hypot(before.vader_se, after.vader_se)
+    before, after = (
+        _measured(run.path / config.algorithm, step, sentiment) for step in (0, scale.steps)
+    )
+    rises = torch.tensor(after.sentiments) - torch.tensor(before.sentiments)  # prompt by prompt
     summary = {
-        "rise": rise,
-        "rise_se": standard_error,
+        **mean_and_error("rise", rises),
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": peak_memory(trainer.engine.device),
         "reward_accuracy": reward_metrics.get("eval/accuracy"),
@@ -190,26 +193,29 @@ def _rank_candidates(
     return rankings
 
 
-@torch.no_grad()
-def _evaluate(
-    engine: PPOEngine, prompts: list[Prompt], sentiment: Callable[[str], float], seed: int
-) -> Measurement:
-    """One response to each held-out prompt, measured."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rollout = engine.generate(prompts, group_size=1)
-    vader = torch.tensor([sentiment(text) for text in rollout.responses])
-    scores = engine.score(rollout)
-    logprobs, ref_logprobs, _ = engine.compare_with_reference(rollout)
+def _measured(run: Path, step: int, sentiment: Callable[[str], float]) -> Measurement:
+    """What the evaluation after `step` found, and VADER of its responses."""
+    metrics, samples = (
+        [row for _, row in read_jsonl(run / name) if row["step"] == step]
+        for name in ("metrics.jsonl", "samples.jsonl")
+    )
+    found, held_out = metrics[0], [row for row in samples if row.get("held_out")]
+    responses = [row["response"] for row in held_out]
+    sentiments = [sentiment(text) for text in responses]
     return Measurement(
-        **mean_and_error("vader", vader),
-        **mean_and_error("reward", scores),
-        **mean_and_error("kl", (logprobs - ref_logprobs).sum(1)),
-        perplexity=float((-ref_logprobs[rollout.mask].mean()).exp()),
-        distinct=len(set(rollout.responses)) / len(rollout),
-        length=float(rollout.lengths.float().mean()),
-        prompts=[_ask(prompt) for prompt in prompts],
-        responses=list(rollout.responses),
+        **mean_and_error("vader", torch.tensor(sentiments)),
+        reward=found["eval/scores"],
+        reward_se=found["eval/scores_se"],
+        win_rate=found["eval/win_rate"],
+        win_rate_se=found["eval/win_rate_se"],
+        kl=found["eval/kl"],
+        kl_se=found["eval/kl_se"],
+        perplexity=found["eval/ref_perplexity"],
+        distinct=len(set(responses)) / len(responses),
+        length=found["eval/response_length"],
+        prompts=[_ask(row["prompt"]) for row in held_out],
+        responses=responses,
+        sentiments=sentiments,
     )
 
 
@@ -262,6 +268,7 @@ def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
         critic=ModelConfig(trainable_layers=scale.layers, optimizer=optimizer),
         reward=RewardConfig(path=str(folder / "reward" / "reward_model")),
         generation=GenerationConfig(max_new_tokens=scale.new_tokens),
+        evaluation=EvaluationConfig(path=str(folder / _HELD_OUT), keep_best=False),
         ppo=PPOSettings(**settings),
         run=RunConfig(output_dir=str(folder / config.algorithm), seed=config.seed, sample_every=2),
         steps=scale.steps,
