@@ -178,9 +178,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         return encoded
 
     def _dialogues(self, ranking: Ranking, limit: int) -> list[list[int]]:
+        ended = ranking.finished or [True] * len(ranking.responses)
         return [
-            encode_dialogue(self.tokenizer, ranking.prompt, response, limit)
-            for response in ranking.responses
+            encode_dialogue(self.tokenizer, ranking.prompt, response, limit, finished)
+            for response, finished in zip(ranking.responses, ended, strict=True)
         ]
 
     def _refuse_settings_of_pairs(self, rankings: Sequence[EncodedRanking]) -> None:

@@ -113,6 +113,13 @@ def test_a_response_that_was_not_ranked_may_be_missing() -> None:
     assert load_preferences([row], tokenizer=TEXT)[0] == [pair("Q", "a", "b", 2.0)]
 
 
+def test_candidates_say_which_of_them_were_cut_short() -> None:
+    row = {"prompt": "Q", "responses": [*"abc"], "ranks": [2, None, 1]}
+    [found], _ = load_preferences([row | {"finished": [False, None, True]}], tokenizer=TEXT)
+    assert found.responses == ("c", "a") and found.finished == (True, False)
+    assert load_preferences([row], tokenizer=TEXT)[0][0].finished is None
+
+
 def test_all_ranks_equal_is_counted_and_no_mistake() -> None:
     rows = [
         {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 1]},
@@ -171,6 +178,18 @@ def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
         ),
         ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1]}, "(2 and 1)"),
         ({"prompt": "Q", "responses": ["a", "b"]}, "no column 'ranks'"),
+        (
+            {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2], "finished": [True]},
+            "'responses' and 'finished' differ in length (2 and 1)",
+        ),
+        (
+            {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2], "finished": [True, 0]},
+            "'finished' must be true or false, not 0",
+        ),
+        (
+            {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2], "finished": True},
+            "'finished' must be a list, not bool",
+        ),
         ({"prompt": "Q", "responses": "ab", "ranks": [1, 2]}, "'responses' must be a list"),
         (
             {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, "2"]},

@@ -203,6 +203,18 @@ def test_one_prompt_alone_has_no_standard_error(folder, tmp_path):
     assert first["eval/accuracy_se"] is None
 
 
+def test_a_response_that_was_cut_short_has_no_end(folder):
+    rows = [
+        {"prompt": "Q", "responses": ["a", "b"], "ranks": [0, 1], "finished": [True, False]},
+        {"prompt": "Q", "responses": ["a", "b"], "ranks": [0, 1]},
+    ]
+    made = trainer(folder, None, rows, data={"eval_fraction": 0.0})
+    end = made.tokenizer.eos_token_id
+    ended = [[row[-1] == end for row in ranking.rows] for ranking in made.training]
+    assert ended == [[True, False], [True, True]]
+    assert made.training[0].rows[1] == made.training[1].rows[1][:-1]
+
+
 def test_a_ranking_of_two_is_a_pair(folder):
     pairs = planted_pairs(32)
     as_rankings = [

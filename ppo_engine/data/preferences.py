@@ -43,6 +43,7 @@ class Ranking:
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     margin: float | None = None
+    finished: tuple[bool, ...] | None = None  # whether each response ended by itself; None: all did
     place: str = field(default="", compare=False)  # where it stood in the data
     prompt_given: bool = field(default=True, compare=False)  # not but what two whole texts share
 
@@ -71,6 +72,8 @@ def load_preferences(
       `tokenizer` has a chat template;
     - `prompt`, `responses`, `ranks`: lower is better, equal ranks are ties, a negative or null one
       says that the response was not ranked, and leaves it out;
+      and so do candidates of `ppo-engine generate` with ranks: their `finished`, of each response,
+      is false where it was cut short, and has no end to be scored at;
     - each pair with an optional finite `margin`;
     - records that Argilla or Label Studio exported: see `annotations`.
 
@@ -148,33 +151,41 @@ def _ranking_of(row: Any, chat: bool) -> Ranking:
 def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
     prompt = chat_if_dialogue(check_prompt(column(row, "prompt")), chat)
     responses, ranks = column(row, "responses"), column(row, "ranks")
-    for name, value in (("responses", responses), ("ranks", ranks)):
+    finished = row.get("finished")
+    for name, value in (("responses", responses), ("ranks", ranks), ("finished", finished)):
+        if value is None and name == "finished":
+            continue
         if not isinstance(value, list | tuple):
             raise BadLineError(f"{name!r} must be a list", f", not {kind(value)}")
-    if len(responses) != len(ranks):
-        raise BadLineError(
-            "'responses' and 'ranks' differ in length", f" ({len(responses)} and {len(ranks)})"
-        )
+        if len(responses) != len(value):
+            lengths = f" ({len(responses)} and {len(value)})"
+            raise BadLineError(f"'responses' and {name!r} differ in length", lengths)
     for rank in ranks:
         if rank is not None and not is_number(rank):
             raise BadLineError("'ranks' must be numbers or null", f", not {rank!r}")
     there = [
-        (rank, check_text(response, "responses"))
-        for rank, response in zip(ranks, responses, strict=True)
+        (rank, check_text(response, "responses"), ended)
+        for rank, response, ended in zip(
+            ranks, responses, finished or [True] * len(ranks), strict=True
+        )
         if rank is not None and rank >= 0
     ]
+    for _, _, ended in there:
+        if not isinstance(ended, bool):
+            raise BadLineError("'finished' must be true or false", f", not {ended!r}")
     there.sort(key=lambda item: item[0])
-    if len({text for _, text in there}) < len(set(there)):
+    if len({item[1:] for item in there}) < len(set(there)):
         raise BadLineError("chosen and rejected are the same", " (two ranked responses)")
     margin = _check_margin(row.get("margin"))
     if margin is not None and len(there) > 2:
         raise BadLineError("'margin' belongs to a pair", f"; {len(there)} responses are ranked")
-    places = sorted({rank for rank, _ in there})
+    places = sorted({rank for rank, _, _ in there})
     return Ranking(
         prompt,
-        tuple(text for _, text in there),
-        tuple(places.index(rank) for rank, _ in there),
+        tuple(text for _, text, _ in there),
+        tuple(places.index(rank) for rank, _, _ in there),
         margin,
+        tuple(ended for _, _, ended in there) if finished is not None else None,
     )
 
 

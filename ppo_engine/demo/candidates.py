@@ -16,6 +16,7 @@ from ppo_engine.run.progress import Progress
 # arXiv:2307.12950).
 TONES = ("", "joyful", "terrible and sad", "hateful")
 TOPICS_PER_BATCH = 16
+_OF_RESPONSES = ("responses", "ranks", "finished")
 
 
 def load_vader() -> Callable[[str], float]:
@@ -48,9 +49,10 @@ def rank_candidates(
         batch = topics[start : start + TOPICS_PER_BATCH]
         with progress.phase("generate"):
             asked = [prompt_about(topic, tone, chat) for topic in batch for tone in TONES]
-            responses = policy.generate(asked, generation).responses
+            rollout = policy.generate(asked, generation)
         for index, topic in enumerate(batch):
-            candidates = list(responses[index * len(TONES) : (index + 1) * len(TONES)])
+            of_topic = slice(index * len(TONES), (index + 1) * len(TONES))
+            candidates = list(rollout.responses[of_topic])
             scores = [sentiment(text) for text in candidates]
             distinct = sorted(set(scores), reverse=True)
             rankings.append(
@@ -58,6 +60,7 @@ def rank_candidates(
                     "prompt": prompt_about(topic, chat=chat),
                     "responses": candidates,
                     "ranks": [distinct.index(score) for score in scores],
+                    "finished": rollout.finished[of_topic].tolist(),
                 }
             )
         progress.step(step, {})
@@ -65,14 +68,15 @@ def rank_candidates(
 
 
 def clear_pairs(rankings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Best against third, second against last: each response in one pair, so that no forward pass
-    is spent on it twice. Ties are no pair."""
+    """Rankings of two: best and third, second and last, each response in one of them, so that no
+    forward pass is spent on it twice. Ties are no pair."""
     pairs = []
     for ranking in rankings:
         order = sorted(range(len(TONES)), key=lambda i: ranking["ranks"][i])
         for better, worse in zip(order[:2], order[2:], strict=True):
             if ranking["ranks"][better] < ranking["ranks"][worse]:
-                chosen, rejected = ranking["responses"][better], ranking["responses"][worse]
-                pair = {"prompt": ranking["prompt"], "chosen": chosen, "rejected": rejected}
-                pairs.append(pair)
+                of_two = {
+                    name: [ranking[name][i] for i in (better, worse)] for name in _OF_RESPONSES
+                }
+                pairs.append({"prompt": ranking["prompt"], **of_two})
     return pairs
