@@ -35,7 +35,14 @@ from ppo_engine.config import (
     RewardModelSettings,
     RunConfig,
 )
-from ppo_engine.demo.candidates import TONES, TOPICS_PER_BATCH, load_vader, rank_candidates
+from ppo_engine.demo.candidates import (
+    TONES,
+    TOPICS_PER_BATCH,
+    best_first,
+    load_vader,
+    part,
+    rank_candidates,
+)
 from ppo_engine.demo.model import save_lower_layers
 from ppo_engine.demo.prompts import TRAINING_TOPICS
 from ppo_engine.memory import keep_freed_memory
@@ -106,12 +113,9 @@ def split(rankings: list[dict[str, Any]], seed: int) -> dict[str, list[dict[str,
 
 def expand(rankings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All ordered pairs."""
-    pairs = []
-    for row in rankings:
-        best_first = sorted(zip(row["ranks"], row["responses"], strict=True))
-        for (_, better), (_, worse) in itertools.combinations(best_first, 2):
-            pairs.append({"prompt": row["prompt"], "chosen": better, "rejected": worse})
-    return pairs
+    return [
+        part(row, pair) for row in rankings for pair in itertools.combinations(best_first(row), 2)
+    ]
 
 
 def train(

@@ -16,7 +16,6 @@ from ppo_engine.run.progress import Progress
 # arXiv:2307.12950).
 TONES = ("", "joyful", "terrible and sad", "hateful")
 TOPICS_PER_BATCH = 16
-_OF_RESPONSES = ("responses", "ranks", "finished")
 
 
 def load_vader() -> Callable[[str], float]:
@@ -72,11 +71,19 @@ def clear_pairs(rankings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     forward pass is spent on it twice. Ties are no pair."""
     pairs = []
     for ranking in rankings:
-        order = sorted(range(len(TONES)), key=lambda i: ranking["ranks"][i])
+        order = best_first(ranking)
         for better, worse in zip(order[:2], order[2:], strict=True):
             if ranking["ranks"][better] < ranking["ranks"][worse]:
-                of_two = {
-                    name: [ranking[name][i] for i in (better, worse)] for name in _OF_RESPONSES
-                }
-                pairs.append({"prompt": ranking["prompt"], **of_two})
+                pairs.append(part(ranking, (better, worse)))
     return pairs
+
+
+def best_first(ranking: dict[str, Any]) -> list[int]:
+    """The places of a ranking's responses, by rank."""
+    return sorted(range(len(ranking["ranks"])), key=lambda place: ranking["ranks"][place])
+
+
+def part(ranking: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """The ranking of the responses at `places` alone."""
+    of_responses = ("responses", "ranks", "finished")
+    return ranking | {name: [ranking[name][place] for place in places] for name in of_responses}
