@@ -125,10 +125,10 @@ def train(
     size, micro = RANKINGS_PER_STEP, RANKINGS_PER_STEP
     if name == "pairs":  # as many steps, and as many sequences in a forward pass
         size, micro = RANKINGS_PER_STEP * len(PAIRS), RANKINGS_PER_STEP * len(TONES) // 2
-        sets = {which: expand(part) for which, part in sets.items()}
+        sets = {which: expand(rows) for which, rows in sets.items()}
     folder.mkdir()
-    for which, part in sets.items():
-        (folder / f"{which}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for which, rows in sets.items():
+        (folder / f"{which}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RewardModelConfig(
         model=ModelConfig(
             path=model,
