@@ -25,7 +25,6 @@ from rich.console import Console
 
 from ppo_engine import models
 from ppo_engine.config import (
-    GRPO_DEFAULTS,
     DemoConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -258,11 +257,12 @@ def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
         "rollout_batch_size": scale.responses,
         "mini_batch_size": scale.responses // 4,
         "micro_batch_size": 16,
+        "kl_coef": scale.kl_coef,  # in the reward: both algorithms have the same objective
     }
     if config.algorithm == "grpo":
-        settings |= {**GRPO_DEFAULTS["ppo"], "group_size": 4}
-    else:  # lambda: few steps, and the critic is too young for advantages to lean on it
-        settings |= {"kl_coef": scale.kl_coef, "lam": 1.0}
+        settings |= {"estimator": "grpo", "group_size": 8}
+    else:  # few steps, and the critic is too young for advantages to lean on it
+        settings |= {"lam": 1.0}
     return PPOConfig(
         policy=ModelConfig(path=model, trainable_layers=scale.layers, optimizer=optimizer),
         critic=ModelConfig(trainable_layers=scale.layers, optimizer=optimizer),
