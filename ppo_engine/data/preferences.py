@@ -71,9 +71,9 @@ def load_preferences(
     - HH-RLHF dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`), which become chat messages where
       `tokenizer` has a chat template;
     - `prompt`, `responses`, `ranks`: lower is better, equal ranks are ties, a negative or null one
-      says that the response was not ranked, and leaves it out;
-      and so do candidates of `ppo-engine generate` with ranks: their `finished`, of each response,
-      is false where it was cut short, and has no end to be scored at;
+      says that the response was not ranked, and leaves it out. With `finished`, as `ppo-engine
+      generate` writes it: false for each response that was cut short, which is then scored without
+      an end, as it will be where a policy is trained;
     - each pair with an optional finite `margin`;
     - records that Argilla or Label Studio exported: see `annotations`.
 
@@ -150,11 +150,11 @@ def _ranking_of(row: Any, chat: bool) -> Ranking:
 
 def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
     prompt = chat_if_dialogue(check_prompt(column(row, "prompt")), chat)
-    responses, ranks = column(row, "responses"), column(row, "ranks")
-    finished = row.get("finished")
-    for name, value in (("responses", responses), ("ranks", ranks), ("finished", finished)):
-        if value is None and name == "finished":
-            continue
+    lists = {name: column(row, name) for name in ("responses", "ranks")}
+    if row.get("finished") is not None:
+        lists["finished"] = row["finished"]
+    responses, ranks = lists["responses"], lists["ranks"]
+    for name, value in lists.items():
         if not isinstance(value, list | tuple):
             raise BadLineError(f"{name!r} must be a list", f", not {kind(value)}")
         if len(responses) != len(value):
@@ -163,11 +163,10 @@ def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
     for rank in ranks:
         if rank is not None and not is_number(rank):
             raise BadLineError("'ranks' must be numbers or null", f", not {rank!r}")
+    finished = lists.get("finished", [True] * len(ranks))
     there = [
         (rank, check_text(response, "responses"), ended)
-        for rank, response, ended in zip(
-            ranks, responses, finished or [True] * len(ranks), strict=True
-        )
+        for rank, response, ended in zip(ranks, responses, finished, strict=True)
         if rank is not None and rank >= 0
     ]
     for _, _, ended in there:
@@ -185,7 +184,7 @@ def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
         tuple(text for _, text, _ in there),
         tuple(places.index(rank) for rank, _, _ in there),
         margin,
-        tuple(ended for _, _, ended in there) if finished is not None else None,
+        tuple(ended for _, _, ended in there) if "finished" in lists else None,
     )
 
 
