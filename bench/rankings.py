@@ -3,8 +3,8 @@
 Answers to short prompts, ranked by VADER as in the demo; the same prompts held out. Rankings with a
 tie are left out: the others have six pairs each, so that both ways take the same number of
 optimizer steps. A step reads each of its rankings' answers once, or three times, in the pairs that
-they are in, so what rankings reach in two epochs is shown as well. Seconds are those of the training
-steps alone.
+they are in; what rankings reach in two epochs, still in less time, is shown as well. Seconds are
+those of the training steps alone.
 
     python bench/rankings.py --model HuggingFaceTB/SmolLM2-135M-Instruct --cache rankings.jsonl
 """

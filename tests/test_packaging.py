@@ -84,7 +84,7 @@ def test_kernel_sources_share_no_inline_code_between_instruction_sets() -> None:
         assert standard <= allowed, f"{source.name} includes {standard - allowed}"
 
 
-def test_constraints_pin_every_dependency() -> None:
+def test_constraints_pin_every_dependency_but_torchs_own() -> None:
     pinned = {
         _normal(line.split("==")[0])
         for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -93,7 +93,7 @@ def test_constraints_pin_every_dependency() -> None:
     optional = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *optional["dev"], *optional["demo"], *optional["bench"]]
     missing = {_normal(re.split(r"[<>=!~;\[ ]", name)[0]) for name in wanted} - pinned
-    assert not missing
+    assert missing == {"triton"}  # torch's builds for CUDA want one exact version, each its own
 
 
 def _normal(name: str) -> str:
