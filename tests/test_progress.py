@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 
 import pytest
 from rich.console import Console
 
-from ppo_engine.run.progress import Progress, duration, is_interactive, printable
+from ppo_engine.run.progress import Progress, duration, is_interactive, printable, with_error
 
 METRICS = {"objective/scores": 0.5, "objective/kl": 0.031, "policy/clip_fraction": 0.125}
 
@@ -98,3 +99,10 @@ def test_track_passes_everything_through() -> None:
 
 def test_durations_for_people() -> None:
     assert [duration(s) for s in (0.4, 61, 3600, 7325)] == ["0:00", "1:01", "1:00:00", "2:02:05"]
+
+
+def test_figures_are_told_with_their_standard_errors():
+    metrics = {"a": 0.947, "a_se": 0.052, "b": 2.0, "b_se": math.nan, "c": 1.0, "c_se": 0.5}
+    assert with_error(metrics, "a", "{:.1%}") == "94.7% ± 5.2%"
+    assert with_error(metrics, "b", "{:.1f}") == "2.0"  # one prompt alone
+    assert with_error(metrics, "c", "{:+.1f}") == "+1.0 ± 0.5"
