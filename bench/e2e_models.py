@@ -23,8 +23,9 @@ from bench.e2e_worker import Work
 from ppo_engine.demo.model import model_path
 from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
 from ppo_engine.errors import UserError
-from ppo_engine.models import load_tokenizer, quiet_transformers
-from ppo_engine.text import encode_prompt
+from ppo_engine.models.loading import quiet_transformers
+from ppo_engine.text.encoding import encode_prompt
+from ppo_engine.text.tokenizer import load_tokenizer
 
 _SMOLLM2 = "smollm2"
 _QWEN: dict[str, Any] = {

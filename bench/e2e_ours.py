@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.e2e_worker import LEARNING_RATE, PhaseClock, Work, report_step
 from ppo_engine import PPOConfig, PPOEngine
-from ppo_engine.config import (
+from ppo_engine.settings.schema import (
     GenerationConfig,
     ModelConfig,
     OptimizerConfig,

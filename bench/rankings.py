@@ -28,15 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from rich.console import Console
 
-from ppo_engine import models
-from ppo_engine.config import (
-    ModelConfig,
-    OptimizerConfig,
-    PreferenceDataConfig,
-    RewardModelConfig,
-    RewardModelSettings,
-    RunConfig,
-)
 from ppo_engine.demo.candidates import (
     TONES,
     TOPICS_PER_BATCH,
@@ -48,9 +39,18 @@ from ppo_engine.demo.candidates import (
 from ppo_engine.demo.model import save_lower_layers
 from ppo_engine.demo.prompts import TRAINING_TOPICS
 from ppo_engine.memory import keep_freed_memory
-from ppo_engine.policy import Policy
-from ppo_engine.reward_trainer import RewardModelTrainer
+from ppo_engine.models import precision
+from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.run.progress import Progress
+from ppo_engine.settings.schema import (
+    ModelConfig,
+    OptimizerConfig,
+    PreferenceDataConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RunConfig,
+)
+from ppo_engine.training.reward import RewardModelTrainer
 
 PAIRS = list(itertools.combinations(range(len(TONES)), 2))
 WAYS = {"rankings": 1, "rankings, two epochs": 2, "pairs": 1}  # and epochs
@@ -87,9 +87,9 @@ def main() -> None:
 
 def rank_answers(model: str, cache: Path, rounds: int) -> None:
     """Sample four answers to each prompt and rank them, as the demo does."""
-    device = models.choose_device("auto")
-    policy = Policy.open(
-        model, ModelConfig(), device=device, dtype=models.choose_dtype("auto", device)
+    device = precision.choose_device("auto")
+    policy = LanguageModel.open(
+        model, ModelConfig(), device=device, dtype=precision.choose_dtype("auto", device)
     )
     torch.manual_seed(0)
     topics = TRAINING_TOPICS * rounds

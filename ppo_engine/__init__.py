@@ -12,38 +12,97 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_engine.config import PPOConfig, RewardModelConfig, SFTConfig
-    from ppo_engine.engine import PPOEngine
     from ppo_engine.errors import UserError
-    from ppo_engine.ppo_trainer import PPOTrainer
-    from ppo_engine.reward_trainer import RewardModelTrainer
-    from ppo_engine.rollout import Experience, Rollout
-    from ppo_engine.sft_trainer import SFTTrainer
+    from ppo_engine.ppo.engine import PPOEngine
+    from ppo_engine.ppo.experience import Experience
+    from ppo_engine.rollout.batch import Rollout
+    from ppo_engine.settings.schema import (
+        AdaptiveKLConfig,
+        DemonstrationDataConfig,
+        EnvironmentConfig,
+        EvaluationConfig,
+        GenerationConfig,
+        LoraConfig,
+        ModelConfig,
+        OptimizerConfig,
+        PPOConfig,
+        PPOSettings,
+        PreferenceDataConfig,
+        PromptDataConfig,
+        RewardConfig,
+        RewardEndpointConfig,
+        RewardModelConfig,
+        RewardModelSettings,
+        RewardSource,
+        RunConfig,
+        SFTConfig,
+        SFTSettings,
+    )
+    from ppo_engine.training.ppo import PPOTrainer
+    from ppo_engine.training.reward import RewardModelTrainer
+    from ppo_engine.training.sft import SFTTrainer
 
 # Loaded when first asked for: torch and transformers take seconds, and `ppo-engine --help` needs
 # neither.
+_SETTINGS = (
+    "AdaptiveKLConfig",
+    "DemonstrationDataConfig",
+    "EnvironmentConfig",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PPOSettings",
+    "PreferenceDataConfig",
+    "PromptDataConfig",
+    "RewardConfig",
+    "RewardEndpointConfig",
+    "RewardModelConfig",
+    "RewardModelSettings",
+    "RewardSource",
+    "RunConfig",
+    "SFTConfig",
+    "SFTSettings",
+)
 _HOMES = {
-    "Experience": "rollout",
-    "PPOConfig": "config",
-    "PPOEngine": "engine",
-    "PPOTrainer": "ppo_trainer",
-    "RewardModelConfig": "config",
-    "RewardModelTrainer": "reward_trainer",
-    "Rollout": "rollout",
-    "SFTConfig": "config",
-    "SFTTrainer": "sft_trainer",
+    "Experience": "ppo.experience",
+    "PPOEngine": "ppo.engine",
+    "PPOTrainer": "training.ppo",
+    "RewardModelTrainer": "training.reward",
+    "Rollout": "rollout.batch",
+    "SFTTrainer": "training.sft",
     "UserError": "errors",
+    **dict.fromkeys(_SETTINGS, "settings.schema"),
 }
 
 __all__ = [
+    "AdaptiveKLConfig",
+    "DemonstrationDataConfig",
+    "EnvironmentConfig",
+    "EvaluationConfig",
     "Experience",
+    "GenerationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
     "PPOConfig",
     "PPOEngine",
+    "PPOSettings",
     "PPOTrainer",
+    "PreferenceDataConfig",
+    "PromptDataConfig",
+    "RewardConfig",
+    "RewardEndpointConfig",
     "RewardModelConfig",
+    "RewardModelSettings",
     "RewardModelTrainer",
+    "RewardSource",
     "Rollout",
+    "RunConfig",
     "SFTConfig",
+    "SFTSettings",
     "SFTTrainer",
     "UserError",
 ]

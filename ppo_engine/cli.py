@@ -211,7 +211,7 @@ def _load(
     check: Callable[[Any], None] | None = None,
 ) -> Any:
     """The command's settings, also through `check`; None when a dry run has printed them."""
-    from ppo_engine.config_io import dump_config, load_config
+    from ppo_engine.settings.files import dump_config, load_config
 
     config = load_config(cls, options.config, overrides, defaults)
     if check is not None:
@@ -223,7 +223,7 @@ def _load(
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.config import DemoConfig
+    from ppo_engine.settings.schema import DemoConfig
 
     overrides = _overrides(options, rest, output_dir="output_dir", seed="seed")
     if options.smoke:
@@ -239,21 +239,21 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _sft(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.config import SFTConfig
+    from ppo_engine.settings.schema import SFTConfig
 
     config = _load_supervised(SFTConfig, options, rest, "examples")
     if config is not None:
-        from ppo_engine.sft_trainer import SFTTrainer
+        from ppo_engine.training.sft import SFTTrainer
 
         SFTTrainer(config=config).train()
 
 
 def _reward(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.config import RewardModelConfig
+    from ppo_engine.settings.schema import RewardModelConfig
 
     config = _load_supervised(RewardModelConfig, options, rest, "preferences")
     if config is not None:
-        from ppo_engine.reward_trainer import RewardModelTrainer
+        from ppo_engine.training.reward import RewardModelTrainer
 
         RewardModelTrainer(config=config).train()
 
@@ -274,9 +274,9 @@ def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], dat
 
 
 def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.config import GRPO_DEFAULTS, PPOConfig
     from ppo_engine.rewards.sources import configured_sources
-    from ppo_engine.settings_checks import check_settings
+    from ppo_engine.settings.checks import check_settings
+    from ppo_engine.settings.schema import GRPO_DEFAULTS, PPOConfig
 
     overrides = _reward_overrides(options) + _overrides(options, rest)
     if options.profile:
@@ -296,13 +296,13 @@ def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
         if not value:
             raise UserError(f"No {what}.")
     _quiet_libraries()
-    from ppo_engine.ppo_trainer import PPOTrainer
+    from ppo_engine.training.ppo import PPOTrainer
 
     PPOTrainer(config=config).train()
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.config import GenerateConfig
+    from ppo_engine.settings.schema import GenerateConfig
 
     if options.output_dir is not None:
         options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
@@ -334,7 +334,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
-    from ppo_engine.models import hide_loading_bars
+    from ppo_engine.models.loading import hide_loading_bars
 
     hide_loading_bars()
     logging.set_verbosity_error()

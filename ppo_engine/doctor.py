@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import ppo_kernels
-from ppo_engine import models
 from ppo_engine.errors import UserError
+from ppo_engine.models import precision
 from ppo_kernels import dispatch
 
 _PACKAGES = ("torch", "transformers", "triton", "pydantic", "safetensors", "ppo-engine")
@@ -89,7 +89,7 @@ def _machine(report: Report) -> None:
     report.title("Machine")
     threads = f"{torch.get_num_threads()} torch threads, {os.cpu_count()} cores"
     report.line("info", "CPU", f"{torch.backends.cpu.get_cpu_capability()}, {threads}")
-    compute = models.choose_dtype("auto", torch.device("cpu"))
+    compute = precision.choose_dtype("auto", torch.device("cpu"))
     report.line("info", "CPU compute", f"{str(compute).removeprefix('torch.')} by default")
     if not torch.cuda.is_available():
         report.line("info", "GPU", "none that torch can use")

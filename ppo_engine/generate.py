@@ -13,8 +13,6 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from ppo_engine import models
-from ppo_engine.config import GenerateConfig, ModelConfig
 from ppo_engine.data.prompts import (
     PromptExample,
     columns_of,
@@ -24,11 +22,15 @@ from ppo_engine.data.prompts import (
 )
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
-from ppo_engine.policy import Policy
+from ppo_engine.models import loading, precision
+from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards
+from ppo_engine.rollout import generation
 from ppo_engine.run.progress import Progress
+from ppo_engine.settings.schema import GenerateConfig, ModelConfig
+from ppo_engine.text.tokenizer import load_tokenizer
 
 
 def generate(config: GenerateConfig) -> None:
@@ -41,9 +43,9 @@ def generate(config: GenerateConfig) -> None:
         raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
     if config.output and Path(config.output).expanduser().exists():
         raise UserError(f"{config.output} exists; remove it or choose another --out.")
-    device = models.choose_device(config.device)
-    models.load_model_config(config.model)
-    tokenizer = models.load_tokenizer(config.model)
+    device = precision.choose_device(config.device)
+    loading.load_model_config(config.model)
+    tokenizer = load_tokenizer(config.model)
     data = config.data
     if config.prompt:
         text = config.prompt
@@ -52,18 +54,18 @@ def generate(config: GenerateConfig) -> None:
         skipped = SkippedLines()
     else:
         examples, skipped = load_prompts(data.path, on_bad_line=data.on_bad_line)
-    dtype = models.choose_dtype(config.dtype, device)
+    dtype = precision.choose_dtype(config.dtype, device)
     rewards = None
     if configured_sources(config.reward):
         rewards = load_rewards(None, config.reward, tokenizer, device=device, dtype=dtype)
-    policy = Policy.open(
+    policy = LanguageModel.open(
         config.model, ModelConfig(), device=device, dtype=dtype, tokenizer=tokenizer
     )
     examples, too_long = limit_prompts(
         examples,
         tokenizer,
         data.max_prompt_tokens,
-        room=policy.room_for_prompts(config.generation),
+        room=generation.room_for_prompts(policy, config.generation),
         on_bad_line=data.on_bad_line,
     )
     torch.manual_seed(config.seed)
@@ -94,7 +96,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _respond(
-    policy: Policy,
+    policy: LanguageModel,
     rewards: Rewards | None,
     batch: list[PromptExample],
     config: GenerateConfig,
@@ -107,7 +109,7 @@ def _respond(
         part = asked[start : start + config.batch_size]
         with progress.phase("generate"):
             prompts = [example.prompt for example in part]
-            rollout = policy.generate(prompts, config.generation, columns_of(part))
+            rollout = generation.generate(policy, prompts, config.generation, columns_of(part))
         found["responses"] += rollout.responses
         found["finished"] += rollout.finished.tolist()
         if rewards is not None:

@@ -1,8 +1,14 @@
-"""Memory of a CPU that is taken again, rather than anew from the system each time."""
+"""The memory of this process: how much it has taken, and that it is used again."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -20,3 +26,13 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError, TypeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in GiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        import torch  # only here: the command line's help takes no torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

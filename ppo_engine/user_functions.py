@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import shown
 
 
 class UserFunction:
@@ -107,12 +108,6 @@ def _import_module(source: str) -> ModuleType:
             f"The module {source!r} could not be imported: {type(error).__name__}: {error}. Is it "
             "installed? A file is named by its path, ending in .py."
         ) from error
-
-
-def shown(value: Any) -> str:
-    """A value in an error message: what it looks like, and its type."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
 def _awaited(result: Awaitable[Any]) -> Any:

@@ -17,11 +17,18 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
-from ppo_engine import PPOEngine, anatomy, cli, critic, engine, estimators, models, optim, policy
-from ppo_engine.config import GenerationConfig, LoraConfig, ModelConfig, PPOConfig, PPOSettings
-from ppo_engine.config import RunConfig as Run
+from ppo_engine.training import anatomy
+from ppo_engine.ppo import critic
+from ppo_engine.ppo import engine
+from ppo_engine.ppo import estimators
+from ppo_engine.models import architecture
+from ppo_engine.models import optimizer
+from ppo_engine.models import language_model
+from ppo_engine import PPOEngine, cli
+from ppo_engine.settings.schema import (GenerationConfig, LoraConfig, ModelConfig, PPOConfig, PPOSettings)
+from ppo_engine.settings.schema import RunConfig as Run
 from ppo_engine.rewards.model import RewardModel
-from ppo_engine.value_model import value_model_from_policy
+from ppo_engine.models.value_model import value_model_from_policy
 from ppo_kernels import head, logprob
 
 PROMPTS = ["One", "Number two", "3", "And four"]
@@ -143,7 +150,7 @@ def test_the_only_step_is_profiled_and_a_resumed_run_may_be(model: str, tmp_path
 def slow_layer(engine: PPOEngine, name: str) -> None:
     """The next pass through the last layer of a model pauses."""
     owner = getattr(engine, name)
-    layers = models.decoder_layers(getattr(owner, "model", owner))
+    layers = architecture.decoder_layers(getattr(owner, "model", owner))
     handle = layers[-1].register_forward_pre_hook(lambda *_: (pause(), handle.remove())[0])
 
 

@@ -14,14 +14,8 @@ from tiny import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
-from ppo_engine.config import (
-    PPOConfig,
-    RewardConfig,
-    RewardModelConfig,
-    RewardSource,
-    SFTConfig,
-)
-from ppo_engine.config_io import load_config
+from ppo_engine.settings.schema import (PPOConfig, RewardConfig, RewardModelConfig, RewardSource, SFTConfig)
+from ppo_engine.settings.files import load_config
 from ppo_engine.rewards.best_of_n import expected_best
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +160,7 @@ def test_interruption_is_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ppo_engine.config_io.load_config", interrupted)
+    monkeypatch.setattr("ppo_engine.settings.files.load_config", interrupted)
     assert cli.main(["ppo"]) == 130
     shown = capsys.readouterr().err
     assert shown.startswith("interrupted; ") and shown.count("\n") == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ppo_engine.config import AdaptiveKLConfig, PPOConfig, RewardModelConfig, SFTConfig
-from ppo_engine.config_io import as_dict, dump_config, flatten, load_config
+from ppo_engine.settings.schema import (AdaptiveKLConfig, PPOConfig, RewardModelConfig, SFTConfig)
+from ppo_engine.settings.files import (as_dict, dump_config, flatten, load_config)
 from ppo_engine.errors import UserError
 
 

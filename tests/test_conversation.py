@@ -9,14 +9,14 @@ import torch
 from test_engine import make_engine
 from tiny import tiny_model, tiny_tokenizer
 
-from ppo_engine import conversation
-from ppo_engine.config import EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig
-from ppo_engine.conversation import Environment
-from ppo_engine.engine import PPOEngine
+from ppo_engine.rollout import generation
+from ppo_engine.settings.schema import (EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig)
+from ppo_engine.rollout.environment import Environment
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.errors import UserError
 from ppo_engine.rewards.model import RewardModel
-from ppo_engine.sampler import Continuation
-from ppo_engine.value_model import value_model_from_policy
+from ppo_engine.rollout.sampling import Continuation
+from ppo_engine.models.value_model import value_model_from_policy
 from ppo_kernels import gae
 
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -47,7 +47,7 @@ def scripted(monkeypatch):
             assert len(said) == len(rows)
             return said
 
-        monkeypatch.setattr(conversation, "sample", sample)
+        monkeypatch.setattr(generation, "sample", sample)
 
     return script
 

@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from ppo_engine.config import DemoConfig
+from ppo_engine.settings.schema import DemoConfig
 from ppo_engine.demo import model as demo_model
 from ppo_engine.demo import run_demo
 from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS

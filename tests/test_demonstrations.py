@@ -10,13 +10,9 @@ from typing import Any
 import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-from ppo_engine.data.demonstrations import (
-    Demonstration,
-    cut,
-    encode_demonstration,
-    load_demonstrations,
-)
-from ppo_engine.data.packing import EncodedExample, plan
+from ppo_engine.data.demonstrations import (Demonstration, cut, encode_demonstration, load_demonstrations)
+from ppo_engine.data.demonstrations import EncodedExample
+from ppo_engine.models.packing import plan
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
 

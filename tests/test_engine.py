@@ -10,20 +10,12 @@ import torch
 from ops import Watch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
-from ppo_engine.config import (
-    AdaptiveKLConfig,
-    GenerationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    PPOSettings,
-    RewardConfig,
-    RunConfig,
-)
-from ppo_engine.engine import PPOEngine
+from ppo_engine.settings.schema import (AdaptiveKLConfig, GenerationConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, RewardConfig, RunConfig)
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.errors import UserError
-from ppo_engine.kl_control import KLController
-from ppo_engine.rollout import Experience, Rollout
+from ppo_engine.ppo.kl_control import KLController
+from ppo_engine.ppo.experience import Experience
+from ppo_engine.rollout.batch import Rollout
 from ppo_kernels import head
 
 PROMPTS = ["Hello", "A longer prompt", "Hi", "Once upon a time", "a", "Tell me", "x y z", "Why?"]
@@ -389,7 +381,7 @@ def test_update_of_a_half_precision_run_keeps_fp32_weights():
 
 def test_lora_reference_is_the_policy_without_adapter():
     pytest.importorskip("peft")
-    from ppo_engine.config import LoraConfig
+    from ppo_engine.settings.schema import LoraConfig
 
     policy = ModelConfig(lora=LoraConfig(rank=4), optimizer=OptimizerConfig(learning_rate=1e-2))
     engine = make_engine(policy=policy)

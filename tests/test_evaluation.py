@@ -19,31 +19,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_model_folder
 
-from ppo_engine.config import (
-    EvaluationConfig,
-    GenerationConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    PPOSettings,
-    RewardConfig,
-    RunConfig,
-)
+from ppo_engine.settings.schema import (EvaluationConfig, GenerationConfig, LoraConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, RewardConfig, RunConfig)
 from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
-from ppo_engine.evaluation import (
-    READ,
-    Evaluation,
-    Evaluator,
-    anticipation,
-    hold_out,
-    values_along,
-    win_shares,
-)
-from ppo_engine.ppo_trainer import PPOTrainer
+from ppo_engine.training.evaluation import (READ, Evaluation, Evaluator, anticipation, hold_out, values_along, win_shares)
+from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.run.progress import Progress
-from ppo_engine.sampler import Continuation
+from ppo_engine.rollout.sampling import Continuation
 
 PROMPTS = [f"Prompt {i}" for i in range(6)]
 HELD_OUT = ["Why?", "A longer question", "And this one", "x y z", "Tell me more"]
@@ -109,7 +91,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes longer than these runs; test_report draws it."""
-    monkeypatch.setattr("ppo_engine.ppo_trainer.write_curves", lambda *_: None)
+    monkeypatch.setattr("ppo_engine.training.ppo.write_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -289,7 +271,7 @@ def test_a_conversation_is_measured_in_the_policys_tokens(model, tmp_path, monke
     def environment(prompts, turns):
         return ["Go on." if len(turn) == 1 else None for turn in turns]
 
-    monkeypatch.setattr("ppo_engine.conversation.sample", say)
+    monkeypatch.setattr("ppo_engine.rollout.generation.sample", say)
     settings = config(tmp_path / "run", prompts=3)
     trainer = PPOTrainer(model, letters, PROMPTS, config=settings, environment=environment)
     found = evaluate(trainer.evaluator)
@@ -425,7 +407,7 @@ class Scripted(Evaluator):
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_patience_ends_the_run_and_the_best_is_kept(model, tmp_path, monkeypatch, interrupted):
-    monkeypatch.setattr("ppo_engine.ppo_trainer.Evaluator", Scripted)
+    monkeypatch.setattr("ppo_engine.training.ppo.Evaluator", Scripted)
     run, short, out = tmp_path / "run", tmp_path / "short", io.StringIO()
     settings = config(run, steps=6, prompts=2, every=1, patience=2, run={"checkpoint_every": 3})
     if interrupted:

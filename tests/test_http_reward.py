@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_engine.config import RewardEndpointConfig
-from ppo_engine.config_io import shown_settings, shown_url
+from ppo_engine.settings.schema import RewardEndpointConfig
+from ppo_engine.settings.files import shown_settings, shown_url
 from ppo_engine.errors import UserError
 from ppo_engine.rewards import http as http_reward
 from ppo_engine.rewards.http import HTTPReward

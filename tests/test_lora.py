@@ -24,24 +24,13 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from ppo_engine.config import (
-    GenerationConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    PPOSettings,
-    PreferenceDataConfig,
-    RewardModelConfig,
-    RewardModelSettings,
-    RunConfig,
-)
-from ppo_engine.engine import PPOEngine
+from ppo_engine.settings.schema import (GenerationConfig, LoraConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, PreferenceDataConfig, RewardModelConfig, RewardModelSettings, RunConfig)
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.errors import UserError
-from ppo_engine.policy import Policy
-from ppo_engine.reward_trainer import RewardModelTrainer
-from ppo_engine.rollout import Experience
-from ppo_engine.value_model import save_value_model, score_head, token_values
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.training.reward import RewardModelTrainer
+from ppo_engine.ppo.experience import Experience
+from ppo_engine.models.value_model import save_value_model, score_head, token_values
 
 pytest.importorskip("peft", reason="the optional package peft is not installed")
 CPU = torch.device("cpu")
@@ -153,7 +142,7 @@ def test_what_is_saved_is_what_was_trained(
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert all(p.dtype == torch.float32 for p in plain.parameters())
-    again = Policy.open(
+    again = LanguageModel.open(
         plain, ModelConfig(), device=CPU, dtype=torch.float32, tokenizer=tiny_tokenizer()
     )
     critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
@@ -199,7 +188,7 @@ def test_a_restored_engine_goes_on_as_the_first(folder: str, bits: Bits | None) 
 def test_checkpointing_gives_the_same_gradients(folder: str, bits: Bits | None) -> None:
     gradients = []
     for checkpointing in (False, True):
-        policy = Policy.open(
+        policy = LanguageModel.open(
             folder,
             adapted(bits=bits, gradient_checkpointing=checkpointing),
             device=CPU,
@@ -306,4 +295,4 @@ def test_layers_that_could_not_be_saved_again_are_refused(tmp_path: Path, bits: 
     tokenizer.save_pretrained(tmp_path)
     settings = replace(adapted(bits=bits), path=str(tmp_path))
     with pytest.raises(UserError, match="GPT2LMHeadModel cannot be quantised"):
-        Policy.open("", settings, device=CPU, dtype=torch.float32)
+        LanguageModel.open("", settings, device=CPU, dtype=torch.float32)

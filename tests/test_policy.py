@@ -23,18 +23,22 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ppo_engine import models
-from ppo_engine.config import GenerationConfig as Sampling
-from ppo_engine.config import ModelConfig
+from ppo_engine.models import architecture
+from ppo_engine.models import freezing
+from ppo_engine.models import loading
+from ppo_engine.models import precision
+from ppo_engine.settings.schema import GenerationConfig as Sampling
+from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.errors import UserError
-from ppo_engine.policy import Policy, _Head
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.output_head import OutputHead
 from ppo_kernels import ppo_policy_loss, token_logprobs
 
 CPU = torch.device("cpu")
 
 
-def open_policy(model, config: ModelConfig | None = None, tokenizer=None) -> Policy:
-    return Policy.open(
+def open_policy(model, config: ModelConfig | None = None, tokenizer=None) -> LanguageModel:
+    return LanguageModel.open(
         model,
         config or ModelConfig(),
         device=CPU,
@@ -43,7 +47,7 @@ def open_policy(model, config: ModelConfig | None = None, tokenizer=None) -> Pol
     )
 
 
-def own_logprobs(policy: Policy, rollout) -> torch.Tensor:
+def own_logprobs(policy: LanguageModel, rollout) -> torch.Tensor:
     ids, mask = rollout.sequences()
     start = rollout.prompt_ids.shape[1]
     positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
@@ -112,7 +116,7 @@ def test_logprobs_equal_those_of_the_models_own_logits(make):
 def test_adapters_on_the_head_are_not_passed_over():
     """The output layer is then more than its matrix: it makes the logits itself."""
     pytest.importorskip("peft")
-    from ppo_engine.config import LoraConfig
+    from ppo_engine.settings.schema import LoraConfig
 
     lora = LoraConfig(rank=2, target_modules=["lm_head", "q_proj"])
     policy = open_policy(untied_model(), ModelConfig(lora=lora))
@@ -156,7 +160,7 @@ def test_the_loss_is_that_of_the_models_own_logits(make):
 def test_a_head_that_scales_and_caps():
     """Both at once, as no family here does: c tanh(s z / c)."""
     policy = open_policy(model_with_a_bias())
-    policy._head = _Head(scale=0.3, softcap=0.8)
+    policy._head = OutputHead(scale=0.3, softcap=0.8)
     rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     with torch.no_grad():
         states = policy.states(rollout)
@@ -253,7 +257,7 @@ def test_dropout_is_off_whatever_a_family_calls_it():
     model = opt()
     ids = torch.arange(20)[None]
     assert not torch.equal(model.train()(ids).logits, model(ids).logits)
-    models.disable_dropout(model)
+    architecture.disable_dropout(model)
     expected = model.eval()(ids).logits
     model.train()
     for _ in range(8):  # a dropped layer shows in some passes only
@@ -262,7 +266,7 @@ def test_dropout_is_off_whatever_a_family_calls_it():
 
 def test_learned_positions_are_frozen_with_the_lower_layers():
     model = opt()
-    models.freeze_lower_layers(model, 1)
+    freezing.freeze_lower_layers(model, 1)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("layers.1." in name or "norm" in name for name in trained)
 
@@ -282,7 +286,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):
     pytest.importorskip("peft")
-    from ppo_engine.config import LoraConfig
+    from ppo_engine.settings.schema import LoraConfig
 
     policy = open_policy(tiny_model(), ModelConfig(lora=LoraConfig(rank=2)))
     with torch.no_grad():
@@ -312,12 +316,12 @@ def test_trainable_layers_beyond_the_model_are_refused():
 def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert models.choose_dtype("auto", CPU) == torch.float32
+    assert precision.choose_dtype("auto", CPU) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert models.choose_dtype("auto", CPU) == torch.bfloat16
+    assert precision.choose_dtype("auto", CPU) == torch.bfloat16
 
 
 def test_downloads_show_how_far_they_are():
-    with models.quiet_transformers():
+    with loading.quiet_transformers():
         assert not transformers_logging.is_progress_bar_enabled()
         assert not are_progress_bars_disabled()

@@ -11,19 +11,10 @@ import torch
 from tiny import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_engine.config import (
-    GenerationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    PPOSettings,
-    PromptDataConfig,
-    RewardConfig,
-    RunConfig,
-)
-from ppo_engine.config_io import load_config
+from ppo_engine.settings.schema import (GenerationConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, PromptDataConfig, RewardConfig, RunConfig)
+from ppo_engine.settings.files import load_config
 from ppo_engine.errors import UserError
-from ppo_engine.ppo_trainer import PPOTrainer
+from ppo_engine.training.ppo import PPOTrainer
 
 PROMPTS = [f"Prompt {i}" for i in range(6)]
 

@@ -7,9 +7,10 @@ import torch
 from tiny import tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.errors import UserError
-from ppo_engine.rewards.model import RewardModel, load_reward_model, same_tokenizer
-from ppo_engine.text import encode_dialogue, pad_left
-from ppo_engine.value_model import load_value_model, save_value_model
+from ppo_engine.rewards.model import RewardModel, load_reward_model
+from ppo_engine.text.tokenizer import same_tokenizer
+from ppo_engine.text.encoding import encode_dialogue, pad_left
+from ppo_engine.models.value_model import load_value_model, save_value_model
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 PROMPTS = ["Say a.", [{"role": "user", "content": "Say b, at some length."}], "Say c."]

@@ -21,16 +21,9 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from ppo_engine.config import (
-    ModelConfig,
-    OptimizerConfig,
-    PreferenceDataConfig,
-    RewardModelConfig,
-    RewardModelSettings,
-    RunConfig,
-)
+from ppo_engine.settings.schema import (ModelConfig, OptimizerConfig, PreferenceDataConfig, RewardModelConfig, RewardModelSettings, RunConfig)
 from ppo_engine.errors import UserError
-from ppo_engine.reward_trainer import RewardModelTrainer
+from ppo_engine.training.reward import RewardModelTrainer
 
 HH = Path(__file__).parent.parent / "../shared/data/hh-rlhf/preferences.jsonl.gz"
 GOOD, BAD = ("fine", "nice", "good", "kind"), ("vile", "poor", "sour", "grim")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ppo_engine.config import PPOConfig, RewardModelConfig
-from ppo_engine.config_io import load_config
+from ppo_engine.settings.schema import PPOConfig, RewardModelConfig
+from ppo_engine.settings.files import load_config
 from ppo_engine.errors import UserError
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 

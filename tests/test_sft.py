@@ -18,16 +18,8 @@ from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from ppo_engine import RewardModelTrainer, SFTConfig, SFTTrainer
-from ppo_engine.config import (
-    DemonstrationDataConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RewardModelConfig,
-    RunConfig,
-    SFTSettings,
-)
-from ppo_engine.data.packing import can_pack, stack_rows
+from ppo_engine.settings.schema import (DemonstrationDataConfig, LoraConfig, ModelConfig, OptimizerConfig, RewardModelConfig, RunConfig, SFTSettings)
+from ppo_engine.models.packing import can_pack, stack_rows
 from ppo_engine.errors import UserError
 
 

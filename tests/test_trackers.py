@@ -22,16 +22,10 @@ from test_ppo_trainer import PROMPTS, config, length_reward, rows
 from tiny import tiny_model_folder
 
 from ppo_engine import SFTTrainer
-from ppo_engine.config import (
-    DemonstrationDataConfig,
-    RewardConfig,
-    RunConfig,
-    SFTConfig,
-    SFTSettings,
-)
-from ppo_engine.config_io import flatten
+from ppo_engine.settings.schema import (DemonstrationDataConfig, RewardConfig, RunConfig, SFTConfig, SFTSettings)
+from ppo_engine.settings.files import flatten
 from ppo_engine.errors import UserError
-from ppo_engine.ppo_trainer import PPOTrainer
+from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.trackers import Trackers, check_trackers
 

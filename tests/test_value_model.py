@@ -15,18 +15,10 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from ppo_engine.config import LoraConfig, ModelConfig
+from ppo_engine.settings.schema import LoraConfig, ModelConfig
 from ppo_engine.errors import UserError
-from ppo_engine.models import prepare_for_training
-from ppo_engine.value_model import (
-    init_head,
-    load_value_model,
-    make_critic,
-    save_value_model,
-    score_head,
-    sequence_scores,
-    token_values,
-)
+from ppo_engine.models.freezing import prepare_for_training
+from ppo_engine.models.value_model import (init_head, load_value_model, make_critic, save_value_model, score_head, sequence_scores, token_values)
 
 CPU = torch.device("cpu")
 TEXTS = ("Yes.", "A somewhat longer answer.", "No, thank you!")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_engine.data.rows import BadLineError, has_lone_surrogate
-from ppo_engine.text import Message, Prompt
+from ppo_engine.text.encoding import Message, Prompt
 
 
 def column(row: Mapping[str, Any], name: str) -> Any:

@@ -11,11 +11,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.data.columns import check_messages, check_prompt, check_text, column, kind, name_of
-from ppo_engine.data.packing import EncodedExample
 from ppo_engine.data.preferences import chat_if_dialogue
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.text import (
+from ppo_engine.text.encoding import (
     Message,
     Prompt,
     encode_prompt,
@@ -36,6 +35,18 @@ class Demonstration:
     prompt: Prompt
     response: str | list[Message]
     place: str = ""
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids, and which of them are learned: never the first, which nothing predicts."""
+
+    ids: list[int]
+    trained: list[bool]
+    group: int = 0  # the number of its prompt
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def load_demonstrations(

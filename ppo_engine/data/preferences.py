@@ -27,7 +27,7 @@ from ppo_engine.data.columns import (
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.text import Message, Prompt, require_chat_template
+from ppo_engine.text.encoding import Message, Prompt, require_chat_template
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine.data.columns import (
-    check_prompt,
-    column,
-    name_of,
-)
+from ppo_engine.data.columns import check_prompt, column, name_of
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.text import Prompt, encode_prompt, require_chat_template
+from ppo_engine.text.encoding import Prompt, encode_prompt, require_chat_template
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ppo_engine.config import GenerationConfig
 from ppo_engine.demo.prompts import prompt_about
 from ppo_engine.errors import UserError
-from ppo_engine.policy import Policy
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.rollout.generation import generate
 from ppo_engine.run.progress import Progress
+from ppo_engine.settings.schema import GenerationConfig
 
 # Candidates are asked for in several tones and ranked as answers to the neutral prompt: rankings
 # of clearly different answers teach more than those of near ties (compare RLCD, Yang et al. 2023,
@@ -31,7 +32,7 @@ def load_vader() -> Callable[[str], float]:
 
 
 def rank_candidates(
-    policy: Policy,
+    policy: LanguageModel,
     topics: Sequence[str],
     new_tokens: int,
     sentiment: Callable[[str], float],
@@ -48,7 +49,7 @@ def rank_candidates(
         batch = topics[start : start + TOPICS_PER_BATCH]
         with progress.phase("generate"):
             asked = [prompt_about(topic, tone, chat) for topic in batch for tone in TONES]
-            rollout = policy.generate(asked, generation)
+            rollout = generate(policy, asked, generation)
         for index, topic in enumerate(batch):
             of_topic = slice(index * len(TONES), (index + 1) * len(TONES))
             candidates = list(rollout.responses[of_topic])

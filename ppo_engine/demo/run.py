@@ -23,8 +23,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ppo_engine import models
-from ppo_engine.config import (
+from ppo_engine.data.rows import read_jsonl
+from ppo_engine.demo.candidates import TOPICS_PER_BATCH, clear_pairs, load_vader, rank_candidates
+from ppo_engine.demo.model import model_path, save_lower_layers
+from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
+from ppo_engine.demo.report import Measurement, show_result
+from ppo_engine.demo.tiny import save_tiny_model
+from ppo_engine.memory import peak_memory
+from ppo_engine.models import precision
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.run.directory import RunDirectory
+from ppo_engine.run.progress import Progress
+from ppo_engine.settings.schema import (
     DemoConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -38,24 +48,10 @@ from ppo_engine.config import (
     RewardModelSettings,
     RunConfig,
 )
-from ppo_engine.data.rows import read_jsonl
-from ppo_engine.demo.candidates import (
-    TOPICS_PER_BATCH,
-    clear_pairs,
-    load_vader,
-    rank_candidates,
-)
-from ppo_engine.demo.model import model_path, save_lower_layers
-from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
-from ppo_engine.demo.report import Measurement, show_result
-from ppo_engine.demo.tiny import save_tiny_model
-from ppo_engine.evaluation import mean_and_error
-from ppo_engine.policy import Policy
-from ppo_engine.ppo_trainer import PPOTrainer, peak_memory
-from ppo_engine.reward_trainer import RewardModelTrainer
-from ppo_engine.run.directory import RunDirectory
-from ppo_engine.run.progress import Progress
-from ppo_engine.text import Prompt, show_prompt
+from ppo_engine.text.encoding import Prompt, show_prompt
+from ppo_engine.training.evaluation import mean_and_error
+from ppo_engine.training.ppo import PPOTrainer
+from ppo_engine.training.reward import RewardModelTrainer
 
 _HELD_OUT = "held_out.jsonl"
 
@@ -172,9 +168,9 @@ def _rank_candidates(
     console: Console,
 ) -> list[dict[str, Any]]:
     """Rankings of several candidate responses to each training prompt, and what to say of them."""
-    device = models.choose_device("auto")
-    policy = Policy.open(
-        model, ModelConfig(), device=device, dtype=models.choose_dtype("auto", device)
+    device = precision.choose_device("auto")
+    policy = LanguageModel.open(
+        model, ModelConfig(), device=device, dtype=precision.choose_dtype("auto", device)
     )
     torch.manual_seed(config.seed)
     topics = TRAINING_TOPICS[: scale.topics]

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ppo_engine.run.progress import counted
+from ppo_engine.messages import counted
 
 
 def expected_best(scores: Tensor, n: int) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ppo_engine.errors import UserError
-from ppo_engine.text import Prompt
-from ppo_engine.user_functions import UserFunction, shown
+from ppo_engine.messages import shown
+from ppo_engine.text.encoding import Prompt
+from ppo_engine.user_functions import UserFunction
 
 
 class RewardFunction(UserFunction):

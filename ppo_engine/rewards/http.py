@@ -24,11 +24,11 @@ from torch import Tensor
 from urllib3.exceptions import ReadTimeoutError
 from urllib3.util import Retry
 
-from ppo_engine.config import RewardEndpointConfig
-from ppo_engine.config_io import shown_url
 from ppo_engine.errors import UserError
 from ppo_engine.rewards.function import checked_scores
-from ppo_engine.text import Prompt
+from ppo_engine.settings.files import shown_url
+from ppo_engine.settings.schema import RewardEndpointConfig
+from ppo_engine.text.encoding import Prompt
 
 _ATTEMPTS = 6
 _READ_ATTEMPTS = 3  # where the request got through: each may have cost the server its work

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models
-from ppo_engine.text import Prompt, encode_dialogue, pad_left
-from ppo_engine.value_model import read_value_model, ready_value_model, sequence_scores
-
-_PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
+from ppo_engine.models import architecture, loading, precision
+from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
+from ppo_engine.text.encoding import Prompt, encode_dialogue, pad_left
+from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
 
 class RewardModel:
@@ -31,13 +30,13 @@ class RewardModel:
         max_tokens: int | None = None,
     ) -> None:
         """`max_tokens` of prompt and response together; the model's own limit unless given."""
-        models.separate_pad_from_eos(tokenizer)
+        separate_pad_from_eos(tokenizer)
         self.model = ready_value_model(model, tokenizer, device).requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = device
         self.dtype = dtype
         self.micro_batch_size = micro_batch_size
-        self.max_tokens = min(max_tokens or sys.maxsize, models.positions(model))
+        self.max_tokens = min(max_tokens or sys.maxsize, architecture.positions(model))
 
     def __call__(
         self,
@@ -73,7 +72,7 @@ class RewardModel:
         for start in range(0, len(order), self.micro_batch_size):
             picked = order[start : start + self.micro_batch_size]
             ids, mask = pad_left([rows[i] for i in picked], self.tokenizer.pad_token_id)
-            with models.compute(self.device, self.dtype):
+            with precision.compute(self.device, self.dtype):
                 scores[picked] = sequence_scores(
                     self.model,
                     torch.tensor(ids, device=self.device),
@@ -86,20 +85,10 @@ def load_reward_model(
     path: str, *, device: torch.device, dtype: torch.dtype, micro_batch_size: int = 8
 ) -> RewardModel:
     """The reward model at `path`, a folder or name; a UserError where it has no score head."""
-    path = models.resolve(path)
-    models.load_model_config(path)
-    tokenizer = models.load_tokenizer(path)
+    path = loading.resolve(path)
+    loading.load_model_config(path)
+    tokenizer = load_tokenizer(path)
     model = read_value_model(path, require_head=True)
     return RewardModel(
         model, tokenizer, device=device, dtype=dtype, micro_batch_size=micro_batch_size
-    )
-
-
-def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether token ids made by one, special tokens included, mean the same to the other."""
-    return a is b or (
-        a.get_vocab() == b.get_vocab()
-        and a.eos_token_id == b.eos_token_id
-        and a.chat_template == b.chat_template
-        and a(_PROBE_TEXT)["input_ids"] == b(_PROBE_TEXT)["input_ids"]
     )

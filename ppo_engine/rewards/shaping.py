@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ppo_engine.config import RewardConfig
-from ppo_engine.rollout import Rollout
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.settings.schema import RewardConfig
 
 
 def shape_scores(

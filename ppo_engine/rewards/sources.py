@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppo_engine.config import RewardSource, ScoringConfig
 from ppo_engine.errors import UserError
+from ppo_engine.settings.schema import RewardSource, ScoringConfig
 
 Scoring = TypeVar("Scoring", bound=ScoringConfig)
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine.config import RewardEndpointConfig, RewardSource, ScoringConfig
 from ppo_engine.errors import UserError
+from ppo_engine.messages import shown
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
-from ppo_engine.rewards.model import RewardModel, load_reward_model, same_tokenizer
+from ppo_engine.rewards.model import RewardModel, load_reward_model
 from ppo_engine.rewards.sources import (
     check_names,
     configured_sources,
@@ -27,8 +27,10 @@ from ppo_engine.rewards.sources import (
     parse_source,
     unique_names,
 )
-from ppo_engine.rollout import Rollout
-from ppo_engine.user_functions import import_function, shown
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.settings.schema import RewardEndpointConfig, RewardSource, ScoringConfig
+from ppo_engine.text.tokenizer import same_tokenizer
+from ppo_engine.user_functions import import_function
 
 Reward = RewardModel | RewardFunction | HTTPReward
 # As people give them: the name of one, or a function, or a reward made already.

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
 
 from ppo_engine.errors import UserError
 
@@ -36,24 +35,6 @@ def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
             "one before."
         ) from error
     return state
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy saved parameters into `model`, which must train exactly these."""
-    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
-        raise UserError(
-            "The checkpoint was made by another model or with other trainable layers: resume with "
-            "the model and settings of the run's config.yaml."
-        )
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(state[name])
 
 
 def random_states() -> dict[str, Any]:

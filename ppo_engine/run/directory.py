@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ppo_engine.config_io import as_dict, dump_config, flatten, load_config, shown_settings
 from ppo_engine.errors import UserError
+from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config, shown_settings
 
 # A resumed run may differ in these: how long it goes on, where it is, and what it shows.
 _FREE_KEYS = {

@@ -17,6 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ppo_engine.messages import counted
+
 Item = TypeVar("Item")
 
 # The few numbers worth a glance, in this order where they are there: metric, label, format.
@@ -179,11 +181,6 @@ def is_interactive(console: Console) -> bool:
 def printable(text: str) -> str:
     """`text` without control characters, which could command the terminal; newlines stay."""
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip()
-
-
-def counted(number: int, noun: str) -> str:
-    """Such as "1 pair" and "3 pairs"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ppo_engine.config_io import flatten
 from ppo_engine.errors import UserError
-from ppo_engine.text import show_prompt
+from ppo_engine.settings.files import flatten
+from ppo_engine.text.encoding import show_prompt
 
 _PROJECT = "ppo-engine"
 _log = logging.getLogger(__name__)

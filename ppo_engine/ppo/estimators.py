@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_engine.config import PPOSettings
-from ppo_engine.text import Prompt
+from ppo_engine.settings.schema import PPOSettings
+from ppo_engine.text.encoding import Prompt
 from ppo_kernels import gae, kl_shaped_gae
 from ppo_kernels.reference import ShapedGAE
 

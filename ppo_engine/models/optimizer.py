@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from ppo_engine.anatomy import span
-from ppo_engine.config import OptimizerConfig
 from ppo_engine.errors import UserError
-from ppo_engine.run.checkpoint import load_trainable_state, trainable_state
+from ppo_engine.settings.schema import OptimizerConfig
+from ppo_engine.spans import span
 
 
 class Learner:
@@ -121,3 +120,21 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, where: str = "
             "(run.dtype=float32), or look for extreme rewards in the data."
         )
     return norm
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy saved parameters into `model`, which must train exactly these."""
+    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
+        raise UserError(
+            "The checkpoint was made by another model or with other trainable layers: resume with "
+            "the model and settings of the run's config.yaml."
+        )
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])

@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import set_seed
 
 from ppo_engine.data.prompts import PromptExample, columns_of
-from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.best_of_n import expected_best
-from ppo_engine.rollout import Rollout
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.rollout.generation import generate
 from ppo_engine.run.checkpoint import random_states, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.progress import Progress
@@ -161,7 +162,8 @@ class Evaluator:
         author = engine.reference if by_reference and engine.reference else engine.policy
         unadapted = by_reference and author is engine.policy
         with author.without_adapter() if unadapted else nullcontext():
-            return author.generate(
+            return generate(
+                author,
                 [example.prompt for example in batch],
                 engine.config.generation,
                 columns_of(batch),

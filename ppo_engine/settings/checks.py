@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ppo_engine.config import EvaluationConfig, PPOConfig
 from ppo_engine.errors import UserError
+from ppo_engine.settings.schema import EvaluationConfig, PPOConfig
 
 
 def check_settings(config: PPOConfig) -> None:

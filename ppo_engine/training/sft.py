@@ -16,21 +16,22 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models
-from ppo_engine.config import SFTConfig, SFTSettings
 from ppo_engine.data.demonstrations import (
     Demonstration,
+    EncodedExample,
     cut,
     encode_demonstration,
     load_demonstrations,
 )
-from ppo_engine.data.packing import EncodedExample, TokenRows, can_pack, plan, stack_rows
 from ppo_engine.data.rows import BadLineError, BadLines, SkippedLines
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
-from ppo_engine.policy import Policy
+from ppo_engine.models import architecture
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.packing import TokenRows, can_pack, plan, stack_rows
 from ppo_engine.run.progress import Progress, with_error
-from ppo_engine.supervised import SupervisedTrainer, mean_by_cluster
+from ppo_engine.settings.schema import SFTConfig, SFTSettings
+from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 
 
 class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
@@ -72,7 +73,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         passes = self._plan(self.held_out)
         for planned in progress.track(passes, "held-out batch") if progress else passes:
             rows = self._stack(self.held_out, planned)
-            nll = -self.policy.row_logprobs(rows)
+            nll = self.policy.nll(rows)
             owners = rows.owners[:, 1:][rows.trained[:, 1:]]
             found.index_add_(1, groups[owners], torch.stack((nll, torch.ones_like(nll))))
         loss, error = mean_by_cluster(*found)
@@ -87,7 +88,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return load_demonstrations(source, tokenizer=self.tokenizer, on_bad_line=on_bad_line)
 
     def _load_model(self, model: str | PreTrainedModel | None) -> Any:
-        self.policy = Policy.open(
+        self.policy = LanguageModel.open(
             model or "",
             self.config.model,
             device=self.device,
@@ -96,7 +97,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         )
         if self.policy.logits_note:
             self.notes.append(self.policy.logits_note)
-        self.packed = can_pack(models.unwrap(self.policy.model), self.tokenizer)
+        self.packed = can_pack(architecture.unwrap(self.policy.model), self.tokenizer)
         if not self.packed:
             self.notes.append(
                 "Examples are padded, not packed into rows: in a probe, this model let packed "
@@ -135,7 +136,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return [cut(example, limit) for example in encoded]
 
     def _limit_of_tokens(self) -> int:
-        return min(self.config.data.max_tokens, models.positions(self.policy.model))
+        return min(self.config.data.max_tokens, architecture.positions(self.policy.model))
 
     def _backward(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         tokens = sum(sum(example.trained) for example in examples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_engine.config import AdaptiveKLConfig
+from ppo_engine.settings.schema import AdaptiveKLConfig
 
 _MAX_ERROR = 0.2
 

@@ -22,20 +22,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models
-from ppo_engine.anatomy import span
-from ppo_engine.config import PPOConfig
-from ppo_engine.conversation import Environment, load_environment
-from ppo_engine.critic import Critic
-from ppo_engine.estimators import ESTIMATORS, Evidence, check_groups, equal_groups
-from ppo_engine.kl_control import KLController
-from ppo_engine.optim import Learner
-from ppo_engine.policy import Policy
+from ppo_engine.models import precision
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.optimizer import Learner
+from ppo_engine.ppo.critic import Critic
+from ppo_engine.ppo.estimators import ESTIMATORS, Evidence, check_groups, equal_groups
+from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
+from ppo_engine.ppo.kl_control import KLController
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike, load_rewards
-from ppo_engine.rollout import Experience, Rollout, importance_weights, objective_metrics
-from ppo_engine.settings_checks import check_settings
-from ppo_engine.text import Prompt
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.rollout.environment import Environment, load_environment
+from ppo_engine.rollout.generation import generate
+from ppo_engine.settings.checks import check_settings
+from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.spans import span
+from ppo_engine.text.encoding import Prompt
 
 
 class PPOEngine:
@@ -70,12 +72,12 @@ class PPOEngine:
     ) -> None:
         self.config = config = config or PPOConfig()
         check_settings(config)
-        self.device = models.choose_device(config.run.device)
-        self.dtype = models.choose_dtype(config.run.dtype, self.device)
+        self.device = precision.choose_device(config.run.device)
+        self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
 
-        self.policy = Policy.open(
+        self.policy = LanguageModel.open(
             policy, config.policy, device=self.device, dtype=self.dtype, tokenizer=tokenizer
         )
         self.reference = self.policy.reference()
@@ -129,7 +131,8 @@ class PPOEngine:
         config = self.config
         size = config.ppo.group_size if group_size is None else group_size
         columns = columns or {}
-        rollout = self.policy.generate(
+        rollout = generate(
+            self.policy,
             _each(prompts, size),
             config.generation,
             {name: _each(column, size) for name, column in columns.items()},
@@ -138,8 +141,13 @@ class PPOEngine:
         )
         if not config.ppo.needs_greedy:
             return rollout
-        greedy = self.policy.generate(
-            prompts, config.generation, columns, environment=self.environment, greedy=True
+        greedy = generate(
+            self.policy,
+            prompts,
+            config.generation,
+            columns,
+            environment=self.environment,
+            greedy=True,
         )
         return replace(rollout, greedy=greedy)
 
@@ -294,12 +302,14 @@ class PPOEngine:
             # Until the first step the old log-probs are those of this very pass; measured again in
             # another batch they would differ by rounding, and the ratio from 1.
             on_policy = self.policy_version == part.policy_version
+            mask, weights = part.rollout.mask, part.is_weights
             with span("policy"):
                 loss, stats = self.policy.policy_loss(
-                    part.rollout,
-                    None if on_policy else part.logprobs,
-                    part.advantages,
+                    part.rollout.token_rows(),
+                    None if on_policy else part.logprobs[mask],
+                    part.advantages[mask],
                     self.config.generation.temperature,
+                    cu_seqlens=pad(part.rollout.lengths.cumsum(0), (1, 0)),
                     objective=settings.objective,
                     ratio_level=settings.ratio_level,
                     clip_range=settings.clip_range,
@@ -308,14 +318,14 @@ class PPOEngine:
                     reduction=settings.reduction,
                     normalizer=normalizer,
                     entropy_coef=settings.entropy_coef,
-                    ref_logprobs=part.ref_logprobs if penalized else None,
+                    ref_logprobs=part.ref_logprobs[mask] if penalized else None,
                     kl_coef=kl_coef if penalized else 0.0,
                     kl_estimator=settings.kl_estimator,
-                    is_weights=part.is_weights,
+                    is_weights=None if weights is None else weights[mask],
                 )
             with span("backward"):
                 loss.backward()
-            share = part.rollout.mask.sum() / tokens
+            share = mask.sum() / tokens
             found["policy/loss"] += loss.detach()
             for name in ("approx_kl", "clip_fraction", "ratio_mean", *["kl"] * penalized):
                 found[f"policy/{name}"] += getattr(stats, name) * share
@@ -345,23 +355,23 @@ class PPOEngine:
         scores = self.shaped_scores(rollout.greedy, self.score(rollout.greedy))
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
 
-    def _compare(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    def _compare(self, rollout: Rollout) -> tuple[Tensor, ...]:
         """(log-probs, reference's log-probs, entropies) of a micro-batch."""
         policy, reference = self.policy, self.reference or self.policy
-        temperature = self.config.generation.temperature
+        temperature, rows = self.config.generation.temperature, rollout.token_rows()
         unadapted = nullcontext() if self.reference else policy.without_adapter()
         with span("policy"):
-            states = policy.states(rollout)
+            states = policy.states(rows)
         if policy.shares_head(reference):
             with span("reference"), unadapted:
-                ref_states = reference.states(rollout)
-            found = policy.stacked_logprobs([states, ref_states], rollout, temperature)
+                ref_states = reference.states(rows)
+            found = policy.stacked_logprobs([states, ref_states], rows.targets, temperature)
             (logprobs, entropy), (ref_logprobs, _) = found
         else:
-            [(logprobs, entropy)] = policy.stacked_logprobs([states], rollout, temperature)
+            [(logprobs, entropy)] = policy.stacked_logprobs([states], rows.targets, temperature)
             with span("reference"), unadapted:
-                ref_logprobs, _ = reference.response_logprobs(rollout, temperature)
-        return logprobs, ref_logprobs, entropy
+                ref_logprobs, _ = reference.logprobs(rows, temperature)
+        return tuple(rollout.padded(x) for x in (logprobs, ref_logprobs, entropy))
 
     def _over(
         self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]

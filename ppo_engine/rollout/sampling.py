@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -16,13 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ppo_engine import models
-from ppo_engine.config import GenerationConfig
-from ppo_engine.text import pad_left
+from ppo_engine.models import architecture, precision
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.settings.schema import GenerationConfig
+from ppo_engine.text.encoding import pad_left
 from ppo_kernels import token_logprobs
-
-if TYPE_CHECKING:
-    from ppo_engine.policy import Policy
 
 
 class Continuation(NamedTuple):
@@ -35,7 +33,7 @@ class Continuation(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    policy: Policy,
+    policy: LanguageModel,
     rows: Sequence[Sequence[int]],
     settings: GenerationConfig,
     *,
@@ -50,7 +48,7 @@ def sample(
     pad = policy.tokenizer.pad_token_id
     padded, mask = pad_left(rows, pad)
     input_ids = torch.tensor(padded, device=policy.device)
-    of_model = models.unwrap(policy.model)
+    of_model = architecture.unwrap(policy.model)
     shipped = of_model.generation_config
     # The checkpoint's own habits (repetition penalties, top-k) would make the sampled distribution
     # another than the one whose log-probs are taken; they return afterwards, to be saved.
@@ -63,7 +61,7 @@ def sample(
         warpers.append(recorder)
     of_model.generation_config = plain
     try:
-        with models.compute(policy.device, policy.dtype):
+        with precision.compute(policy.device, policy.dtype):
             output = policy.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.tensor(mask, device=policy.device).long(),

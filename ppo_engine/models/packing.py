@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models
+from ppo_engine.data.demonstrations import EncodedExample
+from ppo_engine.models import architecture
 
 _PROBE = ("The quick brown fox jumps over the lazy dog.", "Another text, in the same row.")
 # Of what one text sees of another where they are one: products whose shapes depend on the tokens,
@@ -23,25 +24,23 @@ _ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
-class EncodedExample:
-    """Token ids, and which of them are learned: never the first, which nothing predicts."""
-
-    ids: list[int]
-    trained: list[bool]
-    group: int = 0  # the number of its prompt
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
 class TokenRows:
-    """One forward pass: `[B, L]` tensors, padded on the right."""
+    """The tokens of one forward pass: `[B, L]` tensors, padded on either side."""
 
     ids: Tensor
-    positions: Tensor | None  # None: one example a row, masked where `owners` is negative
-    trained: Tensor  # bool
+    positions: Tensor | None  # None: one example a row, padding masked
+    trained: Tensor  # bool; never a row's first token, which nothing predicts
     owners: Tensor  # the number of the example that a token belongs to; -1 is padding
+
+    @property
+    def mask(self) -> Tensor | None:
+        """True is a real token, where rows are padded; None where they are packed."""
+        return self.owners >= 0 if self.positions is None else None
+
+    @property
+    def targets(self) -> Tensor:
+        """The trained tokens, row by row: `[tokens]`."""
+        return self.ids[self.trained]
 
 
 def plan(lengths: Sequence[int], room: int, rows: int, pack: bool) -> list[list[list[int]]]:
@@ -116,7 +115,7 @@ def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool
     They are not compared with those of the text alone: products in bf16 and in 8 bits round as the
     shape of the batch has it, by more than some texts see of each other.
     """
-    if not models.takes_positions(model.base_model):
+    if not architecture.takes_positions(model.base_model):
         return False
     first, second = (
         torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)

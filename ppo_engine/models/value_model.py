@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ppo_engine import models
-from ppo_engine.config import ModelConfig
 from ppo_engine.errors import UserError
+from ppo_engine.messages import first_line
+from ppo_engine.models import adapters, architecture, freezing, loading
+from ppo_engine.settings.schema import ModelConfig
 
 _HEAD_NAMES = ("score", "classifier")
 _PROBE = ("A short one.", "A longer text, so that the two are not equally long.")
@@ -42,7 +42,7 @@ def load_value_model(
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A sequence-classification model with one label from `path` (folder or name), in fp32, or as
-    `options` (`models.load_options`) say.
+    `options` (`loading.load_options`) say.
 
     A checkpoint without a head (a causal language model) gets a new one, made from `seed`; with
     `require_head` (a model that is to score without being trained) that is a UserError, as is a
@@ -60,15 +60,15 @@ def read_value_model(
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """What `load_value_model` loads, for `ready_value_model`, which checks it."""
-    path = models.resolve(path)
-    config = models.load_model_config(path)
-    if models.is_classifier(config) and config.num_labels != 1:
+    path = loading.resolve(path)
+    config = loading.load_model_config(path)
+    if loading.is_classifier(config) and config.num_labels != 1:
         raise UserError(
             f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
             "has exactly one (num_labels=1)."
         )
     try:
-        with models.quiet_transformers():
+        with loading.quiet_transformers():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 num_labels=1,
@@ -76,7 +76,7 @@ def read_value_model(
                 **(options or {"dtype": torch.float32}),
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = models.first_line(error)
+        reason = first_line(error)
         raise UserError(f"Could not load a value model from {path!r}: {reason}") from error
 
     head_name, head = _find_head(model)
@@ -97,8 +97,8 @@ def ready_value_model(
     model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PreTrainedModel:
     """A model on its device, without dropout, padding as `tokenizer` does, its head checked."""
-    models.resize_embeddings(model, tokenizer)
-    models.disable_dropout(model)
+    loading.resize_embeddings(model, tokenizer)
+    architecture.disable_dropout(model)
     model.to(device)
     check_value_head(model, tokenizer)
     return cast(PreTrainedModel, model.eval())
@@ -121,23 +121,23 @@ def make_critic(
     it shares them (`reward_model.same_tokenizer`).
     """
     if config.path:
-        options = models.load_options(config, device, dtype)
+        options = loading.load_options(config, device, dtype)
         critic = load_value_model(config.path, tokenizer, device=device, seed=seed, options=options)
     elif reward_model is not None:
         critic = copy.deepcopy(reward_model).float().requires_grad_(True)
     else:
         critic = value_model_from_policy(policy, tokenizer, seed)
-    return models.prepare_for_training(critic, config, "SEQ_CLS")
+    return freezing.prepare_for_training(critic, config, "SEQ_CLS")
 
 
 def value_model_from_policy(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
     """The policy's transformer, copied (adapters merged), under a new head."""
-    device, policy = policy.device, models.merged(policy)  # merged, it is on the CPU
+    device, policy = policy.device, adapters.merged(policy)  # merged, it is on the CPU
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    with models.quiet_transformers():
+    with loading.quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     init_head(_find_head(model)[1], seed)
@@ -159,7 +159,7 @@ def init_head(head: nn.Linear, seed: int) -> None:
 
 def score_head(model: Any) -> nn.Linear:
     """The linear layer from hidden states to the one score."""
-    return _find_head(models.unwrap(model))[1]
+    return _find_head(architecture.unwrap(model))[1]
 
 
 def token_values(
@@ -204,17 +204,10 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def save_value_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
-    with models.quiet_transformers():
-        models.merged(model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The base model's last hidden states, `[B, L, H]`."""
-    base = models.unwrap(model).base_model
-    return base(**models.base_inputs(base, input_ids, attention_mask)).last_hidden_state
+    base = architecture.unwrap(model).base_model
+    return base(**architecture.base_inputs(base, input_ids, attention_mask)).last_hidden_state
 
 
 def _apply_head(model: Any, hidden: Tensor) -> Tensor:

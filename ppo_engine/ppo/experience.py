@@ -1,86 +1,15 @@
-"""The two batch types of the engine: what the policy wrote, and what it learns from.
-
-Prompts are padded on the left and responses on the right, so that every response starts at the
-same column. Response tokens are the unit of work: prompts get no log-probs, values or loss.
-"""
+"""What a step learns from: a rollout with its log-probs, values and advantages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_engine.text import Prompt
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Responses sampled from the policy. B responses, prompts of at most P tokens, T new tokens.
-
-    In a conversation of several turns a response goes on through the environment's answers, whose
-    tokens the policy reads and does not learn from.
-    """
-
-    prompt_ids: Tensor  # [B, P] long, padded on the left
-    prompt_mask: Tensor  # [B, P] bool, True is a real token
-    response_ids: Tensor  # [B, T] long, padded on the right
-    mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
-    finished: Tensor  # [B] bool, the response ended with EOS, and nothing was cut off
-    prompts: Sequence[Prompt]  # as given
-    responses: Sequence[str]  # decoded, without special tokens; of several turns all of them
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
-    environment_mask: Tensor | None = None  # [B, T] bool, True is a token of the environment's
-    logprobs: Tensor | None = None  # [B, T] fp32, of the sampler, where they were recorded
-    greedy: Rollout | None = None  # greedy responses to each distinct prompt, for ReMax
-
-    def __len__(self) -> int:
-        return len(self.response_ids)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each response that the policy wrote, [B] long."""
-        return self.mask.sum(1)
-
-    @property
-    def response_mask(self) -> Tensor:
-        """[B, T] bool, True is a real token, whoever wrote it."""
-        return self.mask if self.environment_mask is None else self.mask | self.environment_mask
-
-    def sequences(self) -> tuple[Tensor, Tensor]:
-        """Prompt and response joined: ids [B, P+T] long and attention mask [B, P+T] bool."""
-        return (
-            torch.cat((self.prompt_ids, self.response_ids), 1),
-            torch.cat((self.prompt_mask, self.response_mask), 1),
-        )
-
-    def select(self, rows: Tensor) -> Rollout:
-        """The given rows, without the padding columns that none of them needs; `greedy`, which is
-        of the whole, stays behind."""
-        prompt = self.prompt_mask[rows].sum(1).max()
-        start = self.prompt_ids.shape[1] - int(prompt)
-        stop = int(self.response_mask[rows].sum(1).max())
-        picked = rows.tolist()
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[rows, :stop]
-
-        return Rollout(
-            prompt_ids=self.prompt_ids[rows, start:],
-            prompt_mask=self.prompt_mask[rows, start:],
-            response_ids=self.response_ids[rows, :stop],
-            mask=self.mask[rows, :stop],
-            finished=self.finished[rows],
-            prompts=[self.prompts[i] for i in picked],
-            responses=[self.responses[i] for i in picked],
-            columns={name: [column[i] for i in picked] for name, column in self.columns.items()},
-            environment_mask=cut(self.environment_mask),
-            logprobs=cut(self.logprobs),
-        )
-
+from ppo_engine.rollout.batch import Rollout
 
 _OF_THE_WHOLE = {"moments", "kl_coef"}
 

@@ -2,89 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine import models
-from ppo_engine.config import EnvironmentConfig, GenerationConfig
 from ppo_engine.errors import UserError
-from ppo_engine.rollout import Rollout
-from ppo_engine.sampler import Continuation, sample
-from ppo_engine.text import Message, Prompt, encode_answer, encode_prompt, pad_left
-from ppo_engine.user_functions import UserFunction, import_function, shown
+from ppo_engine.messages import shown
+from ppo_engine.models import architecture
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.rollout.environment import Environment
+from ppo_engine.rollout.sampling import Continuation, sample
+from ppo_engine.settings.schema import GenerationConfig
+from ppo_engine.text.encoding import Message, Prompt, encode_answer, encode_prompt, pad_left
 
-if TYPE_CHECKING:
-    from ppo_engine.policy import Policy
 
-Answer = str | Message | None
+def generate(
+    policy: LanguageModel,
+    prompts: Sequence[Prompt],
+    settings: GenerationConfig,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    environment: Environment | None = None,
+    greedy: bool = False,
+    record_logprobs: bool = False,
+) -> Rollout:
+    """Sample one response to each prompt from softmax(logits / temperature).
 
-
-class Environment(UserFunction):
-    """A user's `(prompts, turns, **columns) -> list`, sync or async, which answers the policy.
-
-    `turns` holds, for each conversation that still goes on, the messages that came after its
-    prompt: the policy's (`{"role": "assistant", "content": …}`), the environment's, and so on, the
-    last one the policy's. The result says for each what comes next: a chat message such as
-    `{"role": "tool", "content": …}`, text (which is a user's message, where prompts are chat
-    messages), or None where the conversation is over.
+    Top-k and top-p are off unless `settings` says otherwise: with them, the log-probs of the
+    full distribution are not those of the sampler (`record_logprobs` keeps these). With an
+    `environment`, a response has several turns. `greedy` takes the likeliest tokens.
     """
-
-    kind = "environment"
-
-    def __init__(
-        self, function: Callable[..., Any], max_turns: int, name: str | None = None
-    ) -> None:
-        super().__init__(function, name)
-        self.max_turns = max_turns
-
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        turns: Sequence[Sequence[Message]],
-        columns: Mapping[str, Sequence[Any]],
-    ) -> list[Answer]:
-        """The answers, one for each; a UserError where the function fails or misbehaves."""
-        result = self.call(prompts, [list(messages) for messages in turns], columns)
-        if not isinstance(result, list | tuple) or len(result) != len(prompts):
-            raise UserError(
-                f"{self} returned {shown(result)}; it must return a list of {len(prompts)}, an "
-                "answer or None for each conversation."
-            )
-        for index, answer in enumerate(result):
-            if not (answer is None or isinstance(answer, str) or _is_message(answer)):
-                raise UserError(
-                    f"{self} returned {shown(answer)} for conversation {index} (counted from 0); "
-                    "an answer is text, a message with 'role' and 'content' as text, or None."
-                )
-        return list(result)
-
-
-def _is_message(answer: Any) -> bool:
-    return isinstance(answer, Mapping) and all(
-        isinstance(answer.get(key), str) for key in ("role", "content")
+    columns = columns or {}
+    conversations = _converse(
+        policy,
+        prompts,
+        settings,
+        columns,
+        environment=environment,
+        greedy=greedy,
+        record_logprobs=record_logprobs,
+    )
+    return _as_rollout(
+        conversations,
+        policy.tokenizer,
+        policy.device,
+        columns,
+        several=environment is not None,
     )
 
 
-def load_environment(
-    config: EnvironmentConfig, given: Callable[..., Any] | Environment | None = None
-) -> Environment | None:
-    """The environment that is `given`, or that `config` names, if any does."""
-    if isinstance(given, Environment):
-        return given
-    if given is not None:
-        return Environment(given, config.max_turns)
-    if config.function is None:
-        return None
-    return Environment(import_function(config.function), config.max_turns, config.function)
+def room_for_prompts(policy: LanguageModel, settings: GenerationConfig) -> int:
+    """Tokens that the model's length leaves to a prompt; a UserError where there are none."""
+    positions = architecture.positions(policy.model)
+    room = positions - settings.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"generation.max_new_tokens is {settings.max_new_tokens}, but the model reads "
+            f"{positions} tokens in all: lower it."
+        )
+    return room
 
 
 @dataclass
-class Conversation:
+class _Conversation:
     """A prompt and the response to it, as it grows."""
 
     prompt: Prompt
@@ -112,8 +97,8 @@ class Conversation:
         self.turns.append(message)
 
 
-def converse(
-    policy: Policy,
+def _converse(
+    policy: LanguageModel,
     prompts: Sequence[Prompt],
     settings: GenerationConfig,
     columns: Mapping[str, Sequence[Any]],
@@ -121,7 +106,7 @@ def converse(
     environment: Environment | None = None,
     greedy: bool = False,
     record_logprobs: bool = False,
-) -> list[Conversation]:
+) -> list[_Conversation]:
     """One conversation from each prompt. It is over after `environment.max_turns` turns of the
     policy, or when the environment has no answer. It is cut off, and not finished, where a turn
     of the policy does not end within `settings.max_new_tokens`, and where an answer leaves the
@@ -132,7 +117,7 @@ def converse(
             "conversation: rename it."
         )
     found = [
-        Conversation(prompt, encode_prompt(policy.tokenizer, prompt), row)
+        _Conversation(prompt, encode_prompt(policy.tokenizer, prompt), row)
         for row, prompt in enumerate(prompts)
     ]
     for conversation in found:
@@ -156,18 +141,18 @@ def converse(
 
 
 def _answered(
-    policy: Policy,
-    active: list[Conversation],
+    policy: LanguageModel,
+    active: list[_Conversation],
     environment: Environment,
     columns: Mapping[str, Sequence[Any]],
     max_new_tokens: int,
-) -> list[Conversation]:
+) -> list[_Conversation]:
     """The conversations that the environment goes on with, its answers in them."""
     if not active:
         return []
     picked = {name: [column[c.row] for c in active] for name, column in columns.items()}
     answers = environment([c.prompt for c in active], [c.turns for c in active], picked)
-    positions = models.positions(policy.model)
+    positions = architecture.positions(policy.model)
     going_on = []
     for conversation, answer in zip(active, answers, strict=True):
         if answer is None:
@@ -190,14 +175,14 @@ def _answered(
     return going_on
 
 
-def _text(conversation: Conversation) -> str:
+def _text(conversation: _Conversation) -> str:
     """A response as text: after a text prompt as it was read, of a chat its turns as paragraphs."""
     between = "" if isinstance(conversation.prompt, str) else "\n\n"
     return between.join(turn["content"] for turn in conversation.turns)
 
 
-def as_rollout(
-    conversations: Sequence[Conversation],
+def _as_rollout(
+    conversations: Sequence[_Conversation],
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     columns: Mapping[str, Sequence[Any]],

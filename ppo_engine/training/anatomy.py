@@ -47,20 +47,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ppo_engine import models, value_model
+from ppo_engine.models import architecture, value_model
 from ppo_engine.run.directory import atomic_folder
+from ppo_engine.spans import PREFIX, span
 
 if TYPE_CHECKING:
-    from ppo_engine.engine import PPOEngine
+    from ppo_engine.ppo.engine import PPOEngine
 
-_PREFIX = "ppo."  # of span names in a trace, which holds other people's too
 _TRANSFORMER = "transformer"
 _OF_THE_HEAD = ("logprobs", "losses")  # spans whose matrix products are the transformer's
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
@@ -71,16 +70,6 @@ _LAUNCHES = ("cuda_runtime", "cuda_driver")
 
 Span = tuple[float, float, str]  # start and end in microseconds, name
 Spans = tuple[str, ...]  # names of the spans open at one time, the innermost last
-
-
-@contextmanager
-def span(name: str) -> Iterator[None]:
-    """Name what runs in the block, or in the function decorated with it, in a profile's trace."""
-    if torch.autograd.profiler._is_profiler_enabled:
-        with record_function(_PREFIX + name):
-            yield
-    else:
-        yield
 
 
 @dataclass(frozen=True)
@@ -140,8 +129,8 @@ def read_anatomy(trace: Mapping[str, Any]) -> Anatomy:
     """The anatomy of the one step in a Chrome trace of `recording`."""
     events = [event for event in trace["traceEvents"] if event and event.get("ph") == "X"]
     marks = [event for event in events if _is_mark(event)]
-    [step] = [event for event in marks if event["name"] == f"{_PREFIX}step"]
-    spans = [_as_span(event, event["name"].removeprefix(_PREFIX)) for event in marks]
+    [step] = [event for event in marks if event["name"] == f"{PREFIX}step"]
+    spans = [_as_span(event, event["name"].removeprefix(PREFIX)) for event in marks]
     timeline, ours = _Timeline(spans), [event for event in events if event["tid"] == step["tid"]]
     makers = _makers(timeline, ours)
     for event in events:
@@ -262,9 +251,9 @@ def _transformer_spans(engine: PPOEngine) -> Iterator[None]:
     causal = [policy.model for policy in (engine.policy, engine.reference) if policy is not None]
     scoring = [scorer.model for scorer in (engine.critic, *engine.rewards.models) if scorer]
     modules: list[Any] = []
-    for model in map(models.unwrap, causal):
+    for model in map(architecture.unwrap, causal):
         modules += [model, model.base_model, model.get_output_embeddings()]
-    for model in map(models.unwrap, scoring):
+    for model in map(architecture.unwrap, scoring):
         modules += [model, model.base_model, value_model.score_head(model)]
     with ExitStack() as stack:
         for module in {id(module): module for module in modules if module is not None}.values():
@@ -277,7 +266,7 @@ def _span_around(module: nn.Module) -> Iterator[None]:
     running: list[record_function] = []
 
     def begin(*_: Any) -> None:
-        running.append(record_function(_PREFIX + _TRANSFORMER))
+        running.append(record_function(PREFIX + _TRANSFORMER))
         running[-1].__enter__()
 
     def finish(*_: Any) -> None:
@@ -306,7 +295,7 @@ def _relevant(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_mark(event: Mapping[str, Any]) -> bool:
-    return event["cat"] == "user_annotation" and event["name"].startswith(_PREFIX)
+    return event["cat"] == "user_annotation" and event["name"].startswith(PREFIX)
 
 
 def _as_span(event: Mapping[str, Any], name: str) -> Span:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -12,15 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import anatomy, value_model
-from ppo_engine.config import PPOConfig
-from ppo_engine.config_io import as_dict, flatten, shown_settings
-from ppo_engine.conversation import Environment
 from ppo_engine.data.prompts import (
     PromptExample,
     columns_of,
@@ -29,13 +22,17 @@ from ppo_engine.data.prompts import (
     prompts_from_sequence,
 )
 from ppo_engine.data.rows import SkippedLines
-from ppo_engine.engine import PPOEngine
 from ppo_engine.errors import UserError
-from ppo_engine.estimators import TITLES
-from ppo_engine.evaluation import Evaluator, hold_out, overlap
+from ppo_engine.memory import peak_memory
+from ppo_engine.messages import counted
+from ppo_engine.models import loading
+from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.ppo.estimators import TITLES
 from ppo_engine.rewards.sources import with_rewards
 from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
-from ppo_engine.rollout import Rollout
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.rollout.environment import Environment
+from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.run.checkpoint import (
     load_training_state,
     random_states,
@@ -43,11 +40,15 @@ from ppo_engine.run.checkpoint import (
     save_training_state,
 )
 from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output
-from ppo_engine.run.progress import Progress, counted
+from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
-from ppo_engine.settings_checks import check_settings
-from ppo_engine.text import show_prompt
+from ppo_engine.settings.checks import check_settings
+from ppo_engine.settings.files import as_dict, flatten, shown_settings
+from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.text.encoding import show_prompt
+from ppo_engine.training import anatomy
+from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 
 _SAMPLES_LOGGED = 4  # of a sampled step's responses, and of the held-out ones for trackers
 
@@ -304,9 +305,7 @@ class PPOTrainer:
             self.engine.policy.save(folder)
         if self.engine.critic is not None:
             with atomic_folder(run.path / "critic") as folder:
-                value_model.save_value_model(
-                    self.engine.critic.model, self.engine.policy.tokenizer, folder
-                )
+                loading.save_model(self.engine.critic.model, self.engine.policy.tokenizer, folder)
 
     def _read(self, source: str | Path | Iterable[Any]) -> list[PromptExample]:
         if source == "":
@@ -324,7 +323,7 @@ class PPOTrainer:
             examples,
             self.engine.policy.tokenizer,
             self.config.data.max_prompt_tokens,
-            room=self.engine.policy.room_for_prompts(self.config.generation),
+            room=room_for_prompts(self.engine.policy, self.config.generation),
             on_bad_line=self.config.data.on_bad_line,
         )
         self._note_skipped(skipped)
@@ -333,11 +332,3 @@ class PPOTrainer:
     def _note_skipped(self, skipped: SkippedLines) -> None:
         if skipped.total:
             self.notes.append(f"Prompts: {skipped}.")
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory in use so far, in GiB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ppo_engine import models, value_model
-from ppo_engine.anatomy import span
-from ppo_engine.config import ModelConfig, PPOSettings
-from ppo_engine.optim import Learner
-from ppo_engine.policy import Policy
+from ppo_engine.models import freezing, precision, value_model
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.optimizer import Learner
+from ppo_engine.ppo.experience import Experience
 from ppo_engine.rewards.model import RewardModel
-from ppo_engine.rollout import Experience, Rollout
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.settings.schema import ModelConfig, PPOSettings
+from ppo_engine.spans import span
 from ppo_kernels import ppo_value_loss
 
 
@@ -28,7 +29,7 @@ class Critic:
     def __init__(
         self,
         config: ModelConfig,
-        policy: Policy,
+        policy: LanguageModel,
         reward_model: RewardModel | None,
         *,
         updates: int,
@@ -46,7 +47,7 @@ class Critic:
             seed=seed,
         )
         if source is not None:
-            models.share_frozen_parameters(self.model, source)
+            freezing.share_frozen_parameters(self.model, source)
         self.learner = Learner(self.model, config.optimizer, updates, "the critic")
 
     @span("critic")
@@ -54,7 +55,7 @@ class Critic:
         """The value before each response token, [B, T] fp32; meaningless at other places."""
         ids, mask = rollout.sequences()
         start = rollout.prompt_ids.shape[1] - 1
-        with models.compute(self.device, self.dtype):
+        with precision.compute(self.device, self.dtype):
             return value_model.token_values(self.model, ids[:, :-1], mask[:, :-1], start)
 
     def update(

@@ -17,15 +17,16 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models, value_model
-from ppo_engine.config import RewardModelConfig, RewardModelSettings
 from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, sample_rankings
 from ppo_engine.data.rows import BadLines, SkippedLines
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
-from ppo_engine.run.progress import Progress, counted, with_error
-from ppo_engine.supervised import SupervisedTrainer, mean_by_cluster
-from ppo_engine.text import encode_dialogue, pad_left
+from ppo_engine.messages import counted
+from ppo_engine.models import architecture, freezing, loading, precision, value_model
+from ppo_engine.run.progress import Progress, with_error
+from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
+from ppo_engine.text.encoding import encode_dialogue, pad_left
+from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_kernels import pairwise_loss, ranking_loss
 from ppo_kernels.reference import PairwiseStats
 
@@ -132,14 +133,14 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 self.tokenizer,
                 device=self.device,
                 seed=seed,
-                options=models.load_options(config, self.device, self.dtype),
+                options=loading.load_options(config, self.device, self.dtype),
             )
-        return models.prepare_for_training(model, config, "SEQ_CLS")
+        return freezing.prepare_for_training(model, config, "SEQ_CLS")
 
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
         """Token ids. Of responses that differ only beyond the limit the best stays; a ranking that
         has no pair then is left out. Both are noted."""
-        limit = min(self.config.data.max_tokens, models.positions(self.model))
+        limit = min(self.config.data.max_tokens, architecture.positions(self.model))
         bad_lines = BadLines(self.config.data.on_bad_line)
         encoded, cut, same = [], 0, 0
         groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
@@ -226,7 +227,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
 
     def _forward(self, rows: Sequence[list[int]]) -> Tensor:
         ids, mask = pad_left(rows, self.tokenizer.pad_token_id)
-        with models.compute(self.device, self.dtype):
+        with precision.compute(self.device, self.dtype):
             return value_model.sequence_scores(
                 self.model,
                 torch.tensor(ids, device=self.device),
@@ -260,7 +261,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         return sum(map(len, example.rows))
 
     def _save_model(self, folder: Path) -> None:
-        value_model.save_value_model(self.model, self.tokenizer, folder)
+        loading.save_model(self.model, self.tokenizer, folder)
 
     def _summary(self, metrics: dict[str, float]) -> str:
         pairs = sum(count_pairs(ranking.ranks) for ranking in self.held_out)

@@ -22,13 +22,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine import models
-from ppo_engine.config import RewardModelConfig, RewardModelSettings, SFTConfig, SFTSettings
-from ppo_engine.config_io import as_dict, flatten
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import UserError
-from ppo_engine.optim import Learner
+from ppo_engine.models import loading, precision
+from ppo_engine.models.optimizer import Learner
 from ppo_engine.run.checkpoint import (
     load_training_state,
     random_states,
@@ -39,6 +37,14 @@ from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
+from ppo_engine.settings.files import as_dict, flatten
+from ppo_engine.settings.schema import (
+    RewardModelConfig,
+    RewardModelSettings,
+    SFTConfig,
+    SFTSettings,
+)
+from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
 Example = TypeVar("Example")  # the same as token ids
@@ -71,15 +77,15 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.config = config
         self.console = console
         check_trackers(config.run.trackers)
-        self.device = models.choose_device(config.run.device)
-        self.dtype = models.choose_dtype(config.run.dtype, self.device)
+        self.device = precision.choose_device(config.run.device)
+        self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
         if tokenizer is None:
             if isinstance(model, PreTrainedModel):
                 raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
-            models.load_model_config(models.resolve(config.model.path))
-            tokenizer = models.load_tokenizer(models.resolve(config.model.path))
-        models.separate_pad_from_eos(tokenizer)  # of one that was handed in
+            loading.load_model_config(loading.resolve(config.model.path))
+            tokenizer = load_tokenizer(loading.resolve(config.model.path))
+        separate_pad_from_eos(tokenizer)  # of one that was handed in
         self.tokenizer = tokenizer
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)

@@ -1,0 +1,1 @@
+"""Models: loading, precision, freezing, passes, log-probs and losses, the optimizer."""

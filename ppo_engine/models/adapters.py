@@ -1,0 +1,96 @@
+"""Low-rank adapters (LoRA) on a model, also a quantised one, and how they become weights."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ppo_engine.errors import UserError
+from ppo_engine.messages import first_line
+from ppo_engine.models.architecture import unwrap
+from ppo_engine.settings.schema import LoraConfig
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, task: str) -> Any:
+    """Low-rank adapters around `model` (package `peft`); only they, and a head, are trained."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            "LoRA needs the package peft: pip install 'ppo-engine[lora]', or leave lora unset."
+        ) from error
+    adapter = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
+        lora_dropout=0.0,
+        task_type=task,
+    )
+    try:
+        return peft.get_peft_model(model, adapter)
+    except ValueError as error:  # such as modules that the model does not have
+        raise UserError(f"lora.target_modules: {first_line(error)}") from error
+
+
+def is_quantized(model: Any) -> bool:
+    return getattr(unwrap(model), "hf_quantizer", None) is not None
+
+
+def merged(model: Any) -> Any:
+    """A copy with its adapters in the weights, or the model itself where it has none.
+
+    Of a quantised base the weights are those it computed with, in fp32, and not those that it was
+    once made from: the result is then the model that was trained and measured, but for what 8-bit
+    products round of their inputs.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    twin = _copy_on_cpu(model)  # the trained model keeps its adapters
+    if not is_quantized(model):
+        return twin.merge_and_unload()
+    # Merged by peft they would be quantised again, and the adapters with them.
+    deltas = {
+        name: module.get_delta_weight(module.active_adapter[0])
+        for name, module in unwrap(twin).named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    plain = twin.unload()
+    plain.hf_quantizer.remove_quantization_config(plain)
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            plain.get_submodule(name).weight += delta
+    return plain
+
+
+def _copy_on_cpu(model: nn.Module) -> Any:
+    """A copy that takes nothing of a GPU's memory, which a run may need to the last byte: but for
+    one quantised layer at a time, which becomes a plain one in fp32."""
+    copies: dict[int, Any] = {
+        id(layer): _dequantized(layer) for layer in model.modules() if hasattr(layer, "source_cls")
+    }
+    for x in itertools.chain(model.parameters(), model.buffers()):
+        if type(x) not in (nn.Parameter, Tensor):
+            continue  # a quantised weight, of which there is a copy
+        on_cpu = x.detach().to("cpu", copy=True)
+        copies[id(x)] = (
+            nn.Parameter(on_cpu, x.requires_grad) if isinstance(x, nn.Parameter) else on_cpu
+        )
+    return copy.deepcopy(model, copies)
+
+
+def _dequantized(layer: Any) -> nn.Linear:
+    """A quantised layer as the plain one that it was made from, rounded as it is, on the CPU."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = nn.Parameter(weight.detach().to("cpu", torch.float32), False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to("cpu", torch.float32), False)
+    return plain

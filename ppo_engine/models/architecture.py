@@ -1,0 +1,68 @@
+"""What differs between families of Hugging Face models, asked in one place."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ppo_engine.errors import UserError
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model under an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face model, whatever its family calls it."""
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == _layer_count(model):
+            return module
+    raise UserError(
+        f"{type(model).__name__}: no list of decoder layers was found, so trainable_layers cannot "
+        "be used with it; leave it unset."
+    )
+
+
+def _layer_count(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def positions(model: Any) -> int:
+    """How many tokens a model reads in all; `sys.maxsize` where its family has no limit."""
+    text = unwrap(model).config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
+
+
+def base_inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """Arguments for one pass of a base model over `[B, L]` tokens padded on either side.
+
+    Positions count real tokens only, so that padding changes nothing. Models with relative
+    positions alone (ALiBi) take none, and need none.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    if takes_positions(base):
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    return inputs
+
+
+def takes_positions(base: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout makes two passes over the same tokens differ, and the ratio with them.
+
+    Families keep it as modules, as probabilities that their layers hand to `F.dropout` under many
+    names, and as the chance to skip a whole layer.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)

@@ -1,0 +1,77 @@
+"""Which weights of a model are trained, and which stay as they are and may be shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ppo_engine.errors import UserError
+from ppo_engine.models.adapters import add_lora, is_quantized
+from ppo_engine.models.architecture import decoder_layers, unwrap
+from ppo_engine.settings.schema import ModelConfig
+
+
+def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
+    """Freeze, wrap and checkpoint as configured, in training mode; a score head is always trained.
+
+    `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
+    """
+    if config.quantization is not None and not is_quantized(model):
+        raise UserError(
+            f"quantization: {config.quantization} needs a path: a quantised model is loaded so, it "
+            "is no copy of another and none that is handed in. For the critic, give the reward "
+            "model's path or the policy's."
+        )
+    if any(getattr(module, "source_cls", nn.Linear) is not nn.Linear for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} cannot be quantised: its layers are no nn.Linear, so what is "
+            "trained could not be saved in its format. Leave quantization unset."
+        )
+    if config.lora is not None:
+        if config.trainable_layers is not None:
+            raise UserError("Set either lora or trainable_layers: adapters need a frozen model.")
+        model = add_lora(model, config.lora, task)
+    else:
+        freeze_lower_layers(model, config.trainable_layers)
+    if config.gradient_checkpointing:
+        inner = unwrap(model)
+        # Renamed in transformers 5.2x; older ones have the second name only.
+        enable = getattr(inner, "activation_checkpointing_enable", None)
+        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model.train()
+
+
+def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) -> None:
+    """Train only the last `trainable_layers` decoder layers, the final norm and an untied head.
+
+    The usual economy of RLHF on small machines (trlX's `num_layers_unfrozen`): no gradient, no
+    optimizer state and no backward pass below.
+    """
+    if trainable_layers is None:
+        return
+    layers = decoder_layers(model)
+    if trainable_layers > len(layers):
+        raise UserError(
+            f"trainable_layers is {trainable_layers}, but {type(model).__name__} has "
+            f"{len(layers)} decoder layers."
+        )
+    model.get_input_embeddings().requires_grad_(False)
+    for module in model.base_model.modules():
+        if isinstance(module, nn.Embedding):  # of positions too, where they are learned
+            module.requires_grad_(False)
+    for layer in layers[: len(layers) - trainable_layers]:
+        layer.requires_grad_(False)
+
+
+def share_frozen_parameters(model: nn.Module, source: nn.Module) -> None:
+    """Let `model` use the very tensors of `source` where both are frozen and hold equal values."""
+    theirs = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        twin = theirs.get(name)
+        if twin is None or twin.requires_grad or parameter.requires_grad:
+            continue
+        if twin.dtype == parameter.dtype and torch.equal(twin, parameter):
+            parameter.data = twin.data

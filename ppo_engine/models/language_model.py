@@ -1,0 +1,271 @@
+"""Causal language models: the policy, its frozen reference, what supervised fine-tuning trains.
+
+They read rows of tokens (`packing.TokenRows`), and give log-probs and losses of the trained ones.
+What they write is sampled elsewhere: `rollout.generation` takes a model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine.errors import UserError
+from ppo_engine.models import architecture, loading, precision
+from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
+from ppo_engine.models.output_head import find_output_head
+from ppo_engine.models.packing import TokenRows
+from ppo_engine.settings.schema import ModelConfig
+from ppo_engine.spans import span
+from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
+from ppo_kernels import linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs
+from ppo_kernels.reference import PolicyStats
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer, device and dtype of compute.
+
+    Weights are fp32 and `dtype` is that of compute (autocast), so that the optimizer works on fp32.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model.to(device)
+        self.tokenizer = tokenizer
+        self.device = device
+        self.dtype = dtype
+        loading.resize_embeddings(model, tokenizer)
+        architecture.disable_dropout(model)
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self._head = find_output_head(model, tokenizer, device)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Any,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> LanguageModel:
+        """One that is ready to be trained, from a Hugging Face name or folder (`config.path` where
+        `model` is empty) or from a loaded model with its tokenizer."""
+        if isinstance(model, str):
+            path = loading.resolve(model or config.path)
+            if loading.is_classifier(loading.load_model_config(path)):
+                raise UserError(f"{path!r} scores texts and writes none: give a language model.")
+            tokenizer = tokenizer or load_tokenizer(path)
+            options = loading.load_options(config, device, dtype)
+            model = loading.read_language_model(path, options)
+        elif tokenizer is None:
+            raise UserError("A policy that is handed in loaded needs its tokenizer as well.")
+        else:
+            separate_pad_from_eos(tokenizer)
+            model = model.float()
+        opened = cls(model, tokenizer, device=device, dtype=dtype)
+        opened.model = prepare_for_training(model, config, "CAUSAL_LM").eval()
+        return opened
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights (adapters merged) and tokenizer, as `loading.save_model`."""
+        loading.save_model(self.model, self.tokenizer, folder)
+
+    def reference(self) -> LanguageModel | None:
+        """A frozen copy; layers that this one never trains are shared with it.
+
+        None with adapters: the model without them is the reference (`without_adapter`).
+        """
+        if hasattr(self.model, "peft_config"):
+            return None
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).requires_grad_(False)
+        share_frozen_parameters(twin.model, self.model)
+        return twin
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """The weights as they were loaded, while the context lasts."""
+        return self.model.disable_adapter()
+
+    @property
+    def uses_own_logits(self) -> bool:
+        """True where log-probs must come from the model's own logits (see `find_output_head`)."""
+        return self._head is None
+
+    @property
+    def makes_logits(self) -> bool:
+        """True where log-probs cannot come straight from hidden states: the model's own logits are
+        used, or those of an output layer that is more than a matrix (adapters, quantisation)."""
+        return self._head is None or type(self._output_layer) is not nn.Linear
+
+    @property
+    def logits_note(self) -> str:
+        """What is to be said where log-probs cost more than they need; empty where they do not."""
+        if self.uses_own_logits:
+            return (
+                "Logits are the model's own, for every position: its output layer could not be "
+                "reproduced from its hidden states. More memory and time, the same results."
+            )
+        if self.makes_logits:
+            return (
+                "Logits are made for every response token, as the output layer has adapters or is "
+                "quantised. More memory and time, the same results."
+            )
+        return ""
+
+    def states(self, rows: TokenRows) -> Tensor:
+        """The last hidden state before each trained token of `rows`, `[tokens, H]`; the logits
+        there, where the model's own are used."""
+        # The last token predicts nothing that is needed.
+        mask = None if rows.mask is None else rows.mask[:, :-1]
+        positions = None if rows.positions is None else rows.positions[:, :-1]
+        return self._run(rows.ids[:, :-1], mask, positions)[rows.trained[:, 1:]]
+
+    def logprobs(self, rows: TokenRows, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the trained tokens of `rows`, row by row, `[tokens]` fp32."""
+        (found,) = self.stacked_logprobs([self.states(rows)], rows.targets, temperature)
+        return found
+
+    def stacked_logprobs(
+        self, states: Sequence[Tensor], targets: Tensor, temperature: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """`logprobs` from several `states` before the same `targets`; the head is read once."""
+        stacked = torch.stack([*states]) if len(states) > 1 else states[0][None]  # no copy
+        targets = targets.expand(len(states), -1)
+        with span("logprobs"), precision.compute(self.device, self.dtype):
+            if self.makes_logits:
+                logprobs, entropy = token_logprobs(
+                    self._logits(stacked),
+                    targets,
+                    temperature=temperature,
+                    return_entropy=True,
+                )
+            else:
+                logprobs, entropy = linear_logprobs(
+                    stacked,
+                    targets=targets,
+                    return_entropy=True,
+                    **self._linear(temperature),
+                )
+        return list(zip(logprobs, entropy, strict=True))
+
+    def shares_head(self, other: LanguageModel) -> bool:
+        """Whether the same output layer serves both, so that `stacked_logprobs` does."""
+        if self.makes_logits or other.makes_logits or self._head != other._head:
+            return False
+        ours, theirs = self._output_layer, other._output_layer
+        pairs = ((ours.weight, theirs.weight), (ours.bias, theirs.bias))
+        return all(a is b or a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+    def policy_loss(
+        self,
+        rows: TokenRows,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        temperature: float,
+        **settings: Any,
+    ) -> tuple[Tensor, PolicyStats]:
+        """PPO's loss of the trained tokens of `rows`; tensors are `[tokens]`, row by row, and
+        `settings` those of the op.
+
+        Without `old_logprobs`, on policy: they are the very numbers that this pass makes.
+        """
+        states, targets = self.states(rows), rows.targets
+        with span("losses"), precision.compute(self.device, self.dtype):
+            if not self.makes_logits:
+                return linear_ppo_loss(
+                    states,
+                    targets=targets,
+                    old_logprobs=old_logprobs,
+                    advantages=advantages,
+                    **self._linear(temperature),
+                    **settings,
+                )
+            logprobs, entropy = token_logprobs(
+                self._logits(states), targets, temperature=temperature, return_entropy=True
+            )
+            if old_logprobs is None:
+                old_logprobs = logprobs.detach()
+            if not settings.get("entropy_coef"):
+                entropy = entropy.detach()  # measured, not trained
+            return ppo_policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, **settings)
+
+    def nll(self, rows: TokenRows) -> Tensor:
+        """-log pi of each trained token of `rows`, row by row, `[tokens]` fp32."""
+        states = self.states(rows)
+        with span("losses"), precision.compute(self.device, self.dtype):
+            if self.makes_logits:
+                return -token_logprobs(self._logits(states), rows.targets)
+            return -linear_logprobs(states, targets=rows.targets, **self._linear(temperature=1.0))
+
+    def nll_loss(self, rows: TokenRows, normalizer: float) -> Tensor:
+        """The sum of `nll` over `normalizer`: the number of all trained tokens in the mini-batch,
+        so that its passes add up to the mean over its tokens."""
+        if self.makes_logits:
+            return self.nll(rows).sum() / normalizer
+        states, targets = self.states(rows), rows.targets
+        with span("losses"), precision.compute(self.device, self.dtype):
+            loss, _ = linear_ppo_loss(
+                states,
+                targets=targets,
+                old_logprobs=None,
+                advantages=torch.ones(len(targets), device=self.device),
+                objective="cispo",  # on policy, with advantages of 1: -log pi
+                normalizer=normalizer,
+                **self._linear(temperature=1.0),
+            )
+        return loss
+
+    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """The last hidden states of `[B, L]` tokens; the logits, where the model's own are used.
+
+        Padded ones have a mask, packed ones positions and no mask."""
+        model = architecture.unwrap(self.model)
+        if mask is not None:
+            inputs = architecture.base_inputs(model.base_model, ids, mask)
+        else:
+            inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        with precision.compute(self.device, self.dtype):
+            if self._head is None:
+                found: Tensor = self.model(**inputs).logits
+            else:
+                found = model.base_model(**inputs).last_hidden_state
+        return found
+
+    @property
+    def _output_layer(self) -> Any:
+        return architecture.unwrap(self.model).get_output_embeddings()
+
+    def _linear(self, temperature: float) -> dict[str, Any]:
+        """Arguments of `linear_logprobs` and `linear_ppo_loss`."""
+        assert self._head is not None
+        # c tanh(s z / c) / T = s (c / s) tanh(z / (c / s)) / T
+        scale, cap = self._head.scale, self._head.softcap
+        return {
+            "weight": self._output_layer.weight,
+            "bias": self._output_layer.bias,
+            "temperature": temperature / scale,
+            "softcap": None if cap is None else cap / scale,
+        }
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return states if self._head is None else self._head.logits(self._output_layer, states)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those the checkpoint names."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    extra = named if isinstance(named, list) else [] if named is None else [named]
+    return sorted({tokenizer.eos_token_id, *extra} - {tokenizer.pad_token_id})

@@ -1,0 +1,145 @@
+"""Models from a folder or a name, and into a folder, in Hugging Face format."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ppo_engine.errors import UserError
+from ppo_engine.messages import first_line
+from ppo_engine.models.adapters import merged
+from ppo_engine.settings.schema import ModelConfig
+
+
+def resolve(path: str) -> str:
+    """A folder below the home folder written with `~`, which no library expands; others as are."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def load_model_config(path: str) -> Any:
+    """The Hugging Face configuration at `path`, a folder or name; a UserError says why not."""
+    if not path:
+        raise UserError("No model was given: set its path to a Hugging Face name or folder.")
+    if (path.startswith((".", "/")) or Path(path).exists()) and not Path(path).is_dir():
+        raise UserError(f"Model folder {path!r} does not exist or is not a folder.")
+    inside = [name for name in ("policy", "reward_model") if Path(path, name).is_dir()]
+    if inside and not Path(path, "config.json").exists():
+        raise UserError(
+            f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
+        )
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        nowhere = "" if Path(path).is_dir() else f" (and there is no folder {path!r} here)"
+        raise UserError(
+            f"Could not load a model from {path!r}{nowhere}: {first_line(error)}"
+        ) from error
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a model's configuration says that its checkpoint has a classification head."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`: weights in fp32, the base quantised where configured.
+
+    4 bits as in QLoRA: NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314).
+    8 bits as in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), without its outliers in fp16:
+    which features these are depends on the whole batch, so that a token's log-prob would change
+    with the padding beside it. Heads and embeddings stay as they are.
+
+    Of what `peft.prepare_model_for_kbit_training` does, nothing is needed: what is not quantised is
+    in fp32, adapters freeze the rest, and checkpointing here does without reentrant backward.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if config.quantization is None:
+        return options
+    if config.lora is None:
+        raise UserError(
+            f"quantization: {config.quantization} needs lora: a quantised model cannot be trained "
+            "itself, only adapters on it. Set lora (such as lora.rank=16), or leave quantization "
+            "unset."
+        )
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"quantization needs the package {package}: pip install 'ppo-engine[quant]', or "
+                "leave quantization unset."
+            )
+    # It says at each product that fp16 is what it multiplies in.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        if config.quantization == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    )
+    return options | {"quantization_config": settings, "device_map": {"": device}}
+
+
+def read_language_model(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A causal language model from `path` (folder or name); a UserError says why not."""
+    try:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, **options))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Could not load a language model from {path!r}: {first_line(error)}"
+        ) from error
+
+
+def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make room for tokens that were added to the tokenizer; set the ids the model pads with."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
+    with quiet_transformers():
+        merged(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def hide_loading_bars() -> None:
+    """No bars of loading weights, which takes seconds; downloads keep theirs: they take minutes."""
+    hidden = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # hides both
+    if not hidden:
+        enable_progress_bars()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the library's progress bars, and its report that the head is new (it is meant to)."""
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    hide_loading_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

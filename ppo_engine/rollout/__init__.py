@@ -1,0 +1,1 @@
+"""Rollouts: what a policy writes, in one turn or several."""

@@ -1,0 +1,97 @@
+"""What the policy wrote: the batch that a step goes through.
+
+Prompts are padded on the left and responses on the right, so that every response starts at the
+same column. Response tokens are the unit of work: prompts get no log-probs, values or loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_engine.models.packing import TokenRows
+from ppo_engine.text.encoding import Prompt
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses sampled from the policy. B responses, prompts of at most P tokens, T new tokens.
+
+    In a conversation of several turns a response goes on through the environment's answers, whose
+    tokens the policy reads and does not learn from.
+    """
+
+    prompt_ids: Tensor  # [B, P] long, padded on the left
+    prompt_mask: Tensor  # [B, P] bool, True is a real token
+    response_ids: Tensor  # [B, T] long, padded on the right
+    mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
+    finished: Tensor  # [B] bool, the response ended with EOS, and nothing was cut off
+    prompts: Sequence[Prompt]  # as given
+    responses: Sequence[str]  # decoded, without special tokens; of several turns all of them
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
+    environment_mask: Tensor | None = None  # [B, T] bool, True is a token of the environment's
+    logprobs: Tensor | None = None  # [B, T] fp32, of the sampler, where they were recorded
+    greedy: Rollout | None = None  # greedy responses to each distinct prompt, for ReMax
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response that the policy wrote, [B] long."""
+        return self.mask.sum(1)
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool, True is a real token, whoever wrote it."""
+        return self.mask if self.environment_mask is None else self.mask | self.environment_mask
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Prompt and response joined: ids [B, P+T] long and attention mask [B, P+T] bool."""
+        return (
+            torch.cat((self.prompt_ids, self.response_ids), 1),
+            torch.cat((self.prompt_mask, self.response_mask), 1),
+        )
+
+    def token_rows(self) -> TokenRows:
+        """Prompts and responses as a language model reads them; the policy's tokens are trained."""
+        ids, real = self.sequences()
+        numbers = torch.arange(len(ids), device=ids.device)[:, None]
+        return TokenRows(
+            ids=ids,
+            positions=None,
+            trained=torch.cat((torch.zeros_like(self.prompt_mask), self.mask), 1),
+            owners=torch.where(real, numbers, -1),
+        )
+
+    def padded(self, of_tokens: Tensor) -> Tensor:
+        """Numbers of the policy's tokens, `[tokens]` row by row, as [B, T]; 0 elsewhere."""
+        return of_tokens.new_zeros(self.mask.shape).masked_scatter(self.mask, of_tokens)
+
+    def select(self, rows: Tensor) -> Rollout:
+        """The given rows, without the padding columns that none of them needs; `greedy`, which is
+        of the whole, stays behind."""
+        prompt = self.prompt_mask[rows].sum(1).max()
+        start = self.prompt_ids.shape[1] - int(prompt)
+        stop = int(self.response_mask[rows].sum(1).max())
+        picked = rows.tolist()
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows, :stop]
+
+        return Rollout(
+            prompt_ids=self.prompt_ids[rows, start:],
+            prompt_mask=self.prompt_mask[rows, start:],
+            response_ids=self.response_ids[rows, :stop],
+            mask=self.mask[rows, :stop],
+            finished=self.finished[rows],
+            prompts=[self.prompts[i] for i in picked],
+            responses=[self.responses[i] for i in picked],
+            columns={name: [column[i] for i in picked] for name, column in self.columns.items()},
+            environment_mask=cut(self.environment_mask),
+            logprobs=cut(self.logprobs),
+        )

@@ -1,0 +1,1 @@
+"""Text: conversations to token ids."""

@@ -1,0 +1,54 @@
+"""Tokenizers: with an end of text, and a pad token of its own."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ppo_engine.errors import UserError
+from ppo_engine.messages import first_line
+
+# Special tokens that models ship for padding or leave unused, tried when pad is missing or is EOS.
+_PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>")
+_PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, padding on the left and with a pad token apart from EOS.
+
+    A pad token equal to EOS makes the end of a response invisible to every model that finds the
+    last token by its id, so another special token takes its place. Where a model has none, one is
+    added: `resize_embeddings` makes room for it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"Could not load a tokenizer from {path!r}: {first_line(error)}") from error
+    separate_pad_from_eos(tokenizer)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def separate_pad_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token apart from EOS and BOS; one without EOS is a UserError."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no EOS token, so a response could "
+            "never end; set one in its tokenizer_config.json."
+        )
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+        return
+    vocabulary = tokenizer.get_vocab()
+    known = [token for token in _PAD_CANDIDATES if token in vocabulary]
+    unknown = [tokenizer.unk_token] if tokenizer.unk_token_id not in taken | {None} else []
+    tokenizer.add_special_tokens({"pad_token": (known + unknown + ["<|pad|>"])[0]})
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether token ids made by one, special tokens included, mean the same to the other."""
+    return a is b or (
+        a.get_vocab() == b.get_vocab()
+        and a.eos_token_id == b.eos_token_id
+        and a.chat_template == b.chat_template
+        and a(_PROBE_TEXT)["input_ids"] == b(_PROBE_TEXT)["input_ids"]
+    )
