@@ -14,9 +14,15 @@ from tiny import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
-from ppo_engine.settings.schema import (PPOConfig, RewardConfig, RewardModelConfig, RewardSource, SFTConfig)
-from ppo_engine.settings.files import load_config
 from ppo_engine.rewards.best_of_n import expected_best
+from ppo_engine.settings.files import load_config
+from ppo_engine.settings.schema import (
+    PPOConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RewardSource,
+    SFTConfig,
+)
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ppo_engine.settings.schema import (AdaptiveKLConfig, PPOConfig, RewardModelConfig, SFTConfig)
-from ppo_engine.settings.files import (as_dict, dump_config, flatten, load_config)
 from ppo_engine.errors import UserError
+from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config
+from ppo_engine.settings.schema import AdaptiveKLConfig, PPOConfig, RewardModelConfig, SFTConfig
 
 
 def write(tmp_path: Path, text: str) -> str:

@@ -7,10 +7,11 @@ import torch
 from tiny import tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.errors import UserError
+from ppo_engine.models.loading import save_model
+from ppo_engine.models.value_model import load_value_model
 from ppo_engine.rewards.model import RewardModel, load_reward_model
-from ppo_engine.text.tokenizer import same_tokenizer
 from ppo_engine.text.encoding import encode_dialogue, pad_left
-from ppo_engine.models.value_model import load_value_model, save_value_model
+from ppo_engine.text.tokenizer import same_tokenizer
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 PROMPTS = ["Say a.", [{"role": "user", "content": "Say b, at some length."}], "Say c."]
@@ -23,7 +24,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("reward")
     tokenizer = tiny_tokenizer()
     model = load_value_model(tiny_model_folder(folder), tokenizer, device=CPU)
-    save_value_model(model, tokenizer, folder / "model")
+    save_model(model, tokenizer, folder / "model")
     return str(folder / "model")
 
 

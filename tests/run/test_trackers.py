@@ -18,16 +18,22 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_ppo_trainer import PROMPTS, config, length_reward, rows
 from tiny import tiny_model_folder
+from trainers import PROMPTS, config, length_reward, rows
 
 from ppo_engine import SFTTrainer
-from ppo_engine.settings.schema import (DemonstrationDataConfig, RewardConfig, RunConfig, SFTConfig, SFTSettings)
-from ppo_engine.settings.files import flatten
 from ppo_engine.errors import UserError
-from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.trackers import Trackers, check_trackers
+from ppo_engine.settings.files import flatten
+from ppo_engine.settings.schema import (
+    DemonstrationDataConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+    SFTSettings,
+)
+from ppo_engine.training.ppo import PPOTrainer
 
 SAMPLES = [
     {"prompt": "Say *hi* | <b>\nnow", "response": "a | `b`\n\n- c", "score": 0.123456},

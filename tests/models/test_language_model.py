@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import response_logprobs
 from huggingface_hub.utils import are_progress_bars_disabled
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from transformers import (
@@ -23,15 +24,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ppo_engine.models import architecture
-from ppo_engine.models import freezing
-from ppo_engine.models import loading
-from ppo_engine.models import precision
-from ppo_engine.settings.schema import GenerationConfig as Sampling
-from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.errors import UserError
+from ppo_engine.models import architecture, freezing, loading, precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.output_head import OutputHead
+from ppo_engine.rollout.generation import generate
+from ppo_engine.settings.schema import GenerationConfig as Sampling
+from ppo_engine.settings.schema import ModelConfig
 from ppo_kernels import ppo_policy_loss, token_logprobs
 
 CPU = torch.device("cpu")
@@ -108,8 +107,8 @@ def model_with_a_bias() -> PhiForCausalLM:
 def test_logprobs_equal_those_of_the_models_own_logits(make):
     policy = open_policy(make())
     assert not policy.uses_own_logits and not policy.makes_logits
-    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
-    found, _ = policy.response_logprobs(rollout, 1.0)
+    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
 
 
@@ -125,10 +124,12 @@ def test_adapters_on_the_head_are_not_passed_over():
             if "lora_B" in name:
                 parameter.normal_()
     assert policy.makes_logits and not policy.uses_own_logits
-    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
-    found, _ = policy.response_logprobs(rollout, 1.0)
+    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
-    loss, stats = policy.policy_loss(rollout, None, torch.ones_like(found), 1.0)
+    loss, stats = policy.policy_loss(
+        rollout.token_rows(), None, torch.ones(int(rollout.mask.sum())), 1.0
+    )
     loss.backward()
     assert stats.ratio_max == 1
     for name, parameter in policy.model.named_parameters():
@@ -140,7 +141,7 @@ def test_adapters_on_the_head_are_not_passed_over():
 def test_the_loss_is_that_of_the_models_own_logits(make):
     """Values and the gradients of every weight."""
     policy = open_policy(make())
-    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=7))
+    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=7))
     advantages = torch.randn(rollout.mask.shape)
     old = own_logprobs(policy, rollout).detach() + 0.1 * torch.randn(rollout.mask.shape)
     found = []
@@ -150,7 +151,9 @@ def test_the_loss_is_that_of_the_models_own_logits(make):
             logprobs = own_logprobs(policy, rollout)
             loss, stats = ppo_policy_loss(logprobs, old, advantages, mask=rollout.mask)
         else:
-            loss, stats = policy.policy_loss(rollout, old, advantages, 1.0)
+            loss, stats = policy.policy_loss(
+                rollout.token_rows(), old[rollout.mask], advantages[rollout.mask], 1.0
+            )
         loss.backward()
         gradients = [p.grad.clone() for p in policy.model.parameters()]
         found.append((loss.detach(), stats.approx_kl, stats.clip_fraction, *gradients))
@@ -161,11 +164,11 @@ def test_a_head_that_scales_and_caps():
     """Both at once, as no family here does: c tanh(s z / c)."""
     policy = open_policy(model_with_a_bias())
     policy._head = OutputHead(scale=0.3, softcap=0.8)
-    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     with torch.no_grad():
-        states = policy.states(rollout)
+        states = policy.states(rollout.token_rows())
         logits = policy._head.logits(policy.model.lm_head, states)
-    found, _ = policy.response_logprobs(rollout, 0.6)
+    found, _ = response_logprobs(policy, rollout, 0.6)
     expected = token_logprobs(logits, rollout.response_ids[rollout.mask], temperature=0.6)
     torch.testing.assert_close(found[rollout.mask], expected)
 
@@ -186,11 +189,12 @@ def test_states_under_one_head_are_compared_at_once():
     assert policy.shares_head(reference) and not open_policy(tiny_model()).shares_head(reference)
     with torch.no_grad():
         policy.model.model.layers[1].mlp.up_proj.weight.mul_(2)
-    rollout = policy.generate(["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
-    states = [p.states(rollout) for p in (policy, reference)]
-    both = policy.stacked_logprobs(states, rollout, 0.7)
+    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    rows = rollout.token_rows()
+    states = [p.states(rows) for p in (policy, reference)]
+    both = policy.stacked_logprobs(states, rows.targets, 0.7)
     for one, found in zip((policy, reference), both, strict=True):
-        torch.testing.assert_close(found, one.response_logprobs(rollout, 0.7))
+        torch.testing.assert_close(found, one.logprobs(rows, 0.7))
     assert not torch.equal(both[0][0], both[1][0])
 
 
@@ -206,8 +210,8 @@ def test_a_head_that_cannot_be_reproduced_uses_the_models_own_logits():
     model.forward = shifted
     policy = open_policy(model)
     assert policy.uses_own_logits
-    rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
-    found, _ = policy.response_logprobs(rollout, 1.0)
+    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+    found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
 
 
@@ -217,7 +221,7 @@ def test_a_missing_pad_token_is_added_apart_from_eos():
     policy = open_policy(gpt2(), tokenizer=tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert policy.model.get_input_embeddings().num_embeddings >= len(tokenizer)
-    rollout = policy.generate(["Hello", "Hi there"], Sampling(max_new_tokens=4))
+    rollout = generate(policy, ["Hello", "Hi there"], Sampling(max_new_tokens=4))
     assert rollout.mask[:, 0].all()
 
 
@@ -227,7 +231,7 @@ def test_the_checkpoints_own_sampling_habits_are_off_and_come_back(tmp_path):
         do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=258
     )
     policy = open_policy(model)
-    rollout = policy.generate(["Hello"] * 64, Sampling(max_new_tokens=1))
+    rollout = generate(policy, ["Hello"] * 64, Sampling(max_new_tokens=1))
     assert len(set(rollout.response_ids[:, 0].tolist())) > 20  # top_k=1 would give one
     policy.save(tmp_path / "saved")
     assert GenerationConfig.from_pretrained(tmp_path / "saved").top_k == 1
@@ -235,10 +239,10 @@ def test_the_checkpoints_own_sampling_habits_are_off_and_come_back(tmp_path):
 
 def test_dropout_is_off_in_every_model():
     policy = open_policy(gpt2())  # its configuration has dropout 0.1
-    rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
+    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
     policy.model.train()
-    first, _ = policy.response_logprobs(rollout, 1.0)
-    second, _ = policy.response_logprobs(rollout, 1.0)
+    first, _ = response_logprobs(policy, rollout, 1.0)
+    second, _ = response_logprobs(policy, rollout, 1.0)
     assert torch.equal(first, second)
 
 
@@ -276,9 +280,9 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
         torch.manual_seed(0)
-        rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
+        rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
         policy.model.train()
-        policy.response_logprobs(rollout, 1.0)[0].sum().backward()
+        response_logprobs(policy, rollout, 1.0)[0].sum().backward()
         gradients.append([p.grad.clone() for p in policy.model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
@@ -293,12 +297,12 @@ def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
-    found, _ = policy.response_logprobs(rollout, 1.0)
+    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+    found, _ = response_logprobs(policy, rollout, 1.0)
     policy.save(tmp_path / "saved")
     again = open_policy(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
     torch.testing.assert_close(
-        again.response_logprobs(rollout, 1.0)[0], found, rtol=1e-4, atol=1e-4
+        response_logprobs(again, rollout, 1.0)[0], found, rtol=1e-4, atol=1e-4
     )
 
 

@@ -7,50 +7,25 @@ import math
 
 import pytest
 import torch
+from engines import PROMPTS, experience_of, make_engine, response_logprobs, vowels
 from ops import Watch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
-from ppo_engine.settings.schema import (AdaptiveKLConfig, GenerationConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, RewardConfig, RunConfig)
-from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.errors import UserError
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.kl_control import KLController
-from ppo_engine.ppo.experience import Experience
 from ppo_engine.rollout.batch import Rollout
+from ppo_engine.settings.schema import (
+    AdaptiveKLConfig,
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    RewardConfig,
+    RunConfig,
+)
 from ppo_kernels import head
-
-PROMPTS = ["Hello", "A longer prompt", "Hi", "Once upon a time", "a", "Tell me", "x y z", "Why?"]
-
-
-def vowels(prompts: list[str], responses: list[str]) -> list[float]:
-    return [sum(c in "aeiou" for c in response) / 10 for response in responses]
-
-
-def make_engine(
-    reward=vowels, *, lr: float = 1e-3, environment_function=None, **settings
-) -> PPOEngine:
-    sections = {"ppo": {"rollout_batch_size": 8, "mini_batch_size": 8, "micro_batch_size": 8}}
-    sections["ppo"] |= settings.pop("ppo", {})
-    optimizer = OptimizerConfig(learning_rate=lr, schedule="constant")
-    config = PPOConfig(
-        policy=settings.pop("policy", ModelConfig(optimizer=optimizer)),
-        critic=settings.pop("critic", ModelConfig(optimizer=optimizer)),
-        generation=settings.pop("generation", GenerationConfig(max_new_tokens=12)),
-        ppo=PPOSettings(**sections["ppo"]),
-        run=RunConfig(dtype="float32"),
-        **settings,
-    )
-    return PPOEngine(
-        tiny_model(),
-        reward,
-        config=config,
-        tokenizer=tiny_tokenizer(),
-        environment=environment_function,
-    )
-
-
-def experience_of(engine: PPOEngine) -> Experience:
-    rollout = engine.generate(PROMPTS)
-    return engine.estimate_advantages(rollout, engine.score(rollout))
 
 
 def test_first_kl_is_exactly_zero():
@@ -201,8 +176,8 @@ def test_more_padding_changes_nothing():
     rollout = engine.generate(PROMPTS)
     wide = pad_more(rollout, 5, 7, engine.policy.tokenizer.pad_token_id)
     width = rollout.mask.shape[1]
-    narrow_logprobs, narrow_entropy = engine.policy.response_logprobs(rollout, 1.0)
-    wide_logprobs, wide_entropy = engine.policy.response_logprobs(wide, 1.0)
+    narrow_logprobs, narrow_entropy = response_logprobs(engine.policy, rollout, 1.0)
+    wide_logprobs, wide_entropy = response_logprobs(engine.policy, wide, 1.0)
     torch.testing.assert_close(wide_logprobs[:, :width], narrow_logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(wide_entropy[:, :width], narrow_entropy, rtol=1e-5, atol=1e-5)
     assert not wide_logprobs[:, width:].any()
@@ -221,7 +196,7 @@ def test_logprobs_are_those_of_the_models_own_logits():
     logits = engine.policy.model(ids).logits / 0.7
     start = rollout.prompt_ids.shape[1]
     expected = logits.log_softmax(-1)[:, start - 1 : -1].gather(2, ids[:, start:, None])[..., 0]
-    logprobs, entropy = engine.policy.response_logprobs(rollout, 0.7)
+    logprobs, entropy = response_logprobs(engine.policy, rollout, 0.7)
     torch.testing.assert_close(logprobs, expected * rollout.mask, rtol=1e-5, atol=1e-5)
     probabilities = logits[:, start - 1 : -1].softmax(-1)
     torch.testing.assert_close(

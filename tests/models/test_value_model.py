@@ -15,10 +15,18 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from ppo_engine.settings.schema import LoraConfig, ModelConfig
 from ppo_engine.errors import UserError
 from ppo_engine.models.freezing import prepare_for_training
-from ppo_engine.models.value_model import (init_head, load_value_model, make_critic, save_value_model, score_head, sequence_scores, token_values)
+from ppo_engine.models.loading import save_model
+from ppo_engine.models.value_model import (
+    init_head,
+    load_value_model,
+    make_critic,
+    score_head,
+    sequence_scores,
+    token_values,
+)
+from ppo_engine.settings.schema import LoraConfig, ModelConfig
 
 CPU = torch.device("cpu")
 TEXTS = ("Yes.", "A somewhat longer answer.", "No, thank you!")
@@ -52,7 +60,7 @@ def test_saved_model_gives_the_same_scores_in_plain_transformers(folder, tmp_pat
     with torch.no_grad():
         score_head(model).weight.add_(1.0)  # so that a head lost on the way would show
         scores = sequence_scores(model, *batch("right"))
-    save_value_model(model, tiny_tokenizer(), tmp_path / "saved")
+    save_model(model, tiny_tokenizer(), tmp_path / "saved")
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved", padding_side="right")
@@ -85,7 +93,7 @@ def test_adapters_are_merged_where_the_model_is_saved(folder, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(0.1 if "lora" in name else 1.0)
         expected = sequence_scores(model, *batch("right"))
-    save_value_model(model, tiny_tokenizer(), tmp_path / "saved")
+    save_model(model, tiny_tokenizer(), tmp_path / "saved")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     ids, mask = batch("right")
     with torch.no_grad():

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_model_folder
+from trainers import PROMPTS, config, length_reward, rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_engine.settings.schema import (GenerationConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, PromptDataConfig, RewardConfig, RunConfig)
-from ppo_engine.settings.files import load_config
 from ppo_engine.errors import UserError
+from ppo_engine.settings.files import load_config
+from ppo_engine.settings.schema import (
+    GenerationConfig,
+    PPOConfig,
+    PromptDataConfig,
+    RewardConfig,
+)
 from ppo_engine.training.ppo import PPOTrainer
-
-PROMPTS = [f"Prompt {i}" for i in range(6)]
-
-
-def length_reward(prompts, responses):
-    return [len(response) / 10 for response in responses]
-
-
-def config(
-    output: Path, *, steps: int = 2, resume: bool = False, ppo: dict | None = None, **run
-) -> PPOConfig:
-    optimizer = OptimizerConfig(learning_rate=1e-3)
-    batches = {"rollout_batch_size": 4, "mini_batch_size": 2, "micro_batch_size": 2}
-    return PPOConfig(
-        policy=ModelConfig(optimizer=optimizer),
-        critic=ModelConfig(optimizer=optimizer),
-        reward=RewardConfig(normalize=True),
-        generation=GenerationConfig(max_new_tokens=6),
-        ppo=PPOSettings(**batches, **(ppo or {})),
-        run=RunConfig(output_dir=str(output), resume=resume, dtype="float32", **run),
-        steps=steps,
-    )
-
-
-def rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

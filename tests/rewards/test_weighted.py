@@ -9,15 +9,24 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
-from ppo_engine.settings.schema import (GenerationConfig, PPOConfig, PPOSettings, RewardConfig, RewardSource, RunConfig)
-from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.errors import UserError
+from ppo_engine.models import value_model
+from ppo_engine.models.loading import save_model
+from ppo_engine.models.value_model import load_value_model
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
 from ppo_engine.rewards.model import RewardModel, load_reward_model
 from ppo_engine.rewards.sources import configured_sources, parse_source, with_rewards
 from ppo_engine.rewards.weighted import Rewards, load_rewards, reward_metrics
-from ppo_engine.models.value_model import load_value_model, save_value_model
+from ppo_engine.settings.schema import (
+    GenerationConfig,
+    PPOConfig,
+    PPOSettings,
+    RewardConfig,
+    RewardSource,
+    RunConfig,
+)
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 PROMPTS = ["Hello", "A longer prompt", "Hi"]
@@ -40,7 +49,7 @@ def reward_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         tokenizer = tiny_tokenizer(chat_template)
         start = tiny_model_folder(folder, chat_template, seed)
         model = load_value_model(start, tokenizer, device=CPU, seed=seed)
-        save_value_model(model, tokenizer, folder / "reward_model")
+        save_model(model, tokenizer, folder / "reward_model")
         found.append(str(folder / "reward_model"))
     return found[0], found[1]
 
@@ -232,6 +241,6 @@ def test_a_reward_model_is_probed_once(
     reward_folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probes: list[Any] = []
-    monkeypatch.setattr("ppo_engine.models.value_model.check_value_head", lambda *_: probes.append(1))
+    monkeypatch.setattr(value_model, "check_value_head", lambda *_: probes.append(1))
     load(reward_folders[0])
     assert len(probes) == 1

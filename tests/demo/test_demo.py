@@ -8,11 +8,11 @@ import json
 import pytest
 from rich.console import Console
 
-from ppo_engine.settings.schema import DemoConfig
 from ppo_engine.demo import model as demo_model
 from ppo_engine.demo import run_demo
 from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS
 from ppo_engine.errors import UserError
+from ppo_engine.settings.schema import DemoConfig
 
 pytest.importorskip("vaderSentiment", reason="the optional group `demo` is not installed")
 

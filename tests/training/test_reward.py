@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_model_folder, tiny_tokenizer
+from trainers import planted_pairs
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,29 +22,20 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from ppo_engine.settings.schema import (ModelConfig, OptimizerConfig, PreferenceDataConfig, RewardModelConfig, RewardModelSettings, RunConfig)
 from ppo_engine.errors import UserError
+from ppo_engine.settings.schema import (
+    ModelConfig,
+    OptimizerConfig,
+    PreferenceDataConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RunConfig,
+)
 from ppo_engine.training.reward import RewardModelTrainer
 
-HH = Path(__file__).parent.parent / "../shared/data/hh-rlhf/preferences.jsonl.gz"
+HH = Path(__file__).parents[2] / "../shared/data/hh-rlhf/preferences.jsonl.gz"
 GOOD, BAD = ("fine", "nice", "good", "kind"), ("vile", "poor", "sour", "grim")
 DULL = ("ok", "so-so")
-
-
-def planted_pairs(count: int) -> list[dict[str, str]]:
-    """Responses of random letters around one good or one bad word: only the word tells."""
-    rng = random.Random(0)
-    pairs = []
-    for index in range(count):
-        filler = ["".join(rng.choices("abcdefgh ", k=rng.randrange(1, 6))) for _ in range(2)]
-        pairs.append(
-            {
-                "prompt": f"How is it, case {index}?",
-                "chosen": f"{filler[0]} {rng.choice(GOOD)}",
-                "rejected": f"{filler[1]} {rng.choice(BAD)}",
-            }
-        )
-    return pairs
 
 
 def planted_rankings(count: int) -> list[dict[str, Any]]:

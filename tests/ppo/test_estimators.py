@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from test_engine import PROMPTS, experience_of, make_engine
+from engines import PROMPTS, experience_of, make_engine
 
-from ppo_engine.settings.schema import (AdaptiveKLConfig, GenerationConfig, PPOConfig, PPOSettings)
 from ppo_engine.errors import UserError
 from ppo_engine.ppo.estimators import ESTIMATORS, Evidence
 from ppo_engine.settings.checks import check_settings
+from ppo_engine.settings.schema import AdaptiveKLConfig, GenerationConfig, PPOConfig, PPOSettings
 
 B, T, G = 6, 5, 3
 KL = 0.3

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppo_engine.settings.schema import PPOConfig, RewardConfig
 from ppo_engine.errors import UserError
 from ppo_engine.rewards.shaping import ScoreNormalizer, length_penalty, shape_scores
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.checks import check_settings
+from ppo_engine.settings.schema import PPOConfig, RewardConfig
 
 
 def rollout(lengths: list[int], finished: list[bool]) -> Rollout:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ppo_engine.settings.schema import OptimizerConfig
 from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import clip_gradients, make_optimizer, make_scheduler
+from ppo_engine.settings.schema import OptimizerConfig
 
 
 def small_model() -> nn.Sequential:

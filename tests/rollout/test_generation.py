@@ -6,17 +6,17 @@ import dataclasses
 
 import pytest
 import torch
-from test_engine import make_engine
+from engines import make_engine, response_logprobs
 from tiny import tiny_model, tiny_tokenizer
 
-from ppo_engine.rollout import generation
-from ppo_engine.settings.schema import (EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig)
-from ppo_engine.rollout.environment import Environment
-from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.errors import UserError
-from ppo_engine.rewards.model import RewardModel
-from ppo_engine.rollout.sampling import Continuation
 from ppo_engine.models.value_model import value_model_from_policy
+from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.rewards.model import RewardModel
+from ppo_engine.rollout import generation
+from ppo_engine.rollout.environment import Environment
+from ppo_engine.rollout.sampling import Continuation
+from ppo_engine.settings.schema import EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig
 from ppo_kernels import gae
 
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -126,7 +126,7 @@ def test_a_tool_answers_with_a_message_of_its_own(scripted):
         (lambda prompts, turns: [1, None], r"returned 1 \(int\) for conversation 0"),
         (lambda prompts, turns: [None, {"role": "tool"}], "for conversation 1"),
         (lambda prompts, turns: [None, {"role": "tool", "content": 4}], "for conversation 1"),
-        (lambda prompts, turns: 1 / 0, "failed at .*test_conversation.py, line"),
+        (lambda prompts, turns: 1 / 0, "failed at .*test_generation.py, line"),
         (lambda prompts, turns, hint: [None] * 2, "asks for 'hint'"),
     ],
 )
@@ -195,7 +195,7 @@ def conversed(scripted):
 def test_logprobs_are_those_of_the_whole_text(conversed):
     """The policy has read the environment's tokens; its own alone have log-probs."""
     engine, rollout = conversed
-    logprobs, entropy = engine.policy.response_logprobs(rollout, 1.0)
+    logprobs, entropy = response_logprobs(engine.policy, rollout, 1.0)
     ids, real = rollout.sequences()
     for row in range(2):
         text = ids[row][real[row]][None]

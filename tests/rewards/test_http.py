@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_engine.settings.schema import RewardEndpointConfig
-from ppo_engine.settings.files import shown_settings, shown_url
 from ppo_engine.errors import UserError
 from ppo_engine.rewards import http as http_reward
 from ppo_engine.rewards.http import HTTPReward
+from ppo_engine.settings.files import shown_settings, shown_url
+from ppo_engine.settings.schema import RewardEndpointConfig
 
 PROMPTS = ["Say a.", [{"role": "user", "content": "Say ü."}], "Say c."]
 RESPONSES = ["a", "bbbbbbbb", "ccc"]

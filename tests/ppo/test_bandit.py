@@ -8,8 +8,15 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from ppo_engine.settings.schema import (GenerationConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, RunConfig)
 from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.settings.schema import (
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    RunConfig,
+)
 
 BETA, ACTIONS = 0.5, 8
 REWARDS = torch.linspace(-0.5, 0.5, ACTIONS)

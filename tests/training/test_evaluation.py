@@ -19,13 +19,31 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_model_folder
 
-from ppo_engine.settings.schema import (EvaluationConfig, GenerationConfig, LoraConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, RewardConfig, RunConfig)
 from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
-from ppo_engine.training.evaluation import (READ, Evaluation, Evaluator, anticipation, hold_out, values_along, win_shares)
-from ppo_engine.training.ppo import PPOTrainer
-from ppo_engine.run.progress import Progress
 from ppo_engine.rollout.sampling import Continuation
+from ppo_engine.run.progress import Progress
+from ppo_engine.settings.schema import (
+    EvaluationConfig,
+    GenerationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    RewardConfig,
+    RunConfig,
+)
+from ppo_engine.training.evaluation import (
+    READ,
+    Evaluation,
+    Evaluator,
+    anticipation,
+    hold_out,
+    values_along,
+    win_shares,
+)
+from ppo_engine.training.ppo import PPOTrainer
 
 PROMPTS = [f"Prompt {i}" for i in range(6)]
 HELD_OUT = ["Why?", "A longer question", "And this one", "x y z", "Tell me more"]

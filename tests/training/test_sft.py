@@ -18,9 +18,17 @@ from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from ppo_engine import RewardModelTrainer, SFTConfig, SFTTrainer
-from ppo_engine.settings.schema import (DemonstrationDataConfig, LoraConfig, ModelConfig, OptimizerConfig, RewardModelConfig, RunConfig, SFTSettings)
-from ppo_engine.models.packing import can_pack, stack_rows
 from ppo_engine.errors import UserError
+from ppo_engine.models.packing import can_pack, stack_rows
+from ppo_engine.settings.schema import (
+    DemonstrationDataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    RunConfig,
+    SFTSettings,
+)
 
 
 def examples(count: int = 32) -> list[dict[str, Any]]:
@@ -216,7 +224,7 @@ def test_an_example_does_not_see_the_others_of_its_row(folder: str) -> None:
         for first in (batch[0], changed):
             rows = stack_rows([first, *batch[1:]], [[0, 1, 2]], 0, made.device, pack=True)
             owners = rows.owners[:, 1:][rows.trained[:, 1:]]
-            nll = -made.policy.row_logprobs(rows)
+            nll = made.policy.nll(rows)
             losses.append([nll[owners == i].sum().item() for i in range(3)])
     assert losses[0][0] != losses[1][0]
     assert losses[0][1:] == losses[1][1:]

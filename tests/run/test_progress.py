@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from ppo_engine.run.progress import (Progress, duration, is_interactive, printable, with_error)
+from ppo_engine.run.progress import Progress, duration, is_interactive, printable, with_error
 
 METRICS = {"objective/scores": 0.5, "objective/kl": 0.031, "policy/clip_fraction": 0.125}
 

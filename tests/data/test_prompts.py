@@ -9,7 +9,12 @@ import pytest
 from data_files import BLUE, USER, write
 from tiny import tiny_tokenizer
 
-from ppo_engine.data.prompts import (PromptExample, limit_prompts, load_prompts, prompts_from_sequence)
+from ppo_engine.data.prompts import (
+    PromptExample,
+    limit_prompts,
+    load_prompts,
+    prompts_from_sequence,
+)
 from ppo_engine.errors import UserError
 
 CHAT = tiny_tokenizer()

@@ -17,18 +17,20 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
-from ppo_engine.training import anatomy
-from ppo_engine.ppo import critic
-from ppo_engine.ppo import engine
-from ppo_engine.ppo import estimators
-from ppo_engine.models import architecture
-from ppo_engine.models import optimizer
-from ppo_engine.models import language_model
-from ppo_engine import PPOEngine, cli
-from ppo_engine.settings.schema import (GenerationConfig, LoraConfig, ModelConfig, PPOConfig, PPOSettings)
-from ppo_engine.settings.schema import RunConfig as Run
-from ppo_engine.rewards.model import RewardModel
+from ppo_engine import PPOEngine, cli, spans
+from ppo_engine.models import architecture, language_model, optimizer
 from ppo_engine.models.value_model import value_model_from_policy
+from ppo_engine.ppo import critic, engine, estimators
+from ppo_engine.rewards.model import RewardModel
+from ppo_engine.settings.schema import (
+    GenerationConfig,
+    LoraConfig,
+    ModelConfig,
+    PPOConfig,
+    PPOSettings,
+)
+from ppo_engine.settings.schema import RunConfig as Run
+from ppo_engine.training import anatomy
 from ppo_kernels import head, logprob
 
 PROMPTS = ["One", "Number two", "3", "And four"]
@@ -200,11 +202,11 @@ def slow_reward(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
         (slow_function(estimators, "kl_shaped_gae"), "advantages: gae", False),
         (slow_function(engine, "shape_scores"), "advantages: other", False),
         (slow_function(logprob, "forward_of_tiles"), "advantages: logprobs", False),
-        (slow_function(policy, "linear_ppo_loss"), "update: losses", False),
+        (slow_function(language_model, "linear_ppo_loss"), "update: losses", False),
         (slow_function(critic, "ppo_value_loss"), "update: losses", False),
         (slow_layer_backward, "update: backward", True),
         (slow_function(logprob, "backward"), "update: losses", False),
-        (slow_function(optim, "clip_gradients"), "update: optimizer", False),
+        (slow_function(optimizer, "clip_gradients"), "update: optimizer", False),
         (slow_function(engine, "objective_metrics"), "update: other", False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -251,7 +253,7 @@ def test_without_a_profiler_a_span_records_nothing(monkeypatch: pytest.MonkeyPat
     def record(name: str) -> None:
         raise AssertionError(f"{name} was recorded")
 
-    monkeypatch.setattr(anatomy, "record_function", record)
+    monkeypatch.setattr(spans, "record_function", record)
     engine = PPOEngine(tiny_model(), length, config=config(), tokenizer=tiny_tokenizer())
     step(engine)
     with pytest.raises(AssertionError, match="was recorded"), torch.profiler.profile():
@@ -282,7 +284,7 @@ def test_the_profiler_does_not_write_over_the_display() -> None:
     code = """
 from types import SimpleNamespace
 import torch
-from ppo_engine import (anatomy)
+from ppo_engine.training import anatomy
 from contextlib import nullcontext
 anatomy._transformer_spans = nullcontext
 with anatomy.recording(SimpleNamespace(device=torch.device("cpu"))):

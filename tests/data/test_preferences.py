@@ -13,7 +13,7 @@ from ppo_engine.data.preferences import Ranking, load_preferences, sample_rankin
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import UserError
 
-HH_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "preferences.jsonl.gz"
+HH_FILE = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf" / "preferences.jsonl.gz"
 CHAT = tiny_tokenizer()
 TEXT = tiny_tokenizer(chat_template=False)
 

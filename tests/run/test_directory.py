@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ppo_engine.settings.schema import PPOConfig, RewardModelConfig
-from ppo_engine.settings.files import load_config
 from ppo_engine.errors import UserError
 from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.settings.files import load_config
+from ppo_engine.settings.schema import PPOConfig, RewardModelConfig
 
 
 def lines(file: Path) -> list[dict[str, object]]:

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from engines import response_logprobs
 from rich.console import Console
-from test_reward_trainer import planted_pairs
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
+from trainers import planted_pairs
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,13 +25,26 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from ppo_engine.settings.schema import (GenerationConfig, LoraConfig, ModelConfig, OptimizerConfig, PPOConfig, PPOSettings, PreferenceDataConfig, RewardModelConfig, RewardModelSettings, RunConfig)
-from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.training.reward import RewardModelTrainer
+from ppo_engine.models.loading import save_model
+from ppo_engine.models.value_model import score_head, token_values
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.experience import Experience
-from ppo_engine.models.value_model import save_value_model, score_head, token_values
+from ppo_engine.rollout.generation import generate
+from ppo_engine.settings.schema import (
+    GenerationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    PreferenceDataConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RunConfig,
+)
+from ppo_engine.training.reward import RewardModelTrainer
 
 pytest.importorskip("peft", reason="the optional package peft is not installed")
 CPU = torch.device("cpu")
@@ -132,13 +146,13 @@ def test_what_is_saved_is_what_was_trained(
         engine.update(experience)
     rollout = experience.rollout
     with torch.no_grad():
-        logprobs, _ = engine.policy.response_logprobs(rollout, 1.0)
+        logprobs, _ = response_logprobs(engine.policy, rollout, 1.0)
         values = engine.critic.values(rollout)
     monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse_copy)
     for name in ("Params4bit", "Int8Params") if bits else ():
         monkeypatch.setattr(f"bitsandbytes.nn.{name}.__deepcopy__", refuse_copy)
     engine.policy.save(tmp_path / "policy")
-    save_value_model(critic_of(engine), engine.policy.tokenizer, tmp_path / "critic")
+    save_model(critic_of(engine), engine.policy.tokenizer, tmp_path / "critic")
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert all(p.dtype == torch.float32 for p in plain.parameters())
@@ -149,7 +163,7 @@ def test_what_is_saved_is_what_was_trained(
     ids, mask = rollout.sequences()
     start = rollout.prompt_ids.shape[1] - 1
     with torch.no_grad():
-        found, _ = again.response_logprobs(rollout, 1.0)
+        found, _ = response_logprobs(again, rollout, 1.0)
         found_values = token_values(critic, ids[:, :-1], mask[:, :-1], start)
     tolerance = TOLERANCE[bits]
     torch.testing.assert_close(found, logprobs, atol=tolerance, rtol=tolerance)
@@ -157,7 +171,7 @@ def test_what_is_saved_is_what_was_trained(
     torch.testing.assert_close(found_values[real], values[real], atol=tolerance, rtol=tolerance)
     # Training goes on as if nothing had been saved.
     with torch.no_grad():
-        assert torch.equal(engine.policy.response_logprobs(rollout, 1.0)[0], logprobs)
+        assert torch.equal(response_logprobs(engine.policy, rollout, 1.0)[0], logprobs)
 
 
 @pytest.mark.parametrize("bits", BASES)
@@ -165,9 +179,9 @@ def test_padding_changes_no_logprob(folder: str, bits: Bits | None) -> None:
     engine = make_engine(folder, bits)
     rollout = experience_of(engine).rollout
     with torch.no_grad():
-        together, _ = engine.policy.response_logprobs(rollout, 1.0)
+        together, _ = response_logprobs(engine.policy, rollout, 1.0)
         for row in range(len(rollout)):
-            alone, _ = engine.policy.response_logprobs(rollout.select(torch.tensor([row])), 1.0)
+            alone, _ = response_logprobs(engine.policy, rollout.select(torch.tensor([row])), 1.0)
             width = alone.shape[1]
             torch.testing.assert_close(together[row, :width], alone[0], atol=1e-5, rtol=1e-5)
 
@@ -198,9 +212,9 @@ def test_checkpointing_gives_the_same_gradients(folder: str, bits: Bits | None) 
         for name, parameter in policy.model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        rollout = policy.generate(PROMPTS, GenerationConfig(max_new_tokens=5))
+        rollout = generate(policy, PROMPTS, GenerationConfig(max_new_tokens=5))
         policy.model.train()
-        policy.response_logprobs(rollout, 1.0)[0].sum().backward()
+        response_logprobs(policy, rollout, 1.0)[0].sum().backward()
         gradients.append([p.grad for p in policy.model.parameters() if p.requires_grad])
     assert len(gradients[0]) == 28  # two for each of 7 products in 2 layers
     for a, b in zip(*gradients, strict=True):
