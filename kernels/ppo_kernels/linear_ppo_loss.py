@@ -20,6 +20,7 @@ from ppo_kernels.linear_logprob import (
     untraced_numbers,
     whole,
 )
+from ppo_kernels.ppo_loss import PolicySettings, PolicyTensors
 from ppo_kernels.reference import IGNORED_TARGET, PolicyStats
 from ppo_kernels.sequences import per_token, sequence_sums
 
@@ -83,7 +84,8 @@ def linear_ppo_loss(
     """
     weight, bias = whole(weight), whole(bias)
     dtype = check_head(OP, hidden, weight, targets, bias)
-    ppo_loss.check_choices(OP, reduction, kl_estimator, objective, ratio_level, dual_clip)
+    choices = reduction, kl_estimator, objective, ratio_level
+    ppo_loss.check_choices(OP, *choices, dual_clip)
     checks.tokens(
         OP, mask, cu_seqlens, needs_sequences=ppo_loss.needs_sequences(reduction, ratio_level),
         advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
@@ -95,12 +97,12 @@ def linear_ppo_loss(
     impl = dispatch.resolve(OP, impl, hidden.device)
     if mask is not None:  # what stands there is no target
         targets = targets.masked_fill(~mask, IGNORED_TARGET)
-    settings = (clip_range, dual_clip, entropy_coef, kl_coef)
+    numbers = (clip_range, dual_clip, entropy_coef, kl_coef)
     two_passes = ratio_level == "sequence" and old_logprobs is not None
     if impl == "reference" or two_passes:
         if not torch.compiler.is_compiling():
             check_values(OP, targets, len(weight), temperature, softcap)
-            ppo_loss.policy_numbers(OP, *settings)
+            ppo_loss.policy_numbers(OP, *numbers)
             ppo_loss.checked_normalizer(OP, normalizer, hidden)
             checks.boundaries(OP, cu_seqlens, targets.shape[0])
         composed: Callable[..., tuple[Tensor, PolicyStats]] = (
@@ -125,17 +127,14 @@ def linear_ppo_loss(
             temperature, softcap, low, high, dual_clip, entropy_coef, kl_coef
         )
         loss, stats, *_ = _loss_op(
-            *tensors, traced, ppo_loss.traced_scalar(normalizer), reduction, kl_estimator,
-            objective, dtype, impl, *wanted,
-        )  # fmt: skip
+            *tensors, traced, ppo_loss.traced_scalar(normalizer), *choices[:3], dtype, impl, *wanted
+        )
         stats = stats.detach()
     else:
         of_head = check_values(OP, targets, len(weight), temperature, softcap)
-        results = _loss(
-            *tensors, of_head, ppo_loss.policy_numbers(OP, *settings),
-            ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator,
-            objective, dtype, impl, *wanted,
-        )  # fmt: skip
+        given = ppo_loss.checked_normalizer(OP, normalizer, hidden)
+        settings = PolicySettings(*ppo_loss.policy_numbers(OP, *numbers), given, *choices)
+        results = _loss(*tensors, of_head, settings, dtype, impl, *wanted)
         loss, stats = fused_loss.attach(results, trained, wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
 
@@ -180,47 +179,48 @@ def _loss(
     cu_seqlens: Tensor | None,
     moments: Tensor | None,
     of_head: tuple[float, float],
-    of_policy: tuple[float, ...],
-    normalizer: float | Tensor | None,
-    reduction: str,
-    kl_estimator: str,
-    objective: str,
+    settings: PolicySettings,
     dtype: torch.dtype,
     impl: str,
     *want: bool,
 ) -> fused_loss.Results:
-    """(loss, statistics, gradients of hidden, weight and bias). The ratios are those of tokens,
-    which are all 1 without old log-probs, and so those of sequences then."""
+    """(loss, statistics, gradients of hidden, weight and bias)."""
     checks.boundaries(OP, cu_seqlens, targets.shape[0])
-    entropy_coef = of_policy[3]
+    # Without old log-probs all ratios are 1, those of sequences too.
+    settings = settings._replace(ratio_level="token")
     with in_own_dtypes(hidden.device):
         tiled = impl == "cpp" and not any(want)
         head = Head(hidden, weight, bias, targets, dtype, want, tiled=tiled)
-        denominator, weights = _denominator(targets, mask, cu_seqlens, reduction, normalizer)
+        denominator, weights = _denominator(
+            targets, mask, cu_seqlens, settings.reduction, settings.normalizer
+        )
         # float16 would lose gradients of a mean over many tokens: there it comes last.
         late = head.dtype == torch.float16
         given = [
             None if x is None else head.pick(x)
             for x in (old_logprobs, advantages, ref_logprobs, is_weights, weights)
         ]
+        of_chunk = settings._replace(normalizer=None if late else denominator, reduction="sum")
 
         def slopes(place: slice, log_p: Tensor, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
             old, advantage, ref, is_weight, weight = _at(place, given)
-            *_, g, g_h = ppo_loss.policy_loss(
-                log_p, h, log_p if old is None else old, advantage, ref, is_weight, None, None,
-                moments, of_policy, None if late else denominator, "sum", kl_estimator, objective,
-                "token", impl, True, entropy_coef != 0,
+            tensors = PolicyTensors(
+                log_p, h, log_p if old is None else old, advantage, ref, is_weight, mask=None,
+                cu_seqlens=None, moments=moments,
             )  # fmt: skip
+            *_, g, g_h = ppo_loss.policy_loss(
+                tensors, of_chunk, impl, True, settings.entropy_coef != 0
+            )
             if weight is not None:
                 g, g_h = g * weight, None if g_h is None else g_h * weight
             return g.to(log_p.dtype), None if g_h is None else g_h.to(log_p.dtype)
 
         logprobs, entropy = sweep(head, *of_head, impl, slopes if any(want) else None)
-        loss, stats, *_ = ppo_loss.policy_loss(
+        tensors = PolicyTensors(
             logprobs, entropy, logprobs if old_logprobs is None else old_logprobs, advantages,
-            ref_logprobs, is_weights, mask, cu_seqlens, moments, of_policy, normalizer, reduction,
-            kl_estimator, objective, "token", impl, False, False,
+            ref_logprobs, is_weights, mask, cu_seqlens, moments,
         )  # fmt: skip
+        loss, stats, *_ = ppo_loss.policy_loss(tensors, settings, impl, False, False)
         made = head.gradients()
         if late:
             for g in made:
@@ -292,14 +292,17 @@ def _loss_op(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     low, high, dual_clip, entropy_coef, kl_coef = numbers[2:].tolist()
-    of_policy = ppo_loss.policy_numbers(
-        OP, (low, high), ppo_loss.untraced(dual_clip), entropy_coef, kl_coef
-    )
+    settings = PolicySettings(
+        *ppo_loss.policy_numbers(
+            OP, (low, high), ppo_loss.untraced(dual_clip), entropy_coef, kl_coef
+        ),
+        ppo_loss.checked_normalizer(OP, normalizer, hidden),
+        reduction, kl_estimator, objective, ratio_level="token",
+    )  # fmt: skip
     results = _loss(
         hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, is_weights, mask,
-        cu_seqlens, moments, untraced_numbers(OP, targets, weight, numbers), of_policy,
-        ppo_loss.checked_normalizer(OP, normalizer, hidden), reduction, kl_estimator, objective,
-        dtype, impl, want_hidden, want_weight, want_bias,
+        cu_seqlens, moments, untraced_numbers(OP, targets, weight, numbers), settings, dtype, impl,
+        want_hidden, want_weight, want_bias,
     )  # fmt: skip
     return fused_loss.without_none(results)
 

@@ -7,6 +7,7 @@ multiplies that gradient by the one that comes in.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,35 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 OBJECTIVES = ("clip", "cispo")
 RATIO_LEVELS = ("token", "sequence")
 POLICY, VALUE = "ppo_policy_loss", "ppo_value_loss"
+
+
+class PolicyTensors(NamedTuple):
+    """What a policy loss reads: of each token, then of the batch."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    is_weights: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    moments: Tensor | None
+
+
+class PolicySettings(NamedTuple):
+    """The numbers and choices of a policy loss, checked, and as the kernels take them."""
+
+    low: float
+    high: float
+    dual_clip: float  # infinite is none
+    entropy_coef: float
+    kl_coef: float
+    normalizer: float | Tensor | None
+    reduction: str
+    kl_estimator: str
+    objective: str
+    ratio_level: str
 
 
 def ppo_policy_loss(
@@ -117,8 +147,10 @@ def ppo_policy_loss(
             kl_estimator=kl_estimator, is_weights=is_weights,
         )  # fmt: skip
 
-    tensors = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask,
-               cu_seqlens, moments)  # fmt: skip
+    tensors = PolicyTensors(
+        logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
+        moments,
+    )  # fmt: skip
     wanted = fused_loss.wanted(logprobs, entropy)
     if not dispatch.eager(*tensors):
         low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
@@ -130,9 +162,8 @@ def ppo_policy_loss(
         stats = stats.detach()
     else:
         given = checked_normalizer(POLICY, normalizer, logprobs)
-        results = policy_loss(
-            *tensors, policy_numbers(POLICY, *numbers), given, *choices, impl, *wanted
-        )
+        settings = PolicySettings(*policy_numbers(POLICY, *numbers), given, *choices)
+        results = policy_loss(tensors, settings, impl, *wanted)
         loss, stats = fused_loss.attach(results, (logprobs, entropy), wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
 
@@ -219,7 +250,7 @@ def needs_sequences(reduction: str, ratio_level: str) -> bool:
     return reduction == "sequence_mean" or ratio_level == "sequence"
 
 
-# Checked, and as the kernels take them: infinite stands for None, as also in `traced_numbers`.
+# As the kernels take them: infinite stands for None, as also in `traced_numbers`.
 
 
 def policy_numbers(
@@ -228,7 +259,7 @@ def policy_numbers(
     dual_clip: float | None,
     entropy_coef: float,
     kl_coef: float,
-) -> tuple[float, ...]:
+) -> tuple[float, float, float, float, float]:
     """(low, high, dual_clip, entropy_coef, kl_coef)."""
     return (
         *checks.clip_bounds(op, clip_range),
@@ -270,53 +301,40 @@ def untraced(x: float) -> float | None:
 
 
 def policy_loss(
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    is_weights: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    moments: Tensor | None,
-    numbers: tuple[float, ...],
-    normalizer: float | Tensor | None,
-    reduction: str,
-    kl_estimator: str,
-    objective: str,
-    ratio_level: str,
+    tensors: PolicyTensors,
+    settings: PolicySettings,
     impl: str,
     want_logprobs: bool,
     want_entropy: bool,
 ) -> fused_loss.Results:
     """(loss, statistics, gradient of logprobs, of entropy)."""
-    checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
-    inputs = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)
-    dtype, inputs = dispatch.in_one_dtype(*inputs)
-    cu_seqlens = dispatch.offsets(cu_seqlens)
+    logprobs = tensors.logprobs
+    checks.boundaries(POLICY, tensors.cu_seqlens, logprobs.shape[0])
+    dtype, (policy, entropies, old, advantage, ref, weights) = dispatch.in_one_dtype(*tensors[:6])
+    given = PolicyTensors(
+        policy, entropies, old, advantage, ref, weights, tensors.mask,
+        dispatch.offsets(tensors.cu_seqlens), tensors.moments,
+    )  # fmt: skip
     loss, stats = outputs(logprobs, dtype, len(PolicyStats._fields))
     grad_logprobs = gradient_like(logprobs, loss, want_logprobs)
     grad_entropy = gradient_like(logprobs, loss, want_entropy)
+    made = (loss, stats, grad_logprobs, grad_entropy)
     if impl == "triton":
-        dispatch.triton_kernels("ppo_loss").ppo_policy_loss(
-            *inputs, mask, cu_seqlens, moments, numbers, normalizer, reduction, kl_estimator,
-            objective, ratio_level, loss, stats, grad_logprobs, grad_entropy,
-        )  # fmt: skip
-        return loss, stats, grad_logprobs, grad_entropy
-    low, high, dual_clip, entropy_coef, kl_coef = numbers
-    policy, entropies, old, advantage, ref, weights = inputs
+        dispatch.triton_kernels("ppo_loss").ppo_policy_loss(given, settings, *made)
+        return made
     mean, scale = 0.0, 1.0
-    if moments is not None:
-        count, mean, m2 = moments.tolist()
+    if given.moments is not None:
+        count, mean, m2 = given.moments.tolist()
         scale = 1 / math.sqrt(m2 / max(count, 1.0) + WHITEN_EPS)
     dispatch.cpu.ppo_policy_loss(
-        mask, cu_seqlens, policy, old, advantage, (mean, scale), weights,
-        (low, high, dual_clip), entropies, entropy_coef, ref, kl_coef,
-        1 + KL_ESTIMATORS.index(kl_estimator), OBJECTIVES.index(objective),
-        RATIO_LEVELS.index(ratio_level), _reducing(reduction, normalizer), loss, stats,
-        grad_logprobs, grad_entropy, torch.get_num_threads(),
+        given.mask, given.cu_seqlens, given.logprobs, given.old_logprobs, given.advantages,
+        (mean, scale), given.is_weights, (settings.low, settings.high, settings.dual_clip),
+        given.entropy, settings.entropy_coef, given.ref_logprobs, settings.kl_coef,
+        1 + KL_ESTIMATORS.index(settings.kl_estimator), OBJECTIVES.index(settings.objective),
+        RATIO_LEVELS.index(settings.ratio_level),
+        _reducing(settings.reduction, settings.normalizer), *made, torch.get_num_threads(),
     )  # fmt: skip
-    return loss, stats, grad_logprobs, grad_entropy
+    return made
 
 
 def _value_loss(
@@ -384,13 +402,17 @@ def _policy_op(
     want_logprobs: bool,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low, high, dual_clip, entropy_coef, kl_coef = numbers.tolist()
-    checked = policy_numbers(POLICY, (low, high), untraced(dual_clip), entropy_coef, kl_coef)
-    results = policy_loss(
+    tensors = PolicyTensors(
         logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights, mask, cu_seqlens,
-        moments, checked, checked_normalizer(POLICY, normalizer, logprobs), reduction, kl_estimator,
-        objective, ratio_level, impl, want_logprobs, want_entropy,
+        moments,
     )  # fmt: skip
+    low, high, dual_clip, entropy_coef, kl_coef = numbers.tolist()
+    settings = PolicySettings(
+        *policy_numbers(POLICY, (low, high), untraced(dual_clip), entropy_coef, kl_coef),
+        checked_normalizer(POLICY, normalizer, logprobs),
+        reduction, kl_estimator, objective, ratio_level,
+    )  # fmt: skip
+    results = policy_loss(tensors, settings, impl, want_logprobs, want_entropy)
     return fused_loss.without_none(results)
 
 

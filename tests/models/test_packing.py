@@ -1,4 +1,4 @@
-"""Examples in rows and passes; that rows keep texts apart is tested with the trainer that has them."""
+"""Examples in rows and passes; that texts in a row stay apart is tested with their trainer."""
 
 from __future__ import annotations
 

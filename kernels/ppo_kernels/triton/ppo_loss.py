@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.dispatch import on, side_by_side
+from ppo_kernels.ppo_loss import PolicySettings, PolicyTensors
 from ppo_kernels.reference import WHITEN_EPS as _WHITEN_EPS
 from ppo_kernels.triton.common import (
     MAX_LOG_RATIO,
@@ -323,49 +324,42 @@ def value_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr):
 
 
 def ppo_policy_loss(
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    is_weights: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    moments: Tensor | None,
-    numbers: tuple[float, ...],
-    normalizer: float | Tensor | None,
-    reduction: str,
-    kl_estimator: str,
-    objective: str,
-    ratio_level: str,
+    given: PolicyTensors,
+    settings: PolicySettings,
     loss: Tensor,
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    """Fill the last four. `numbers`: low, high, dual_clip, entropy_coef, kl_coef; an infinite
-    dual_clip is none."""
-    mask = side_by_side(mask)
-    given = (logprobs, old_logprobs, advantages, mask, is_weights, entropy, ref_logprobs)
-    tokens = tuple(map(side_by_side, given))
+    """Fill the last four."""
+    mask, cu_seqlens = side_by_side(given.mask), given.cu_seqlens
+    tokens = (
+        *map(side_by_side, (given.logprobs, given.old_logprobs, given.advantages)),
+        mask,
+        *map(side_by_side, (given.is_weights, given.entropy, given.ref_logprobs)),
+    )
     with on(loss.device):
-        of_sequences = ratio_level == "sequence"
-        sweep = Sweep(tokens, mask, cu_seqlens, reduction, normalizer, loss, of_sequences)
+        of_sequences = settings.ratio_level == "sequence"
+        sweep = Sweep(
+            tokens, mask, cu_seqlens, settings.reduction, settings.normalizer, loss, of_sequences
+        )
         ratios = None
         if of_sequences:
             ratios = loss.new_empty(2, sweep.sequences)
             if sweep.programs:
                 sequence_ratios[(sweep.sequences,)](
-                    *tokens[:2], mask, cu_seqlens, ratios, logprobs.shape[-1], sweep.sequences,
-                    *map(row, tokens[:2]), row(mask), TILE, **OPTIONS,
+                    *tokens[:2], mask, cu_seqlens, ratios, given.logprobs.shape[-1],
+                    sweep.sequences, *map(row, tokens[:2]), row(mask), TILE, **OPTIONS,
                 )  # fmt: skip
         partials = loss.new_empty(POLICY_SUMS, sweep.programs)
         if sweep.programs:
             policy[(sweep.programs,)](
-                *tokens, side_by_side(moments), ratios, *sweep.pointers, grad_logprobs,
+                *tokens, side_by_side(given.moments), ratios, *sweep.pointers, grad_logprobs,
                 grad_entropy, partials, *sweep.sizes, *map(row, tokens), sweep.denominator,
-                *numbers, objective, numbers[2] != math.inf, kl_estimator, sweep.lookup,
-                sweep.aligned, LANES, sweep.each, STAGES, num_warps=WARPS, **OPTIONS,
+                settings.low, settings.high, settings.dual_clip, settings.entropy_coef,
+                settings.kl_coef, settings.objective, settings.dual_clip != math.inf,
+                settings.kl_estimator, sweep.lookup, sweep.aligned, LANES, sweep.each, STAGES,
+                num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
         policy_totals[(1,)](partials, loss, stats, sweep.programs, SUMS, **OPTIONS)
 
