@@ -212,15 +212,19 @@ def test_every_instruction_set(isa: str) -> None:
         pytest.skip(f"this machine runs {', '.join(dispatch.cpu.supported_isas())}")
     if isa == dispatch.cpu.isa():
         pytest.skip("the rest of the tests run on it")
-    few = "error_rule or every_half or half_way or any_block or offset or impossible or infinity"
+    few = (
+        "error_rule or option_native or every_half or half_way or any_block or offset or "
+        "impossible or infinity"
+    )
     names = ("gae", "logprob", "ppo_loss", "policy_objectives", "pairwise_loss", "linear_logprob",
              "linear_ppo_loss")  # fmt: skip
     torchs, onednns, mkls = LIBRARIES[isa]
+    native = "yes" if isa == "avx512" else "no"
     result = python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({few}) and not triton",
         *(str(TESTS / f"test_{name}.py") for name in names),
         PPO_KERNELS_ISA=isa, ATEN_CPU_CAPABILITY=torchs, ONEDNN_MAX_CPU_ISA=onednns,
-        MKL_ENABLE_INSTRUCTIONS=mkls,
+        MKL_ENABLE_INSTRUCTIONS=mkls, TEST_NATIVE_BF16=native,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

@@ -231,6 +231,15 @@ def test_n_times_v_beyond_32_bits() -> None:
         torch.testing.assert_close(found[place], expected)
 
 
+def test_the_option_native_bf16(request: pytest.FixtureRequest) -> None:
+    """Given, or inherited as by test_dispatch.py's runs on other instruction sets."""
+    asked = request.config.getoption("--native-bf16")
+    if asked is None:
+        pytest.skip("not given")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert head.multiplies(dtype, torch.device("cpu")) == (asked == "yes")
+
+
 # --- Which gradients, in what dtypes, in what memory ----------------------------------------------
 
 
