@@ -42,6 +42,7 @@ TARGETS = {
             target
             for dtype in ("float32", "bfloat16")
             for target in (
+                # Of bfloat16 the floor is in bfloat16 where the CPU multiplies it, else in float32.
                 Target(("linear_ppo_loss",), _HEAD, dtype, "both", 1.2),
                 Target(("linear_ppo_loss",), _HEAD, dtype, "both", 0.5, of="eager"),
                 Target(("linear_ppo_loss",), _HEAD, dtype, "both", 64, of="extra MB"),

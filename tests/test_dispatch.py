@@ -195,20 +195,36 @@ def test_a_default_device_elsewhere_changes_nothing() -> None:
     assert advantages.device == CPU
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+# What keeps torch, oneDNN and MKL to the instructions of such a CPU.
+LIBRARIES = {
+    "baseline": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "DEFAULT", "AVX512"),
+}
+
+
+@pytest.mark.parametrize("isa", LIBRARIES)
 def test_every_instruction_set(isa: str) -> None:
+    """All ops, values and gradients against float64, with our kernels and torch's as on a CPU that
+    has no more than that."""
     needs_extension()
     if isa not in dispatch.cpu.supported_isas():
         pytest.skip(f"this machine runs {', '.join(dispatch.cpu.supported_isas())}")
     if isa == dispatch.cpu.isa():
         pytest.skip("the rest of the tests run on it")
-    few = "error_rule or every_half or half_way or any_block or offset or impossible or infinity"
-    files = [
-        str(TESTS / f"test_{name}.py") for name in ("gae", "logprob", "ppo_loss", "pairwise_loss")
-    ]
+    few = (
+        "error_rule or option_native or every_half or half_way or any_block or offset or "
+        "impossible or infinity"
+    )
+    names = ("gae", "logprob", "ppo_loss", "policy_objectives", "pairwise_loss", "linear_logprob",
+             "linear_ppo_loss")  # fmt: skip
+    torchs, onednns, mkls = LIBRARIES[isa]
+    native = "yes" if isa == "avx512" else "no"
     result = python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({few}) and not triton",
-        *files, PPO_KERNELS_ISA=isa,
+        *(str(TESTS / f"test_{name}.py") for name in names),
+        PPO_KERNELS_ISA=isa, ATEN_CPU_CAPABILITY=torchs, ONEDNN_MAX_CPU_ISA=onednns,
+        MKL_ENABLE_INSTRUCTIONS=mkls, TEST_NATIVE_BF16=native,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

@@ -40,16 +40,6 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_TILE_BYTES", 2000)
 
 
-@pytest.fixture(params=["here", "with halves", "as on a GPU"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How `Head` multiplies: on any CPU, on one that has instructions for halves, and where the
-    tokens without target stay among the others, all on this one."""
-    if request.param != "here":
-        monkeypatch.setattr(head, "multiplies", lambda dtype, device: True)
-    if request.param == "as on a GPU":
-        monkeypatch.setattr(head, "leaves_out", lambda device: False)
-
-
 def inputs(
     rows: tuple[int, ...] = (37,),
     vocab: int = 131,
@@ -71,8 +61,8 @@ def inputs(
 
 
 def check(arguments: dict[str, Any], kernel: str, wrt: tuple[str, ...] = WRT) -> None:
-    ops.assert_error_rule(
-        linear_logprobs, reference.linear_logprobs, arguments, wrt, products=True, impl=kernel
+    ops.assert_products_rule(
+        linear_logprobs, reference.linear_logprobs, arguments, wrt, impl=kernel
     )
 
 
@@ -241,6 +231,15 @@ def test_n_times_v_beyond_32_bits() -> None:
         torch.testing.assert_close(found[place], expected)
 
 
+def test_the_option_native_bf16(request: pytest.FixtureRequest) -> None:
+    """Given, or inherited as by test_dispatch.py's runs on other instruction sets."""
+    asked = request.config.getoption("--native-bf16")
+    if asked is None:
+        pytest.skip("not given")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert head.multiplies(dtype, torch.device("cpu")) == (asked == "yes")
+
+
 # --- Which gradients, in what dtypes, in what memory ----------------------------------------------
 
 
@@ -284,16 +283,12 @@ def test_a_weight_tied_to_the_embedding(kernel: str) -> None:
 def test_autocast(kernel: str) -> None:
     """As `F.linear` under autocast, but the weight's gradient keeps its digits."""
     given = inputs()
-    exact = ops.run(reference.linear_logprobs, {n: ops._double(x) for n, x in given.items()}, WRT)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        naive = ops.run(reference.linear_logprobs, given, WRT)
-        found = ops.run(partial(linear_logprobs, impl=kernel), given, WRT)
+        ops.assert_products_rule(
+            linear_logprobs, reference.linear_logprobs, given, WRT, torch.bfloat16, impl=kernel
+        )
         halves = given | {"hidden": given["hidden"].bfloat16()}
         assert linear_logprobs(**halves, impl=kernel)[0].dtype == torch.float32
-    for name, x in found.items():
-        assert x.dtype == torch.float32
-        error = (x - exact[name]).abs().max()
-        assert error <= 1.5 * (naive[name] - exact[name]).abs().max() + 1e-6, name
 
 
 def test_gradient_checkpointing(kernel: str) -> None:

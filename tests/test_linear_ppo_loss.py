@@ -41,15 +41,6 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "_TILE_BYTES", 2000)
 
 
-@pytest.fixture(params=["here", "with halves", "as on a GPU"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in test_linear_logprob.py."""
-    if request.param != "here":
-        monkeypatch.setattr(head, "multiplies", lambda dtype, device: True)
-    if request.param == "as on a GPU":
-        monkeypatch.setattr(head, "leaves_out", lambda device: False)
-
-
 def inputs(
     rows: tuple[int, ...] = (5, 9),
     vocab: int = 71,
@@ -80,9 +71,9 @@ def inputs(
     } | more
 
 
-def check(arguments: dict[str, Any], kernel: str) -> None:
-    ops.assert_error_rule(
-        linear_ppo_loss, reference.linear_ppo_loss, arguments, WRT, products=True, impl=kernel
+def check(arguments: dict[str, Any], kernel: str, dtype: torch.dtype | None = None) -> None:
+    ops.assert_products_rule(
+        linear_ppo_loss, reference.linear_ppo_loss, arguments, WRT, dtype, impl=kernel
     )
 
 
@@ -208,7 +199,7 @@ def test_float16_keeps_the_gradients_of_a_mean_over_many_tokens(kernel: str) -> 
     given = inputs(dtype=torch.float16, normalizer=2.0**24)
     scaled = partial(ops.run, wrt=WRT, upstream=lambda name, x: torch.full_like(x, 2.0**20))
     found = scaled(partial(linear_ppo_loss, impl=kernel), given)
-    exact = scaled(reference.linear_ppo_loss, {n: ops._double(x) for n, x in given.items()})
+    exact = scaled(reference.linear_ppo_loss, ops.in_dtype(given, torch.float64))
     for name in WRT:
         expected = exact[f"gradient of {name}"]
         error = (found[f"gradient of {name}"].double() - expected).abs().max()
@@ -230,7 +221,7 @@ def test_float16_keeps_the_gradients_of_long_sequences() -> None:
 
 def test_gradcheck(impl: str) -> None:
     given = inputs((2, 3), 7, 4, torch.float64, mask=ops.make_mask("interior", (2, 3)))
-    given = {name: ops._double(x) for name, x in given.items()}
+    given = ops.in_dtype(given, torch.float64)
     tensors = [given.pop(name).requires_grad_() for name in WRT]
 
     def function(*x: Tensor) -> Tensor:
@@ -248,7 +239,7 @@ def test_peaked_logits(kernel: str) -> None:
     given["targets"].fill_(3)
     given["bias"][3] = 16.0
     given |= {"old_logprobs": None, "kl_coef": 0.0}
-    exact = {name: ops._double(x) for name, x in given.items()}
+    exact = ops.in_dtype(given, torch.float64)
     expected = ops.run(partial(linear_ppo_loss, impl=kernel), exact, WRT)
     found = ops.run(partial(linear_ppo_loss, impl=kernel), given, WRT)
     for name in WRT:
@@ -296,15 +287,8 @@ def test_no_tensor_of_tokens_times_vocab(reduction: str) -> None:
 
 @pytest.mark.usefixtures("products")
 def test_autocast(kernel: str) -> None:
-    given = inputs()
-    exact = ops.run(reference.linear_ppo_loss, {n: ops._double(x) for n, x in given.items()}, WRT)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        naive = ops.run(reference.linear_ppo_loss, given, WRT)
-        found = ops.run(partial(linear_ppo_loss, impl=kernel), given, WRT)
-    for name in (f"gradient of {x}" for x in WRT):
-        assert found[name].dtype == torch.float32
-        error = (found[name] - exact[name]).abs().max()
-        assert error <= 1.5 * (naive[name] - exact[name]).abs().max() + 1e-6, name
+        check(inputs(), kernel, torch.bfloat16)
 
 
 # --- torch.compile --------------------------------------------------------------------------------

@@ -61,13 +61,6 @@ def arguments(
     return given | ({"dual_clip": 1.3} if of["objective"] == "clip" else {})
 
 
-def in_dtype(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in given.items()
-    }
-
-
 def packed(given: dict[str, Any], keep: Tensor) -> dict[str, Any]:
     found = {
         name: x[keep] if isinstance(x, Tensor) and x.shape == keep.shape else x
@@ -136,7 +129,7 @@ def test_by_its_formula(impl: str, of: dict[str, str], reduction: str, layout: s
     assert keep is not None
     keep[5] = False  # a sequence without any token
     mask = keep & (torch.rand(7, 9) < 0.7) if layout == "packed and masked" else keep
-    given = in_dtype(arguments(of, mask=mask, reduction=reduction), torch.float64)
+    given = ops.in_dtype(arguments(of, mask=mask, reduction=reduction), torch.float64)
     leaves = [given[name].requires_grad_() for name in WRT]
     loss, with_gradient, stats = written_out(given)
     expected = {f"output.1.{name}": x.detach() for name, x in stats.items()}
@@ -249,7 +242,7 @@ def test_error_rule(kernel: str, of: dict[str, str], reduction: str, kind: str) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_error_rule_in_other_dtypes(kernel: str, of: dict[str, str], dtype: torch.dtype) -> None:
     mask = ops.make_mask("interior", (7, 129))
-    given = in_dtype(arguments(of, (7, 129), mask), dtype)
+    given = ops.in_dtype(arguments(of, (7, 129), mask), dtype)
     ops.assert_error_rule(ppo_policy_loss, reference.ppo_policy_loss, given, WRT, impl=kernel)
 
 
@@ -307,8 +300,9 @@ def of_head(given: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[s
     return given | head | {"targets": targets, "temperature": 0.7}
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("old", [True, False])
-def test_linear(kernel: str, of: dict[str, str], old: bool) -> None:
+def test_error_rule_from_hidden_states(kernel: str, of: dict[str, str], old: bool) -> None:
     forms = itertools.product((torch.float32, torch.bfloat16, torch.float16), ppo_loss.REDUCTIONS)
     interpreted = [(torch.float32, "sequence_mean")]  # slowly: fewer
     for dtype, reduction in interpreted if kernel == "triton" else forms:
@@ -317,8 +311,8 @@ def test_linear(kernel: str, of: dict[str, str], old: bool) -> None:
         for name in ("old_logprobs", "advantages"):
             given[name] = ops.poison(given[name], mask)
         given |= {} if old else {"old_logprobs": None}
-        ops.assert_error_rule(
-            linear_ppo_loss, reference.linear_ppo_loss, given, OF_HEAD, products=True, impl=kernel
+        ops.assert_products_rule(
+            linear_ppo_loss, reference.linear_ppo_loss, given, OF_HEAD, impl=kernel
         )
 
 

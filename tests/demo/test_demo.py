@@ -17,6 +17,7 @@ from ppo_engine.settings.schema import DemoConfig
 pytest.importorskip("vaderSentiment", reason="the optional group `demo` is not installed")
 
 
+@pytest.mark.usefixtures("either_cpu")
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_smoke_runs_every_stage(tmp_path, algorithm):
     out = io.StringIO()
