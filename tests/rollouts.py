@@ -148,6 +148,7 @@ def moved_engine(
     optimizer: dict[str, Any] | None = None,
     policy: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
+    environment_function: Callable[..., Any] | None = None,
     seed: int = 0,
     **sections: Any,
 ) -> PPOEngine:
@@ -165,7 +166,13 @@ def moved_engine(
         run=RunConfig(dtype="float32", device="cpu", seed=seed),
         **sections,
     )
-    engine = PPOEngine(model or sharp_model(), score, config=config, tokenizer=tiny_tokenizer())
+    engine = PPOEngine(
+        model or sharp_model(),
+        score,
+        config=config,
+        tokenizer=tiny_tokenizer(),
+        environment=environment_function,
+    )
     move(engine.policy.model)
     return engine
 

@@ -3,6 +3,7 @@ every weight, and the metrics, on the first mini-batch and on those that the pol
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -13,6 +14,7 @@ from rollouts import (
     ROWS,
     SCORES,
     Step,
+    move,
     moved_engine,
     own_logits,
     read,
@@ -22,7 +24,7 @@ from rollouts import (
 )
 from torch import Tensor
 
-from ppo_engine.config import LoraConfig
+from ppo_engine.config import AdaptiveKLConfig, LoraConfig, RewardConfig
 from ppo_engine.engine import PPOEngine
 from ppo_engine.rollout import Experience
 
@@ -286,3 +288,29 @@ def test_equal_seeds_shuffle_alike(monkeypatch):
         engine.update(engine.estimate_advantages(rollout_of(), SCORES))
         orders.append([step.rows for step in steps])
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_restored_engine_goes_on_alike(monkeypatch):
+    """Its weights, schedules, warm-up, order of rows, KL coefficient and score statistics."""
+    found = []
+    made = {
+        "ppo": {"adaptive_kl": AdaptiveKLConfig(horizon=50), "critic_warmup_steps": 2},
+        "reward": RewardConfig(normalize=True),
+        "optimizer": {"schedule": "linear"},
+        "steps": 5,
+    }
+    one, two = moved_engine(**made), moved_engine(seed=1, **made)
+    move(two.policy.model, seed=5)
+    for scores in (SCORES, SCORES[::-1], SCORES):
+        one.update(one.estimate_advantages(rollout_of(), [3 * s + 1 for s in scores]))
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for engine in (one, two):
+        assert engine.steps_done == 3 and engine.policy_version == 2
+        steps = record(engine, monkeypatch)
+        of_engine = []
+        for _ in range(2):
+            experience = engine.estimate_advantages(rollout_of(), SCORES)
+            of_engine.append((experience.scores.tolist(), engine.update(experience)))
+        order = [(s.passes, s.learning_rate) for of_model in steps for s in of_model]
+        found.append((of_engine, order, engine.kl.coef.item()))
+    assert found[0] == found[1]

@@ -8,10 +8,11 @@ import string
 
 import pytest
 import torch
-from rollouts import EOS, PAD, TEMPERATURE, TOKENIZER, moved_engine, sharp_model
+from rollouts import EOS, PAD, TEMPERATURE, TOKENIZER, alone, moved_engine, sharp_model
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ppo_engine.config import EnvironmentConfig
 from ppo_engine.engine import PPOEngine
 
 PROMPTS = ["Hi", "A longer prompt", "Why?"]
@@ -126,6 +127,32 @@ def test_greedy_responses_are_of_each_prompt_once_and_padding_changes_nothing():
     engine.estimate_advantages(rollout, engine.score(rollout))
     twice = [prompt for prompt in PROMPTS for _ in range(2)]
     assert seen == [(twice, list("aabbcc")), (PROMPTS, list("abc"))]
+
+
+def test_greedy_responses_have_the_environments_turns_too():
+    """Each of the policy's tokens is the likeliest after everything before it, whoever wrote it."""
+    model = sharp_model()
+    model.generation_config.eos_token_id = sorted(set(range(60, 259)) - {PAD})
+    engine = moved_engine(
+        model=model,
+        ppo={"estimator": "remax", "group_size": 2},
+        environment_function=lambda prompts, turns, hint: [f" {h}!" for h in hint],
+        environment=EnvironmentConfig(max_turns=2),
+    )
+    rollout = engine.generate(PROMPTS, {"hint": ["a", "b", "c"]})
+    for of_whom, size in ((rollout, 2), (rollout.greedy, 1)):
+        heard = [
+            TOKENIZER.decode(ids[there])
+            for ids, there in zip(of_whom.response_ids, of_whom.environment_mask, strict=True)
+        ]
+        answers = [f" {hint}!" for hint in "abc" for _ in range(size)]
+        assert any(heard) and all(h in ("", a) for h, a in zip(heard, answers, strict=True))
+    greedy = rollout.greedy
+    for row in range(len(PROMPTS)):
+        text, own = alone(greedy, row)
+        with torch.no_grad():
+            likeliest = engine.policy.model(input_ids=text[None]).logits[0].argmax(-1)
+        assert torch.equal(text[1:][own[1:]], likeliest[:-1][own[1:]])
 
 
 @pytest.mark.parametrize("named", [[EOS, *range(240, 256)], 200, None])
