@@ -1,5 +1,6 @@
 """Rollouts made by hand, an engine whose policy has left its reference, and what models say of a
-response, in float64.
+response, in float64 (but for norms and softmaxes inside the models, for which the library insists
+on float32).
 
 Every response is read alone, without padding, from the models' own logits: none of the engine's
 ops, masks or batches has a part in what a test expects.
@@ -27,6 +28,7 @@ from ppo_engine.config import (
 )
 from ppo_engine.engine import PPOEngine
 from ppo_engine.optim import Learner
+from ppo_engine.rewards.weighted import RewardsLike
 from ppo_engine.rollout import Rollout
 
 TOKENIZER = tiny_tokenizer()
@@ -141,7 +143,7 @@ def length(prompts: list[str], responses: list[str], **columns: Any) -> list[flo
 
 
 def moved_engine(
-    score: Callable[..., list[float]] = length,
+    score: RewardsLike = length,
     *,
     model: Any = None,
     ppo: dict[str, Any] | None = None,

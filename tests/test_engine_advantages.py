@@ -11,20 +11,25 @@ import torch
 from rollouts import (
     ROWS,
     SCORES,
+    TOKENIZER,
     Row,
     alone,
     double,
+    length,
     moved_engine,
     own_logits,
     read,
     rollout_of,
+    sharp_model,
     values_of,
 )
 from torch import Tensor
 
 from ppo_engine.config import AdaptiveKLConfig, LoraConfig, RewardConfig
 from ppo_engine.engine import PPOEngine
+from ppo_engine.rewards.model import RewardModel
 from ppo_engine.rollout import Rollout
+from ppo_engine.value_model import value_model_from_policy
 
 B = len(ROWS)
 
@@ -45,11 +50,11 @@ def readings(engine: PPOEngine, rollout: Rollout) -> list[tuple[Tensor, Tensor, 
     return found
 
 
-def assert_rows(found: Tensor, expected: list[Tensor], mask: Tensor, tolerance: float = 1e-4):
+def assert_rows(found: Tensor, expected: list[Tensor], mask: Tensor) -> None:
     """`expected` stands at the policy's tokens, row by row, and 0 everywhere else."""
     assert found.shape == mask.shape and not found[~mask].any()
     for b, row in enumerate(expected):
-        torch.testing.assert_close(found[b][mask[b]].double(), row, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found[b][mask[b]].double(), row, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,21 @@ def test_values_are_the_critics_own_logits_of_what_came_before():
         torch.testing.assert_close(values_of(critic, rollout, b).detach(), expected)
         at_own = found[b][rollout.mask[b]].double()
         torch.testing.assert_close(at_own, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_the_weighted_sum_of_a_models_and_a_functions():
+    """The reward model's own pooled logit of prompt and response, whoever wrote it, cut or not."""
+    model = value_model_from_policy(sharp_model(2), TOKENIZER, seed=3)
+    judge = RewardModel(model, TOKENIZER, device=torch.device("cpu"), dtype=torch.float32)
+    engine = moved_engine([judge, length], reward=RewardConfig(weights=[2.0, -0.5]))
+    rollout = rollout_of()
+    expected = []
+    for b in range(B):
+        text, _ = alone(rollout, b)
+        with torch.no_grad():
+            pooled = double(model)(input_ids=text[None]).logits.item()
+        expected.append(2 * pooled - 0.5 * len(rollout.responses[b]))
+    assert engine.score(rollout).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 K = {
