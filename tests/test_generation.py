@@ -177,6 +177,18 @@ def test_every_token_that_the_checkpoint_names_ends_a_response(named):
         assert (last & ends) - {EOS}
 
 
+def test_no_token_is_sampled_after_the_last_end():
+    """One pass of the model where every token ends a response."""
+    model = sharp_model()
+    model.generation_config.eos_token_id = [token for token in range(259) if token != PAD]
+    engine = moved_engine(model=model)
+    passes = []
+    hook = engine.policy.model.register_forward_hook(lambda *_: passes.append(1))
+    rollout = engine.generate(["Hi"])
+    hook.remove()
+    assert rollout.finished.all() and len(passes) == 1
+
+
 def test_the_pad_token_ends_no_response():
     model = sharp_model()
     model.generation_config.eos_token_id = [EOS, PAD]
