@@ -136,8 +136,10 @@ def test_greedy_responses_have_the_environments_turns_too():
     engine = moved_engine(
         model=model,
         ppo={"estimator": "remax", "group_size": 2},
-        environment_function=lambda prompts, turns, hint: [f" {h}!" for h in hint],
-        environment=EnvironmentConfig(max_turns=2),
+        environment_function=lambda prompts, turns, hint: [
+            None if h == "a" else f" {h}!" for h in hint
+        ],
+        environment=EnvironmentConfig(max_turns=3),
     )
     rollout = engine.generate(PROMPTS, {"hint": ["a", "b", "c"]})
     for of_whom, size in ((rollout, 2), (rollout.greedy, 1)):
@@ -145,8 +147,10 @@ def test_greedy_responses_have_the_environments_turns_too():
             TOKENIZER.decode(ids[there])
             for ids, there in zip(of_whom.response_ids, of_whom.environment_mask, strict=True)
         ]
-        answers = [f" {hint}!" for hint in "abc" for _ in range(size)]
-        assert any(heard) and all(h in ("", a) for h, a in zip(heard, answers, strict=True))
+        # The first prompt's conversations are over when the others still go on.
+        answers = [answer for answer in ("", " b!", " c!") for _ in range(size)]
+        assert all(h in ("", a, 2 * a) for h, a in zip(heard, answers, strict=True))
+        assert any(heard[size:])
     greedy = rollout.greedy
     for row in range(len(PROMPTS)):
         text, own = alone(greedy, row)
