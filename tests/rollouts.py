@@ -18,7 +18,11 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from ppo_engine.config import (
+from ppo_engine.models.optimizer import Learner
+from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.rewards.weighted import RewardsLike
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.settings.schema import (
     GenerationConfig,
     ModelConfig,
     OptimizerConfig,
@@ -26,10 +30,6 @@ from ppo_engine.config import (
     PPOSettings,
     RunConfig,
 )
-from ppo_engine.engine import PPOEngine
-from ppo_engine.optim import Learner
-from ppo_engine.rewards.weighted import RewardsLike
-from ppo_engine.rollout import Rollout
 
 TOKENIZER = tiny_tokenizer()
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
@@ -253,7 +253,7 @@ def record(engine: PPOEngine, monkeypatch: Any) -> Steps:
 
         monkeypatch.setattr(owner, name, spy)
 
-    spied(engine.policy, "policy_loss", passes[0])
+    spied(Rollout, "token_rows", passes[0])  # what the policy's loss reads
     of_critic: list[Step] = []
     if engine.critic is not None:
         spied(engine.critic, "values", passes[1])

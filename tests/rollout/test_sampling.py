@@ -12,8 +12,8 @@ from rollouts import EOS, PAD, TEMPERATURE, TOKENIZER, alone, moved_engine, shar
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ppo_engine.config import EnvironmentConfig
-from ppo_engine.engine import PPOEngine
+from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.settings.schema import EnvironmentConfig
 
 PROMPTS = ["Hi", "A longer prompt", "Why?"]
 

@@ -25,11 +25,11 @@ from rollouts import (
 )
 from torch import Tensor
 
-from ppo_engine.config import AdaptiveKLConfig, LoraConfig, RewardConfig
-from ppo_engine.engine import PPOEngine
+from ppo_engine.models.value_model import value_model_from_policy
+from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.model import RewardModel
-from ppo_engine.rollout import Rollout
-from ppo_engine.value_model import value_model_from_policy
+from ppo_engine.rollout.batch import Rollout
+from ppo_engine.settings.schema import AdaptiveKLConfig, LoraConfig, RewardConfig
 
 B = len(ROWS)
 

@@ -24,9 +24,9 @@ from rollouts import (
 )
 from torch import Tensor
 
-from ppo_engine.config import AdaptiveKLConfig, LoraConfig, RewardConfig
-from ppo_engine.engine import PPOEngine
-from ppo_engine.rollout import Experience
+from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.ppo.experience import Experience
+from ppo_engine.settings.schema import AdaptiveKLConfig, LoraConfig, RewardConfig
 
 B = len(ROWS)
 

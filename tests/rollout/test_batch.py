@@ -9,7 +9,8 @@ import pytest
 import torch
 from rollouts import PAD, ROWS, TOKENIZER, Row, rollout_of, tokens_of
 
-from ppo_engine.rollout import Experience, Rollout, importance_weights, objective_metrics
+from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
+from ppo_engine.rollout.batch import Rollout
 
 
 def with_logprobs(rollout: Rollout) -> Rollout:
