@@ -53,7 +53,7 @@ def measure(
             rows[name] = row = _described(case, mode, name)
             try:
                 row["error"] = error(case, inputs, run, truth, gradients=mode != "fwd")
-                call = _call(case, mode, inputs, run)
+                call = call_of(case, mode, inputs, run)
                 row["peak_bytes"] = peak_extra_bytes(device, call)
                 row["extra_bytes"] = row["peak_bytes"] - case.kept.get(mode, 0)
                 calls[name] = [call, *_copies(case, mode, inputs, run, device)]
@@ -79,7 +79,7 @@ def _implementations(case: Case, impls: Sequence[str]) -> Iterator[tuple[str, Ru
         yield from case.alternatives.items()
 
 
-def _call(case: Case, mode: Mode, inputs: Inputs, run: Run) -> Call:
+def call_of(case: Case, mode: Mode, inputs: Inputs, run: Run) -> Call:
     if mode == "fwd":
         return lambda: run(inputs)
     leaves = leaves_of(case, inputs)
@@ -93,7 +93,7 @@ def _copies(
     case: Case, mode: Mode, inputs: Inputs, run: Run, device: torch.device
 ) -> Iterator[Call]:
     for _ in range(_rotated(device, sum(x.nbytes for x in inputs.values())) - 1):
-        yield _call(case, mode, {name: x.clone() for name, x in inputs.items()}, run)
+        yield call_of(case, mode, {name: x.clone() for name, x in inputs.items()}, run)
 
 
 def _rotated(device: torch.device, size: float) -> int:

@@ -68,10 +68,18 @@ void deliver(const Row<A>& row, int64_t t, int64_t n, const A* room, const A* fr
   for (int64_t i = 0; from == room && i < n; ++i) row[t + i] = room[i];
 }
 
-// The kLanes bytes of a mask as a condition. Of 8 bytes, the compiler would take one after another.
+// The kLanes bytes of a mask as a condition. Of these, the compiler would take one after another.
 template <class A>
 inline Truth<A> real_lanes(const uint8_t* mask) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __mmask16 all = 0xffff;  // without a mask, GCC 12 warns of its own header
+    return Truth<A>(_mm512_maskz_cvtepu8_epi32(all, load_bits<__m128i>(mask))) > 0;
+  } else {
+    const __mmask8 all = 0xff;
+    return Truth<A>(_mm512_maskz_cvtepu8_epi64(all, _mm_loadl_epi64((const __m128i*)mask))) > 0;
+  }
+#elif defined(__AVX2__)
   if constexpr (sizeof(A) == 4) {
     return Truth<A>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)mask))) > 0;
   } else {
