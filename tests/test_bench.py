@@ -201,6 +201,28 @@ def test_the_floor_of_the_linear_ops_is_their_products(monkeypatch: pytest.Monke
         assert row["peak_bytes"] - row["extra_bytes"] == 4 * 16 * (8 + 64)
 
 
+@pytest.mark.parametrize("op", ["linear_logprobs", "linear_ppo_loss"])
+def test_linear_ops_in_bfloat16(op: str, either_cpu: bool) -> None:
+    """All are right; the floor's products are in bfloat16 where the CPU multiplies it."""
+    bf16 = torch.bfloat16
+    [case] = [case for case in cases("cpu", [op], ["small"]) if case.dtype == bf16]
+    assert all(row["status"] == "ok" for row in rows_of(without_compiling(case)))
+    made = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            found = func(*args, **(kwargs or {}))
+            if func.overloadpacket == torch.ops.aten.mm:
+                made.append(found.dtype)
+            return found
+
+    assert case.least is not None
+    [products] = case.least(case.inputs(CPU), "both")
+    with Products():
+        products()
+    assert made == [bf16 if either_cpu else torch.float32] * 3
+
+
 def test_targets_of_memory_and_of_eager() -> None:
     row: Row = {
         "op": "linear_ppo_loss", "shape": "1024x576x49152", "dtype": "float32", "mode": "both",
