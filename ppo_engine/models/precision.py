@@ -9,6 +9,7 @@ import torch
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
+from ppo_kernels.head import multiplies
 
 
 def choose_device(name: str) -> torch.device:
@@ -28,7 +29,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = device.type == "cpu" and multiplies(torch.bfloat16, device)
     return torch.bfloat16 if fast else torch.float32
 
 
