@@ -167,7 +167,7 @@ def test_a_reward_model_of_its_own_tokenizer_reads_the_turns(scripted):
 def test_messages_are_no_answer_to_a_text(scripted):
     engine = engine_with(lambda prompts, turns: [{"role": "tool", "content": "x"}])
     scripted([say("a")])
-    with pytest.raises(UserError, match="To a prompt that is text"):
+    with pytest.raises(UserError, match="must answer a text prompt with text"):
         engine.generate(["text"])
 
 

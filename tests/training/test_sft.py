@@ -360,7 +360,7 @@ def test_examples_without_a_common_prompt_stay_apart(folder: str) -> None:
         ({"model": "/no/such/model"}, "/no/such/model"),
         ({"model": ""}, "No model was given"),
         ({"rows": [{"prompt": "a"}]}, r"demonstrations\[0\]: no column 'response'"),
-        ({"rows": [{"prompt": "a", "response": "b"}]}, "too few to hold some out"),
+        ({"rows": [{"prompt": "a", "response": "b"}]}, "too few for a held-out set"),
         ({"rows": "absent.jsonl"}, "absent.jsonl does not exist"),
         ({"trackers": ["wandb"]}, "wandb"),
         ({"settings": {"trainable_layers": 9}}, "trainable_layers is 9"),
