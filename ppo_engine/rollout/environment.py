@@ -1,4 +1,4 @@
-"""What answers the policy in conversations of several turns: a function of the user's."""
+"""What answers the policy in multi-turn conversations: a user's function."""
 
 from __future__ import annotations
 
