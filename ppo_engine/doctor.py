@@ -23,7 +23,7 @@ from ppo_kernels import dispatch
 _PACKAGES = ("torch", "transformers", "triton", "pydantic", "safetensors", "ppo-engine")
 _OPTIONAL = {
     "peft": "LoRA: pip install 'ppo-engine[lora]'",
-    "bitsandbytes": "a quantised base under LoRA: pip install 'ppo-engine[quant]'",
+    "bitsandbytes": "a quantized base under LoRA: pip install 'ppo-engine[quant]'",
     "datasets": "parquet files and saved data sets: pip install 'ppo-engine[data]'",
     "tensorboard": "run.trackers=[tensorboard]: pip install 'ppo-engine[tensorboard]'",
     "wandb": "run.trackers=[wandb]: pip install 'ppo-engine[wandb]'",

@@ -231,7 +231,7 @@ def test_groups_must_be_whole_and_of_one_prompt():
     rollout = engine.generate(PROMPTS[:4])
     engine.estimate_advantages(rollout, [0.5] * 8)
     for order in (torch.tensor([0, 2, 1, 3]), torch.arange(7)):
-        with pytest.raises(ValueError, match="groups of 2 responses to one"):
+        with pytest.raises(ValueError, match="groups of 2 consecutive responses to a prompt"):
             engine.estimate_advantages(rollout.select(order), [0.5] * len(order))
 
 
