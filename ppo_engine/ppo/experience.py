@@ -36,7 +36,7 @@ class Experience:
         return len(self.rollout)
 
     def select(self, rows: Tensor) -> Experience:
-        """The given rows, trimmed like `Rollout.select`; whitening stays that of the whole."""
+        """The given rows, trimmed like `Rollout.select`; whitening stays the whole batch's."""
         rollout = self.rollout.select(rows)
         width = rollout.mask.shape[1]
         picked: dict[str, Any] = {}

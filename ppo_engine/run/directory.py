@@ -4,7 +4,7 @@ config.yaml            resolved settings
 metrics.jsonl          one line per step
 samples.jsonl          some responses of some steps (PPO)
 critic.jsonl           the critic's values on held-out responses, and their scores
-checkpoints/step-…/    what a resumed run goes on from
+checkpoints/step-…/    what a resumed run continues from
 policy/, critic/ or reward_model/   the result, Hugging Face format
 best/                  the policy with the best held-out score so far
 report.png             the curves
