@@ -1,4 +1,4 @@
-"""Responses of several turns: the environment's tokens are read, and nothing else."""
+"""Multi-turn responses: the environment's tokens are read, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def messages(*texts: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Lets the policy say what a test wants: turn by turn, a text for each row that goes on."""
+    """Lets the policy say what a test wants: turn by turn, a text for each row that continues."""
 
     def script(*turns: list[Continuation]) -> None:
         left = list(turns)

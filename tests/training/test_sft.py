@@ -1,5 +1,5 @@
 """Supervised fine-tuning: its loss is the plain formula's, packing changes nothing, it learns,
-resumes, and hands its result on."""
+resumes, and saves its result."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def bloom() -> BloomForCausalLM:
 
 
 def model_without_positions() -> Any:
-    """It takes position ids and passes them over."""
+    """It takes position ids and ignores them."""
     model = tiny_model()
     inner = model.forward
     model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
