@@ -261,13 +261,13 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise BadLineError("non-finite number", f" ({name})")
+    raise BadLineError("number that is not finite", f" ({name})")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise BadLineError("non-finite number", f" ({text[:20]})")
+        raise BadLineError("number that is not finite", f" ({text[:20]})")
     return number
 
 

@@ -132,7 +132,7 @@ def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
         raise UserError(
-            "The checkpoint is of another model or of other trainable layers: resume with "
+            "The checkpoint was made by another model or with other trainable layers: resume with "
             "the model and settings of the run's config.yaml."
         )
     with torch.no_grad():

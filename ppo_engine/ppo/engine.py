@@ -195,7 +195,7 @@ class PPOEngine:
                 settings,
             )
         kl_coef = self.kl.coef.clone()
-        if not self._warms_up:  # in the warm-up the KL is 0, whatever its coefficient
+        if not self._warms_up:  # until then the KL is 0, whatever its coefficient
             self.kl.update((logprobs - ref_logprobs).sum(1).mean(), len(rollout))
         return Experience(
             rollout=rollout,
