@@ -41,7 +41,7 @@ def tokens(
     The first of `named` sets shape and device for the others; None is skipped. An op that does
     not need the boundaries of sequences (`needs_sequences=False`) also takes `[N]` alone.
     """
-    # A fast check; below it is found out what is wrong.
+    # A fast check that all is right; the rest finds what is wrong.
     looks = dispatch.cpu is not None and not torch.compiler.is_compiling()
     if looks and dispatch.cpu.tokens_fit(mask, cu_seqlens, needs_sequences, *named.values()):
         return

@@ -70,7 +70,7 @@ def linear_logprobs(
     on a GPU (fewer where memory is short; without gradients a CPU needs 4 MiB), the gradients in
     float32 as they are summed, and on a GPU under autocast the weight in its dtype.
 
-    For several sets of hidden states under one head (a policy and its reference while still equal,
+    For several sets of hidden states under one head (a policy and its reference with equal heads,
     or with an adapter on and off), stack them: `[2, N, H]` with targets `[2, N]` reads the weight
     once.
 

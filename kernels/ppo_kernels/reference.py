@@ -409,7 +409,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> tuple[Tensor, PairwiseStats]:
     return of_prompts.sum() / (count > 0).sum().clamp(min=1), stats
 
 
-# Sampling from softmax(z / T) of the top_k most likely tokens, then to the fewest of these that
+# Sampling from softmax(z / T) of the top_k most likely tokens, and only the fewest of these that
 # have a probability of at least top_p together (Holtzman et al. 2020, arXiv:1904.09751); tokens as
 # likely as the last that is kept are kept too. The token is the first at which the cumulative
 # probability, in the order of the vocabulary, exceeds a uniform number.

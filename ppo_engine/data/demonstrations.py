@@ -61,7 +61,7 @@ def load_demonstrations(
       or chat messages;
     - chat `messages`, of which every assistant message is learned.
 
-    Raises `UserError` for a row in no such form, or skips it, and if no row is left.
+    Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
     bad_lines = BadLines(on_bad_line)
     found = []

@@ -77,7 +77,7 @@ def load_preferences(
     - each pair with an optional finite `margin`;
     - records that Argilla or Label Studio exported: see `annotations`.
 
-    Raises `UserError` for a row in no such form, or skips it, and if no row is left.
+    Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
     bad_lines = BadLines(on_bad_line)
     rankings: list[Ranking] = []

@@ -20,7 +20,7 @@ Example = TypeVar("Example", bound=_HasPrompt)
 
 
 def prompt_groups(examples: Sequence[_HasPrompt]) -> list[list[int]]:
-    """The indices of each prompt's examples; one without a prompt is alone."""
+    """The indices of each prompt's examples; one without a prompt is a group of its own."""
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         key = json.dumps(example.prompt) if example.prompt else f"no prompt {index}"

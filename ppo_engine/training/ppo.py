@@ -205,8 +205,8 @@ class PPOTrainer:
         return self.step >= self.config.steps or self.evaluator.out_of_patience
 
     def _evaluate_untrained(self, run: RunDirectory | None) -> tuple[RunDirectory, Trackers]:
-        """Evaluate before the first step, with a progress display of its own, which leaves the
-        training's estimate of the time left right."""
+        """Evaluate before the first step, with a progress of its own: the training's estimate of
+        the time left stays right."""
         title = "Held-out prompts before training"
         with Progress(1, title, console=self.console) as progress:
             evaluation = self.evaluator.evaluate(progress)
