@@ -25,9 +25,9 @@ NVCC_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 # What is printed where a module was not built, for the reason given.
 MISSING = {
     "_cpu": "the compiled CPU kernels were NOT built.\n  {}\n"
-    "  Without them every op runs in plain PyTorch, several times slower. Mend that\n"
+    "  Without them every op runs in plain PyTorch, several times slower. Fix that\n"
     "  (it takes a C++17 compiler) and install again.",
-    "_cuda": "no CUDA kernels: {}.\n  On a GPU the Triton kernels take their place.",
+    "_cuda": "no CUDA kernels: {}.\n  On a GPU the Triton kernels run instead.",
 }
 SANITIZE = os.environ.get("PPO_KERNELS_SANITIZE") == "1"  # set by tests/sanitize.py
 
@@ -76,7 +76,7 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         if "_cpu" not in CMakeBuild.built and not self.editable_mode:
             raise SystemExit("Nothing was built.")
-        # An older build would run in place of the sources that do not compile.
+        # An older build would run instead of the sources that do not compile.
         for name in {ext.name.rpartition(".")[2] for ext in self.extensions} - {*CMakeBuild.built}:
             for module in Path(self.package_source()).glob(f"{name}*"):
                 module.unlink()
@@ -99,7 +99,7 @@ class CMakeBuild(build_ext):
             import pybind11
         except ImportError:
             raise BuildError("the Python package pybind11 is missing") from None
-        # Beside the interpreter too: a virtual environment need not be activated.
+        # Next to the interpreter too: a virtual environment need not be activated.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
         if cmake is None or ninja is None:

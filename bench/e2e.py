@@ -5,7 +5,7 @@ own, in turn (ours, TRL, ours, TRL, …). The first step of each process is warm
 median seconds of each phase, response tokens per second, peak memory, the floor (`e2e_floor.py`
 has the formula), and what is the same on both sides and what is not.
 
-TRL 1.12.0 is the last release with a PPO trainer. Nothing is fetched from a network.
+TRL 1.12.0 is the last release with a PPO trainer. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class WorkerFailed(Exception):
 def compare(work: Work, sides: Sequence[Side], repeats: int) -> None:
     """Run the sides in turn, each time in a new process; fills `sides`.
 
-    A side whose process fails is run no more and keeps nothing, and the other one goes on.
+    A side whose process fails is dropped with its results, and the other one continues.
     """
     work.save()
     for repeat in range(1, repeats + 1):

@@ -18,7 +18,7 @@ A forward pass over n_b tokens of each sequence, with logits at k positions:
 
 Each pass takes at least the longer of FLOP / matrix rate and bytes / read bandwidth, and the
 passes follow each other. The policy's log-probs before the update need no pass of their own: the
-sampler has computed them. Left out, which keeps the floor below what anyone can reach: padding,
+sampler has computed them. Not counted, which keeps the floor below what anyone can reach: padding,
 the KV cache, activations, softmax and norms, the optimizer's bytes, the scalar heads.
 """
 

@@ -124,7 +124,7 @@ def prepare(name: str, size: Sizes, folder: Path, *, steps: int, device: str, dt
 
 
 def save_models(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`policy/`, and `reward/`: the same transformer under a random head with one score."""
+    """`policy/`, and `reward/`: the same transformer with a random head of one score."""
     with quiet_transformers():
         policy.save_pretrained(folder / "policy")
         reward = AutoModelForSequenceClassification.from_pretrained(

@@ -22,7 +22,7 @@ from ppo_engine.settings.schema import (
 
 def main(work: Work) -> None:
     engine = PPOEngine(config=_config(work))
-    # No token ends a response, so that all have the same length.
+    # No token is EOS, so that all responses have the same length.
     engine.policy.eos_ids = []
     clock = PhaseClock(engine.device)
     for _ in range(work.steps):

@@ -43,7 +43,7 @@ def print_comparison(sides: Sequence[Side], floor: Mapping[str, float], work: Wo
     if others > _QUIET:
         table.say(
             f"Other processes took up to {others:.0%} of the machine's CPU time in a step: these "
-            "times are too long, and not alike on both sides. Measure again on a quiet machine."
+            "times are too long, and not equally on both sides. Measure again on an idle machine."
         )
 
 
@@ -126,7 +126,7 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
             (
                 "weights, gradients, Adam states",
                 "fp32; compute in bf16 (autocast)",
-                "bf16: its sampling knows no mixed precision",
+                "bf16: its sampling does not use mixed precision",
             ),
         )
     return rows

@@ -1,7 +1,7 @@
 """One process of `bench/e2e.py`: PPO steps by TRL's `PPOTrainer`, on the work in the folder it is
 given.
 
-The trainer does its own work, whole; its phases are told apart from outside, by wrapping functions
+The trainer does all of its own work; its phases are told apart from outside, by wrapping functions
 of its module:
 
 - generate: until `batch_generation` returns;

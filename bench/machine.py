@@ -1,4 +1,4 @@
-"""What the machine itself can do, measured in the run that quotes it; and what machine it is."""
+"""The machine's own rates, measured in the run that quotes them; and what machine it is."""
 
 from __future__ import annotations
 

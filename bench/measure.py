@@ -1,4 +1,4 @@
-"""From a case to its rows: every implementation checked, then timed in turn, then weighed."""
+"""From a case to its rows: every implementation checked, timed in turn, its memory measured."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def measure(
         gc.collect()
         _fill(case, mode, ceilings, rows, timings)
         yield list(rows.values())
-    torch._dynamo.reset()  # it gives up on a function that was compiled for many shapes
+    torch._dynamo.reset()  # it gives up on functions compiled for many shapes
 
 
 def _implementations(case: Case, impls: Sequence[str]) -> Iterator[tuple[str, Run]]:

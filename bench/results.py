@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def write_csv(path: str | Path, command: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`rows` under the `command` that made them, a comment in the first line; whole or not at all.
+    """`rows` under the `command` that made them, a comment in the first line; written atomically.
 
     None is an empty cell.
     """

@@ -105,9 +105,9 @@ def _options() -> argparse.Namespace:
         help="default: ours that can run, but the reference, and all alternatives",
     )
     parser.add_argument("--mode", choices=MODES, help="default: all that an op has")
-    parser.add_argument("--threads", type=int, help="of a CPU; default: torch's own number")
+    parser.add_argument("--threads", type=int, help="on a CPU; default: torch's own number")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each row")
-    parser.add_argument("--out", metavar="FILE.csv", help="where the rows go")
+    parser.add_argument("--out", metavar="FILE.csv", help="file for the rows")
     parser.add_argument("--plot", action="store_true", help="with --out: curves beside it, as PNG")
     options = parser.parse_args()
     unknown = [op for op in options.ops if op not in OPS]
@@ -116,7 +116,7 @@ def _options() -> argparse.Namespace:
     if options.plot and not options.out:
         parser.error("--plot needs --out: the picture goes beside the rows")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is at hand: torch.cuda.is_available() is False")
+        parser.error("no CUDA device: torch.cuda.is_available() is False")
     return options
 
 

@@ -78,7 +78,7 @@ def time_in_turn(
 
 
 def waits_for_the_device(call: Call) -> bool:
-    """Whether the call, warmed up before, makes the host wait for the GPU: no graph can have it."""
+    """Whether the call, warmed up before, makes the host wait for the GPU: a CUDA graph cannot."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()

@@ -1,6 +1,6 @@
-// The Python face of the CPU kernels, torch-free: tensors come as views (tensor.h).
-// ppo_kernels/<op>.py has checked them, and holds them until the call returns; what memory safety
-// hangs on and only the data can tell (cu_seqlens, targets) is checked here.
+// The Python interface of the CPU kernels, torch-free: tensors come as views (tensor.h).
+// ppo_kernels/<op>.py has checked them, and holds them until the call returns; values that memory
+// safety depends on (cu_seqlens, targets) are checked here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -150,7 +150,7 @@ int64_t row_count(const LogitRows& logits) {
   return count;
 }
 
-// Returns the place of the first target that is no class (-1 where all are), computing nothing.
+// Returns the index of the first target that is not a class (-1 where all are), computing nothing.
 // With `sums`, the logits are those of some of the classes, in a series of calls from the first to
 // the last; the last one gives the results.
 int64_t token_logprobs(const Tensor& logits, const Tensor& targets, double temperature,
@@ -199,7 +199,7 @@ void token_logprobs_backward(const Tensor& logits, const Tensor& targets, double
   active_isa().kernels->token_logprobs_backward(args);
 }
 
-// The token tensors of a loss. Where nothing hangs on the sequences and the rows of every tensor
+// The token tensors of a loss. Where nothing depends on the sequences and the rows of every tensor
 // follow one another in memory, they are taken as one long row.
 LossTokens loss_tokens(DType dtype, const Rows& rows, bool needs_sequences, int reduction,
                        double normalizer, int threads, const std::vector<Tokens*>& tensors,

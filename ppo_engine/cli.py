@@ -1,7 +1,7 @@
 """The command line: `ppo-engine demo | sft | reward | ppo | grpo | generate | doctor`.
 
 Settings come from --config, then from the flags, then from `key=value`. torch and transformers are
-imported by the commands that need them, so that help and mistakes in settings are instant.
+imported by the commands that need them, so that help and errors in settings are instant.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "interrupted; a run that had run.checkpoint_every set goes on with run.resume=true",
+            "interrupted; if run.checkpoint_every was set, resume with run.resume=true",
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -79,10 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "demo",
         _demo,
-        "the whole method on an embedded model",
+        "run every stage of RLHF on an embedded model",
         [Flag("--model", "model", f"{_MODEL_HELP} in place of the embedded one")],
     )
-    demo.add_argument("--smoke", action="store_true", help="every stage, tiny, within a minute")
+    demo.add_argument("--smoke", action="store_true", help="tiny models, within a minute")
     demo.add_argument("--algorithm", choices=("ppo", "grpo"), help="of the last stage; default ppo")
     _add(
         commands,
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         _add_reward(trains, "what scores a response")
         trains.add_argument(
-            "--profile", action="store_true", help="write where a step's time goes, with a trace"
+            "--profile", action="store_true", help="profile a step: a table of phases, and a trace"
         )
         trains.set_defaults(algorithm=name)
     generate = _add(
@@ -131,15 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         [
             Flag("--model", "model", _MODEL_HELP),
             Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
-            Flag("--prompt", "prompt", "one prompt, in place of --data", "TEXT"),
+            Flag("--prompt", "prompt", "one prompt, instead of --data", "TEXT"),
             Flag("--out", "output", "file to write; default: standard output", "FILE"),
         ],
     )
     generate.add_argument("--n", metavar="K", help="responses to each prompt")
-    _add_reward(generate, "score the responses, and show what the best of n scores")
+    _add_reward(generate, "score the responses, and show best-of-n scores")
 
     doctor = commands.add_parser(
-        "doctor", help="what is installed, what runs, what is missing and what that costs"
+        "doctor", help="check what is installed, what runs, what is missing and what that costs"
     )
     doctor.set_defaults(run=_doctor, parser=doctor)
     return parser
@@ -160,8 +160,8 @@ def _add(
     for flag in flags:
         parser.add_argument(flag.name, metavar=flag.metavar, help=flag.help)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings")
-    parser.add_argument("--output-dir", metavar="DIR", help="where results go; must be new")
-    parser.add_argument("--seed", metavar="N", help="what makes a run repeatable")
+    parser.add_argument("--output-dir", metavar="DIR", help="folder for the results; must be new")
+    parser.add_argument("--seed", metavar="N", help="random seed")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved settings and stop"
     )
@@ -174,13 +174,13 @@ def _add_reward(parser: argparse.ArgumentParser, purpose: str) -> None:
         "--reward",
         metavar="REWARD",
         action="append",
-        help=f"{purpose}: a reward model's name or folder, file.py:function, or a URL; several "
-        "times for several, whose weights are reward.weights=[1,0.5]",
+        help=f"{purpose}: a reward model's name or folder, file.py:function, or a URL; repeat "
+        "it for several, with weights reward.weights=[1,0.5]",
     )
 
 
 def _reward_overrides(options: argparse.Namespace) -> list[str]:
-    """--reward, in place of whatever a settings file names."""
+    """--reward, instead of the rewards that a settings file names."""
     from ppo_engine.rewards.sources import parse_source, source_settings
 
     if options.reward is None:
@@ -210,7 +210,7 @@ def _load(
     defaults: Mapping[str, Any] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings, also through `check`; None when a dry run has printed them."""
+    """The command's settings, after `check`; None when a dry run has printed them."""
     from ppo_engine.settings.files import dump_config, load_config
 
     config = load_config(cls, options.config, overrides, defaults)
@@ -338,7 +338,7 @@ def _quiet_libraries() -> None:
 
     hide_loading_bars()
     logging.set_verbosity_error()
-    # What one library tells another's developers.
+    # Meant for developers of other libraries.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 

@@ -23,7 +23,7 @@ from ppo_kernels import dispatch
 _PACKAGES = ("torch", "transformers", "triton", "pydantic", "safetensors", "ppo-engine")
 _OPTIONAL = {
     "peft": "LoRA: pip install 'ppo-engine[lora]'",
-    "bitsandbytes": "a quantised base under LoRA: pip install 'ppo-engine[quant]'",
+    "bitsandbytes": "a quantized base under LoRA: pip install 'ppo-engine[quant]'",
     "datasets": "parquet files and saved data sets: pip install 'ppo-engine[data]'",
     "tensorboard": "run.trackers=[tensorboard]: pip install 'ppo-engine[tensorboard]'",
     "wandb": "run.trackers=[wandb]: pip install 'ppo-engine[wandb]'",
@@ -33,7 +33,7 @@ _OPTIONAL = {
     "accelerate": "reading the demo's model: pip install 'ppo-engine[demo]'",
 }
 _COST = {
-    "cuda": "on a GPU, Triton's take their place, up to three times slower (GAE)",
+    "cuda": "on a GPU, the Triton kernels run instead, up to three times slower (GAE)",
     "cpp": "ops on the CPU run in plain PyTorch, several times slower and with more memory",
     "triton": "ops on a GPU run in plain PyTorch",
 }
@@ -138,7 +138,7 @@ def _check(report: Report, op: str, impl: str) -> None:
     try:
         got = _tensors(function(*moved, **options, impl=impl))
         expected = _tensors(function(*moved, **options, impl="reference"))
-    except Exception as error:  # whatever it is, the op is broken and the others want their check
+    except Exception as error:  # whatever it is, the op is broken; go on with the others
         report.line("BROKEN", name, f"{type(error).__name__}: {error}")
         return
     worst = max(

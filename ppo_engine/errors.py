@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": the CLI prints its text, no traceback."""
+"""The one exception that means "the user can fix this": the CLI prints its text, no traceback."""
 
 
 class UserError(Exception):

@@ -36,8 +36,8 @@ from ppo_engine.text.tokenizer import load_tokenizer
 def generate(config: GenerateConfig) -> None:
     """Write `{"prompt", "responses", "finished"}` for each prompt, its other columns kept.
 
-    `finished` says of each response whether it ended by itself; with a reward, `scores` has their
-    scores, and what the best of n of them scores is shown. A file appears when it is whole.
+    `finished` says whether each response ended with EOS; with a reward, `scores` has their scores,
+    and the best-of-n scores are shown. The file appears only when it is complete.
     """
     if bool(config.prompt) == bool(config.data.path):
         raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")

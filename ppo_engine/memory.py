@@ -1,4 +1,4 @@
-"""The memory of this process: how much it has taken, and that it is used again."""
+"""The memory of this process: its peak, and the reuse of what is freed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def keep_freed_memory() -> bool:
 
     By default, glibc gives every block of 32 MiB or more back to the system. The next tensor of
     that size comes page by page, each with a fault that takes several times as long as writing the
-    page. On a GPU, torch keeps freed memory itself. Returns False, and changes nothing, where the
-    C library is another.
+    page. On a GPU, torch keeps freed memory itself. Returns False, and changes nothing, with
+    another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 def peak_memory(device: torch.device) -> float:
     """The most memory in use so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
-        import torch  # only here: the command line's help takes no torch
+        import torch  # imported here, as `--help` needs no torch
 
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere

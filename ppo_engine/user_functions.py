@@ -1,4 +1,4 @@
-"""Functions that people write: named or handed in, sync or async; errors say where they are."""
+"""User functions: given by name or as objects, sync or async; errors say where they are."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ppo_engine.messages import shown
 
 
 class UserFunction:
-    """A function of two lists and of those columns of the data that its signature names.
+    """A function of two lists and of the data columns that its signature names.
 
-    All columns come where it takes `**columns`. An `async` function is awaited once, for the whole
+    With `**columns` it gets all of them. An `async` function is awaited once, for the whole
     batch.
     """
 
@@ -84,7 +84,7 @@ def _import_file(source: str) -> ModuleType:
 
 @functools.cache
 def _run_file(path: Path, changed: int, source: str) -> ModuleType:
-    """Once for all functions of a file, which may load a judge; again where it `changed`."""
+    """Once for all functions of a file, which may load a judge; again if it has `changed`."""
     name = f"_user_file_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # it ends in .py
@@ -111,7 +111,7 @@ def _import_module(source: str) -> ModuleType:
 
 
 def _awaited(result: Awaitable[Any]) -> Any:
-    """What an async function returns, also where this thread runs a loop, as notebooks do."""
+    """The result of an async function, also where this thread runs an event loop (notebooks)."""
 
     async def wait() -> Any:
         return await result
@@ -120,14 +120,14 @@ def _awaited(result: Awaitable[Any]) -> Any:
     try:
         return future.result()
     except BaseException:
-        future.cancel()  # where Ctrl-C ends the wait
+        future.cancel()  # Ctrl-C ended the wait
         raise
 
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
     """One event loop for all async functions and batches: clients, locks and semaphores that a
-    file makes once belong to the loop that used them first."""
+    file creates once belong to the loop that used them first."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async functions", daemon=True).start()
     return loop

@@ -55,7 +55,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def processors(
     request: pytest.FixtureRequest, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[int]:
-    """Of few, a warp takes a row; of many, a block, or a row is cut into chunks."""
+    """Of few, a warp takes a row; of many, a block, or a row is split into chunks."""
     monkeypatch.setattr(dispatch, "cuda", module)
     dispatch._cuda_on.cache_clear()
     module.pretend_processors(request.param)

@@ -123,8 +123,8 @@ def test_without_a_driver_the_cuda_kernels_say_so() -> None:
 @pytest.mark.parametrize(
     ("recorded", "reason"),
     [
-        (None, "_cuda is not there: install the package"),
-        ({"cuda": {"built": False, "reason": "nvcc is not on the PATH"}}, "^nvcc .*mend that"),
+        (None, "_cuda is missing: install the package"),
+        ({"cuda": {"built": False, "reason": "nvcc is not on the PATH"}}, "^nvcc .*fix that"),
         ({"cuda": {"built": True}}, "built for another Python"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_gpu_without_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     status, text = examine()
     assert status == 0
-    assert "no nvcc; cost: on a GPU, Triton's take their place" in text
+    assert "no nvcc; cost: on a GPU, the Triton kernels run instead" in text
 
 
 def test_extension_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the installation hangs on, as far as it can be told without installing."""
+"""What the installation depends on, as far as it can be tested without installing."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_error_rule_of_small_kl(kernel: str) -> None:
 
 @NEEDS_CPP
 def test_sums_of_many_equal_terms() -> None:
-    """float32 is added up over a tile at most: over a block, the same rounding would pile up."""
+    """float32 is added up over a tile at most: over a block, the same rounding would accumulate."""
     one = torch.full((1, 1), 0.1)
     for tokens in (256, 8192, 100_000):
         many = one.expand(1, tokens)
@@ -283,7 +283,7 @@ def test_expanded_views(op: str, impl: str) -> None:
 @IMPLS
 @BOTH
 def test_tokens_without_boundaries(op: str, impl: str) -> None:
-    """A flat batch is fine where nothing hangs on its sequences."""
+    """A flat batch is fine where nothing depends on its sequences."""
     given = arguments(op, (1, 50)) | {"impl": impl}
     expected = run(OPS[op], given)
     flat = {n: x[0] if getattr(x, "shape", ()) == (1, 50) else x for n, x in given.items()}

@@ -6,12 +6,12 @@
 //   R_t     = A_t + V_t
 //
 // where t+1 is the next real token; masked ones are skipped, and nothing of theirs is read. All that
-// a token takes from its right is one number, the carry:
+// a token needs from its right is one number, the carry:
 //
 //   A_t = r_t - V_t + c_{t+1},   c_t = gamma V_t + gamma lam A_t,
 //
 // and at the end of a sequence c = gamma bootstrap + score. The recursion runs in double for every
-// dtype, so that the rounding errors of a long sequence do not pile up.
+// dtype, so that the rounding errors of a long sequence do not accumulate.
 #include <sched.h>
 
 #include <cfloat>
@@ -235,7 +235,7 @@ void store_kl(const GaeArgs& args, int64_t b, double kl) {
 template <class T, class Rewards>
 void whole_rows(const GaeArgs& args, const Discounts& discounts, GaePiece& piece) {
   MomentLanes moments;
-  // The last row first: memory is gone through in one direction, as the processor expects it.
+  // The last row first: memory is traversed in one direction, which the processor prefetches.
   for (int64_t b = piece.row + piece.rows; b-- > piece.row;) {
     Sequence<T, Rewards> sequence(args, discounts, b);
     auto results = results_of<T, Rewards>(args, b, moments);
@@ -250,9 +250,9 @@ bool has_handed_on(const GaePiece& piece) {
   return __atomic_load_n(&piece.handed_on, __ATOMIC_ACQUIRE);
 }
 
-// A chunk of a long row takes the carry of the chunk to its right, and hands on
+// A chunk of a long row takes the carry of the chunk to its right, and passes on
 //   c_begin = (c_begin for c_end = 0) + (gamma lam)^n c_end,   with n real tokens.
-// Where it would have to wait (for another thread, which has begun that chunk), it first finds out
+// Where it would have to wait (for another thread, which has begun that chunk), it first computes
 // what it adds itself, so that the next one waits less, and makes its results from the inputs that
 // are now in the cache. Else one sweep does both; the bits are the same.
 template <class T, class Rewards>

@@ -44,7 +44,7 @@ T* logits_row(const LogitRows& logits, int64_t i) {
 
 // Rows are taken in blocks, whose sums in the accumulation dtype are then added in double.
 constexpr int64_t kBlock = 1024;
-// How far ahead memory is asked for: the processor itself stops at the end of a page.
+// Prefetch distance: the processor's own prefetching stops at the end of a page.
 constexpr int kPrefetchBytes = 2048;
 // What block_max takes at once; divides kBlock.
 template <class T> constexpr int64_t kStep = 4 * kLanes<Accumulator<T>>;

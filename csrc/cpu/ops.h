@@ -45,7 +45,7 @@ struct GaePiece {
   int64_t begin, end;  // tokens [begin, end),
   int64_t right;       // whose carry comes from this earlier piece, or -1
   Moments moments;    // of the advantages; scratch, as what follows
-  double carry, kl;   // what the chunk hands to the next one
+  double carry, kl;   // what the chunk passes to the next one
   bool handed_on;
 };
 
@@ -68,7 +68,7 @@ struct GaeArgs {
   int threads;
 };
 
-// N rows of logits, last dimension contiguous; the leading dimensions may be strided at will.
+// N rows of logits, last dimension contiguous; the leading dimensions may have any strides.
 struct LogitRows {
   void* data;
   DType dtype;
@@ -122,12 +122,12 @@ enum class Reduction : int { token_mean = 0, sequence_mean = 1, sum = 2 };
 enum class Objective : int { clip = 0, cispo = 1 };
 enum class RatioLevel : int { token = 0, sequence = 1 };
 
-// What the token losses share. They go through the tokens in blocks of kTokensPerBlock, in order.
+// What the token losses share. They take the tokens in blocks of kTokensPerBlock, in order.
 constexpr int64_t kTokensPerBlock = 8192;
 
 struct LossTokens {
   DType dtype;  // of every input
-  Rows rows;    // the sequences, where something hangs on them; else any that hold the tokens
+  Rows rows;    // the sequences, where they matter; else any that hold the tokens
   Tokens mask;  // bool
   Reduction reduction;
   double normalizer;     // replaces the denominator; negative: none given

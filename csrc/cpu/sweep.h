@@ -1,4 +1,4 @@
-// How a loss goes over its tokens, block by block, and what it divides their sum by. Anonymous
+// How a loss iterates over its tokens, block by block, and its denominator. Anonymous
 // namespace: see ops.h.
 //
 // Blocks of tokens are of a fixed size, summed in float64, and merged in order, so that results are

@@ -1,4 +1,4 @@
-// The Python face of the CUDA kernels, torch-free, as ../bindings.cpp is that of the CPU's.
+// The Python interface of the CUDA kernels, torch-free, as ../bindings.cpp is that of the CPU's.
 // ppo_kernels/<op>.py has checked the tensors, and holds them until they are used up.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
@@ -73,7 +73,7 @@ void call_gae(const Tensor& mask, const Tensor& cu_seqlens, const Tensor& values
   Tensor workspace;
   if (plan.workspace_bytes > 0) {
     room = empty(plan.workspace_bytes);
-    if (!view(room, workspace)) throw std::runtime_error("no room for a workspace");
+    if (!view(room, workspace)) throw std::runtime_error("no memory for a workspace");
   }
   check(cuda::gae(args, plan, workspace.data(), reinterpret_cast<cudaStream_t>(stream)));
 }

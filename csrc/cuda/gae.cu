@@ -3,11 +3,11 @@
 //
 //   A_t = r_t - V_t + c_{t+1},   c_t = gamma V_t + gamma lam A_t
 //
-// All that a token takes from its right is the carry c, which at the end of a sequence is
+// All that a token needs from its right is the carry c, which at the end of a sequence is
 // gamma bootstrap + score. What tokens do to it is an affine function, and these compose (scan.h):
-// a thread takes a group of neighbouring tokens, which it reads 16 bytes at once, a warp scans over
+// a thread takes a group of adjacent tokens, which it reads 16 bytes at once, a warp scans over
 // its lanes by shuffles, and the warps of a row over what each of them does. In double for every
-// dtype, so that the rounding errors of a long sequence do not pile up.
+// dtype, so that the rounding errors of a long sequence do not accumulate.
 //
 // Many rows: one or several warps walk through the tiles of a row, from its end. Few long rows: each
 // tile is a chunk of its own. It says what it does to a carry, waits until all chunks to its right

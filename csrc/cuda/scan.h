@@ -15,8 +15,8 @@ PPO_BOTH inline Affine then(Affine right, Affine left) {
 }
 
 // c_t = gamma V_t + gamma lam A_t with A_t = r_t - V_t + c_{t+1}, and r_t = by x_t: what a token does
-// to the carry is x -> gamma lam x + u_t. A masked one, whose x and V are given as 0, hands on what it
-// gets.
+// to the carry is x -> gamma lam x + u_t. A masked one, whose x and V are given as 0, passes it on
+// as is.
 struct Token {
   double gamma_lam;  // 1 of a masked one
   double u;

@@ -6,8 +6,8 @@ Two kinds, called from two places:
   Call them in the public op: `torch.compile` traces through them.
 - `number`, `scalar`, `clip_bounds`, `boundaries` look at values. Call them where an op runs
   eagerly (in the body that `autograd.Function` and `custom_op` share), so that a compiled graph
-  does not specialise on a coefficient. Tensors are looked into only on the CPU: no check waits for
-  an accelerator.
+  does not specialize on a coefficient. Values of tensors are checked only on the CPU: no check
+  waits for an accelerator.
 
 Each takes the op's name first: `checks.tokens("gae", mask, cu_seqlens, rewards=r, values=v)`.
 Nothing is broadcast: shapes must be equal.
@@ -39,9 +39,9 @@ def tokens(
     """Floating-point per-token tensors in one layout: `[B, T]`, or `[N]` with `cu_seqlens`.
 
     The first of `named` sets shape and device for the others; None is skipped. An op that does
-    not look at the boundaries of sequences (`needs_sequences=False`) also takes `[N]` alone.
+    not need the boundaries of sequences (`needs_sequences=False`) also takes `[N]` alone.
     """
-    # Says in a fraction of the time that tensors are faultless; not what a fault is.
+    # A fast check that all is right; the rest finds what is wrong.
     looks = dispatch.cpu is not None and not torch.compiler.is_compiling()
     if looks and dispatch.cpu.tokens_fit(mask, cu_seqlens, needs_sequences, *named.values()):
         return
@@ -149,8 +149,8 @@ def scalar(
     gt: float = -math.inf,
     ge: float = -math.inf,
 ) -> float | Tensor:
-    """A `number`, also of a 0-dim tensor on the CPU; or such a tensor on the accelerator of `like`,
-    as it is: it is not waited for."""
+    """A `number`, also from a 0-dim tensor on the CPU; a 0-dim tensor on the accelerator of `like`
+    is returned as it is, without waiting for it."""
     if not isinstance(value, Tensor):
         return number(op, name, value, gt=gt, ge=ge)
     if value.ndim != 0:
@@ -176,7 +176,7 @@ def clip_bounds(op: str, value: object) -> tuple[float, float]:
 
 
 def boundaries(op: str, cu_seqlens: Tensor | None, tokens: int) -> None:
-    """Values of `cu_seqlens`: from 0 to N, never falling. Trusted where not on the CPU."""
+    """Values of `cu_seqlens`: from 0 to N, non-decreasing. Trusted where not on the CPU."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why; and what the compiled ones ask of their tensors."""
+"""Which implementation of an op runs, and why; and what the compiled ones need of their tensors."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def _why_not_built(name: str) -> str:
     recorded = json.loads(info.read_text()).get(name) if info.exists() else None
     if recorded is None:
         return (
-            f"the compiled extension ppo_kernels._{name} is not there: install the package, or "
+            f"the compiled extension ppo_kernels._{name} is missing: install the package, or "
             "build it in place with `python setup.py build_ext --inplace`"
         )
     if recorded["built"]:
         return "the compiled extension was built for another Python: install the package again"
-    return f"{recorded['reason']} (mend that, then install the package again)"
+    return f"{recorded['reason']} (fix that, then install the package again)"
 
 
 def _load_extension() -> tuple[Any, Availability]:
@@ -65,7 +65,7 @@ def _load_extension() -> tuple[Any, Availability]:
 
 
 def _load_cuda() -> tuple[Any, str]:
-    """The module of the CUDA kernels, None where it is missing; and then, why."""
+    """The module of the CUDA kernels, or None and why it is missing."""
     try:
         return importlib.import_module("ppo_kernels._cuda"), ""
     except ModuleNotFoundError:
@@ -79,13 +79,13 @@ cpu, _CPP = _load_extension()
 cuda, _WHY_NO_CUDA = _load_cuda()
 NOT_WRITTEN = Availability(False, "not written yet")
 _WITHOUT_CPP = ("sample",)
-# Where they are faster than Triton's, which bench/notes/gpu.md has the figures of.
+# Where they are faster than Triton's; bench/notes/gpu.md has the figures.
 WITH_CUDA = ("gae", "kl_shaped_gae")
 NOT_NEEDED = Availability(False, "no kernel of its own; Triton's is used")
 
 
 def _triton_version() -> str:
-    """Empty where it is missing; torch's builds for AMD bring it under names of their own."""
+    """Empty where it is missing; torch's builds for AMD ship it under other names."""
     if importlib.util.find_spec("triton") is None:
         return ""
     for name in ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"):
@@ -96,10 +96,10 @@ def _triton_version() -> str:
     return "of unknown version"
 
 
-# Found out once, at import: torch.compile cannot trace it.
+# Looked up once, at import: torch.compile cannot trace it.
 _TRITON_VERSION = _triton_version()
 HAS_TRITON = _TRITON_VERSION != ""
-# How triton's own decorators decide, once, when the kernels are imported.
+# As triton's own decorators decide, once, when the kernels are imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -107,7 +107,7 @@ def _triton() -> Availability:
     if not HAS_TRITON:
         return Availability(False, "the Python package triton is missing")
     if _INTERPRETED:
-        return Availability(True, "interpreted, as TRITON_INTERPRET=1: any device, very slow")
+        return Availability(True, "interpreted (TRITON_INTERPRET=1): any device, very slow")
     if not torch.cuda.is_available():
         return Availability(False, "no GPU: torch.cuda.is_available() is False")
     return Availability(True, f"triton {_TRITON_VERSION}")
@@ -115,7 +115,7 @@ def _triton() -> Availability:
 
 @functools.cache
 def _cuda_on(index: int) -> Availability:
-    """On the GPU of that number: there may be others, of other generations."""
+    """On the GPU of that index: there may be others, of other generations."""
     if cuda is None:
         return Availability(False, _WHY_NO_CUDA)
     device = torch.device(cuda.device_type, index)
@@ -136,7 +136,7 @@ def _cuda(device: torch.device | None = None) -> Availability:
 
 
 if cuda is not None and torch.version.cuda:
-    # torch.compile cannot trace what asks the driver.
+    # torch.compile cannot trace a query of the driver.
     _cuda = torch.compiler.assume_constant_result(_cuda)
 
 
@@ -164,8 +164,8 @@ def implementations() -> dict[str, dict[str, Availability]]:
 def resolve(op: str, impl: str, device: torch.device) -> str:
     """The implementation to run for `impl`, which may be "auto", on tensors of `device`.
 
-    Raises ValueError where `impl` is no implementation's name, and RuntimeError, with the reason,
-    where one is named that cannot run.
+    Raises ValueError for an unknown `impl`, and RuntimeError, with the reason, for one that cannot
+    run here.
     """
     if impl == "auto":
         if device.type == "cpu" and op in _WITHOUT_CPP:
@@ -234,7 +234,7 @@ def traced(value: float | Tensor) -> Tensor:
     """`value` as a 0-dim float64 tensor, for a custom op while a graph is traced.
 
     A number given to a custom op would be a constant of the graph, compiled anew for each value
-    (so would be `torch.as_tensor` of it); a product stays symbolic.
+    (and so would `torch.as_tensor` of it); a product stays symbolic.
     """
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
@@ -248,9 +248,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a contiguous result of that dtype, shaped like `x`.
+    """An empty contiguous tensor of that dtype, shaped like `x`.
 
-    On small tensors torch takes twice as long for `new_empty` of a shape.
+    On small tensors `new_empty` of a shape takes torch twice as long.
     """
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 

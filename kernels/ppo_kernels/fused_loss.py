@@ -1,7 +1,7 @@
-"""Autograd for losses that make their gradients in the forward pass.
+"""Autograd for losses that compute their gradients in the forward pass.
 
 Such a loss returns (loss, statistics, the gradient of each trained tensor or None where that is not
-wanted). Backward only multiplies by the gradient that comes in.
+wanted). Backward only multiplies by the incoming gradient.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Results = tuple[Any, ...]  # loss, statistics, gradients
 
 
 def wanted(*trained: Tensor | None) -> list[bool]:
-    """Which of them autograd wants a gradient of."""
+    """Which of them need a gradient."""
     enabled = torch.is_grad_enabled()
     return [enabled and x is not None and x.requires_grad for x in trained]
 
 
 def gradient_like(x: Tensor, loss: Tensor, want: bool) -> Tensor | None:
-    """Room for a gradient, in the accumulation dtype: float16 might lose what scaling restores."""
+    """An empty gradient, in the accumulation dtype: float16 might lose what scaling restores."""
     return dispatch.empty_like(x, loss.dtype) if want else None
 
 
 def without_none(results: Results) -> Results:
-    """As a custom op returns them: what is not wanted is empty."""
+    """As a custom op returns them: empty where not wanted."""
     return tuple(results[0].new_empty(0) if x is None else x for x in results)
 
 
@@ -57,7 +57,7 @@ class _FusedLoss(torch.autograd.Function):
 
 def register(op: Any, trained: int) -> None:
     """The same for a custom op, in a graph. Its inputs begin with the trained tensors, and end with
-    as many bools, which of their gradients are wanted."""
+    as many bools, one for each: whether its gradient is wanted."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         _save(ctx, inputs[:trained], inputs[-trained:], output[2:])
@@ -83,8 +83,8 @@ def _multiplied(x: Tensor, by: Tensor) -> Tensor:
     """`x` times a 0-dim tensor; for free where that is 1, as `loss.backward()` brings it."""
     if by.is_cpu and type(by) is Tensor and by.item() == 1.0:
         return x
-    # A GPU is not waited for to find out: a kernel looks. In place, so only where the graph, and
-    # what it saved, is not needed again.
+    # A kernel checks this, as the host would have to wait for a GPU. In place, so only where the
+    # graph, and what it saved, is not needed again.
     graph_stays = torch._C._autograd._get_current_graph_task_keep_graph()
     if by.is_cuda and type(by) is Tensor and dispatch.HAS_TRITON and not graph_stays:
         scaled: Tensor = dispatch.triton_kernels("fused_loss").scale(x, by)

@@ -1,8 +1,8 @@
 """The matrix products of a language model's head, a chunk of tokens at a time.
 
 Hidden states become logits, and the logits' gradient those of hidden states, weight and bias. Every
-chunk's logits take the place of the last one's, so nothing of the size [tokens, vocab] ever exists.
-The products are torch's; here is which of them, in what dtype, and how many tokens at once.
+chunk's logits overwrite the last one's, so no tensor of [tokens, vocab] ever exists. The products
+are torch's; here is which of them, in what dtype, and how many tokens at once.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from ppo_kernels import dispatch
 from ppo_kernels.reference import IGNORED_TARGET
 
-# Tokens of a chunk. Each chunk reads the whole weight, and adds to its whole gradient: so many that
-# this costs a few percent of the products (bench/notes/cpu.md, gpu.md), as few as that takes.
+# Tokens per chunk. Each chunk reads the whole weight, and adds to its whole gradient: just enough
+# that this costs a few percent of the products (bench/notes/cpu.md, gpu.md).
 _TOKENS = {"cpu": 256, "cuda": 4096}
-# Of one whose logits come a tile of classes at a time, small enough to be used while in the cache.
+# The same for logits in tiles of classes, small enough to be used while in the cache.
 _TOKENS_OF_TILES, _BYTES_OF_TILES = 1024, 4 * 2**20
 _FEWEST_TOKENS = 32  # however little memory there is
-_MULTIPLE = 16  # of tokens in a chunk, for the products' sake
-_ASK_FROM = 64 * 2**20  # bytes of logits from which on the free memory is looked at
-_SHARE = 1 / 4  # of it that they may take
-_TILE_BYTES = 4 * 2**20  # of the weight in another dtype than its own, on a CPU
+_MULTIPLE = 16  # of tokens per chunk, for fast products
+_ASK_FROM = 64 * 2**20  # bytes of logits from which on the free memory is checked
+_SHARE = 1 / 4  # of the free memory that they may take
+_TILE_BYTES = 4 * 2**20  # of the weight, converted to another dtype on a CPU
 _MEMORY = Path("/proc/meminfo")  # Linux's
 
 
@@ -39,8 +39,8 @@ class Head:
         want: whether gradients of hidden, weight and bias are to be made.
         tiled: whether a chunk's logits come by `logit_tiles`, not all at once.
 
-    On a CPU, tokens of target -100 are left out. A GPU would have to be waited for to count them:
-    there they stay, and get a gradient of 0 whatever their hidden states are.
+    On a CPU, tokens with target -100 are skipped. To count them the host would have to wait for a
+    GPU: there they stay, and get a gradient of 0 whatever their hidden states are.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class Head:
         self._hidden_shape = hidden.shape
 
     def chunks(self) -> Iterator[slice]:
-        """Places of the tokens, in the order of `targets`."""
+        """Slices of the tokens, in the order of `targets`."""
         for first in range(0, len(self.targets), max(self._chunk, 1)):
             yield slice(first, min(first + self._chunk, len(self.targets)))
 
     def pick(self, x: Tensor) -> Tensor:
-        """`[n]`: of a number `[...]` for each token, those of the tokens that are not left out."""
+        """`[n]`: the values of `x` `[...]` at the tokens that are not skipped."""
         x = x.reshape(-1)
         return x if self._rows is None else x[self._rows]
 
     def spread(self, x: Tensor) -> Tensor:
-        """`[...]`, what `pick` picks from: 0 where a token was left out."""
+        """`[...]`, the inverse of `pick`: 0 where a token was skipped."""
         if self._rows is not None:
             x = x.new_zeros(len(self._hidden)).index_copy(0, self._rows, x)
         return x.view(self.shape)
@@ -111,15 +111,15 @@ class Head:
         return hidden.to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, V]` of a chunk's hidden states, in the place of the last chunk's."""
+        """`[n, V]` from a chunk's hidden states, overwriting the last chunk's."""
         logits = self._logits[: len(hidden)]
         for classes, weight in self._tiles():
             self._product(hidden, classes, weight, logits[:, classes])
         return logits
 
     def logit_tiles(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Of a chunk's hidden states, logits `[n, …]` of some classes and the first class of them;
-        each takes the place of the last."""
+        """From a chunk's hidden states, the first of some classes and their logits `[n, …]`; each
+        tile overwrites the last."""
         for classes, weight in self._tiles():
             logits = self._logits[: len(hidden), : len(weight)]
             self._product(hidden, classes, weight, logits)
@@ -170,7 +170,7 @@ class Head:
 
 
 def chunk_tokens(count: int, token_bytes: int, device: torch.device) -> int:
-    """How many of `count` tokens a chunk has, at so many bytes of logits each."""
+    """Tokens per chunk for `count` tokens, at `token_bytes` bytes of logits each."""
     most = _TOKENS[device.type]
     if min(most, count) * token_bytes > _ASK_FROM:
         fit = _SHARE * _free_bytes(device) / token_bytes
@@ -181,13 +181,13 @@ def chunk_tokens(count: int, token_bytes: int, device: torch.device) -> int:
 
 
 def leaves_out(device: torch.device) -> bool:
-    """Whether tokens that need no logits are left out, for which the host has to count them."""
+    """Whether tokens that need no logits are skipped, for which the host has to count them."""
     return device.type == "cpu"
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies matrices in that dtype itself. A CPU that does not takes many
-    times as long as in float32."""
+    """Whether the device multiplies matrices of that dtype natively. A CPU that does not takes
+    many times as long as in float32."""
     if device.type != "cpu" or dtype.itemsize > 2:
         return True
     if dtype == torch.float16:
@@ -196,7 +196,7 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Of memory for tensors; infinite where that cannot be told."""
+    """Free memory for tensors, in bytes; infinite where it is unknown."""
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return math.inf
@@ -210,7 +210,7 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _factor(x: Tensor) -> Tensor:
-    """A matrix that BLAS takes as it is, by rows or by columns; of any other, a copy."""
+    """A matrix that BLAS takes as it is, row-major or column-major; a copy of any other."""
     (rows, columns), (down, right) = x.shape, x.stride()
     return (
         x if (right == 1 and down >= columns) or (down == 1 and right >= rows) else x.contiguous()

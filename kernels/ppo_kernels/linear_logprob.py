@@ -1,8 +1,8 @@
-"""Log-probs and entropy from hidden states: the logits are never all there.
+"""Log-probs and entropy from hidden states, without ever holding all logits.
 
-A chunk of tokens at a time (`head.py`): one matrix product makes its logits, the kernels of
-`token_logprobs` go over them and put their gradient in their place, two products make of that the
-gradients of hidden states and weight.
+A chunk of tokens at a time (`head.py`): one matrix product computes its logits, the kernels of
+`token_logprobs` read them and overwrite them with their gradient, and two products turn that into
+the gradients of hidden states and weight.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def linear_logprobs(
     return_entropy: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logprobs` of logits = hidden @ weight.T + bias, which are never all there.
+    """`token_logprobs` of logits = hidden @ weight.T + bias, without ever holding all logits.
 
     With a softcap c, of c tanh(logits / c). Differentiable, once, in `hidden`, `weight` and `bias`:
-    the backward pass makes the logits again, a chunk at a time (8 N V H operations in all;
+    the backward pass recomputes the logits, a chunk at a time (8 N V H operations in all;
     `linear_ppo_loss` takes 6). Extra memory: the logits of one chunk, 256 tokens on a CPU and 4,096
     on a GPU (fewer where memory is short; without gradients a CPU needs 4 MiB), the gradients in
     float32 as they are summed, and on a GPU under autocast the weight in its dtype.
 
-    For several sets of hidden states under one head (a policy and its reference before they part,
+    For several sets of hidden states under one head (a policy and its reference with equal heads,
     or with an adapter on and off), stack them: `[2, N, H]` with targets `[2, N]` reads the weight
     once.
 
@@ -116,7 +116,7 @@ def linear_logprobs(
 
 
 def whole(x: Any) -> Any:
-    """A tensor that is sharded over ranks, gathered; each rank's gradient is a part of the sum."""
+    """The full tensor of one sharded over ranks; each rank's gradient is a part of the sum."""
     if not hasattr(x, "full_tensor"):
         return x
     from torch.distributed.tensor import Partial
@@ -127,7 +127,7 @@ def whole(x: Any) -> Any:
 def check_head(
     op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
 ) -> torch.dtype:
-    """Check what makes the logits; returns the dtype that the products are asked for in."""
+    """Check the inputs of the logits; returns the dtype of the products."""
     checks.tensor(op, "hidden", hidden)
     checks.tensor(op, "weight", weight, like=("hidden", hidden))
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -170,7 +170,7 @@ def check_values(
 
 # --- Chunk by chunk -------------------------------------------------------------------------------
 
-# Of a chunk's place, log-probs and entropy, what the gradients of these two are.
+# From a chunk's slice, log-probs and entropy to the gradients of these two.
 Slopes = Callable[[slice, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
@@ -181,8 +181,8 @@ def sweep(
     impl: str,
     slopes: Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logprobs, entropy). With `slopes`, what follows is added to the gradients of `head`, which
-    must not be tiled then."""
+    """(logprobs, entropy). With `slopes`, what follows from it is added to the gradients of `head`,
+    which must not be tiled then."""
     logprobs = torch.empty_like(head.targets, dtype=dispatch.accumulator(head.dtype))
     entropy = torch.empty_like(logprobs)
     for place in head.chunks():
@@ -211,7 +211,7 @@ def sweep(
 
 @contextmanager
 def in_own_dtypes(device: torch.device) -> Iterator[None]:
-    """Without autograd, and without autocast, which was asked already."""
+    """Without autograd, and without autocast, which has been applied already."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 

@@ -1,4 +1,4 @@
-"""PPO's policy loss from hidden states, with its gradients made in the forward pass."""
+"""PPO's policy loss from hidden states, with its gradients computed in the forward pass."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def linear_ppo_loss(
     is_weights: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, PolicyStats]:
-    """`ppo_policy_loss` of `linear_logprobs`, with all gradients made in the forward pass.
+    """`ppo_policy_loss` of `linear_logprobs`, with all gradients computed in the forward pass.
 
-    What the loss says of a token's log-prob hangs on that token alone, so each chunk's logits turn
-    into their gradient at once, and that into those of `hidden`, `weight` and `bias`: 6 N V H
-    operations in all, the logits made once. Backward only multiplies by what comes in.
+    The gradient of a token's log-prob depends on that token alone, so each chunk's logits become
+    their gradient at once, and that becomes those of `hidden`, `weight` and `bias`: 6 N V H
+    operations in all, the logits computed once. Backward only multiplies by the incoming gradient.
     Extra memory: as `linear_logprobs`, and until backward the gradients in float32.
 
-    The ratio of a sequence (`ratio_level="sequence"`) is known only when all its tokens have been
-    seen: there it is those two ops, one after the other, and the logits are made a second time in
-    the backward pass, 8 N V H operations in all. Not so without old log-probs, as every ratio is 1.
+    The ratio of a sequence (`ratio_level="sequence"`) depends on all of its tokens: there it is
+    those two ops, one after the other, and the backward pass recomputes the logits, 8 N V H
+    operations in all. Not so without old log-probs, as every ratio is 1.
 
     `old_logprobs=None, objective="cispo"` and advantages of 1 make the negative log-likelihood.
 
@@ -70,8 +70,8 @@ def linear_ppo_loss(
         hidden: `[B, T, H]`, or packed `[N, H]`: the state that each target is predicted from.
         weight, bias, temperature, softcap: as for `linear_logprobs`.
         targets: `[B, T]` or `[N]`; where the mask is False, anything.
-        old_logprobs: shaped like the targets; or None for the log-probs of this very pass, on
-            policy: then every ratio is exactly 1, and no pass is needed to measure them before.
+        old_logprobs: shaped like the targets; or None for the log-probs of this same pass, on
+            policy: then every ratio is exactly 1, and no earlier pass is needed.
         advantages and all others: as for `ppo_policy_loss`, shaped like the targets.
         impl: "auto", or one of `implementations()["linear_ppo_loss"]`.
 
@@ -95,7 +95,7 @@ def linear_ppo_loss(
     if moments is not None:
         checks.tensor(OP, "moments", moments, shape=(3,), like=("hidden", hidden))
     impl = dispatch.resolve(OP, impl, hidden.device)
-    if mask is not None:  # what stands there is no target
+    if mask is not None:  # whatever the target is there
         targets = targets.masked_fill(~mask, IGNORED_TARGET)
     numbers = (clip_range, dual_clip, entropy_coef, kl_coef)
     two_passes = ratio_level == "sequence" and old_logprobs is not None
@@ -153,7 +153,7 @@ def _two_ops(
     entropy_coef: float,
     **settings: Any,
 ) -> tuple[Tensor, PolicyStats]:
-    """`ppo_policy_loss` of `linear_logprobs`, whose backward pass makes the logits again."""
+    """`ppo_policy_loss` of `linear_logprobs`, whose backward pass recomputes the logits."""
     logprobs, entropy = linear_logprobs(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap,
         return_entropy=True, impl=impl,
@@ -194,7 +194,7 @@ def _loss(
         denominator, weights = _denominator(
             targets, mask, cu_seqlens, settings.reduction, settings.normalizer
         )
-        # float16 would lose gradients of a mean over many tokens: there it comes last.
+        # float16 would lose gradients of a mean over many tokens: there the division comes last.
         late = head.dtype == torch.float16
         given = [
             None if x is None else head.pick(x)
@@ -240,7 +240,7 @@ def _denominator(
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> tuple[float | Tensor, Tensor | None]:
-    """What the sum of the weighted token losses is divided by, and the weights (None: all 1).
+    """The denominator of the sum of weighted token losses, and the weights (None: all 1).
 
     0, of a batch without any real token, counts as 1. The weights are around 1, that of a sequence
     of the mean length, as float16 has few digits for small numbers.

@@ -58,16 +58,16 @@ def token_logprobs(
     without being read.
 
     Args:
-        logits: `[..., V]`, any floating dtype. Read where they lie if the last dimension is
-            contiguous, whatever the strides of the others; copied if it is not. -inf is allowed
+        logits: `[..., V]`, any floating dtype. Read in place if the last dimension is
+            contiguous, whatever the strides of the others; copied if not. -inf is allowed
             (a masked vocabulary): probability 0.
         targets: `[...]` int32 or int64, 0 to V - 1; or -100, which is ignored: its row is not
             read, its log-prob and entropy are 0.
         temperature: positive.
         return_entropy: whether to return the entropy too, in nats.
         inplace_backward: whether the backward pass may write the gradient over the logits, which
-            saves a tensor of their size. Whoever needs them afterwards (another backward pass, or
-            what they came from) gets autograd's error of a tensor modified in place. Has no effect
+            saves a tensor of their size. Whatever needs them afterwards (another backward pass, or
+            the op they came from) gets autograd's error of an in-place modification. Has no effect
             on a leaf or a view of one, on logits that are not contiguous, on "reference" and under
             torch.compile.
         impl: "auto", or one of `implementations()["token_logprobs"]`.
@@ -110,7 +110,7 @@ def token_logprobs(
 
 
 def check_targets(op: str, targets: Tensor, vocab: int) -> None:
-    """Raise ValueError for the first that is no class; trusted where they are not on the CPU."""
+    """Raise ValueError for the first that is not a class; trusted where not on the CPU."""
     if targets.device.type == "cpu":
         wrong = ((targets < 0) & (targets != IGNORED_TARGET)) | (targets >= vocab)
         if wrong.any():
@@ -138,7 +138,7 @@ def forward(
     impl: str,
     softcap: float = math.inf,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(logprobs, entropy, state for `backward`), None where not wanted. An infinite `softcap` is
+    """(logprobs, entropy, state for `backward`), None where not wanted. An infinite `softcap` means
     none."""
     checks.number(OP, "temperature", temperature, gt=0.0)
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
@@ -171,9 +171,9 @@ def forward_of_tiles(
     logprobs: Tensor,
     entropy: Tensor,
 ) -> None:
-    """The same in C++ of logits `[n, …]` that come as some of the `vocab` classes after the others,
-    each with the number of its first class; fills the last two. The targets have been
-    checked."""
+    """The same in C++ for logits `[n, …]` that come in tiles of the `vocab` classes, each with the
+    index of its first class; fills the last two arguments. The targets have been checked
+    already."""
     sums = logprobs.new_empty(*targets.shape, 4, dtype=torch.float64)
     for first, logits in tiles:
         dispatch.cpu.token_logprobs(
@@ -195,7 +195,7 @@ def backward(
     inplace: bool = False,
     softcap: float = math.inf,
 ) -> Tensor:
-    """The gradient of the logits, contiguous; with `inplace`, in their place."""
+    """The gradient of the logits, contiguous; with `inplace`, written over them."""
     logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
     if grad_logprobs is not None:
         grad_logprobs = grad_logprobs.contiguous()

@@ -1,7 +1,7 @@
 """PPO's clipped losses: of the policy and of the value function.
 
 Loss, statistics and the gradient of each token come out of one sweep; the backward pass only
-multiplies that gradient by the one that comes in.
+multiplies that gradient by the incoming one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POLICY, VALUE = "ppo_policy_loss", "ppo_value_loss"
 
 
 class PolicyTensors(NamedTuple):
-    """What a policy loss reads: of each token, then of the batch."""
+    """The tensors that a policy loss reads: per token, then per batch."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -38,11 +38,11 @@ class PolicyTensors(NamedTuple):
 
 
 class PolicySettings(NamedTuple):
-    """The numbers and choices of a policy loss, checked, and as the kernels take them."""
+    """The settings of a policy loss, checked, and as the kernels take them."""
 
     low: float
     high: float
-    dual_clip: float  # infinite is none
+    dual_clip: float  # infinite means none
     entropy_coef: float
     kl_coef: float
     normalizer: float | Tensor | None
@@ -233,7 +233,7 @@ def check_choices(
     ratio_level: str,
     dual_clip: float | None,
 ) -> None:
-    """Of a policy loss, in the order in which they are handed on."""
+    """The choices of a policy loss, in the order of `PolicySettings`."""
     checks.choice(op, "reduction", reduction, REDUCTIONS)
     checks.choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     checks.choice(op, "objective", objective, OBJECTIVES)
@@ -246,7 +246,7 @@ def check_choices(
 
 
 def needs_sequences(reduction: str, ratio_level: str) -> bool:
-    """Whether the loss hangs on which tokens are one sequence."""
+    """Whether the loss depends on which tokens are one sequence."""
     return reduction == "sequence_mean" or ratio_level == "sequence"
 
 

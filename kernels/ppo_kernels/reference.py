@@ -28,7 +28,7 @@ from ppo_kernels.sequences import (
     token_means,
 )
 
-MAX_LOG_RATIO = 20.0  # exp(20) is about 5e8: the loss stays finite when policies have parted
+MAX_LOG_RATIO = 20.0  # exp(20) is about 5e8: the loss stays finite when policies have diverged
 WHITEN_EPS = 1e-8
 IGNORED_TARGET = -100
 
@@ -409,7 +409,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> tuple[Tensor, PairwiseStats]:
     return of_prompts.sum() / (count > 0).sum().clamp(min=1), stats
 
 
-# Sampling from softmax(z / T) cut to the top_k most likely tokens, then to the fewest of these that
+# Sampling from softmax(z / T) of the top_k most likely tokens, and only the fewest of these that
 # have a probability of at least top_p together (Holtzman et al. 2020, arXiv:1904.09751); tokens as
 # likely as the last that is kept are kept too. The token is the first at which the cumulative
 # probability, in the order of the vocabulary, exceeds a uniform number.

@@ -36,7 +36,7 @@ def sample(
         top_p: in (0, 1]; 1 is all.
         seed: 0 to 2^63 - 1.
         offset: 0 or more; or a 0-dim integer tensor, which a CUDA graph reads when it is replayed.
-            The next call's is this one's plus the number of rows.
+            For the next call, add the number of rows.
         impl: "auto", or one of `implementations()["sample"]`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Sums and places of sequences, padded `[B, T]` or packed `[N]`, for the reference."""
+"""Sums over sequences and positions in them, padded `[B, T]` or packed `[N]`, for the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def per_token(x_B: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each sequence's number at each of its tokens."""
+    """Each sequence's value at each of its tokens."""
     if cu_seqlens is None:
         return x_B[:, None].expand_as(like)
     return x_B[sequence_ids(cu_seqlens, len(like))]
@@ -41,13 +41,13 @@ def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def places_inside(cu_seqlens: Tensor) -> Tensor:
-    """`[B, T]`: which places of the padded layout hold a packed token."""
+    """`[B, T]`: which positions of the padded layout hold a packed token."""
     lengths = cu_seqlens.long().diff()
     longest = int(lengths.max()) if len(lengths) else 0
     return torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 
 def padded(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The packed `x_N` as `[B, T]`; places outside a sequence are 0."""
+    """The packed `x_N` as `[B, T]`; positions outside a sequence are 0."""
     inside = places_inside(cu_seqlens)
     return x_N.new_zeros(inside.shape).masked_scatter(inside, x_N)

@@ -1,18 +1,18 @@
 """Preferences from annotation tools: their exports as rows that `load_preferences` takes.
 
-Each submitted annotation becomes a row of its own, so annotators who disagree both count. What was
-discarded, cancelled or left a draft, and a vote for a tie, is not used and is counted; a record
-whose meaning would have to be guessed is a bad line that says what was expected. Understood are:
+Each submitted annotation becomes a row of its own, so annotators who disagree both count.
+Discarded, cancelled and draft annotations, and votes for a tie, are skipped and counted; a record
+whose meaning would have to be guessed is a bad line that says what was expected. Supported are:
 
 **Argilla 2** (checked with 2.8): `records.to_json` and `to_list`, and the flattened rows of
 `to_list(flatten=True)` and `to_datasets`. **Argilla 1** (`FeedbackDataset`): the rows of
 `format_as("datasets")` and `push_to_huggingface`. The one question that compares is a
 RankingQuestion whose values are names of fields (all of them, best first, or with a `rank` each,
 equal for a tie), or a LabelQuestion whose label names the best one of `response_1`, `response_2`, …
-or a tie. In a list that names some responses only, as a MultiLabelQuestion's, order means nothing;
-and a question that is named for the worst is no such question: both are bad lines.
+or a tie. A list that names only some responses, as a MultiLabelQuestion's, has no order, and a
+question that asks for the worst response cannot be used: both are bad lines.
 Argilla 2 itself does not export two things: the ties of a ranking and, in `to_json`, the status of
-an answer. So filter the records for submitted ones before that.
+an answer, so filter for submitted records before exporting.
 
 **Label Studio** (JSON as of 1.x, JSON-MIN of its SDK 2.1): `Pairwise` over two columns such as
 `answer1` and `answer2`, as in the templates Pairwise Classification and Human Preference Collection
@@ -36,7 +36,7 @@ from ppo_engine.data.rows import BadLineError, BadLines, Row
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", "request")
 _RESPONSES = ("response", "answer", "completion", "reply", "output", "generation", "text")
 _TIES = ("tie", "equal", "same", "both", "neither", "none")
-# What JSON-MIN writes beside the task's own columns.
+# What JSON-MIN adds to the task's own columns.
 _JSON_MIN = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time")
 _FOR_THE_WORST = re.compile(r"worst|least|lowest|reject|dislike", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?P<stem>.*?)[-_ ]?(?P<number>\d+|(?<=[-_ ])[A-Za-z]|[A-Z])")
@@ -46,7 +46,7 @@ Annotation = Callable[[], Row]
 
 
 class _UnusedError(Exception):
-    """An annotation that is in order and says nothing: its message is counted."""
+    """A valid annotation that prefers no response: its message is counted."""
 
 
 def ordinary_rows(
@@ -54,7 +54,7 @@ def ordinary_rows(
 ) -> Iterator[tuple[str, Any]]:
     """`(place, row)` again, each exported record as one row for each of its annotations.
 
-    Rows that are no export pass through as they are.
+    Other rows pass through unchanged.
     """
     for place, row in rows:
         read = _reader(row)
@@ -81,7 +81,7 @@ def ordinary_rows(
 
 
 def _reader(row: Any) -> Callable[[Row], list[Annotation]] | None:
-    """What turns this record into annotations; None where it is no export that is known."""
+    """What turns this record into annotations; None where its format is not a known export."""
     if not isinstance(row, Mapping) or {"chosen", "rejected"} <= row.keys():
         return None
     if isinstance(row.get("data"), Mapping) and {"annotations", "completions"} & row.keys():
@@ -183,7 +183,7 @@ def _comparing_question(
     if _FOR_THE_WORST.search(found[0]):
         raise BadLineError(
             "a question seems to ask for the worst response",
-            f": expected one for the best (question: {found[0]}); turn it round, or rename it",
+            f": expected one for the best (question: {found[0]}); invert it, or rename it",
         )
     return found[0]
 
@@ -218,7 +218,7 @@ def _ranking(value: Any, texts: Fields) -> dict[str, Any]:
     plain = isinstance(value, list) and isinstance(value[0], str)
     if plain and not {*whole} <= {*fields}:
         raise BadLineError(
-            "a list names some responses only: is it a ranking, or several labels without order",
+            "a list names only some responses: is it a ranking, or several labels without order",
             f"? It names {', '.join(map(str, fields))} of {', '.join(whole)}",
         )
     ranks = (-1 if rank is None else rank for _, rank in named)
@@ -237,7 +237,7 @@ def _label_ranks(label: str, texts: Fields) -> dict[str, int]:
     family = _family(best, texts)
     if len(family) < 2:
         raise BadLineError(
-            "what a label was preferred to is not clear",
+            "it is not clear what a label was preferred to",
             f": expected fields such as response_1 and response_2, not {', '.join(texts)}",
         )
     return {name: int(name != best) for name in family}
@@ -248,7 +248,7 @@ def _family(field: str, texts: Fields) -> list[str]:
 
 
 def _field(name: str, texts: Fields) -> str | None:
-    """The field of that name, be it written "Response 1" or "response_1"."""
+    """The field of that name, written "Response 1" or "response_1"."""
     if name in texts:
         return name
     alike = [field for field in texts if _plain(field) == _plain(name)]
@@ -289,7 +289,7 @@ def _label_studio(row: Row) -> list[Annotation]:
 
 
 def _label_studio_min(row: Row) -> list[Annotation]:
-    """One annotation a row; the result of a control stands in a column of the control's name."""
+    """One annotation per row; a control's result is in the column of the control's name."""
     if row["annotation_id"] is None:
         return []
     results = [
@@ -303,12 +303,12 @@ def _label_studio_min(row: Row) -> list[Annotation]:
 
 
 def _compared(data: Fields, results: Sequence[tuple[Any, Any, Any]]) -> Row:
-    """The row that an annotation's results (type, name of the control, value) say."""
+    """The row that an annotation's results (type, name of the control, value) describe."""
     comparing = [result for result in results if result[0] in ("pairwise", "ranker")]
     if len(comparing) != 1:
         types = ", ".join(str(kind) for kind, _, _ in results) or "none"
         raise BadLineError(
-            "not one result that compares", f": expected one pairwise or ranker (there: {types})"
+            "not exactly one comparison", f": expected one pairwise or ranker (found: {types})"
         )
     kind, control, value = comparing[0]
     if not isinstance(value, Mapping):
@@ -326,7 +326,7 @@ def _pair(data: Fields, value: Mapping[str, Any]) -> Row:
     found = usual if len(usual) == 1 else list(pairs.values())
     if len(found) != 1:
         raise BadLineError(
-            "the two columns that were compared are not clear",
+            "it is not clear which two columns were compared",
             f": expected two such as answer1 and answer2 (text columns: {', '.join(texts)})",
         )
     left, right = found[0]
@@ -341,7 +341,7 @@ def _ranked(data: Fields, control: Any, value: Mapping[str, Any]) -> Row:
     if not isinstance(ranker, Mapping) or list(ranker) != [control]:
         raise BadLineError(
             "items were ranked into buckets, whose order is not in the export",
-            f": expected a Ranker without buckets, {{{control!r}: […]}} (there: {ranker!r:.80})",
+            f": expected a Ranker without buckets, {{{control!r}: […]}} (found: {ranker!r:.80})",
         )
     ids = [str(one) for one in ranker[control] or []]
     lists = [
@@ -353,7 +353,7 @@ def _ranked(data: Fields, control: Any, value: Mapping[str, Any]) -> Row:
     found = [items for items in lists if ids and set(ids) <= items.keys()]
     if len(found) != 1:
         raise BadLineError(
-            "the list that was ranked is not clear",
+            "it is not clear which list was ranked",
             f": expected one column of items with the ids {', '.join(ids)}",
         )
     ranked = [found[0][one] for one in ids]
@@ -381,8 +381,8 @@ def _prompt(fields: Fields) -> Any:
     named = [name for name in _PROMPTS if fields.get(name) is not None]
     if "prompt" not in named and len(named) != 1:
         raise BadLineError(
-            "no field is clearly the prompt",
-            f": expected one named {' or '.join(_PROMPTS)} (there: {', '.join(fields)})",
+            "it is not clear which field is the prompt",
+            f": expected one named {' or '.join(_PROMPTS)} (found: {', '.join(fields)})",
         )
     return fields[named[0]]
 

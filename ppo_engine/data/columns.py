@@ -26,7 +26,7 @@ def check_prompt(prompt: Any) -> Prompt:
         return text
     messages = check_messages(prompt, "prompt")
     if messages[-1]["role"] == "assistant":
-        raise BadLineError("the prompt's last message is the assistant's, not one to answer")
+        raise BadLineError("the prompt's last message is the assistant's, with nothing to answer")
     if not messages[-1]["content"].strip():
         raise BadLineError("empty prompt", " (its last message)")
     return messages

@@ -1,4 +1,4 @@
-"""Answers to learn from, prompts with responses or conversations: checked, then as token ids."""
+"""Demonstrations (prompts with responses, or conversations): checked, then tokenized."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ppo_engine.text.encoding import (
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt, how it is to be answered, and where it stood.
+    """A prompt, the answer to learn, and its place in the data.
 
-    Text is answered by text. Chat messages are followed by further ones, the first of them the
-    assistant's; every message of the assistant among these is learned.
+    Text is answered with text. Chat messages are followed by further ones, the first of them the
+    assistant's; every assistant message among these is learned.
     """
 
     prompt: Prompt
@@ -43,7 +43,7 @@ class EncodedExample:
 
     ids: list[int]
     trained: list[bool]
-    group: int = 0  # the number of its prompt
+    group: int = 0  # index of its prompt
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,9 +59,9 @@ def load_demonstrations(
 
     - `prompt` (text, chat messages or an HH-RLHF dialogue) and `response`, or `completion`: text,
       or chat messages;
-    - chat `messages`, of which every one of the assistant is learned.
+    - chat `messages`, of which every assistant message is learned.
 
-    Raises `UserError` for a row that fits none, or skips it, and where none is left.
+    Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
     bad_lines = BadLines(on_bad_line)
     found = []
@@ -82,8 +82,8 @@ def load_demonstrations(
 def encode_demonstration(
     tokenizer: PreTrainedTokenizerBase, example: Demonstration, end_ids: Collection[int]
 ) -> list[EncodedExample]:
-    """An example as token ids; the tokens of its responses are learned, and those of `end_ids`
-    that end them. One for each answer where the chat template rewrites earlier ones.
+    """An example as token ids; learned are the tokens of its responses and of the `end_ids` that
+    end them. One for each answer where the chat template rewrites earlier ones.
 
     Raises `BadLineError` for a conversation that the template refuses.
     """
@@ -102,8 +102,8 @@ def encode_demonstration(
 
 
 def cut(example: EncodedExample, limit: int) -> EncodedExample:
-    """At most `limit` tokens. First the start of the prompt goes, as long as half of the limit is
-    left of it; then the end of what follows. So an answer is never learned without its question."""
+    """Truncated to `limit` tokens: first at the start of the prompt, down to half of the limit,
+    then at the end of what follows. So an answer is never learned without its question."""
     excess = max(0, len(example) - limit)
     start = min(excess, max(0, example.trained.index(True) - limit // 2))
     kept = slice(start, start + limit)

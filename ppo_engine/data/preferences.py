@@ -32,7 +32,7 @@ from ppo_engine.text.encoding import Message, Prompt, require_chat_template
 
 @dataclass(frozen=True)
 class Ranking:
-    """Responses to one prompt, the best first, and the rank of each: from 0, equal where tied.
+    """Responses to one prompt, the best first, and their ranks: from 0, equal where tied.
 
     A preference pair is a ranking of two; `margin` is by how much its first response should be
     ahead, where the data says so. `prompt + response` is the whole text where the prompt is text;
@@ -43,9 +43,9 @@ class Ranking:
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     margin: float | None = None
-    finished: tuple[bool, ...] | None = None  # whether each response ended by itself; None: all did
-    place: str = field(default="", compare=False)  # where it stood in the data
-    prompt_given: bool = field(default=True, compare=False)  # not but what two whole texts share
+    finished: tuple[bool, ...] | None = None  # whether each response ended with EOS; None: all did
+    place: str = field(default="", compare=False)  # its place in the data
+    prompt_given: bool = field(default=True, compare=False)  # not just what two whole texts share
 
     @property
     def pairs(self) -> int:
@@ -53,7 +53,7 @@ class Ranking:
 
 
 def count_pairs(ranks: Sequence[int]) -> int:
-    """How many pairs of different ranks there are."""
+    """The number of pairs of different ranks."""
     return sum(a != b for index, a in enumerate(ranks) for b in ranks[index + 1 :])
 
 
@@ -66,18 +66,18 @@ def load_preferences(
     """Pairs and rankings of a file or a sequence of rows, in any of these forms:
 
     - `chosen`, `rejected`: responses as text, with their `prompt` (text or chat messages);
-    - the same without `prompt`: whole texts, whose common start is the prompt;
+    - the same without `prompt`: whole texts, whose common prefix is the prompt;
     - chat messages, the last one the assistant's, all before it shared;
     - HH-RLHF dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`), which become chat messages where
       `tokenizer` has a chat template;
-    - `prompt`, `responses`, `ranks`: lower is better, equal ranks are ties, a negative or null one
-      says that the response was not ranked, and leaves it out. With `finished`, as `ppo-engine
-      generate` writes it: false for each response that was cut short, which is then scored without
-      an end, as it will be where a policy is trained;
+    - `prompt`, `responses`, `ranks`: lower is better, equal ranks are ties, and a response whose
+      rank is negative or null was not ranked and is left out. With `finished`, as `ppo-engine
+      generate` writes it: false for each truncated response, which is then scored without EOS, as
+      it will be where a policy is trained;
     - each pair with an optional finite `margin`;
     - records that Argilla or Label Studio exported: see `annotations`.
 
-    Raises `UserError` for a row that fits none, or skips it, and where none is left.
+    Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
     bad_lines = BadLines(on_bad_line)
     rankings: list[Ranking] = []
@@ -101,8 +101,8 @@ def load_preferences(
 
 
 def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> list[Ranking]:
-    """Rankings of at most `max_pairs` pairs in all, whole ones; a sample, in the order they had.
-    A `UserError` where not one fits."""
+    """A random sample of whole rankings, of at most `max_pairs` pairs in all, in their order.
+    A `UserError` if none fits."""
     if sum(ranking.pairs for ranking in rankings) <= max_pairs:
         return list(rankings)
     chosen, room = [], max_pairs
@@ -115,8 +115,8 @@ def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> l
             room -= rankings[index].pairs
     if not chosen:
         raise UserError(
-            f"data.max_pairs={max_pairs} is less than the pairs of any ranking "
-            f"({min(ranking.pairs for ranking in rankings)} at least): raise it."
+            f"data.max_pairs={max_pairs} is less than the number of pairs in any ranking "
+            f"(at least {min(ranking.pairs for ranking in rankings)}): raise it."
         )
     return [rankings[index] for index in sorted(chosen)]
 
@@ -207,7 +207,7 @@ def _split_messages(
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The common start is the prompt, cut before the last space in it: words stay whole."""
+    """The common prefix is the prompt, up to the last space in it: words stay whole."""
     unequal = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     shared = chosen[: next(unequal, min(len(chosen), len(rejected)))]
     shared = shared[: max((space.start() for space in re.finditer(r"\s", shared)), default=0)]

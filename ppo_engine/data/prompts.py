@@ -1,7 +1,7 @@
 """Prompts: every accepted form in, one checked form out.
 
-Nothing here trains or tokenizes more than it must; a line that cannot be used is an error naming
-`file:line`, or is counted and reported where `on_bad_line="skip"`.
+A line that cannot be used is an error naming `file:line`, or is counted and reported where
+`on_bad_line="skip"`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ppo_engine.text.encoding import Prompt, encode_prompt, require_chat_templat
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt, the other columns of its row (for the reward function), and where it stood."""
+    """A prompt, the other columns of its row (for the reward function), its place in the data."""
 
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ def load_prompts(
     """Prompts of a JSONL or parquet file or a saved data set: the column `prompt` of each row.
 
     A prompt is text or chat messages; the other columns are kept. Raises `UserError` for a row
-    without a usable prompt, or skips it, and where no row is left.
+    without a usable prompt, or skips it, and if no row is left.
     """
     return _prompts(path, on_bad_line)
 
@@ -59,7 +59,7 @@ def limit_prompts(
 ) -> tuple[list[PromptExample], SkippedLines]:
     """The prompts of 1 to `max_prompt_tokens` tokens; others are errors, or skipped and counted.
 
-    `room` is what the model's length leaves to a prompt before its response.
+    `room` is how many tokens the model's context leaves for a prompt, besides its response.
     """
     if any(not isinstance(example.prompt, str) for example in examples):
         require_chat_template(tokenizer)
@@ -72,7 +72,7 @@ def limit_prompts(
             bad_lines.add(example.place, "refused by the model's chat template", f" ({error})")
             continue
         if tokens > min(max_prompt_tokens, room):
-            whose = "data.max_prompt_tokens" if max_prompt_tokens <= room else "the model's room"
+            whose = "data.max_prompt_tokens" if max_prompt_tokens <= room else "the context left"
             remedy = (
                 "Raise data.max_prompt_tokens"
                 if max_prompt_tokens <= room
@@ -82,8 +82,7 @@ def limit_prompts(
                 example.place,
                 "prompt too long",
                 f": {tokens} tokens, more than {whose} = {min(max_prompt_tokens, room)}",
-                f"{remedy}, shorten the prompt, or leave such prompts out with "
-                "data.on_bad_line=skip.",
+                f"{remedy}, shorten the prompt, or skip such prompts with data.on_bad_line=skip.",
             )
         elif tokens == 0:
             bad_lines.add(example.place, "prompt has no tokens")
@@ -95,7 +94,7 @@ def limit_prompts(
 
 
 def columns_of(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
-    """The other columns of the data as lists; one that some rows lack holds None there."""
+    """The other columns of the data as lists; None where a row lacks one."""
     names = {name for example in examples for name in example.columns}
     return {name: [example.columns.get(name) for example in examples] for name in sorted(names)}
 

@@ -1,8 +1,8 @@
 """Rows of data files, each with the place it came from: JSONL and JSON arrays, gzipped or not, and
 data sets.
 
-`json.loads` alone accepts NaN, Infinity, duplicate keys and lone surrogates; each of them breaks
-something later and far away, so here they are errors that name the file and the line.
+`json.loads` alone accepts NaN, Infinity, duplicate keys and lone surrogates; each of them
+fails later and elsewhere, so here they are errors that name the file and the line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass
 class SkippedLines:
-    """What was left out of the data, and why; `str` of it is one line for people."""
+    """What was left out of the data, and why; its `str` is a one-line summary."""
 
     total: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -49,7 +49,7 @@ class SkippedLines:
 
 
 class BadLines:
-    """What to do with a line that cannot be used: stop at it, or count it and go on."""
+    """What to do with a line that cannot be used: stop at it, or count it and continue."""
 
     def __init__(self, on_bad_line: OnBadLine) -> None:
         self.skip = on_bad_line == "skip"
@@ -57,7 +57,7 @@ class BadLines:
 
     def add(self, place: str, reason: str, detail: str = "", hint: str = "") -> None:
         if not self.skip:
-            hint = hint or "Mend it, or leave such lines out with data.on_bad_line=skip."
+            hint = hint or "Fix it, or skip such lines with data.on_bad_line=skip."
             raise UserError(f"{place}: {reason}{detail}. {hint}")
         self.skipped.add(place, reason, detail)
 
@@ -74,8 +74,8 @@ class BadLineError(Exception):
 def read_jsonl(path: str | Path, bad_lines: BadLines | None = None) -> Iterator[tuple[int, Row]]:
     """`(line number, object)` of each line of a .jsonl or .jsonl.gz file, streamed.
 
-    Blank lines are passed over. A line that is not one JSON object goes to `bad_lines`, by default
-    a `UserError` that names `file:line`; so is a file that cannot be read or has no lines at all.
+    Blank lines are skipped. A line that is not one JSON object goes to `bad_lines`, by default a
+    `UserError` that names `file:line`. A file that cannot be read or is empty is a `UserError` too.
     """
     bad_lines = bad_lines or BadLines("error")
     found = False
@@ -98,8 +98,8 @@ def read_json_array(
 ) -> Iterator[tuple[int, Row]]:
     """`(index, object)` of each element of a .json or .json.gz file that is one array.
 
-    As strict as `read_jsonl`, element by element. An array whose syntax is broken cannot be gone on
-    with: a `UserError` names the line, or the element.
+    As strict as `read_jsonl`, element by element. An array with broken syntax cannot be read on:
+    a `UserError` names the line, or the element.
     """
     bad_lines = bad_lines or BadLines("error")
     try:
@@ -176,7 +176,7 @@ def _lines(path: str | Path) -> Iterator[bytes]:
             for number, line in enumerate(file):
                 yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: broken gzip file ({error}); make or fetch it again.") from error
+        raise UserError(f"{path}: broken gzip file ({error}); create or fetch it again.") from error
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except OSError as error:
@@ -218,7 +218,7 @@ def _strictly(decode: Callable[[], Any]) -> Any:
         raise BadLineError("nested too deeply") from None
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # such as an integer of thousands of digits
         raise BadLineError("not valid JSON", f" ({error})") from None
 
 
@@ -234,7 +234,7 @@ def _check_row(row: Any, text: str) -> Row:
 
 
 def _end_of_element(place: str, text: str, position: int, problem: BadLineError) -> int:
-    """Where an element ends that was refused, so that the one behind it can be read."""
+    """Where a rejected element ends, so that the next one can be read."""
     try:
         return _LENIENT.raw_decode(text, position)[1]
     except (ValueError, RecursionError):
@@ -249,9 +249,7 @@ def _skip(text: str, position: int) -> int:
 
 def _broken_array(path: str | Path, text: str, position: int, problem: str) -> UserError:
     line = text.count("\n", 0, position) + 1
-    return UserError(
-        f"{path}:{line}: not valid JSON ({problem}); mend the file or export it again."
-    )
+    return UserError(f"{path}:{line}: not valid JSON ({problem}); fix the file or export it again.")
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> Row:

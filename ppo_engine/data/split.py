@@ -20,7 +20,7 @@ Example = TypeVar("Example", bound=_HasPrompt)
 
 
 def prompt_groups(examples: Sequence[_HasPrompt]) -> list[list[int]]:
-    """The indices of each prompt's examples; those without a prompt have nothing in common."""
+    """The indices of each prompt's examples; one without a prompt is a group of its own."""
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         key = json.dumps(example.prompt) if example.prompt else f"no prompt {index}"
@@ -33,8 +33,8 @@ def split_by_prompt(
 ) -> tuple[list[Example], list[Example]]:
     """`(training, held out)`, about `fraction` of the examples held out, by prompt and repeatably.
 
-    Examples of one prompt never stand on both sides: held-out metrics would flatter otherwise. Of
-    whole texts the prompt is but a guess (`preferences.Ranking.prompt_given`).
+    Examples of one prompt are never on both sides, which would inflate held-out metrics. Of whole
+    texts the prompt is only a guess (`preferences.Ranking.prompt_given`).
     """
     if fraction == 0:
         return list(examples), []
@@ -50,8 +50,8 @@ def split_by_prompt(
         held_out.update(smallest)
     if len(held_out) == len(examples):
         raise UserError(
-            f"{len(examples)} {name} over {len(groups)} prompts are too few to hold some out: give "
-            "more data, data.eval_path, or data.eval_fraction=0."
+            f"{len(examples)} {name} over {len(groups)} prompts are too few for a held-out set: "
+            "give more data, data.eval_path, or data.eval_fraction=0."
         )
     training = [example for index, example in enumerate(examples) if index not in held_out]
     return training, [examples[index] for index in sorted(held_out)]

@@ -1,4 +1,4 @@
-"""`ppo-engine demo`: the whole method on an embedded model, as an example and as a check."""
+"""`ppo-engine demo`: every stage of RLHF on an embedded model, as an example and as a check."""
 
 from ppo_engine.demo.run import run_demo
 

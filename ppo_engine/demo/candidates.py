@@ -80,11 +80,11 @@ def clear_pairs(rankings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_first(ranking: dict[str, Any]) -> list[int]:
-    """The places of a ranking's responses, by rank."""
+    """The indices of a ranking's responses, by rank."""
     return sorted(range(len(ranking["ranks"])), key=lambda place: ranking["ranks"][place])
 
 
 def part(ranking: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
-    """The ranking of the responses at `places` alone."""
+    """The ranking of only the responses at the indices `places`."""
     of_responses = ("responses", "ranks", "finished")
     return ranking | {name: [ranking[name][place] for place in places] for name in of_responses}

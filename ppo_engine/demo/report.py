@@ -1,4 +1,4 @@
-"""What the demo tells at its end: figures before and after, and answers side by side."""
+"""What the demo prints at its end: figures before and after, and answers side by side."""
 
 from __future__ import annotations
 

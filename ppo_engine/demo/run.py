@@ -1,4 +1,4 @@
-"""The whole method of RLHF on real text, in minutes on a laptop's CPU.
+"""Every stage of RLHF on real text, in minutes on a laptop's CPU.
 
 prompts ─▶ candidate responses ─▶ rankings ─▶ reward model ─▶ PPO ─▶ before and after
 
@@ -58,7 +58,7 @@ _HELD_OUT = "held_out.jsonl"
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: the real demo, and the smoke test of its stages."""
+    """The sizes of the demo, and of the smoke test of its stages."""
 
     topics: int
     held_out: int
@@ -167,7 +167,7 @@ def _rank_candidates(
     sentiment: Callable[[str], float],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Rankings of several candidate responses to each training prompt, and what to say of them."""
+    """Rankings of several candidate responses to each training prompt; notes tell of them."""
     device = precision.choose_device("auto")
     policy = LanguageModel.open(
         model, ModelConfig(), device=device, dtype=precision.choose_dtype("auto", device)
@@ -257,7 +257,7 @@ def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
     }
     if config.algorithm == "grpo":
         settings |= {"estimator": "grpo", "group_size": 8}
-    else:  # few steps, and the critic is too young for advantages to lean on it
+    else:  # few steps: the critic is not trained enough to rely on
         settings |= {"lam": 1.0}
     return PPOConfig(
         policy=ModelConfig(path=model, trainable_layers=scale.layers, optimizer=optimizer),

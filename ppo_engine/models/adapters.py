@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) on a model, also a quantised one, and how they become weights."""
+"""Low-rank adapters (LoRA) on a model, also a quantized one, and merging them into its weights."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def is_quantized(model: Any) -> bool:
 
 
 def merged(model: Any) -> Any:
-    """A copy with its adapters in the weights, or the model itself where it has none.
+    """A copy with its adapters merged into the weights, or the model itself where it has none.
 
-    Of a quantised base the weights are those it computed with, in fp32, and not those that it was
-    once made from: the result is then the model that was trained and measured, but for what 8-bit
-    products round of their inputs.
+    The weights of a quantized base are those it computed with, in fp32, not those that it was
+    quantized from: the result is the model that was trained and measured, except that 8-bit
+    products also round their inputs.
     """
     if not hasattr(model, "merge_and_unload"):
         return model
     twin = _copy_on_cpu(model)  # the trained model keeps its adapters
     if not is_quantized(model):
         return twin.merge_and_unload()
-    # Merged by peft they would be quantised again, and the adapters with them.
+    # peft would quantize the merged weights again, and the adapters with them.
     deltas = {
         name: module.get_delta_weight(module.active_adapter[0])
         for name, module in unwrap(twin).named_modules()
@@ -68,14 +68,14 @@ def merged(model: Any) -> Any:
 
 
 def _copy_on_cpu(model: nn.Module) -> Any:
-    """A copy that takes nothing of a GPU's memory, which a run may need to the last byte: but for
-    one quantised layer at a time, which becomes a plain one in fp32."""
+    """A copy that takes no GPU memory, all of which a run may need, except for one quantized layer
+    at a time, which becomes a plain one in fp32."""
     copies: dict[int, Any] = {
         id(layer): _dequantized(layer) for layer in model.modules() if hasattr(layer, "source_cls")
     }
     for x in itertools.chain(model.parameters(), model.buffers()):
         if type(x) not in (nn.Parameter, Tensor):
-            continue  # a quantised weight, of which there is a copy
+            continue  # a quantized weight, copied already
         on_cpu = x.detach().to("cpu", copy=True)
         copies[id(x)] = (
             nn.Parameter(on_cpu, x.requires_grad) if isinstance(x, nn.Parameter) else on_cpu
@@ -84,7 +84,7 @@ def _copy_on_cpu(model: nn.Module) -> Any:
 
 
 def _dequantized(layer: Any) -> nn.Linear:
-    """A quantised layer as the plain one that it was made from, rounded as it is, on the CPU."""
+    """A quantized layer as a plain one on the CPU, with the rounded weights."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))

@@ -33,7 +33,7 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 
 def positions(model: Any) -> int:
-    """How many tokens a model reads in all; `sys.maxsize` where its family has no limit."""
+    """The context length of a model; `sys.maxsize` where its family has no limit."""
     text = unwrap(model).config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
@@ -57,7 +57,7 @@ def takes_positions(base: nn.Module) -> bool:
 def disable_dropout(model: nn.Module) -> None:
     """Dropout makes two passes over the same tokens differ, and the ratio with them.
 
-    Families keep it as modules, as probabilities that their layers hand to `F.dropout` under many
+    Families keep it as modules, as probabilities that their layers pass to `F.dropout` under many
     names, and as the chance to skip a whole layer.
     """
     for module in model.modules():

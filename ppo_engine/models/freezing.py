@@ -21,14 +21,14 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str)
     """
     if config.quantization is not None and not is_quantized(model):
         raise UserError(
-            f"quantization: {config.quantization} needs a path: a quantised model is loaded so, it "
-            "is no copy of another and none that is handed in. For the critic, give the reward "
-            "model's path or the policy's."
+            f"quantization: {config.quantization} needs a path: a model is quantized as it is "
+            "loaded, so it cannot be a copy or a given model object. For the critic, give the path "
+            "of the reward model or the policy."
         )
     if any(getattr(module, "source_cls", nn.Linear) is not nn.Linear for module in model.modules()):
         raise UserError(
-            f"{type(model).__name__} cannot be quantised: its layers are no nn.Linear, so what is "
-            "trained could not be saved in its format. Leave quantization unset."
+            f"{type(model).__name__} cannot be quantized: its layers are not nn.Linear, so the "
+            "trained model could not be saved in its format. Leave quantization unset."
         )
     if config.lora is not None:
         if config.trainable_layers is not None:
@@ -47,7 +47,7 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str)
 def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) -> None:
     """Train only the last `trainable_layers` decoder layers, the final norm and an untied head.
 
-    The usual economy of RLHF on small machines (trlX's `num_layers_unfrozen`): no gradient, no
+    The usual saving of RLHF on small machines (trlX's `num_layers_unfrozen`): no gradient, no
     optimizer state and no backward pass below.
     """
     if trainable_layers is None:
@@ -67,7 +67,7 @@ def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) ->
 
 
 def share_frozen_parameters(model: nn.Module, source: nn.Module) -> None:
-    """Let `model` use the very tensors of `source` where both are frozen and hold equal values."""
+    """Let `model` share the tensors of `source` where both are frozen and hold equal values."""
     theirs = dict(source.named_parameters())
     for name, parameter in model.named_parameters():
         twin = theirs.get(name)

@@ -1,7 +1,7 @@
 """Causal language models: the policy, its frozen reference, what supervised fine-tuning trains.
 
 They read rows of tokens (`packing.TokenRows`), and give log-probs and losses of the trained ones.
-What they write is sampled elsewhere: `rollout.generation` takes a model.
+Sampling from them is in `rollout.generation`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ppo_kernels.reference import PolicyStats
 
 
 class LanguageModel:
-    """A causal language model with its tokenizer, device and dtype of compute.
+    """A causal language model with its tokenizer, device and compute dtype.
 
-    Weights are fp32 and `dtype` is that of compute (autocast), so that the optimizer works on fp32.
+    Weights are fp32, so that the optimizer works on fp32; `dtype` is for compute (autocast).
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class LanguageModel:
         if isinstance(model, str):
             path = loading.resolve(model or config.path)
             if loading.is_classifier(loading.load_model_config(path)):
-                raise UserError(f"{path!r} scores texts and writes none: give a language model.")
+                raise UserError(f"{path!r} is a classifier: give a causal language model.")
             tokenizer = tokenizer or load_tokenizer(path)
             options = loading.load_options(config, device, dtype)
             model = loading.read_language_model(path, options)
         elif tokenizer is None:
-            raise UserError("A policy that is handed in loaded needs its tokenizer as well.")
+            raise UserError("A model object needs its tokenizer: pass tokenizer=….")
         else:
             separate_pad_from_eos(tokenizer)
             model = model.float()
@@ -96,7 +96,7 @@ class LanguageModel:
         return twin
 
     def without_adapter(self) -> AbstractContextManager[Any]:
-        """The weights as they were loaded, while the context lasts."""
+        """The weights as they were loaded, inside the context."""
         return self.model.disable_adapter()
 
     @property
@@ -107,21 +107,21 @@ class LanguageModel:
     @property
     def makes_logits(self) -> bool:
         """True where log-probs cannot come straight from hidden states: the model's own logits are
-        used, or those of an output layer that is more than a matrix (adapters, quantisation)."""
+        used, or those of an output layer that is more than a matrix (adapters, quantization)."""
         return self._head is None or type(self._output_layer) is not nn.Linear
 
     @property
     def logits_note(self) -> str:
-        """What is to be said where log-probs cost more than they need; empty where they do not."""
+        """A note for the user where log-probs cost more than they need to, else empty."""
         if self.uses_own_logits:
             return (
                 "Logits are the model's own, for every position: its output layer could not be "
-                "reproduced from its hidden states. More memory and time, the same results."
+                "reproduced from its hidden states. More memory and time, but the same results."
             )
         if self.makes_logits:
             return (
                 "Logits are made for every response token, as the output layer has adapters or is "
-                "quantised. More memory and time, the same results."
+                "quantized. More memory and time, but the same results."
             )
         return ""
 
@@ -180,7 +180,7 @@ class LanguageModel:
         """PPO's loss of the trained tokens of `rows`; tensors are `[tokens]`, row by row, and
         `settings` those of the op.
 
-        Without `old_logprobs`, on policy: they are the very numbers that this pass makes.
+        Without `old_logprobs`, on policy: the log-probs of this same pass are used.
         """
         states, targets = self.states(rows), rows.targets
         with span("losses"), precision.compute(self.device, self.dtype):
@@ -265,7 +265,7 @@ class LanguageModel:
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those the checkpoint names."""
+    """Every EOS token: the tokenizer's, and those of the checkpoint's generation config."""
     named = getattr(model.generation_config, "eos_token_id", None)
     extra = named if isinstance(named, list) else [] if named is None else [named]
     return sorted({tokenizer.eos_token_id, *extra} - {tokenizer.pad_token_id})

@@ -27,7 +27,7 @@ from ppo_engine.settings.schema import ModelConfig
 
 
 def resolve(path: str) -> str:
-    """A folder below the home folder written with `~`, which no library expands; others as are."""
+    """`path` with a leading `~` expanded, which no library does."""
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
@@ -57,14 +57,14 @@ def is_classifier(config: Any) -> bool:
 
 
 def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`: weights in fp32, the base quantised where configured.
+    """Keyword arguments of `from_pretrained`: weights in fp32, the base quantized where configured.
 
-    4 bits as in QLoRA: NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314).
+    4 bits as in QLoRA: NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314).
     8 bits as in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), without its outliers in fp16:
     which features these are depends on the whole batch, so that a token's log-prob would change
     with the padding beside it. Heads and embeddings stay as they are.
 
-    Of what `peft.prepare_model_for_kbit_training` does, nothing is needed: what is not quantised is
+    Nothing that `peft.prepare_model_for_kbit_training` does is needed: what is not quantized is
     in fp32, adapters freeze the rest, and checkpointing here does without reentrant backward.
     """
     options: dict[str, Any] = {"dtype": torch.float32}
@@ -72,7 +72,7 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
         return options
     if config.lora is None:
         raise UserError(
-            f"quantization: {config.quantization} needs lora: a quantised model cannot be trained "
+            f"quantization: {config.quantization} needs lora: a quantized model cannot be trained "
             "itself, only adapters on it. Set lora (such as lora.rank=16), or leave quantization "
             "unset."
         )
@@ -82,7 +82,7 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
                 f"quantization needs the package {package}: pip install 'ppo-engine[quant]', or "
                 "leave quantization unset."
             )
-    # It says at each product that fp16 is what it multiplies in.
+    # It warns at each product that it multiplies in fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")
     settings = (
         BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
@@ -123,7 +123,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
 
 
 def hide_loading_bars() -> None:
-    """No bars of loading weights, which takes seconds; downloads keep theirs: they take minutes."""
+    """Hide progress bars of loading weights (seconds), but not those of downloads (minutes)."""
     hidden = are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # hides both
     if not hidden:
@@ -132,7 +132,7 @@ def hide_loading_bars() -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the library's progress bars, and its report that the head is new (it is meant to)."""
+    """Without the library's progress bars, and its report that the head is new (as intended)."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

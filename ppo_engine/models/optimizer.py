@@ -1,4 +1,4 @@
-"""AdamW, the learning-rate schedule and gradient clipping, the same for every model that learns."""
+"""AdamW, the learning-rate schedule and gradient clipping, the same for every trained model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ppo_engine.spans import span
 
 
 class Learner:
-    """A model in training: its optimizer and schedule, and the state that it goes on from.
+    """A model in training: its optimizer and schedule, and the state to resume from.
 
     `updates` is the number of steps that the schedule is for; `name` stands in messages.
     """
@@ -36,7 +36,7 @@ class Learner:
 
     @span("optimizer")
     def step(self) -> Tensor:
-        """Clip the gradients, take a step, drop them; the result is that of `clip_gradients`."""
+        """Clip the gradients, take a step, clear them; returns the norm before clipping."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         where = f"{self.name}, step {self.scheduler.last_epoch + 1}"
         norm = clip_gradients(parameters, self.config.max_grad_norm, where)
@@ -53,7 +53,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A run may go on for more steps than it was begun with: the schedule is the new one."""
+        """A run may be resumed for more steps than it began with: the new schedule applies."""
         load_trainable_state(self.model, state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -106,10 +106,10 @@ def make_scheduler(optimizer: AdamW, config: OptimizerConfig, total_steps: int) 
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, where: str = "") -> Tensor:
-    """Scale the gradients to a joint norm of at most `max_norm`; returns the norm before, 0-dim.
+    """Scale the gradients to a total norm of at most `max_norm`; returns the norm before, 0-dim.
 
     A norm that is not finite raises a UserError before any weight has changed: neither a step
-    with it nor a step skipped in silence would leave a model that can be trusted. `where` names
+    with it nor a silently skipped step would leave a model that can be trusted. `where` names
     the model and step in the message.
     """
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)

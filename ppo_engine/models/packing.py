@@ -1,6 +1,6 @@
-"""Examples of many lengths as rows of tokens: several to a row, without one seeing another.
+"""Examples of many lengths as rows of tokens: several per row, without attending to each other.
 
-A row of tensors holds examples end to end, the position ids starting anew at each, and no attention
+A row of tensors holds examples end to end, the position ids restarting at each, and no attention
 mask: from such positions transformers makes attention block-diagonal, for the models that can
 (`can_pack` proves it). For others, a row is one example and padding.
 """
@@ -18,8 +18,8 @@ from ppo_engine.data.demonstrations import EncodedExample
 from ppo_engine.models import architecture
 
 _PROBE = ("The quick brown fox jumps over the lazy dog.", "Another text, in the same row.")
-# Of what one text sees of another where they are one: products whose shapes depend on the tokens,
-# as those of experts do, round by less.
+# Relative to how far one text affects another when they are joined: products whose shapes depend
+# on the tokens, as those of experts do, round by less.
 _ROUNDING = 1e-2
 
 
@@ -30,7 +30,7 @@ class TokenRows:
     ids: Tensor
     positions: Tensor | None  # None: one example a row, padding masked
     trained: Tensor  # bool; never a row's first token, which nothing predicts
-    owners: Tensor  # the number of the example that a token belongs to; -1 is padding
+    owners: Tensor  # index of the example that a token belongs to; -1 is padding
 
     @property
     def mask(self) -> Tensor | None:
@@ -109,11 +109,11 @@ def stack_rows(
 
 @torch.no_grad()
 def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts in one row do not see each other: in a probe, a text's logits must stay as they
-    are when the one before it becomes another, in a pass of one row and of two.
+    """Whether texts in one row do not attend to each other: in a probe, a text's logits must not
+    change with the text before it, in a pass of one row and of two.
 
-    They are not compared with those of the text alone: products in bf16 and in 8 bits round as the
-    shape of the batch has it, by more than some texts see of each other.
+    They are not compared with those of the text alone: how bf16 and 8-bit products round depends
+    on the shape of the batch, by more than some texts affect each other.
     """
     if not architecture.takes_positions(model.base_model):
         return False
@@ -124,7 +124,7 @@ def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool
     other = torch.full_like(first, int(second[0]))
 
     def seen(positions: Tensor, rows: int) -> float:
-        """By how much the second text's logits tell which text is before it."""
+        """How much the second text's logits depend on the text before it."""
         found = []
         for before in (first, other):
             ids = torch.cat((before, second)).expand(rows, -1)

@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of compute. `auto` is bf16 where the hardware multiplies it faster than fp32."""
+    """The compute dtype. `auto` is bf16 where the hardware multiplies it faster than fp32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":

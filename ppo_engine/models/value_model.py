@@ -1,7 +1,7 @@
-"""Models that put a number on text: the reward model (a sequence's score) and the critic (a value
+"""Models that score text: the reward model (one score for a sequence) and the critic (a value
 at each of its tokens).
 
-Both are `AutoModelForSequenceClassification` with one label. The classes of the library pool their
+Both are `AutoModelForSequenceClassification` with one label. The library's classes pool their
 logits at the last token that is not padding; here the head is applied to the base model's hidden
 states directly, at every token that is asked for. `check_value_head` proves on a probe batch that
 the two agree, and whatever is saved loads elsewhere with `from_pretrained`.
@@ -117,8 +117,8 @@ def make_critic(
     """The critic, ready to be trained: from its own path, else a copy of the reward model (head
     included), else the policy's weights with a new head.
 
-    `tokenizer` is the policy's, whose tokens the critic reads: hand in a reward model only where
-    it shares them (`reward_model.same_tokenizer`).
+    `tokenizer` is the policy's, whose tokens the critic reads: pass a reward model only where
+    it shares them (`text.tokenizer.same_tokenizer`).
     """
     if config.path:
         options = loading.load_options(config, device, dtype)
@@ -186,7 +186,7 @@ def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
 def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a UserError unless `sequence_scores` equals the model's own pooled logits."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    # With EOS, as responses end: a pooling that takes it for padding is found out.
+    # With EOS, as responses end: a pooling that takes it for padding is detected.
     rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], eos] for text in _PROBE]
     width = max(map(len, rows))
     device = model.device

@@ -1,4 +1,4 @@
-"""The critic: what it expects of a response at each token, and how it learns to."""
+"""The critic: the value that it predicts at each token, and its training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Critic:
     """A model with a value at each token, trained by the clipped value loss.
 
     It starts from its own `config.path`, else from `reward_model`, which reads the policy's tokens,
-    else from the policy. `updates` optimizer steps are what its schedule is for.
+    else from the policy. `updates` is the number of optimizer steps of its schedule.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Critic:
 
     @span("critic")
     def values(self, rollout: Rollout) -> Tensor:
-        """The value before each response token, [B, T] fp32; meaningless at other places."""
+        """The value before each response token, [B, T] fp32; meaningless elsewhere."""
         ids, mask = rollout.sequences()
         start = rollout.prompt_ids.shape[1] - 1
         with precision.compute(self.device, self.dtype):

@@ -53,9 +53,9 @@ class PPOEngine:
         config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
             updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
             does, or the schedule to "constant".
-        tokenizer: of a policy that is handed in loaded.
-        environment: answers the policy's turns; see `conversation.Environment`. None:
-            `config.environment`, by default responses of one turn.
+        tokenizer: of a policy that is a loaded model.
+        environment: answers the policy's turns; see `rollout.environment`. None:
+            `config.environment`, by default single-turn responses.
 
     Raises:
         UserError: a model, reward or setting that cannot be used, before anything is trained.
@@ -126,7 +126,7 @@ class PPOEngine:
         """Sample responses to each prompt: text, or chat messages.
 
         `group_size` of them in a row, by default that of the configuration. `columns` holds lists
-        as long as `prompts`, handed on to a reward function and an environment.
+        as long as `prompts`, passed to a reward function and an environment.
         """
         config = self.config
         size = config.ppo.group_size if group_size is None else group_size
@@ -157,14 +157,14 @@ class PPOEngine:
 
     @span("score")
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What each reward says of each response, before weights: [B] fp32 by the reward's name."""
+        """Each reward's scores of the responses, before weights: [B] fp32 by the reward's name."""
         return self.rewards.score_each(rollout)
 
     @span("advantages")
     def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
         """KL to the reference, values, and advantages; `scores` are B numbers.
 
-        Raises ValueError where there is not one finite score for each response, or no whole groups.
+        Raises ValueError unless there is one finite score for each response, in complete groups.
         """
         scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)
         if scores.shape != (len(rollout),) or not scores.isfinite().all():
@@ -216,7 +216,7 @@ class PPOEngine:
     def shaped_scores(self, rollout: Rollout, scores: Tensor, *, learn: bool = False) -> Tensor:
         """What training makes of `scores` [B]: normalized and penalized, see `rewards.shaping`.
 
-        The normalization takes them into its statistics where it is to `learn` from them.
+        With `learn`, the normalization updates its statistics with them.
         """
         return shape_scores(scores, rollout, self.config.reward, self.normalizer, learn=learn)
 
@@ -244,7 +244,7 @@ class PPOEngine:
         metrics["policy/learning_rate"] = self.learner.learning_rate
         if settings.compares_groups:
             metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
-        kl_coef = float(experience.kl_coef)  # once: a GPU has to be waited for
+        kl_coef = float(experience.kl_coef)  # once: it synchronizes with the GPU
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
             order = torch.randperm(len(experience), generator=self.shuffle)
@@ -263,7 +263,7 @@ class PPOEngine:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, for `load_state_dict` of an engine made alike."""
+        """Everything that training changes, for `load_state_dict` with the same settings."""
         return {
             "policy": self.learner.state_dict(),
             "critic": self.critic.learner.state_dict() if self.critic else None,
@@ -299,8 +299,8 @@ class PPOEngine:
         penalized = settings.kl_in == "loss"
         self.policy.model.train()
         for part in parts:
-            # Until the first step the old log-probs are those of this very pass; measured again in
-            # another batch they would differ by rounding, and the ratio from 1.
+            # Until the first step the old log-probs are those of this same pass: computed in
+            # another batch they would differ by rounding, and the ratio would not be 1.
             on_policy = self.policy_version == part.policy_version
             mask, weights = part.rollout.mask, part.is_weights
             with span("policy"):
@@ -376,7 +376,7 @@ class PPOEngine:
     def _over(
         self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`measure` in micro-batches, its [b, t] results put together as [B, T]."""
+        """`measure` in micro-batches, its [b, t] results concatenated to [B, T]."""
         width = rollout.mask.shape[1]
         rows = torch.arange(len(rollout)).split(self.config.ppo.micro_batch_size)
         found = [measure(rollout.select(part)) for part in rows]
@@ -387,5 +387,5 @@ class PPOEngine:
 
 
 def _each(items: Sequence[Any], times: int) -> list[Any]:
-    """Every item so many times in a row."""
+    """Every item `times` times in a row."""
     return [item for item in items for _ in range(times)]

@@ -7,8 +7,8 @@ There are two kinds:
 - of tokens: rewards are the score at the end and the KL penalty of each token, and a token's
   advantage comes from the rewards after it (with values, discount and lambda where there is a
   critic; without, from their sum);
-- of sequences: a response has one reward, its score less the KL penalty of all its tokens, and
-  all its tokens have the advantage that comparing it to the others of its group gives.
+- of sequences: a response has one reward, its score minus the KL penalty of all its tokens, and
+  all its tokens have the advantage that comes from comparing it to the others of its group.
 
 The penalty is 0 in both where it is a part of the loss (`ppo.kl_in=loss`).
 """
@@ -30,7 +30,7 @@ _STD_EPS = 1e-6  # keeps the advantages of equal scores at 0
 
 
 class Evidence(NamedTuple):
-    """What an estimator may look at: B responses of at most T tokens, G to each prompt in a row."""
+    """The input of an estimator: B responses of at most T tokens, G to each prompt in a row."""
 
     scores: Tensor  # [B] fp32
     logprobs: Tensor  # [B, T] fp32, of the policy
@@ -47,7 +47,7 @@ def generalized(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
 
 
 def monte_carlo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
-    """Rewards to go less the value (the same, eq. 18: lambda = 1)."""
+    """Rewards-to-go minus the value (the same, eq. 18: lambda = 1)."""
     return _of_tokens(evidence, settings, evidence.scores, 1.0)
 
 
@@ -57,12 +57,12 @@ def td(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
 
 
 def reinforce_pp(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
-    """Rewards to go, whitened over the whole batch (REINFORCE++, Hu 2025, arXiv:2501.03262)."""
+    """Rewards-to-go, whitened over the whole batch (REINFORCE++, Hu 2025, arXiv:2501.03262)."""
     return _of_tokens(evidence, settings, evidence.scores, 1.0)
 
 
 def remax(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
-    """Less the score of the greedy response (ReMax, Li et al. 2023, arXiv:2310.10505, eq. 4)."""
+    """Minus the score of the greedy response (ReMax, Li et al. 2023, arXiv:2310.10505, eq. 4)."""
     assert evidence.greedy_scores is not None
     return _of_tokens(evidence, settings, evidence.scores - evidence.greedy_scores, 1.0)
 
@@ -80,7 +80,7 @@ def grpo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
 
 
 def dr_grpo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
-    """Rewards less the group's mean (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, section 3.2).
+    """Rewards minus the group's mean (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, section 3.2).
 
     Its loss sums over a constant: `ppo.reduction=sum`.
     """
@@ -89,7 +89,7 @@ def dr_grpo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
 
 
 def rloo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
-    """Rewards less the mean of the others in the group (RLOO, Ahmadian et al. 2024,
+    """Rewards minus the mean of the others in the group (RLOO, Ahmadian et al. 2024,
     arXiv:2402.14740, section 2.2): G / (G - 1) times those of `dr_grpo`."""
     rewards = _of_groups(evidence, settings)
     others = (rewards.sum(1, keepdim=True) - rewards) / (settings.group_size - 1)
@@ -107,7 +107,7 @@ ESTIMATORS: dict[str, Callable[[Evidence, PPOSettings], ShapedGAE]] = {
     "remax": remax,
 }
 
-TITLES = {  # what people call a run with each
+TITLES = {  # what a run with each is called
     **dict.fromkeys(("gae", "monte_carlo", "td"), "PPO"),
     "grpo": "GRPO",
     "dr_grpo": "Dr. GRPO",
@@ -118,21 +118,21 @@ TITLES = {  # what people call a run with each
 
 
 def check_groups(prompts: Sequence[Prompt], settings: PPOSettings) -> None:
-    """Raise a ValueError unless responses stand in whole groups, each of one prompt."""
+    """Raise a ValueError unless responses come in complete groups, each of one prompt."""
     size = settings.group_size
     whole = len(prompts) % size == 0 and all(
         prompts[row] == prompts[row - row % size] for row in range(len(prompts))
     )
     if not whole:
         raise ValueError(
-            f"ppo.estimator={settings.estimator} takes groups of {size} responses to one prompt, a "
-            f"group after the other, but the rollout has {len(prompts)} responses in another "
+            f"ppo.estimator={settings.estimator} needs groups of {size} consecutive responses to a "
+            f"prompt, but the rollout has {len(prompts)} responses in another "
             "order; see PPOEngine.generate."
         )
 
 
 def equal_groups(scores: Tensor, settings: PPOSettings) -> float:
-    """The share of groups whose scores `[B]` are all equal: they say nothing of what is better."""
+    """The share of groups whose scores `[B]` are all equal: they carry no signal."""
     groups = scores.view(-1, settings.group_size)
     return float((groups == groups[:, :1]).all(1).float().mean())
 
@@ -147,7 +147,7 @@ def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: f
     none = torch.zeros_like(values)
     rewards = _shaped(evidence, settings, scores, none, evidence.kl_coef, 0.0, 0.0)
     count, _, m2 = rewards.moments.unbind()
-    # Reward whitening scales and does not shift: a shift would pay for every token written.
+    # Reward whitening scales and does not shift: a shift would reward every token written.
     scaled = rewards.returns * torch.rsqrt(m2 / count + 1e-8)
     advantages, returns = gae(scaled, values, gamma=settings.gamma, lam=lam, mask=evidence.mask)
     real = advantages[evidence.mask]

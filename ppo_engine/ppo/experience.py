@@ -19,7 +19,7 @@ class Experience:
     """A rollout with everything that an update needs; token tensors are [B, T] fp32."""
 
     rollout: Rollout
-    scores: Tensor  # [B] what the rewards say, shaped (`rewards.shaping`)
+    scores: Tensor  # [B] the rewards' scores, shaped (`rewards.shaping`)
     logprobs: Tensor  # of the policy before the update, at the sampling temperature
     ref_logprobs: Tensor
     advantages: Tensor  # not whitened: the loss whitens with `moments`
@@ -36,7 +36,7 @@ class Experience:
         return len(self.rollout)
 
     def select(self, rows: Tensor) -> Experience:
-        """The given rows, trimmed like `Rollout.select`; whitening stays that of the whole."""
+        """The given rows, trimmed like `Rollout.select`; whitening stays the whole batch's."""
         rollout = self.rollout.select(rows)
         width = rollout.mask.shape[1]
         picked: dict[str, Any] = {}
@@ -50,8 +50,8 @@ class Experience:
 def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) -> Tensor | None:
     """min(pi_old / pi_sampler, cap) of each token, [B, T] fp32; None without a cap.
 
-    Truncated importance sampling (Ionides 2008) for samplers whose log-probs are others than the
-    trainer's: by rounding, in another engine, or as top-k and top-p cut the distribution.
+    Truncated importance sampling (Ionides 2008) for samplers whose log-probs differ from the
+    trainer's: by rounding, in another engine, or by top-k and top-p.
     """
     if cap is None:
         return None
@@ -62,7 +62,7 @@ def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) ->
 
 
 def objective_metrics(experience: Experience) -> dict[str, float]:
-    """What a step found before it learned anything from it."""
+    """Metrics of a step's rollout, as it was before the update."""
     rollout, mask = experience.rollout, experience.rollout.mask
     kl = torch.where(mask, experience.logprobs - experience.ref_logprobs, 0.0).sum(1)
     found = {

@@ -23,7 +23,7 @@ class KLController:
         self.adaptive = adaptive
 
     def update(self, kl: Tensor, responses: int) -> None:
-        """Take in the mean KL per response (0-dim, nats) of `responses` responses."""
+        """Update with the mean KL per response (0-dim, nats) of `responses` responses."""
         if self.adaptive is None:
             return
         error = (kl / self.adaptive.target - 1).clamp(-_MAX_ERROR, _MAX_ERROR)

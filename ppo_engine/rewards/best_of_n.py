@@ -1,7 +1,7 @@
 """Best-of-n: of n sampled responses to a prompt the one with the highest score is kept.
 
-What a policy would score so, and how far that takes it from itself, estimated from K responses to
-each prompt. A trained policy is worth its cost where it beats this.
+The score that this gives a policy, estimated from K responses to each prompt, and its KL from the
+policy. A trained policy is worth its cost where it beats this.
 """
 
 from __future__ import annotations
@@ -42,16 +42,15 @@ def expected_best(scores: Tensor, n: int) -> Tensor:
 
 
 def kl_bound(n: int) -> float:
-    """log n - (n-1)/n nats: at most so far is best-of-n from the policy that it samples.
+    """log n - (n-1)/n nats: an upper bound of KL(best-of-n || policy), whatever the scores.
 
-    An upper bound of KL(best-of-n || policy), whatever the scores (Beirami et al. 2024,
-    arXiv:2401.01879).
+    Beirami et al. 2024, arXiv:2401.01879.
     """
     return math.log(n) - (n - 1) / n
 
 
 def best_of_n_table(scores: Tensor) -> Table:
-    """The mean score, and what the best of 2, 4, … K responses scores: for `scores` [P, K]."""
+    """The mean score, and the best-of-n scores for n = 2, 4, … K: from `scores` [P, K]."""
     prompts, count = scores.shape
     table = Table(
         "best of",

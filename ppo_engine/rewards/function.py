@@ -1,4 +1,4 @@
-"""A Python function as a reward, and the checks of what came back as scores."""
+"""A Python function as a reward, and the checks of the scores that it returns."""
 
 from __future__ import annotations
 

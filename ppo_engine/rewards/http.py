@@ -4,7 +4,7 @@ Request, every list as long as the batch:
 
     {"prompts": [...], "responses": [...], "finished": [...], "columns": {"name": [...], ...}}
 
-Prompts are text, or lists of chat messages; `finished` says whether a response ended by itself;
+Prompts are text, or lists of chat messages; `finished` says whether a response ended with EOS;
 `columns` are the other columns of the data. Answer, with one finite number for each response:
 
     {"scores": [...]}          or {"rewards": [...]}, or the bare list
@@ -44,7 +44,7 @@ class HTTPReward:
         try:
             parts = urlsplit(url)
             valid = bool(parts.hostname) and parts.port != 0
-        except ValueError:  # such as a port that is no number
+        except ValueError:  # such as a port that is not a number
             valid = False
         if not valid:
             raise UserError(f"{shown_url(url)!r} is not a valid URL: write http://HOST:PORT/PATH.")
@@ -94,7 +94,7 @@ class HTTPReward:
             body = json.dumps(request, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{self._shown} cannot be asked: the prompts or their columns are no valid JSON "
+                f"{self._shown} cannot be called: the prompts or their columns are not valid JSON "
                 f"({error}). Give text, finite numbers, lists and dictionaries of them."
             ) from error
         response = self._post(body)
@@ -125,8 +125,8 @@ class HTTPReward:
             reason = reason or str(error).replace(self.url, shown_url(self.url))
             if isinstance(error, requests.Timeout) or isinstance(reason, ReadTimeoutError):
                 raise UserError(
-                    f"{self._shown} did not answer within {self.settings.timeout:g} s, nor when "
-                    "asked again. Raise reward.http.timeout, or send fewer responses at a time "
+                    f"{self._shown} did not answer within {self.settings.timeout:g} s, nor on "
+                    "retries. Raise reward.http.timeout, or send fewer responses at a time "
                     "(reward.http.batch_size)."
                 ) from error
             raise UserError(
@@ -143,7 +143,7 @@ def _advice(response: requests.Response) -> str:
     if response.is_redirect:
         return f"Use the URL that it points to: {shown_url(response.headers['location'])}"
     if response.status_code == requests.codes.too_many_requests or response.status_code >= 500:
-        return f"That was the last of {_ATTEMPTS} attempts; look at the server's log."
+        return f"That was the last of {_ATTEMPTS} attempts; check the server's log."
     return (
         "It must take POST requests with the JSON keys prompts, responses, finished and columns; "
         "check the URL and the server."

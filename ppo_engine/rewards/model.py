@@ -47,7 +47,7 @@ class RewardModel:
     ) -> Tensor:
         """Scores `[B]`, fp32, of text as this model's tokenizer and chat template render it.
 
-        Chats of several turns (`conversation`, column `turns`) are rendered turn by turn.
+        Multi-turn chats (column `turns`, see `rollout.generation`) are rendered turn by turn.
         """
         turns = (columns or {}).get("turns", [None] * len(prompts))
         rows = []

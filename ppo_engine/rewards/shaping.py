@@ -1,7 +1,7 @@
-"""From what the rewards say to what the policy is trained on, in this order:
+"""From the rewards' scores to what the policy is trained on, in this order:
 
 1. the weighted sum of the rewards (`Rewards.total`)
-2. normalization (`reward.normalize`), of what was measured: nothing below moves its statistics
+2. normalization (`reward.normalize`), of that sum: nothing below changes its statistics
 3. a response without EOS: its score replaced or lowered (`reward.missing_eos_score`, `…_penalty`)
 4. the length penalty (`reward.length_penalty`), last, so that it is in the units of the finished
    score, is not normalized away, and reaches a response that has not ended, the longest of all
@@ -29,7 +29,7 @@ def shape_scores(
 ) -> Tensor:
     """Steps 2 to 4 on the total scores [B] of the responses in `rollout`; [B].
 
-    The normalizer takes the scores into its statistics where it is to `learn` from them.
+    With `learn`, the normalizer updates its statistics with the scores.
     """
     if normalizer is not None:
         scores = normalizer(scores, learn=learn)
@@ -38,7 +38,7 @@ def shape_scores(
 
 
 def length_penalty(lengths: Tensor, config: RewardConfig) -> Tensor:
-    """What is taken off responses of so many tokens [B], EOS included: [B] fp32.
+    """What is subtracted for responses of `lengths` tokens [B], EOS included: [B] fp32.
 
     `length_penalty` for each token beyond `length_penalty_from`. With a limit of L_max tokens, a
     start of L_max - cache and a penalty of 1/cache it is the soft overlong punishment of DAPO
@@ -59,7 +59,7 @@ class ScoreNormalizer:
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
     def __call__(self, scores: Tensor, *, learn: bool = True) -> Tensor:
-        """Normalized scores, shaped like `scores`; of an evaluation there is nothing to learn."""
+        """Normalized scores, shaped like `scores`; an evaluation does not `learn` from them."""
         if learn and self.count < self.responses:
             self._add(scores.double())
         std = math.sqrt(self.m2 / max(self.count, 1))

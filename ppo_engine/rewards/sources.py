@@ -60,8 +60,8 @@ def source_settings(sources: Sequence[RewardSource]) -> dict[str, Any]:
 
 
 def with_rewards(config: Scoring, given: Any) -> Scoring:
-    """`config` naming the rewards that Python was given, so that a run's settings tell of them;
-    naming none where one is an object, which no settings can name."""
+    """`config` naming the rewards that Python was given, so that a run's settings record them;
+    naming none where one is an object, which settings cannot name."""
     rewards = named_rewards(given)
     if not all(isinstance(reward, str) for _, reward in rewards):
         rewards = []
@@ -88,11 +88,11 @@ def unique_names(wanted: Sequence[str], defaults: Sequence[str]) -> list[str]:
 
 
 def check_names(wanted: Sequence[str]) -> None:
-    """Raise a UserError for a name that occurs twice, or is unfit for the name of a metric."""
+    """Raise a UserError for a name that occurs twice, or cannot be used in the name of a metric."""
     for name in filter(None, wanted):
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(
-                f"The reward name {name!r} does not fit into the name of a metric: use letters, "
+                f"The reward name {name!r} cannot be used in the name of a metric: use letters, "
                 "digits, '_', '.' and '-'."
             )
         if wanted.count(name) > 1:

@@ -33,7 +33,7 @@ from ppo_engine.text.tokenizer import same_tokenizer
 from ppo_engine.user_functions import import_function
 
 Reward = RewardModel | RewardFunction | HTTPReward
-# As people give them: the name of one, or a function, or a reward made already.
+# As users give them: the name of one, a function, or a reward object.
 RewardLike = str | Callable[..., Any]
 RewardsLike = RewardLike | Sequence[RewardLike] | Mapping[str, RewardLike]
 
@@ -67,7 +67,7 @@ class Rewards:
         return [reward for reward in self.by_name.values() if isinstance(reward, RewardModel)]
 
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What each reward says of each response, before weights: [B] fp32 by name."""
+        """Each reward's scores of the responses, before weights: [B] fp32 by name."""
         return {name: self._score(name, rollout) for name in self.by_name}
 
     def total(self, each: Mapping[str, Tensor]) -> Tensor:
@@ -140,15 +140,15 @@ def load_reward(
     dtype: torch.dtype,
     micro_batch_size: int = 8,
 ) -> Reward:
-    """One reward: a source, what `parse_source` takes for one, a function, or one made already."""
+    """One reward: a source, what `parse_source` takes for one, a function, or a reward object."""
     if isinstance(given, str):
         given = parse_source(given)
     if isinstance(given, Reward):
         return given
     if isinstance(given, nn.Module):
         raise UserError(
-            f"A reward model needs its tokenizer, so this {type(given).__name__} alone is no "
-            "reward: pass its folder or name, rewards.model.RewardModel, or a function."
+            f"A reward model needs its tokenizer, so a {type(given).__name__} alone cannot "
+            "be one: pass its folder or name, rewards.model.RewardModel, or a function."
         )
     if not isinstance(given, RewardSource):
         if not callable(given):

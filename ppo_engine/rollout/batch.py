@@ -1,4 +1,4 @@
-"""What the policy wrote: the batch that a step goes through.
+"""What the policy wrote: the batch of a step.
 
 Prompts are padded on the left and responses on the right, so that every response starts at the
 same column. Response tokens are the unit of work: prompts get no log-probs, values or loss.
@@ -21,17 +21,17 @@ from ppo_engine.text.encoding import Prompt
 class Rollout:
     """Responses sampled from the policy. B responses, prompts of at most P tokens, T new tokens.
 
-    In a conversation of several turns a response goes on through the environment's answers, whose
-    tokens the policy reads and does not learn from.
+    In a multi-turn conversation a response includes the environment's answers, whose tokens the
+    policy reads but does not learn from.
     """
 
     prompt_ids: Tensor  # [B, P] long, padded on the left
     prompt_mask: Tensor  # [B, P] bool, True is a real token
     response_ids: Tensor  # [B, T] long, padded on the right
     mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
-    finished: Tensor  # [B] bool, the response ended with EOS, and nothing was cut off
+    finished: Tensor  # [B] bool, the response ended with EOS and was not truncated
     prompts: Sequence[Prompt]  # as given
-    responses: Sequence[str]  # decoded, without special tokens; of several turns all of them
+    responses: Sequence[str]  # decoded, without special tokens; of all turns
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
     environment_mask: Tensor | None = None  # [B, T] bool, True is a token of the environment's
     logprobs: Tensor | None = None  # [B, T] fp32, of the sampler, where they were recorded
@@ -69,12 +69,12 @@ class Rollout:
         )
 
     def padded(self, of_tokens: Tensor) -> Tensor:
-        """Numbers of the policy's tokens, `[tokens]` row by row, as [B, T]; 0 elsewhere."""
+        """Values of the policy's tokens, `[tokens]` row by row, as [B, T]; 0 elsewhere."""
         return of_tokens.new_zeros(self.mask.shape).masked_scatter(self.mask, of_tokens)
 
     def select(self, rows: Tensor) -> Rollout:
-        """The given rows, without the padding columns that none of them needs; `greedy`, which is
-        of the whole, stays behind."""
+        """The given rows, without the padding columns that none of them needs; `greedy`, which
+        belongs to the whole batch, is dropped."""
         prompt = self.prompt_mask[rows].sum(1).max()
         start = self.prompt_ids.shape[1] - int(prompt)
         stop = int(self.response_mask[rows].sum(1).max())

@@ -1,4 +1,4 @@
-"""What answers the policy in conversations of several turns: a function of the user's."""
+"""What answers the policy in multi-turn conversations: a user's function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = str | Message | None
 class Environment(UserFunction):
     """A user's `(prompts, turns, **columns) -> list`, sync or async, which answers the policy.
 
-    `turns` holds, for each conversation that still goes on, the messages that came after its
+    `turns` holds, for each conversation that continues, the messages that came after its
     prompt: the policy's (`{"role": "assistant", "content": …}`), the environment's, and so on, the
     last one the policy's. The result says for each what comes next: a chat message such as
     `{"role": "tool", "content": …}`, text (which is a user's message, where prompts are chat

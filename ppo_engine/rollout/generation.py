@@ -57,13 +57,13 @@ def generate(
 
 
 def room_for_prompts(policy: LanguageModel, settings: GenerationConfig) -> int:
-    """Tokens that the model's length leaves to a prompt; a UserError where there are none."""
+    """Tokens that the model's context leaves for a prompt; a UserError where there are none."""
     positions = architecture.positions(policy.model)
     room = positions - settings.max_new_tokens
     if room < 1:
         raise UserError(
-            f"generation.max_new_tokens is {settings.max_new_tokens}, but the model reads "
-            f"{positions} tokens in all: lower it."
+            f"generation.max_new_tokens is {settings.max_new_tokens}, but the model's context has "
+            f"only {positions} tokens: lower it."
         )
     return room
 
@@ -82,7 +82,7 @@ class _Conversation:
     finished: bool = False
 
     def write(self, new: Continuation, text: str) -> None:
-        """A turn of the policy's."""
+        """Add a turn of the policy."""
         self.tokens += new.tokens
         self.own += [True] * len(new.tokens)
         self.logprobs += new.logprobs
@@ -90,7 +90,7 @@ class _Conversation:
         self.finished = new.finished
 
     def hear(self, tokens: Sequence[int], message: Message) -> None:
-        """A turn of the environment's."""
+        """Add a turn of the environment."""
         self.tokens += tokens
         self.own += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens) if self.logprobs else []
@@ -108,12 +108,12 @@ def _converse(
     record_logprobs: bool = False,
 ) -> list[_Conversation]:
     """One conversation from each prompt. It is over after `environment.max_turns` turns of the
-    policy, or when the environment has no answer. It is cut off, and not finished, where a turn
-    of the policy does not end within `settings.max_new_tokens`, and where an answer leaves the
-    model no positions for another turn."""
+    policy, or when the environment has no answer. It is truncated, and not finished, where a turn
+    of the policy does not end within `settings.max_new_tokens`, and where an answer leaves no room
+    in the model's context for another turn."""
     if environment is not None and "turns" in columns:
         raise UserError(
-            "The prompts have a column 'turns', the name under which a reward gets the turns of a "
+            "The prompts have a column 'turns', the name under which rewards get the turns of a "
             "conversation: rename it."
         )
     found = [
@@ -122,9 +122,7 @@ def _converse(
     ]
     for conversation in found:
         if not conversation.prompt_ids:
-            raise UserError(
-                f"Prompt {conversation.row} is empty; a response needs something to answer."
-            )
+            raise UserError(f"Prompt {conversation.row} is empty: it has no tokens to continue.")
     active, max_turns = found, environment.max_turns if environment else 1
     for turn in range(1, max_turns + 1):
         if environment is not None and turn > 1:
@@ -147,7 +145,7 @@ def _answered(
     columns: Mapping[str, Sequence[Any]],
     max_new_tokens: int,
 ) -> list[_Conversation]:
-    """The conversations that the environment goes on with, its answers in them."""
+    """The conversations that the environment continues, with its answers added."""
     if not active:
         return []
     picked = {name: [column[c.row] for c in active] for name, column in columns.items()}
@@ -170,13 +168,13 @@ def _answered(
             message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
             conversation.hear(tokens, message)
             going_on.append(conversation)
-        else:  # cut off, like a turn that did not end: metrics and `reward.missing_eos_…` see it
+        else:  # truncated, like a turn that did not end: metrics and `reward.missing_eos_…` see it
             conversation.finished = False
     return going_on
 
 
 def _text(conversation: _Conversation) -> str:
-    """A response as text: after a text prompt as it was read, of a chat its turns as paragraphs."""
+    """A response as text: in a chat its turns as paragraphs, after a text prompt as it was read."""
     between = "" if isinstance(conversation.prompt, str) else "\n\n"
     return between.join(turn["content"] for turn in conversation.turns)
 
@@ -189,7 +187,7 @@ def _as_rollout(
     *,
     several: bool,
 ) -> Rollout:
-    """The batch of them; where there may be `several` turns, with these in the column `turns`."""
+    """Their batch; where there may be `several` turns, with these in the column `turns`."""
     recorded = any(c.logprobs for c in conversations)
     width = max(len(c.tokens) for c in conversations)
 

@@ -1,4 +1,4 @@
-"""Sampling: a batch of token rows in, what the policy goes on with out."""
+"""Sampling: a batch of token rows in, the policy's continuations out."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def sample(
     greedy: bool = False,
     record_logprobs: bool = False,
 ) -> list[Continuation]:
-    """Go on from each of the token `rows`, by at most `settings.max_new_tokens` tokens.
+    """Continue each of the token `rows` by at most `settings.max_new_tokens` tokens.
 
-    From softmax(logits / temperature), cut to top-k and top-p where these are on; `greedy` takes
-    the likeliest token instead.
+    From softmax(logits / temperature), restricted to top-k and top-p where these are on; `greedy`
+    takes the most likely token instead.
     """
     pad = policy.tokenizer.pad_token_id
     padded, mask = pad_left(rows, pad)
     input_ids = torch.tensor(padded, device=policy.device)
     of_model = architecture.unwrap(policy.model)
     shipped = of_model.generation_config
-    # The checkpoint's own habits (repetition penalties, top-k) would make the sampled distribution
-    # another than the one whose log-probs are taken; they return afterwards, to be saved.
+    # With the checkpoint's own generation config (repetition penalty, top-k) the sampled
+    # distribution would not be the one whose log-probs are taken; it is restored, to be saved.
     plain = transformers.GenerationConfig(eos_token_id=policy.eos_ids, pad_token_id=pad)
-    # The warpers are given, not configured, so that the recorder comes after them.
+    # The warpers are passed, not configured, so that the recorder comes after them.
     warpers = LogitsProcessorList([] if greedy else _warpers(settings))
     sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     recorder = _Recorder()
@@ -118,7 +118,7 @@ class _Recorder(LogitsProcessor):
 
     def logprobs(self, written: Tensor) -> Tensor:
         """Those of the tokens `written`, [B, T]: fp32. There may have been more steps than these:
-        a GPU looks for the end only now and then."""
+        on a GPU, EOS is checked for only now and then."""
         if len(self._found) < written.shape[1]:
             self._take(written[:, -1])
         return torch.stack(self._found[: written.shape[1]], 1)

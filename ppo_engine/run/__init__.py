@@ -1,1 +1,1 @@
-"""A run as people see it: its folder, checkpoints, progress, pictures and trackers."""
+"""A run as people see it: its folder, checkpoints, progress, plots and trackers."""

@@ -1,6 +1,6 @@
-"""What a run needs to go on as if it had never stopped.
+"""What a run needs to resume as if it had never stopped.
 
-A checkpoint holds the *trained* weights (frozen ones come from the model's own folder again), the
+A checkpoint holds the *trained* weights (frozen ones are loaded from the model's folder again), the
 optimizers and schedulers, and the states of every source of randomness.
 """
 
@@ -31,8 +31,8 @@ def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read ({error}): remove its folder to go on from the "
-            "one before."
+            f"The checkpoint {path} cannot be read ({error}): remove its folder to resume from the "
+            "previous one."
         ) from error
     return state
 

@@ -1,14 +1,14 @@
 """The folder of a run: settings, metrics, samples, checkpoints, the result.
 
 config.yaml            resolved settings
-metrics.jsonl          one line a step
+metrics.jsonl          one line per step
 samples.jsonl          some responses of some steps (PPO)
 critic.jsonl           the critic's values on held-out responses, and their scores
-checkpoints/step-…/    what a resumed run goes on from
+checkpoints/step-…/    what a resumed run continues from
 policy/, critic/ or reward_model/   the result, Hugging Face format
 best/                  the policy with the best held-out score so far
 report.png             the curves
-profile/               where a step's time goes, with a trace (profile=true)
+profile/               a step's time by phase, with a trace (profile=true)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from ppo_engine.errors import UserError
 from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config, shown_settings
 
-# A resumed run may differ in these: how long it goes on, where it is, and what it shows.
+# A resumed run may differ in these: how long it runs, where it is, and what it shows.
 _FREE_KEYS = {
     "steps",
     "profile",
@@ -41,9 +41,9 @@ _FREE_KEYS = {
 
 
 class RunDirectory:
-    """Makes the folder of a new run, or takes up that of a run to be resumed.
+    """Creates the folder of a new run, or opens that of a run to resume.
 
-    Everything that can be wrong is found before anything is written. An empty `path` means
+    Everything is checked before anything is written. An empty `path` means
     `runs/<command>-<time>`.
     """
 
@@ -51,7 +51,7 @@ class RunDirectory:
         self, path: str | Path, config: Any, resume: bool = False, *, command: str = "run"
     ) -> None:
         if resume and not str(path):
-            raise UserError("run.resume needs run.output_dir: the folder of the run to go on with.")
+            raise UserError("run.resume needs run.output_dir: the folder of the run to resume.")
         self.path = Path(path).expanduser() if str(path) else _default_path(command)
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
@@ -92,7 +92,7 @@ class RunDirectory:
         _append(self.critic_file, [{"step": step, **points}])
 
     def rewind(self, step: int) -> None:
-        """Forget the lines of steps after `step`, and one that a crash left unfinished."""
+        """Remove the lines of steps after `step`, and one that a crash left unfinished."""
         for file in (self.metrics_file, self.samples_file, self.critic_file):
             if file.exists():
                 _write_atomically(file, "".join(_lines_until(file, step)))
@@ -101,8 +101,8 @@ class RunDirectory:
         file = self._config_file()
         if not file.is_file():
             raise UserError(
-                f"{self.path} holds no run to go on with ({file.name} is not there): correct "
-                "run.output_dir, or start anew with run.resume=false."
+                f"{self.path} has no run to resume ({file.name} is missing): fix "
+                "run.output_dir, or start a new run with run.resume=false."
             )
         both = [as_dict(load_config(type(config), str(file))), as_dict(config)]
         before, now = map(flatten, both)
@@ -140,7 +140,7 @@ def _check_free(path: Path) -> None:
         raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
     if path.is_dir() and any(path.iterdir()):
         is_run = (path / "config.yaml").exists()
-        hint = "go on with that run (run.resume=true), " if is_run else ""
+        hint = "resume that run (run.resume=true), " if is_run else ""
         raise UserError(
             f"Run folder {path} is not empty: {hint}choose another run.output_dir, or remove the "
             "folder."
@@ -149,7 +149,7 @@ def _check_free(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder that appears at `path` whole or not at all, in place of what was there.
+    """A folder that appears at `path` complete or not at all, replacing what was there.
 
     Yields an empty sibling to write into; it is renamed on success and removed on failure.
     """

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display in a terminal, plain lines elsewhere."""
+"""What a person sees during a run: a live display in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ppo_engine.messages import counted
 
 Item = TypeVar("Item")
 
-# The few numbers worth a glance, in this order where they are there: metric, label, format.
+# The metrics that are shown, in this order where present: metric, label, format.
 _HEADLINES = (
     ("objective/scores", "score", "{:+.3f}"),
     ("objective/kl", "KL", "{:.3f}"),
@@ -101,7 +101,7 @@ class Progress:
             self._phase, self._phase_started = before
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Step number `step` (from 1) is done; starts the phase times anew."""
+        """Step number `step` (from 1) is done; resets the phase times."""
         self._step = step
         self._facts = _headlines(metrics)
         self._seconds = _phase_times({**metrics, **self.times})
@@ -111,7 +111,7 @@ class Progress:
             self._print(" | ".join(part for part in parts if part))
 
     def sample(self, prompt: str, response: str, score: float, name: str = "sample") -> None:
-        """Show one response, as the model wrote it but for control characters."""
+        """Show one response, as the model wrote it except for control characters."""
         asked, answered = printable(prompt), printable(response) or "(empty)"
         if self._live is None:
             self._print(f"  {name} (score {score:+.3f}): {_one_line(asked)}")
@@ -125,14 +125,14 @@ class Progress:
             )
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._live is not None:
             self._live.console.print(Text(printable(text)))
         else:
             self._print(printable(text))
 
     def track(self, items: Sequence[Item], description: str) -> Iterable[Item]:
-        """Go through `items`, showing how far; for parts of a phase that take seconds."""
+        """Iterate over `items` with their progress; for parts of a phase that take seconds."""
         before, spoken = self._phase, time.perf_counter()
         for done, item in enumerate(items, start=1):
             self._phase = f"{description} {done}/{len(items)}"
@@ -167,19 +167,19 @@ class Progress:
         return Group(*lines)
 
     def _print(self, line: str) -> None:
-        """Unwrapped and without codes: for log files. A stream that lacks a letter shows `?`."""
+        """Unwrapped, without escape codes, for log files; `?` for what the stream cannot encode."""
         stream = self._console.file
         encoding = getattr(stream, "encoding", None) or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 
 
 def is_interactive(console: Console) -> bool:
-    """Whether a live display makes sense: a terminal with a person before it."""
+    """Whether a live display makes sense: an interactive terminal."""
     return console.is_terminal and not console.is_dumb_terminal and not os.environ.get("CI")
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, which could command the terminal; newlines stay."""
+    """`text` without control characters, which could control the terminal; newlines stay."""
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip()
 
 

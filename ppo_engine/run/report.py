@@ -1,5 +1,5 @@
-"""One picture of a run: `report.png`, the curves of its metrics.jsonl, and how well its critic
-foresees the reward, with the points of critic.jsonl."""
+"""The plot of a run, `report.png`: the curves of its metrics.jsonl, and how well its critic
+predicts the reward, from the points of critic.jsonl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ppo_engine.data.rows import BadLines, read_jsonl
 from ppo_engine.errors import UserError
 
 _COLORS = ("#2a6fbb", "#d1602b", "#3b8f5a", "#8457a8", "#b08a1e", "#7a7a7a")
-_MANY_POINTS = 40  # from here on the points fade behind their running mean
+_MANY_POINTS = 40  # more are drawn faintly, behind their running mean
 _PANEL_INCHES = (3.6, 2.6)
 _GUIDE: dict[str, Any] = {"color": "#7a7a7a", "linewidth": 0.8, "linestyle": ":"}
 _ANTICIPATION = "value/anticipation_"
@@ -28,7 +28,7 @@ _ANTICIPATION = "value/anticipation_"
 
 @dataclass(frozen=True)
 class Panel:
-    """A metric over the steps, `band` its half-width and `held_out` its twin where there is one."""
+    """A metric over the steps, with its error `band` and its `held_out` counterpart, if any."""
 
     metric: str
     title: str
@@ -36,7 +36,7 @@ class Panel:
     band: str = ""
     percent: bool = False
     held_out: str = ""
-    level: float | None = None  # what chance alone would give
+    level: float | None = None  # the level of chance
 
 
 _PANELS = (
@@ -53,7 +53,7 @@ _PANELS = (
     Panel("objective/kl", "KL to the reference", "nats per response", held_out="eval/kl"),
     Panel("objective/entropy", "Entropy of the policy", "nats per token"),
     Panel("objective/response_length", "Response length", "tokens"),
-    Panel("policy/loss", "Policy loss", "as ppo.reduction has it"),
+    Panel("policy/loss", "Policy loss", "by ppo.reduction"),
     Panel("value/loss", "Value loss", "mean per token"),
     Panel("value/explained_variance", "Explained variance of the critic", "1 is perfect"),
     Panel("sft/loss", "Loss on responses", "nats per token"),
@@ -168,7 +168,7 @@ def _draw_times(axes: Axes, rows: list[dict], phases: list[str]) -> None:
 
 
 def _critic_panels(rows: list[dict], file: Path) -> list[Callable[[Axes, list[dict]], None]]:
-    """How well the critic foresees the score: by the part of the response read, and at one part."""
+    """How well the critic predicts the score: by the part of the response read, and at one part."""
     panels: list[Callable[[Axes, list[dict]], None]] = []
     if any(_anticipation(row) for row in rows):
         panels.append(_draw_anticipation)

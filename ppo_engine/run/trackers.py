@@ -1,7 +1,7 @@
 """Metrics and samples to TensorBoard, Weights & Biases and trackio, where `run.trackers` asks.
 
-They show a run; they do not hold it: `metrics.jsonl` and `samples.jsonl` are written in any case,
-and a tracker that fails is left out for the rest of the run.
+They only show a run: `metrics.jsonl` and `samples.jsonl` are written in any case, and a tracker
+that fails is switched off for the rest of the run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TensorBoard:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # left to itself it keeps two minutes back, and a crash loses them
+        self._writer.flush()  # by default it buffers two minutes, which a crash loses
 
     def log_samples(self, step: int, columns: list[str], rows: list[list[Cell]]) -> None:
         self._writer.add_text("samples", _markdown(columns, rows), step)
@@ -70,7 +70,7 @@ class WandB:
             group=folder.name,
             dir=str(folder),
             config=dict(settings),
-            reinit="create_new",  # one that a failed run left open, or the user's, is another
+            reinit="create_new",  # never one that a failed run, or the user, has open
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -127,8 +127,8 @@ def check_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """Every tracker in `names`, for the run in `folder` from after step `start` on.
 
-    One that fails, at its start or later, gets nothing more, and a warning (logger
-    `ppo_engine.run.trackers`, so on stderr) says so once; the others and the run go on.
+    One that fails, at its start or later, is switched off, and a warning (logger
+    `ppo_engine.run.trackers`, so on stderr) says so once; the others and the run continue.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ class Trackers:
 def _warn(name: str, error: Exception) -> None:
     reason = str(error).strip().split("\n")[0] or "no reason given"
     _log.warning(
-        "The tracker %r failed (%s: %s) and gets nothing more of this run. Nothing is lost: "
-        "metrics.jsonl and samples.jsonl have it all.",
+        "The tracker %r failed (%s: %s) and is off for the rest of this run. Nothing is lost: "
+        "metrics.jsonl and samples.jsonl are complete.",
         name,
         type(error).__name__,
         reason,
@@ -200,7 +200,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def _literal(cell: Cell) -> str:
-    """Text as the model wrote it: nothing in it is markup, and a line's end is not the table's."""
+    """Text as the model wrote it: nothing in it is markup, and a newline does not end the row."""
     text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
     plain = (c if c.isalnum() or c in " \n" else f"&#{ord(c)};" for c in text)
     return "".join(plain).replace("\n", "<br>")

@@ -1,1 +1,1 @@
-"""Settings: what there is to set, files and overrides, what contradicts what."""
+"""Settings: the schema, files and overrides, contradictions."""

@@ -1,4 +1,4 @@
-"""Settings of a PPO run that do not go together; what is wrong by itself, `config` refuses."""
+"""Settings of a PPO run that contradict each other; `schema` refuses what is wrong by itself."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from ppo_engine.settings.schema import EvaluationConfig, PPOConfig
 
 
 def check_settings(config: PPOConfig) -> None:
-    """Raise a `UserError` for settings that contradict one another, or would do nothing."""
+    """Raise a `UserError` for settings that contradict each other, or would have no effect."""
     _check_evaluation(config.evaluation)
     if config.reward.missing_eos_score is not None and config.reward.missing_eos_penalty:
         raise UserError(
-            "reward.missing_eos_penalty would do nothing: reward.missing_eos_score replaces the "
-            "score of an unfinished response. Set one of them."
+            "reward.missing_eos_penalty would have no effect: reward.missing_eos_score replaces "
+            "the score of an unfinished response. Set one of them."
         )
     settings = config.ppo
     name = f"ppo.estimator={settings.estimator}"
@@ -23,36 +23,34 @@ def check_settings(config: PPOConfig) -> None:
     if settings.rollout_batch_size % settings.group_size:
         raise UserError(
             f"ppo.rollout_batch_size={settings.rollout_batch_size} is not a multiple of "
-            f"ppo.group_size={settings.group_size}: a step holds whole groups."
+            f"ppo.group_size={settings.group_size}: a step needs complete groups."
         )
     if settings.gamma != 1 and (settings.compares_groups or settings.needs_greedy):
         raise UserError(
-            f"{name} compares the rewards of whole responses and discounts nothing: leave "
-            "ppo.gamma at 1."
+            f"{name} has one reward per response and no discount: leave ppo.gamma at 1."
         )
     if settings.compares_groups and settings.whiten_rewards:
         raise UserError(
-            f"ppo.whiten_rewards scales the rewards of tokens, of which {name} has none: leave it "
-            "out."
+            f"ppo.whiten_rewards scales per-token rewards, and {name} has none: leave it unset."
         )
     if settings.critic_warmup_steps and not settings.has_critic:
         raise UserError(f"{name} has no critic: leave ppo.critic_warmup_steps at 0.")
     if settings.kl_in == "loss" and settings.kl_estimator == "k1":
         raise UserError(
-            "ppo.kl_estimator=k1 in the loss is no penalty: the mean of its gradient is 0. Take k2 "
+            "ppo.kl_estimator=k1 in the loss is no penalty: the mean of its gradient is 0. Use k2 "
             "or k3, or ppo.kl_in=reward."
         )
     if settings.adaptive_kl is not None and settings.kl_coef == 0:
-        raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: give it a start.")
+        raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: set it above 0.")
     if settings.critic_warmup_steps >= config.steps:
         raise UserError(
             f"ppo.critic_warmup_steps={settings.critic_warmup_steps} leaves none of the "
-            f"{config.steps} steps to the policy: lower it, or raise steps."
+            f"{config.steps} steps for the policy: lower it, or raise steps."
         )
     if settings.dual_clip is not None and settings.objective != "clip":
         raise UserError(
             f"ppo.dual_clip bounds the clipped objective, and ppo.objective={settings.objective} "
-            "has none: leave it out."
+            "has none: leave it unset."
         )
 
 

@@ -1,6 +1,6 @@
 """YAML files and dotted overrides to validated settings, and back.
 
-The keys are those of the dataclasses in `config`; every problem is found and told at once.
+The keys are those of the dataclasses in `schema`; all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load_config(
 ) -> Config:
     """Settings of class `cls`: its defaults, then the YAML `file`, then `key.key=value` overrides.
 
-    `defaults`, nested as in a file, stand in place of those of the class.
+    `defaults`, nested as in a file, replace those of the class.
 
     Values are YAML: `null` is None, `1e-5` a number, `[a, b]` a list. An override of a key in a
     section that is None by default (`ppo.adaptive_kl.target=3`) switches the section on. Raises
@@ -48,7 +48,7 @@ def load_config(
     known = list(_keys(cls))
     _drop_unknown(cls, data, "", known, problems)
     try:
-        # Strict JSON takes no "yes" for a number, yet 1 for 1.0 and a mapping for a section.
+        # Strict JSON refuses "yes" for a number, but takes 1 for 1.0 and a mapping for a section.
         config = TypeAdapter(cls).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         problems.extend(_explain(error, known))
@@ -80,7 +80,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown_settings(tree: Any) -> Any:
-    """Settings as others may see them, of lists and dictionaries: every `url` by `shown_url`."""
+    """Settings (lists and dictionaries) without secrets: every `url` as `shown_url` gives it."""
     if isinstance(tree, dict):
         return {
             key: shown_url(value) if key == "url" and value else shown_settings(value)
@@ -92,7 +92,7 @@ def shown_settings(tree: Any) -> Any:
 def shown_url(url: str) -> str:
     """A URL without what may be secret: user and password, query, fragment.
 
-    In one that is no valid URL nobody can tell where a password ends: of that nothing is left.
+    Of an invalid URL nothing is kept, as nobody can tell where its password ends.
     """
     try:
         parts = urlsplit(url)
@@ -104,7 +104,7 @@ def shown_url(url: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-5` is a number, and a key given twice is a mistake."""
+    """YAML as people mean it: `1e-5` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -152,7 +152,7 @@ def _read_file(file: str) -> dict[str, Any]:
 
 
 def _over(below: Mapping[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` completed with what only `below` has."""
+    """`above`, with the keys that only `below` has added."""
     found = dict(above)
     for key, value in below.items():
         if isinstance(value, Mapping) and isinstance(above.get(key) or {}, dict):
@@ -181,7 +181,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set `value` at `path`; a section that is absent, or was null, comes into being."""
+    """Set `value` at `path`; a section that is absent or null is created."""
     for name in path[:-1]:
         if not isinstance(data.get(name), dict):
             data[name] = {}
@@ -212,7 +212,7 @@ def _section(kind: Any) -> Any:
 def _drop_unknown(
     cls: Any, data: dict[str, Any], prefix: str, known: list[str], problems: list[str]
 ) -> None:
-    """Take unknown keys out of `data`, each with a problem that names the nearest known one."""
+    """Remove unknown keys from `data`, each with a problem that names the nearest known one."""
     kinds = typing.get_type_hints(cls)
     for name in list(data):
         kind = kinds.get(name)

@@ -2,7 +2,7 @@
 
 One tree per command (`SFTConfig`, `RewardModelConfig`, `PPOConfig`). The same names serve Python
 (`PPOConfig(ppo=PPOSettings(kl_coef=0.02))`), YAML files and dotted overrides on the command line
-(`ppo.kl_coef=0.02`); `config_io` reads and writes them.
+(`ppo.kl_coef=0.02`); `settings.files` reads and writes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def _settings(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are validated, and which refuses unknown ones."""
+    """A frozen dataclass that validates its fields and refuses unknown ones."""
     return cast(type[T], dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls))
 
 
@@ -69,7 +69,7 @@ class ModelConfig:
 
 @_settings
 class RewardSource:
-    """One reward: one of a reward model, a Python function and an HTTP endpoint."""
+    """One reward: a reward model, a Python function or an HTTP endpoint."""
 
     path: str | None = None  # a reward model's folder or name
     function: str | None = None  # "file.py:name" or "package.module:name"
@@ -79,10 +79,10 @@ class RewardSource:
 
 @_settings
 class RewardEndpointConfig:
-    """How endpoints are asked."""
+    """How HTTP endpoints are called."""
 
     timeout: PositiveFloat = 60.0  # seconds to wait for an answer
-    batch_size: PositiveInt | None = None  # responses of one request; None sends all in one
+    batch_size: PositiveInt | None = None  # responses per request; None sends all in one
 
 
 @_settings
@@ -104,8 +104,8 @@ class RewardConfig(ScoringConfig):
     normalize: bool = False  # shift and scale scores to mean 0, deviation 1 on the first rollouts
     missing_eos_score: FiniteFloat | None = None  # replaces the score of an unfinished response
     missing_eos_penalty: NonNegativeFloat = 0.0  # or is subtracted from it
-    length_penalty: NonNegativeFloat = 0.0  # off the score for each token of the response …
-    length_penalty_from: NonNegativeInt = 0  # … beyond so many
+    length_penalty: NonNegativeFloat = 0.0  # subtracted from the score for each token …
+    length_penalty_from: NonNegativeInt = 0  # … beyond this many
 
 
 @_settings
@@ -137,9 +137,9 @@ class AdaptiveKLConfig:
 
 @_settings
 class EnvironmentConfig:
-    """What answers the policy in a conversation of several turns; without a function, nothing."""
+    """What answers the policy in multi-turn conversations; without a function, nothing."""
 
-    function: str | None = None  # "file.py:name" or "package.module:name"; see `conversation`
+    function: str | None = None  # "file.py:name" or "package.module:name"
     max_turns: PositiveInt = 4  # of the policy, each of at most generation.max_new_tokens
 
 
@@ -147,9 +147,9 @@ class EnvironmentConfig:
 class PPOSettings:
     """The algorithm (Schulman et al. 2017; Ouyang et al. 2022) and its relatives.
 
-    `estimators` says what each estimator is; those without a critic use no value setting. The
-    losses are those of `ppo_kernels.ppo_policy_loss`. "The source's own" is, unless set, as the
-    estimator's source has it.
+    `ppo.estimators` says what each estimator is; those without a critic use no value setting. The
+    losses are those of `ppo_kernels.ppo_policy_loss`. "The source's own" defaults to what the
+    estimator's paper uses.
     """
 
     estimator: Literal[
@@ -181,12 +181,12 @@ class PPOSettings:
     # The source's own. "sum" is over a constant, responses times generation.max_new_tokens.
     reduction: Literal["token_mean", "sequence_mean", "sum"] = cast(Any, None)
     entropy_coef: NonNegativeFloat = 0.0
-    # Weigh tokens by min(pi_old / pi_sampler, cap) where the sampler's log-probs are others than
-    # the trainer's: those of `Rollout.logprobs`, recorded in sampling.
+    # Weight tokens by min(pi_old / pi_sampler, cap) where the sampler's log-probs, recorded in
+    # `Rollout.logprobs`, differ from the trainer's.
     importance_cap: PositiveFloat | None = None
 
     value_clip_range: PositiveFloat | None = 0.2
-    critic_warmup_steps: NonNegativeInt = 0  # first steps, in which the critic alone is trained
+    critic_warmup_steps: NonNegativeInt = 0  # first steps, which train only the critic
 
     @property
     def has_critic(self) -> bool:
@@ -228,17 +228,17 @@ GRPO_DEFAULTS: dict[str, Any] = {
 
 @_settings
 class EvaluationConfig:
-    """Held-out prompts, answered before training, after every so many steps and at the end.
+    """Held-out prompts, answered before training, after every `every` steps and at the end.
 
     They come from a file of their own, or are taken out of the training data; none by default.
     """
 
     path: str | None = None  # as data.path
-    prompts: NonNegativeInt = 0  # or so many different prompts of the training data
+    prompts: NonNegativeInt = 0  # or this many distinct prompts of the training data
     every: NonNegativeInt = 0  # steps; 0 is before training and at the end only
     best_of: PositiveInt = 1  # responses to each; with N > 1 the expected best of N is measured too
-    patience: PositiveInt | None = None  # stop after so many in a row without a new best score
-    keep_best: bool = True  # the policy with the best score so far stands in best/
+    patience: PositiveInt | None = None  # stop after this many in a row without a new best
+    keep_best: bool = True  # the policy with the best score so far, in best/
     # The best by eval/shaped_scores, with missing-EOS rule and length penalty; by eval/scores
     # where there is neither, or the scale of the shaped ones changes (reward.normalize).
 
@@ -250,8 +250,8 @@ class RunConfig:
     output_dir: str = ""
     seed: int = 0
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; weights in training: fp32
-    resume: bool = False  # go on from the newest checkpoint in output_dir
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for compute; weights in training: fp32
+    resume: bool = False  # continue from the newest checkpoint in output_dir
     checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one
     sample_every: NonNegativeInt = 5  # steps between printed sample responses
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
@@ -271,7 +271,7 @@ class PPOConfig:
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
     steps: PositiveInt = 100  # rollout batches
-    profile: bool = False  # write where the second step's time goes, with a trace
+    profile: bool = False  # the second step: a table of its phases, and a trace
 
 
 @_settings
@@ -282,7 +282,7 @@ class PreferenceDataConfig:
     path: str = ""
     eval_path: str | None = None  # instead of holding out a share
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    max_tokens: PositiveInt = 1024  # prompt and response together; longer prompts lose their start
+    max_tokens: PositiveInt = 1024  # prompt and response together; the prompt is truncated first
     max_pairs: PositiveInt | None = None  # a sample of the data; rankings of K have up to K(K-1)/2
     on_bad_line: Literal["error", "skip"] = "error"
 
@@ -314,7 +314,7 @@ class DemonstrationDataConfig:
     path: str = ""
     eval_path: str | None = None  # instead of holding out a share
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # Of an example, longer ones are cut; of a row, which holds many.
+    # Per example (longer ones are truncated) and per packed row.
     max_tokens: Annotated[int, Field(ge=2)] = 1024
     on_bad_line: Literal["error", "skip"] = "error"
 
@@ -324,7 +324,7 @@ class SFTSettings:
     """Supervised fine-tuning: the negative log-likelihood of response tokens."""
 
     batch_size: PositiveInt = 16  # examples per optimizer step
-    micro_batch_size: PositiveInt = 4  # times data.max_tokens: tokens of a pass; memory only
+    micro_batch_size: PositiveInt = 4  # times data.max_tokens: tokens per forward pass; memory only
     epochs: PositiveInt = 1
 
 
@@ -360,7 +360,7 @@ class DemoConfig:
     """`ppo-engine demo`."""
 
     model: str = ""  # Hugging Face name or folder; empty is the embedded SmolLM2-135M-Instruct
-    algorithm: Literal["ppo", "grpo"] = "ppo"  # of the last stage
+    algorithm: Literal["ppo", "grpo"] = "ppo"  # for the last stage
     smoke: bool = False  # every stage with a tiny random model, within a minute
     output_dir: str = ""
     seed: int = 0

@@ -19,7 +19,7 @@ _TURN = "The policy's turn, of which no template changes a word."
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, ready for the model to go on from."""
+    """Token ids of a prompt, ready for the model to continue."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     require_chat_template(tokenizer)
@@ -29,16 +29,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str | Message, eos: str
 ) -> list[int]:
-    """Token ids of an environment's answer to a turn of the policy's, up to where it goes on.
+    """Token ids of an environment's answer to a turn of the policy, up to where the next begins.
 
-    To chat messages the template writes what stands between: the rest of the policy's turn behind
+    For chat messages the template writes what comes between: the rest of the policy's turn after
     `eos`, the token that ended it, the answer (text is a user's message), and the start of the
-    next turn. To a text prompt the answer is text, as it is.
+    next turn. For a text prompt the answer is text, used as it is.
     """
     if isinstance(prompt, str):
         if not isinstance(answer, str):
             raise UserError(
-                "To a prompt that is text an environment answers with text, not a message."
+                "An environment must answer a text prompt with text, not with a message."
             )
         return _tokens(tokenizer, answer)
     message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
@@ -61,9 +61,9 @@ def encode_dialogue(
     max_tokens: int,
     finished: bool = True,
 ) -> list[int]:
-    """Prompt and response together, at most `max_tokens`: the prompt's start goes first.
+    """Prompt and response together, truncated to `max_tokens` at the prompt's start.
 
-    The response is what is judged, so it keeps its place; one that alone is longer loses its end.
+    The response is what is scored, so it is kept; one that alone is longer is truncated at its end.
     """
     answer = encode_response(tokenizer, response, finished)[:max_tokens]
     room = max_tokens - len(answer)
@@ -77,13 +77,12 @@ def encode_turns(
     turns: list[Message],
     end_ids: Collection[int],
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of a conversation, and which are the model's to write: those of the assistant's
-    messages among `turns`, up to and with the one of `end_ids` that ends each.
+    """Token ids of a conversation, and which of them the model learns: those of the assistant's
+    messages among `turns`, each up to and including the one of `end_ids` that ends it.
 
-    Prompts and answers are tokenized apart, as they are when the model answers. One sequence, or,
-    where the chat template shows earlier answers other than they were written (without their
-    thoughts, say), one for each answer. An answer that the template leaves open at the end of a
-    sequence ends with EOS.
+    Prompts and answers are tokenized separately, as they are when the model answers. One sequence,
+    or, where the chat template rewrites earlier answers (dropping their reasoning, say), one for
+    each answer. An answer that the template leaves open at the end of a sequence gets an EOS.
     """
     messages = [*prompt, *turns]
     asked, answers = [], []
@@ -93,7 +92,7 @@ def encode_turns(
         before = _render(tokenizer, messages[:index], ask=True)
         after = _render(tokenizer, messages[: index + 1], ask=False)
         shown = after.removeprefix(before) if after.startswith(before) else None
-        # Not shown: the prompt ends with what a finished answer lacks, such as an open thought.
+        # Not shown: the prompt ends with what a finished answer lacks, such as `<think>`.
         answers.append(messages[index]["content"] if shown is None else shown)
         asked.append(before)
     done = [before + answer for before, answer in zip(asked, answers, strict=True)]
@@ -131,7 +130,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bo
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Without a BOS or the like: a template has written every special token already."""
+    """Without BOS or the like: a template has written every special token already."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

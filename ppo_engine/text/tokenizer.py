@@ -1,4 +1,4 @@
-"""Tokenizers: with an end of text, and a pad token of its own."""
+"""Tokenizers: with an EOS token, and a pad token that differs from it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, padding on the left and with a pad token apart from EOS.
+    """The tokenizer at `path`, padding on the left and with a pad token other than EOS.
 
-    A pad token equal to EOS makes the end of a response invisible to every model that finds the
-    last token by its id, so another special token takes its place. Where a model has none, one is
+    A pad token equal to EOS hides the end of a response from every model that finds the last
+    token by its id, so another special token is used for padding. Where a model has none, one is
     added: `resize_embeddings` makes room for it.
     """
     try:
@@ -29,7 +29,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def separate_pad_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token apart from EOS and BOS; one without EOS is a UserError."""
+    """Give the tokenizer a pad token other than EOS and BOS; one without EOS is a UserError."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no EOS token, so a response could "

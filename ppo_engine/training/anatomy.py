@@ -4,8 +4,8 @@
 and `write_profile` puts it into a folder:
 
 trace.json.gz   for Perfetto (ui.perfetto.dev) or chrome://tracing
-anatomy.csv     one line a phase: seconds, share of the step, share of the step that is transformer
-anatomy.txt     the same for people
+anatomy.csv     a line per phase: seconds, share of the step, share of the step that is transformer
+anatomy.txt     the same as a table
 
 Every moment of a step belongs to the innermost span that is open, so that the phases add up to the
 step. On a CPU time is wall time. On a GPU a moment belongs to the span that launched the kernel
@@ -161,7 +161,7 @@ def _makers(timeline: _Timeline, events: Iterable[dict[str, Any]]) -> dict[int, 
 
 
 def _divide(host: _Timeline, step: Span, events: list[dict[str, Any]]) -> Anatomy:
-    """Give every moment of the step to the spans that it belongs to."""
+    """Assign every moment of the step to the spans that it belongs to."""
     start, end, _ = step
     launches = {
         event["args"].get("correlation"): event["ts"]
@@ -247,7 +247,7 @@ class _Timeline:
 
 @contextmanager
 def _transformer_spans(engine: PPOEngine) -> Iterator[None]:
-    """A span around each call of the models, while the context lasts."""
+    """A span around each call of the models, inside the context."""
     causal = [policy.model for policy in (engine.policy, engine.reference) if policy is not None]
     scoring = [scorer.model for scorer in (engine.critic, *engine.rewards.models) if scorer]
     modules: list[Any] = []
@@ -317,8 +317,8 @@ def _as_text(anatomy: Anatomy, title: str) -> str:
     console = Console(file=out, width=88, highlight=False)
     console.print(table)
     console.print(
-        f"Not the transformer: {1 - transformer / total:.1%} of the step, a reward function, if "
-        "any, included."
+        f"Not the transformer: {1 - transformer / total:.1%} of the step, including any "
+        "reward function."
     )
     if anatomy.gpu_seconds is None:
         console.print("Times are wall times of the CPU: no GPU kernel was seen.")

@@ -1,8 +1,8 @@
-"""How good the policy is on prompts that it does not train on, measured while it trains.
+"""Evaluation of the policy, while it trains, on prompts that it does not train on.
 
 Each evaluation samples the held-out prompts' responses anew, always from the same random numbers,
-and measures them with the run's own reward, next to the reference's responses. Training does not
-notice: every generator is left as it was, and nothing is learned from what is seen here.
+and measures them with the run's own reward, next to the reference's responses. Training is not
+affected: every random state is restored, and nothing is learned here.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ppo_engine.run.checkpoint import random_states, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.progress import Progress
 
-READ = tuple(range(10, 101, 10))  # percent of a response at which the critic is asked
-POINTS_AT = 50  # of them the one whose single values are kept, for a picture
+READ = tuple(range(10, 101, 10))  # percent of a response at which values are taken
+POINTS_AT = 50  # the one of them whose single values are kept, for a plot
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Answers:
 class Evaluator:
     """Evaluates the policy of `engine` on `examples`, as `engine.config.evaluation` says.
 
-    It also keeps count: which evaluation was the best so far, and how many have come since.
+    It also keeps track of the best evaluation so far, and of how many have come since.
     """
 
     def __init__(self, engine: PPOEngine, examples: Sequence[PromptExample]) -> None:
@@ -102,7 +102,7 @@ class Evaluator:
                 (folder / "best.json").write_text(facts + "\n", encoding="utf-8")
 
     def notes(self) -> list[str]:
-        """What is to be said at the end of a run."""
+        """Notes for the end of a run."""
         if self.best_step < 0:
             return []
         score = f"score {self.best_score:+.3f}"
@@ -123,7 +123,7 @@ class Evaluator:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any], run: RunDirectory) -> None:
-        """Go on from a checkpoint of `run`, whose `best/` may be from a later step than it."""
+        """Resume from a checkpoint of `run`, whose `best/` may be from a later step than it."""
         for name, value in state.items():
             setattr(self, name, value)
         file = run.path / "best" / "best.json"
@@ -141,8 +141,8 @@ class Evaluator:
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         responses: list[str] = []
         numbers: list[dict[str, Tensor]] = []
-        # Other random numbers for the one than for the other: a win rate is that of independent
-        # responses. A reward function that draws some gets the same in every evaluation, too.
+        # Different random numbers for each of the two: a win rate needs independent responses. A
+        # reward function that draws random numbers also gets the same in every evaluation.
         with _seeded(f"{settings.run.seed}/evaluation/{whose}"):
             for batch in progress.track(batches, f"held-out responses of the {whose}, batch"):
                 rollout = self._respond(batch, by_reference)
@@ -171,7 +171,7 @@ class Evaluator:
             )
 
     def _measure(self, rollout: Rollout, scores: Tensor) -> dict[str, Tensor]:
-        """What is known of each of the policy's responses besides its score."""
+        """Metrics of each of the policy's responses besides its score."""
         engine = self.engine
         logprobs, ref_logprobs, _ = engine.compare_with_reference(rollout)
         found = {
@@ -247,8 +247,8 @@ def overlap(training: Sequence[PromptExample], held_out: Sequence[PromptExample]
     trained_on = {_key(example) for example in training}
     shared = sum(_key(example) in trained_on for example in held_out)
     return [
-        f"{shared} of the {len(held_out)} prompts of evaluation.path are trained on as well: what "
-        "is measured there is not held out."
+        f"{shared} of the {len(held_out)} prompts of evaluation.path are also in the training "
+        "data: metrics on these are not held-out metrics."
     ] * bool(shared)
 
 
@@ -277,21 +277,21 @@ def values_along(values: Tensor, mask: Tensor) -> Tensor:
 
     `values` and `mask` are [B, T]. At p % it is the value before the k-th real token, with
     k = ceil(p / 100 * real tokens): the critic has read the prompt and all before that token. So
-    at 100 % only the last token is unread; behind it the response ends, and has no value.
+    at 100 % only the last token is unread; after it the response ends, and has no value.
     """
     percent = torch.tensor(READ, device=mask.device)
     k = (mask.sum(1, keepdim=True) * percent + 99) // 100
-    # As many places lie before the k-th real token as have fewer than k up to and including them.
+    # The k-th real token's index is the number of positions with fewer than k up to and with them.
     places = (mask.cumsum(1)[:, None] < k[:, :, None]).sum(2)
     return values.gather(1, places)
 
 
 def anticipation(values: Tensor, scores: Tensor) -> dict[str, float]:
-    """How well the critic foresees `scores` [R] from parts of the responses; `values` are [R, 10].
+    """How well the critic predicts `scores` [R] from parts of the responses; `values` are [R, 10].
 
     For each part read, Pearson's correlation over responses (`value/anticipation_10` …) and the
     explained variance 1 - Var(score - value) / Var(score) (`value/explained_variance_10` …), which
-    also asks for the right scale. What does not vary has no correlation, and its metric is absent.
+    also needs the right scale. What does not vary has no correlation, and its metric is absent.
     """
     found: dict[str, float] = {}
     if not _varies(scores):
@@ -315,7 +315,7 @@ def _short(x: Tensor) -> list[float]:
 
 @contextmanager
 def _seeded(name: str) -> Iterator[None]:
-    """All global generators start from `name` here, and are afterwards where they were before."""
+    """Seed all global generators from `name`, and restore their states afterwards."""
     states = random_states()
     set_seed(random.Random(name).getrandbits(32))
     try:

@@ -113,7 +113,7 @@ class PPOTrainer:
         Writes the run's folder: the policy in `policy/`, the critic in `critic/`, both in Hugging
         Face format, with curves in `report.png`. With `config.profile`, the second step from here,
         or the only one, is profiled (the first warms up): see `anatomy`. With held-out prompts
-        (`config.evaluation`) it may end early, and `best/` holds the best policy.
+        (`config.evaluation`) it may stop early, and `best/` holds the best policy.
         """
         with self._closing:  # trackers, whatever happens
             return self._train()
@@ -182,8 +182,8 @@ class PPOTrainer:
         return TITLES[self.config.ppo.estimator]
 
     def batch(self, step: int) -> list[PromptExample]:
-        """The prompts of step 0, 1, …: each pass over the data is a fresh permutation, known from
-        the seed; a batch larger than the data goes on into the next pass."""
+        """The prompts of step 0, 1, …: each epoch is a fresh permutation, determined by the seed;
+        a batch that reaches the end of an epoch continues into the next."""
         settings, total = self.config.ppo, len(self.examples)
         size = settings.rollout_batch_size // settings.group_size
         places = range(step * size, (step + 1) * size)
@@ -194,7 +194,7 @@ class PPOTrainer:
         return [self.examples[orders[place // total][place % total]] for place in places]
 
     def _sample(self, progress: Progress) -> tuple[Rollout, dict[str, Tensor]]:
-        """The step's responses, and what each reward says of them."""
+        """The step's responses, and each reward's scores of them."""
         examples = self.batch(self.step)
         with progress.phase("generate"):
             rollout = self.engine.generate([e.prompt for e in examples], columns_of(examples))
@@ -205,8 +205,8 @@ class PPOTrainer:
         return self.step >= self.config.steps or self.evaluator.out_of_patience
 
     def _evaluate_untrained(self, run: RunDirectory | None) -> tuple[RunDirectory, Trackers]:
-        """Evaluate before the first step, with a progress of its own: it would spoil the training's
-        estimate of the time left."""
+        """Evaluate before the first step, with a progress of its own: the training's estimate of
+        the time left stays right."""
         title = "Held-out prompts before training"
         with Progress(1, title, console=self.console) as progress:
             evaluation = self.evaluator.evaluate(progress)
@@ -220,7 +220,7 @@ class PPOTrainer:
         return run, trackers
 
     def _samples(self, rollout: Rollout, rewards: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """Rows for samples.jsonl, in the steps that are to have some."""
+        """Rows for samples.jsonl, in the steps that log some."""
         every = self.config.run.sample_every
         if not every or (self.step - 1) % every:
             return []
@@ -290,7 +290,7 @@ class PPOTrainer:
     def _restore(self, run: RunDirectory) -> None:
         newest = run.newest_checkpoint()
         if newest is None:
-            self.notes.append(f"{run.path} has no checkpoint: the run begins anew.")
+            self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)
             return
         state = load_training_state(newest[1], self.engine.device)

@@ -38,7 +38,7 @@ class EncodedRanking:
     rows: list[list[int]]
     ranks: list[int]
     margin: float | None
-    group: int  # the number of its prompt
+    group: int  # index of its prompt
 
     def __len__(self) -> int:
         """Tokens of the longest row, which is what a micro-batch is padded to."""
@@ -117,9 +117,9 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         guessed = sum(not ranking.prompt_given for ranking in (*training, *held_out))
         if guessed and held_out:
             self.notes.append(
-                f"{guessed} preferences are whole texts without a prompt, which is taken to be "
-                "what both begin with: those of one prompt may be among training and held-out "
-                "ones. Give each its prompt to be sure."
+                f"{guessed} preferences are whole texts without a prompt; their common prefix is "
+                "used as the prompt, so one prompt may be in both the training and the held-out "
+                "data. Add the prompts to rule this out."
             )
         return training, held_out
 
@@ -138,8 +138,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         return freezing.prepare_for_training(model, config, "SEQ_CLS")
 
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
-        """Token ids. Of responses that differ only beyond the limit the best stays; a ranking that
-        has no pair then is left out. Both are noted."""
+        """Token ids. Of responses that are equal once truncated only the best is kept; a ranking
+        left without a pair is dropped. Both are noted."""
         limit = min(self.config.data.max_tokens, architecture.positions(self.model))
         bad_lines = BadLines(self.config.data.on_bad_line)
         encoded, cut, same = [], 0, 0
@@ -162,19 +162,19 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             self.notes.append(f"Preferences: {bad_lines.skipped}.")
         if cut:
             self.notes.append(
-                f"{cut} of {len(rows)} {name} preferences were cut to {limit} tokens "
-                "(data.max_tokens, or what the model reads)."
+                f"{cut} of {len(rows)} {name} preferences were truncated to {limit} tokens "
+                "(data.max_tokens, or the model's context)."
             )
         if same:
             self.notes.append(
-                f"{same} {name} preferences have responses that are equal as tokens: of these, "
-                "only the best stays."
+                f"{same} {name} preferences have responses with the same tokens: of these, "
+                "only the best is kept."
             )
         if rows and not encoded:
             refused = f"; {bad_lines.skipped}" if bad_lines.skipped.total else ""
             raise UserError(
-                f"No {name} preference is left: within {limit} tokens (data.max_tokens, or what "
-                f"the model reads), the responses of {same} are the same{refused}."
+                f"No {name} preference is left: within {limit} tokens (data.max_tokens, or the "
+                f"model's context), the responses of {same} are the same{refused}."
             )
         return encoded
 
@@ -186,7 +186,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         ]
 
     def _refuse_settings_of_pairs(self, rankings: Sequence[EncodedRanking]) -> None:
-        """Margins and centering are defined for pairs; nothing is left out in silence."""
+        """Margins and centering are defined for pairs; nothing is ignored silently."""
         longer = sum(len(ranking.rows) > 2 for ranking in rankings)
         for used, what in (
             (self.config.reward.center_coef > 0, "reward.center_coef"),
@@ -195,7 +195,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             if used:
                 raise UserError(
                     f"{what} is defined for pairs only, but {longer} prompts have rankings of more "
-                    "than two responses: leave it out, or give pairs (chosen, rejected) alone."
+                    "than two responses: remove it, or give only pairs (chosen, rejected)."
                 )
 
     def _backward(self, examples: Sequence[EncodedRanking]) -> dict[str, Tensor]:
@@ -273,7 +273,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
 
 
 def _rows(rankings: Sequence[EncodedRanking]) -> list[list[int]]:
-    """The responses that there are: the first of each ranking, then the second of each, …"""
+    """The responses, without absent ones: the first of each ranking, then the second of each, …"""
     width = max(len(ranking.rows) for ranking in rankings)
     return [r.rows[k] for k in range(width) for r in rankings if k < len(r.rows)]
 

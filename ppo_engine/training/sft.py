@@ -1,7 +1,7 @@
 """Supervised fine-tuning: a language model learns to answer as the examples do.
 
 The loss is the mean of -log pi over response tokens (Ouyang et al. 2022, section 3.5), prompts
-excluded. It comes from hidden states before these tokens; logits for all are never there.
+excluded. It comes from hidden states before these tokens; the logits of all never exist at once.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         self.packed = can_pack(architecture.unwrap(self.policy.model), self.tokenizer)
         if not self.packed:
             self.notes.append(
-                "Examples are padded, not packed into rows: in a probe, this model let packed "
-                "texts see each other. More time, the same results."
+                "Examples are padded, not packed: in a probe of this model, packed texts attended "
+                "to each other. More time, but the same results."
             )
         return self.policy.model.train()
 
@@ -123,13 +123,13 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             self.notes.append(f"Examples: {bad_lines.skipped}.")
         if apart:
             self.notes.append(
-                f"{apart} {name} conversations are an example for each answer: the chat template "
-                "shows earlier answers other than they were written."
+                f"{apart} {name} conversations become one example per answer: the chat template "
+                "rewrites earlier answers."
             )
         if long:
             self.notes.append(
-                f"{long} of {len(encoded)} {name} examples were cut to {limit} tokens "
-                "(data.max_tokens, or what the model reads)."
+                f"{long} of {len(encoded)} {name} examples were truncated to {limit} tokens "
+                "(data.max_tokens, or the model's context)."
             )
         if rows and not encoded:
             raise UserError(f"No {name} example is left: {bad_lines.skipped}.")

@@ -51,9 +51,9 @@ Example = TypeVar("Example")  # the same as token ids
 
 
 class SupervisedTrainer(ABC, Generic[Row, Example]):
-    """All is loaded and checked when a trainer is made; nothing is written before `train`."""
+    """Everything is loaded and checked when a trainer is made; `train` is the first to write."""
 
-    command: ClassVar[str]  # of the command line, and what its metrics' names begin with
+    command: ClassVar[str]  # the command, and the prefix of its metrics
     title: ClassVar[str]
     unit: ClassVar[str]  # what examples are called
     result: ClassVar[str]  # the trained model's folder within the run's
@@ -85,7 +85,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
             loading.load_model_config(loading.resolve(config.model.path))
             tokenizer = load_tokenizer(loading.resolve(config.model.path))
-        separate_pad_from_eos(tokenizer)  # of one that was handed in
+        separate_pad_from_eos(tokenizer)  # of a model object
         self.tokenizer = tokenizer
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)
@@ -121,7 +121,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     @abstractmethod
     def _backward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Add the gradient of the mini-batch's mean loss; returns what is to be logged."""
+        """Add the gradient of the mini-batch's mean loss; returns the metrics to log."""
 
     @abstractmethod
     def _tokens(self, example: Example) -> int:
@@ -132,7 +132,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     @abstractmethod
     def _summary(self, metrics: dict[str, float]) -> str:
-        """Held-out metrics in words."""
+        """Held-out metrics as a sentence."""
 
     def train(self) -> dict[str, float]:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
@@ -155,9 +155,9 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         return {**metrics, **before}
 
     def _train(self, run: RunDirectory, trackers: Trackers) -> dict[str, float]:
-        """All that `train` does between making the run's folder and drawing the curves."""
+        """All that `train` does between creating the run's folder and drawing the curves."""
         if not self.before and self.held_out:
-            # Apart from the training's progress, whose estimate of the time left it would spoil.
+            # With a progress of its own: the training's estimate of the time left stays right.
             title = f"Held-out {self.unit} before training"
             with Progress(1, title, console=self.console) as progress:
                 self.before = self.evaluate(progress)
@@ -210,7 +210,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         }
 
     def mini_batch(self, step: int) -> list[Example]:
-        """The examples of step 0, 1, …: each epoch is a fresh permutation, known from the seed."""
+        """The examples of step 0, 1, …: each epoch is a fresh permutation, fixed by the seed."""
         epoch, place = divmod(step, self.steps_per_epoch)
         seed = f"{self.config.run.seed}/{epoch}"
         order = random.Random(seed).sample(range(len(self.training)), len(self.training))
@@ -238,8 +238,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         state = load_training_state(newest[1], self.device)
         if state["examples"] != self._digest():
             raise UserError(
-                f"The {self.unit} are not those that the run in {run.path} began with, so held-out "
-                "ones may have been trained on: resume it with the same data, or start a new run."
+                f"The {self.unit} are not those of the run in {run.path}, so held-out ones may "
+                "have been trained on: resume it with the same data, or start a new run."
             )
         self.learner.load_state_dict(state["model"])
         restore_random_states(state["random"])
@@ -247,7 +247,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         run.rewind(self.step)
 
     def _digest(self) -> str:
-        """Of all examples, which ones are held out included."""
+        """Hash of all examples, and of which are held out."""
         digest = hashlib.sha256()
         for examples in (self.training, self.held_out):
             digest.update(f"{len(examples)} examples".encode())

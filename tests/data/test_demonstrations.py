@@ -181,8 +181,8 @@ def test_a_conversation_that_the_template_refuses() -> None:
     ("asked", "answered", "limit", "kept"),
     [
         (4, 3, 8, range(7)),
-        (10, 3, 8, range(5, 13)),  # the start of the prompt goes
-        (10, 6, 8, range(6, 14)),  # half of the limit stays of it, then the end goes
+        (10, 3, 8, range(5, 13)),  # the start of the prompt is truncated
+        (10, 6, 8, range(6, 14)),  # down to half of the limit, then the end
         (2, 9, 8, range(8)),
         (1, 9, 2, range(2)),
     ],

@@ -141,7 +141,7 @@ def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
         assert sample_rankings(rankings, limit, seed=0) == found
     assert sample_rankings(rankings, 25, seed=1) != sample_rankings(rankings, 25, seed=0)
     assert sample_rankings(rankings, 140, seed=0) == rankings
-    with pytest.raises(UserError, match=r"max_pairs=5 is less .*\(6 at least\)"):
+    with pytest.raises(UserError, match=r"max_pairs=5 is less .*\(at least 6\)"):
         sample_rankings(rankings[:20], 5, seed=0)
     rare = [*rankings[:20] * 5, *rankings[20:25]]  # the few that fit are found
     assert all(sample_rankings(rare, 5, seed=n) == rankings[20:25] for n in range(9))

@@ -1,6 +1,6 @@
-"""Adapters in every command, on a base in fp32 or quantised: policy, critic and reward model.
+"""Adapters in every command, on a base in fp32 or quantized: policy, critic and reward model.
 
-The quantised ones need bitsandbytes, whose kernels run on CPUs too.
+The quantized ones need bitsandbytes, whose kernels run on CPUs too.
 """
 
 from __future__ import annotations
@@ -308,5 +308,5 @@ def test_layers_that_could_not_be_saved_again_are_refused(tmp_path: Path, bits: 
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     settings = replace(adapted(bits=bits), path=str(tmp_path))
-    with pytest.raises(UserError, match="GPT2LMHeadModel cannot be quantised"):
+    with pytest.raises(UserError, match="GPT2LMHeadModel cannot be quantized"):
         LanguageModel.open("", settings, device=CPU, dtype=torch.float32)

@@ -211,14 +211,14 @@ def test_what_is_not_set_is_as_the_source_has_it(ppo, whitens, reduction, kl_est
     [
         ({"estimator": "grpo"}, "set ppo.group_size to 2 or more"),
         ({"estimator": "rloo", "group_size": 3}, "not a multiple of ppo.group_size=3"),
-        ({"estimator": "grpo", "group_size": 2, "whiten_rewards": True}, "leave it out"),
+        ({"estimator": "grpo", "group_size": 2, "whiten_rewards": True}, "leave it unset"),
         ({"estimator": "remax", "critic_warmup_steps": 1}, "has no critic"),
-        ({"critic_warmup_steps": 100}, "leaves none of the 100 steps to the policy"),
+        ({"critic_warmup_steps": 100}, "leaves none of the 100 steps for the policy"),
         ({"objective": "cispo", "dual_clip": 3.0}, "bounds the clipped objective"),
         ({"kl_in": "loss", "kl_estimator": "k1"}, "is no penalty"),
         ({"estimator": "rloo", "group_size": 2, "gamma": 0.9}, "leave ppo.gamma at 1"),
         ({"estimator": "remax", "gamma": 0.9}, "leave ppo.gamma at 1"),
-        ({"kl_coef": 0.0, "adaptive_kl": AdaptiveKLConfig()}, "give it a start"),
+        ({"kl_coef": 0.0, "adaptive_kl": AdaptiveKLConfig()}, "set it above 0"),
     ],
 )
 def test_settings_that_do_not_go_together(ppo, message):
@@ -231,7 +231,7 @@ def test_groups_must_be_whole_and_of_one_prompt():
     rollout = engine.generate(PROMPTS[:4])
     engine.estimate_advantages(rollout, [0.5] * 8)
     for order in (torch.tensor([0, 2, 1, 3]), torch.arange(7)):
-        with pytest.raises(ValueError, match="groups of 2 responses to one"):
+        with pytest.raises(ValueError, match="groups of 2 consecutive responses to a prompt"):
             engine.estimate_advantages(rollout.select(order), [0.5] * len(order))
 
 

@@ -211,7 +211,7 @@ def test_an_endpoint_that_is_not_there() -> None:
 @pytest.mark.parametrize("value", [float("nan"), datetime.date(2026, 1, 1), torch.ones(2)])
 def test_columns_that_are_no_json_are_refused(server: Server, value: Any) -> None:
     reward = HTTPReward(server.url, RewardEndpointConfig())
-    with pytest.raises(UserError, match="no valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         reward(PROMPTS, RESPONSES, FINISHED, {"x": [1.0, value, 2.0]})
     assert server.requests == []
 

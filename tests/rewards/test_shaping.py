@@ -95,7 +95,7 @@ def test_the_length_penalty_is_the_soft_overlong_punishment_of_dapo():
 
 def test_a_penalty_beside_a_replacement_would_do_nothing() -> None:
     both = RewardConfig(missing_eos_score=0.0, missing_eos_penalty=0.5)
-    with pytest.raises(UserError, match="missing_eos_penalty would do nothing"):
+    with pytest.raises(UserError, match="missing_eos_penalty would have no effect"):
         check_settings(PPOConfig(reward=both))
     for one in ({"missing_eos_score": 0.0}, {"missing_eos_penalty": 0.5}):
         check_settings(PPOConfig(reward=RewardConfig(**one)))

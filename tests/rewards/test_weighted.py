@@ -128,7 +128,7 @@ def test_each_kind_is_loaded(tmp_path, reward_folders, monkeypatch):
         ({"sources": [{"path": "a"}, {}]}, r"sources\[1\] must set one .* sets none of them"),
         ({"sources": [{"path": "a", "url": "http://b"}]}, r"sources\[0\] .* sets path and url"),
         ({"sources": [{"path": "a", "name": "x"}] * 2}, "Two rewards are named 'x'"),
-        ({"sources": [{"path": "a", "name": "x/y"}]}, "'x/y' does not fit"),
+        ({"sources": [{"path": "a", "name": "x/y"}]}, "'x/y' cannot be used"),
         ({"url": "http://a", "weights": [1, 2]}, r"2 numbers for 1 rewards \(a\)"),
     ],
 )
@@ -143,8 +143,8 @@ def test_settings_that_are_ambiguous(settings, message):
         (3, r"must be a function or a name, but is 3 \(int\)"),
         ([length, None], r"but is None \(NoneType\)"),
         ([], "No reward was given"),
-        ({"a b": length}, "'a b' does not fit"),
-        ({3: length}, "3 does not fit"),
+        ({"a b": length}, "'a b' cannot be used"),
+        ({3: length}, "3 cannot be used"),
     ],
 )
 def test_python_rewards_that_are_none(given, message):
@@ -233,7 +233,7 @@ def test_each_model_of_the_policys_tokenizer_reads_tokens(reward_folders, monkey
 
 
 def test_a_model_without_its_tokenizer_is_no_reward() -> None:
-    with pytest.raises(UserError, match=r"LlamaForCausalLM alone is no reward: pass its folder"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM alone cannot be one: pass its folder"):
         load(tiny_model())
 
 

@@ -1,4 +1,4 @@
-"""Responses of several turns: the environment's tokens are read, and nothing else."""
+"""Multi-turn responses: the environment's tokens are read, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def messages(*texts: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Lets the policy say what a test wants: turn by turn, a text for each row that goes on."""
+    """Lets the policy say what a test wants: turn by turn, a text for each row that continues."""
 
     def script(*turns: list[Continuation]) -> None:
         left = list(turns)
@@ -167,7 +167,7 @@ def test_a_reward_model_of_its_own_tokenizer_reads_the_turns(scripted):
 def test_messages_are_no_answer_to_a_text(scripted):
     engine = engine_with(lambda prompts, turns: [{"role": "tool", "content": "x"}])
     scripted([say("a")])
-    with pytest.raises(UserError, match="To a prompt that is text"):
+    with pytest.raises(UserError, match="must answer a text prompt with text"):
         engine.generate(["text"])
 
 

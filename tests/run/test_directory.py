@@ -102,7 +102,7 @@ def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run to go on with"):
+    with pytest.raises(UserError, match="no run to resume"):
         RunDirectory(tmp_path / "absent", PPOConfig(), resume=True)
     assert not (tmp_path / "absent").exists()
     with pytest.raises(UserError, match=r"needs run\.output_dir"):

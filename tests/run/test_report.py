@@ -1,4 +1,4 @@
-"""The picture of a run: drawn from whatever metrics there are."""
+"""The plot of a run: drawn from whatever metrics there are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: YAML and overrides in, validated dataclasses out; every mistake told at once."""
+"""Settings: YAML and overrides in, validated dataclasses out; all problems are reported at once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Evaluation on held-out prompts: what it measures, when it stops a run, what it keeps; and that
-training does not notice it."""
+training is not affected."""
 
 from __future__ import annotations
 
@@ -460,7 +460,7 @@ def test_patience_ends_the_run_and_the_best_is_kept(model, tmp_path, monkeypatch
     assert not same(weights(run / "best"), weights(run / "policy"))
 
     patient = replace(again, evaluation=replace(again.evaluation, patience=3))
-    PPOTrainer(model, letters, PROMPTS, config=patient).train()  # with more, it goes on
+    PPOTrainer(model, letters, PROMPTS, config=patient).train()  # with more, it continues
     assert len(rows(run / "metrics.jsonl")) == 7
     assert json.loads((run / "best" / "best.json").read_text()) == {"step": 5, "score": 9.0}
 

@@ -146,7 +146,7 @@ def test_the_recorded_settings_name_what_was_trained(model, tmp_path):
 
 
 def test_a_prompt_leaves_room_for_its_response(model, tmp_path):
-    with pytest.raises(UserError, match="reads 2048 tokens in all"):
+    with pytest.raises(UserError, match="context has only 2048 tokens"):
         PPOTrainer(
             model,
             length_reward,

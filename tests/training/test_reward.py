@@ -283,7 +283,7 @@ def test_long_pairs_are_cut_and_counted(folder):
     pairs[1] = {"prompt": "Same start?", "chosen": "y" * 300 + "a", "rejected": "y" * 300 + "b"}
     made = trainer(folder, pairs=pairs, data={"max_tokens": 64})
     notes = " ".join(made.notes)
-    assert "were cut to 64 tokens" in notes and "equal as tokens" in notes
+    assert "were truncated to 64 tokens" in notes and "with the same tokens" in notes
     encoded = [*made.training, *made.held_out]
     assert len(encoded) == 31
     assert max(map(len, encoded)) == 64
@@ -297,7 +297,7 @@ def test_responses_that_are_cut_to_the_same_tokens_leave_a_ranking(folder):
     rankings[0] = {"prompt": "Same start?", "responses": answers, "ranks": [0, 1, 2]}
     made = trainer(folder, pairs=rankings, data={"max_tokens": 64, "eval_fraction": 0.0})
     assert made.training[0].ranks == [0, 2]
-    assert "equal as tokens" in " ".join(made.notes)
+    assert "with the same tokens" in " ".join(made.notes)
 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", None])
@@ -326,7 +326,7 @@ def test_no_more_tokens_are_kept_than_the_model_has_positions():
         GPT2ForSequenceClassification(config), pairs, settings, tiny_tokenizer()
     )
     assert made.train_step(made.training)["reward/loss"] > 0
-    assert max(map(len, made.training)) == 64 and "cut to 64 tokens" in " ".join(made.notes)
+    assert max(map(len, made.training)) == 64 and "truncated to 64 tokens" in " ".join(made.notes)
 
 
 def test_a_chat_that_the_template_refuses_is_named_or_skipped(folder):

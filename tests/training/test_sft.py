@@ -1,5 +1,5 @@
 """Supervised fine-tuning: its loss is the plain formula's, packing changes nothing, it learns,
-resumes, and hands its result on."""
+resumes, and saves its result."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def bloom() -> BloomForCausalLM:
 
 
 def model_without_positions() -> Any:
-    """It takes position ids and passes them over."""
+    """It takes position ids and ignores them."""
     model = tiny_model()
     inner = model.forward
     model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
@@ -305,7 +305,9 @@ def test_a_run_is_not_resumed_on_other_data(folder: str, tmp_path: Path, rows: A
 
     made(examples()).train()
     metrics = (tmp_path / "run/metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=r"examples are not those that the run in .* began with"):
+    with pytest.raises(
+        UserError, match=r"examples are not those of the run in .*, so held-out ones"
+    ):
         made(rows, resume=True).train()
     assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
     assert made(examples(), resume=True).train()["eval/loss"] > 0
@@ -341,7 +343,7 @@ def test_long_examples_are_cut_and_counted(folder: str) -> None:
     rows[1]["prompt"] = "long " * 100
     rows[2]["response"] = "long " * 100
     made = trainer(folder, rows=rows, data={"max_tokens": 64, "eval_fraction": 0.0})
-    assert f"of {len(rows)} training examples were cut to 64 tokens" in " ".join(made.notes)
+    assert f"of {len(rows)} training examples were truncated to 64 tokens" in " ".join(made.notes)
     assert max(map(len, made.training)) == 64
     assert all(any(example.trained) and not example.trained[0] for example in made.training)
 
@@ -360,7 +362,7 @@ def test_examples_without_a_common_prompt_stay_apart(folder: str) -> None:
         ({"model": "/no/such/model"}, "/no/such/model"),
         ({"model": ""}, "No model was given"),
         ({"rows": [{"prompt": "a"}]}, r"demonstrations\[0\]: no column 'response'"),
-        ({"rows": [{"prompt": "a", "response": "b"}]}, "too few to hold some out"),
+        ({"rows": [{"prompt": "a", "response": "b"}]}, "too few for a held-out set"),
         ({"rows": "absent.jsonl"}, "absent.jsonl does not exist"),
         ({"trackers": ["wandb"]}, "wandb"),
         ({"settings": {"trainable_layers": 9}}, "trainable_layers is 9"),

@@ -1,4 +1,4 @@
-"""What the kernels share: reading tokens, accurate functions, estimates of the KL divergence."""
+"""What the kernels share: token loads, accurate functions, estimates of the KL divergence."""
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
 import triton
@@ -17,14 +17,14 @@ def number(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def load(pointer, offsets, keep, DTYPE: tl.constexpr):
-    """In DTYPE; 0, and nothing is read, where not `keep`."""
+    """Load in DTYPE; 0, without reading, where not `keep`."""
     return tl.load(pointer + offsets, mask=keep, other=0.0).to(DTYPE)
 
 
 @triton.jit
 def places(LANES: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr):
-    """[LANES, EACH]: 0, 1, 2, …, so laid out that a lane's EACH are in one thread. ALIGNED: side by
-    side, to be read at once; else so that a warp's are side by side."""
+    """[LANES, EACH]: 0, 1, 2, …, laid out so that a lane's EACH are in one thread. ALIGNED:
+    adjacent, to be read at once; else so that a warp's are adjacent."""
     if ALIGNED:
         return tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     else:
@@ -33,7 +33,7 @@ def places(LANES: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def read(pointer, offsets, inside, WHOLE: tl.constexpr):
-    """What is inside (all, with WHOLE), 0 beside it."""
+    """Load what is inside (all, with WHOLE), 0 outside."""
     if WHOLE:
         return tl.load(pointer + offsets)
     else:
@@ -42,7 +42,7 @@ def read(pointer, offsets, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def write(pointer, offsets, x, inside, WHOLE: tl.constexpr):
-    """Where `read` reads."""
+    """The positions that `read` reads."""
     if WHOLE:
         tl.store(pointer + offsets, x)
     else:
@@ -57,7 +57,7 @@ def logit_row(i, inner, outer_stride, inner_stride):
 
 @triton.jit
 def is_real(mask, offsets, inside):
-    """Which tokens are inside and, where there is a mask, True in it."""
+    """Whether tokens are inside and, where there is a mask, unmasked."""
     if mask is None:
         return inside
     else:
@@ -98,7 +98,7 @@ def expm1(x):
 
 @triton.jit
 def tanh(x):
-    """By e^(-2|x|) - 1, which loses no digits near 0."""
+    """tanh by e^(-2|x|) - 1, which loses no digits near 0."""
     size = tl.abs(x)
     size = tl.where(size > 40.0, 40.0, size)  # NaN stays
     e = expm1(-2.0 * size)
@@ -133,7 +133,7 @@ def furthest(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), accurate at both ends."""
+    """log(1 + e^x), accurate for large x of either sign."""
     far = tl.abs(x) > furthest(x)
     return tl.maximum(x, 0.0) + log1p(tl.where(far, 0.0, exp(tl.where(far, 0.0, -tl.abs(x)))))
 
@@ -165,7 +165,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def total(partials, column, programs, SIZE: tl.constexpr):
-    """Of the partial sums `[columns, programs]`, one column's, in float64 and in order."""
+    """The sum of one column of the partial sums `[columns, programs]`, in float64 and in order."""
     found = number(0.0, tl.float64)
     for start in range(0, programs, SIZE):
         p = start + tl.arange(0, SIZE)

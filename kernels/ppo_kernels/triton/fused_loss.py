@@ -1,4 +1,4 @@
-"""What a loss with ready-made gradients has left to do in its backward pass."""
+"""The backward pass of a loss whose gradients were computed in the forward pass."""
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
 import triton
@@ -9,7 +9,7 @@ from ppo_kernels.dispatch import on
 from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, processors
 
 TILE = 4096
-PROGRAMS = 2  # for each multiprocessor, at most
+PROGRAMS = 2  # per multiprocessor, at most
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)

@@ -2,19 +2,19 @@
 
   A_t = r_t - V_t + c_{t+1},   c_t = gamma V_t + gamma lam A_t
 
-All that a token takes from its right is the carry c, which at the end of a sequence is
+All that a token needs from its right is the carry c, which at the end of a sequence is
 gamma bootstrap + score. As a function of the carry to its right, a real token's is
 
   c_t = u_t + gamma lam c_{t+1},   u_t = gamma lam r_t + (gamma - gamma lam) V_t,
 
-and a masked token hands on what it gets; in float64 for every dtype, so that the rounding errors of
-a long sequence do not pile up. Such functions compose, so a tile of tokens is a scan, of
+and a masked token passes it on as is; in float64 for every dtype, so that the rounding errors of
+a long sequence do not accumulate. Such functions compose, so a tile of tokens is a scan, of
 the token to the right of each: reversed addresses, one further. Its inputs are read twice, the
 second time from the cache.
 
 Many rows: a program walks through the tiles of one, from the end. Few long ones would leave most of
-the GPU idle: there, chunks of a row find out what they do to a carry, and then each takes together
-those to its right. The moments of all rows are merged by a last program.
+the GPU idle: there, chunks of a row first compute their functions of the carry, and then each
+composes those to its right. The moments of all rows are merged by a last program.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -28,9 +28,9 @@ from ppo_kernels.triton.common import is_real, kl_estimate, load, number
 from ppo_kernels.triton.launch import OPTIONS, SIZES, TOKENS, processors, row
 
 TILE = 512  # tokens of a row at a time, where a program walks through it
-CHUNK = 1024  # tokens of a long row for a program
+CHUNK = 1024  # tokens of a long row per program
 TOKENS_PER_WARP = 128  # 4 a thread: of 8, some registers would be spilled
-SUMMARIES = 64  # chunks that are taken together at a time
+SUMMARIES = 64  # chunks that are composed at a time
 PARTIALS = 1024  # moments that are merged at a time
 
 
@@ -149,7 +149,7 @@ def walk(
     out_row: tl.int64, kl_coef: tl.float64, gamma: tl.float64, gamma_lam: tl.float64,
     ESTIMATOR: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A program for each sequence, which it walks through from the end."""
+    """One program per sequence, which it walks through from the end."""
     DTYPE: tl.constexpr = advantages.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
     first, length = _sequence(cu_seqlens, b, T)
@@ -285,7 +285,7 @@ def merge(
     each sequence from those of its chunks (the others)."""
     i = tl.arange(0, SIZE)
     if tl.program_id(0) == 0:
-        # About the first mean, so that a large one cancels nothing.
+        # About the first mean, so that a large one causes no cancellation.
         origin = tl.load(partials + 1, mask=count > 0, other=0.0).to(tl.float64)
         zero = number(0.0, tl.float64)
         n_sum, d_sum, m2_sum = zero, zero, zero
@@ -330,8 +330,8 @@ def gae(
     kl: Tensor | None,
     moments: Tensor | None,
 ) -> None:
-    """Fill the last four, contiguous ones, in the accumulation dtype; with `rewards`, the first
-    two of them alone."""
+    """Fill the last four arguments, contiguous and in the accumulation dtype; with `rewards`, only
+    the first two of them."""
     device = values.device
     tokens = tuple(map(side_by_side, (rewards, logprobs, ref_logprobs, values, mask)))
     scores, bootstrap = side_by_side(scores), side_by_side(bootstrap)

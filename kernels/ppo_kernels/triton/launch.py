@@ -1,4 +1,4 @@
-"""What launching a kernel takes on the host. Nothing here waits for the device."""
+"""What launching a kernel needs on the host. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-# Arguments that nothing is specialised on: a new length compiles nothing anew. Not among them are a
+# Arguments that nothing is specialized on: a new length compiles nothing anew. Not among them are a
 # vocabulary and what is a multiple of it, a model's own: that 16 divides them makes for wide loads.
 SIZES = [
     "T", "count", "inner", "seed", "prompts", "candidates",
@@ -24,7 +24,7 @@ TOKENS = [
     "mask", "scores", "ranks", "bootstrap", "cu_seqlens", "moments", "x",
 ]  # fmt: skip
 
-# Products and sums become one operation. Said aloud, as triton's default is about to change.
+# Products and sums become one operation. Explicit, as triton's default is about to change.
 OPTIONS = {"enable_fp_fusion": True}
 
 _INTERPRETED_PROCESSORS = 8
@@ -45,7 +45,7 @@ def row(x: Tensor | None) -> int:
 
 def logit_rows(logits: Tensor) -> tuple[Tensor, int, int, int]:
     """The logits, and (inner, outer stride, inner stride) of their rows in at most two dimensions:
-    a copy where more cannot be told so."""
+    a copy where the strides need more."""
     if logits.ndim > 3:
         logits = logits.flatten(0, -3)
     if logits.ndim == 3:

@@ -1,4 +1,4 @@
-"""`token_logprobs`: log-prob of the target y and entropy of softmax(z / T), a program for each row.
+"""`token_logprobs`: log-prob of the target y and entropy of softmax(z / T), one program per row.
 
 The target is kept apart from the other classes, so that nothing cancels where it has nearly all of
 the probability. In one pass over j != y, with M the largest z_j of the others (each lane has its
@@ -60,9 +60,9 @@ def _capped(x, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _summed(z, m, sums, dots, scale, ENTROPY: tl.constexpr):
-    """The running M, S and U of each lane, with these logits too."""
+    """Update the running M, S and U of each lane with these logits."""
     m_new = tl.maximum(m, tl.max(z, 1))
-    # -inf as long as there is none: then 0 is as good.
+    # -inf as long as there is none: then use 0.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     down = tl.where(m == float("-inf"), 0.0, (m - m_safe) * scale)
     factor = tl.exp2(down)
@@ -83,7 +83,7 @@ def forward(
     inner: tl.int64, outer_stride: tl.int64, inner_stride: tl.int64, count: tl.int64,
     CAPPED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A row each; `state` `[2, count]` takes M and log_norm."""
+    """One row per program; `state` `[2, count]` takes M and log_norm."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
     ENTROPY: tl.constexpr = entropy is not None
     SIZE: tl.constexpr = LANES * EACH
@@ -123,7 +123,7 @@ def forward(
     s = tl.sum(sums * factor)
     alone = alone & (s == 0.0)
     log_s = tl.where(alone, float("-inf"), log_from_one(tl.where(alone, 1.0, s)))
-    # What is no class has no log-prob; nothing is read beside the row.
+    # What is not a class has no log-prob; nothing outside the row is read.
     z_y = tl.load(logits + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(DTYPE)
     z_y = _capped(z_y, cap, CAPPED)
     log_odds = (z_y - top) / number(temperature, DTYPE) - log_s
@@ -138,7 +138,7 @@ def forward(
         tl.store(entropy + i, h + tl.where(rest == 0.0, 0.0, rest * of_others))
     if state is not None:
         tl.store(state + i, top)
-        # Where y is alone, any number does: the others' 2^d is 0.
+        # Where y is alone, any value works: the others' 2^d is 0.
         log_norm = (log_s + softplus(log_odds)) * LOG2_E
         tl.store(state + count + i, tl.where(alone, 0.0, log_norm))
 
@@ -148,7 +148,7 @@ def _gradient(
     x, j, y, at_y, m, log_norm, scale, at_0, slope, inverse_t, softcap, ENTROPY: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Of the logits x, at the places j: at_0 + slope log2 p is g + g_H (log p + H)."""
+    """The gradient of the logits x at the indices j: at_0 + slope log2 p is g + g_H (log p + H)."""
     z = _capped(x, softcap, CAPPED)
     log_p = (z - m) * scale - log_norm
     p = tl.exp2(log_p)
@@ -168,7 +168,7 @@ def backward(
     inner_stride: tl.int64, count: tl.int64, CAPPED: tl.constexpr, LANES: tl.constexpr,
     EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A row each; `grad_logits` is contiguous, `[count, vocab]`, and may be the logits."""
+    """One row per program; `grad_logits` is contiguous, `[count, vocab]`, and may be the logits."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
     OUT: tl.constexpr = grad_logits.dtype.element_ty
     ENTROPY: tl.constexpr = grad_entropy is not None
@@ -221,7 +221,7 @@ def _tiling(logits: Tensor, rows: list[int], most: int) -> tuple[tuple[int, int,
     lane, `most` bytes in all."""
     each, vocab = 16 // logits.element_size(), max(logits.shape[-1], 1)
     lanes = min(max(triton.next_power_of_2(triton.cdiv(vocab, each)), 32), most // 16)
-    # By 16 elements, which is what triton looks for.
+    # By 16 elements, which is what triton checks.
     aligned = logits.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in (vocab, *rows[1:]))
     return (lanes, each, aligned), max(lanes // 32, 1)
 
@@ -235,8 +235,8 @@ def token_logprobs(
     entropy: Tensor | None,
     state: Tensor | None,
 ) -> None:
-    """Fill the last three, contiguous ones, from logits whose rows are contiguous; an infinite
-    softcap is none."""
+    """Fill the last three arguments, contiguous, from logits whose rows are contiguous; an infinite
+    softcap means none."""
     if not targets.numel():
         return
     logits, *rows = logit_rows(logits)
@@ -260,7 +260,7 @@ def token_logprobs_backward(
     state: Tensor,
     grad_logits: Tensor,
 ) -> None:
-    """Fill the last, a contiguous one."""
+    """Fill the last argument, contiguous."""
     if not targets.numel():
         return
     logits, *rows = logit_rows(logits)

@@ -3,7 +3,7 @@
   mean of -log sigmoid(s+ - s- - margin) + center_coef (s+ + s-)^2
   mean over prompts of the mean over its pairs of -log sigmoid(s_better - s_worse)
 
-Programs leave partial sums, which a last program adds up in a fixed order.
+Programs store partial sums, which a last program adds up in a fixed order.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -53,7 +53,7 @@ def pairs(
     margin: tl.float64, center_coef: tl.float64, ALIGNED: tl.constexpr, LANES: tl.constexpr,
     EACH: tl.constexpr,
 ):  # fmt: skip
-    """Every so many tiles of pairs each."""
+    """A grid-stride loop over tiles of pairs."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SIZE: tl.constexpr = LANES * EACH
     center, margin = number(center_coef, DTYPE), number(margin, DTYPE)
@@ -113,12 +113,12 @@ def pairwise_loss(
     grad_chosen: Tensor | None,
     grad_rejected: Tensor | None,
 ) -> None:
-    """Fill the last four, contiguous ones."""
+    """Fill the last four arguments, contiguous."""
     count = len(chosen)
     margins = None if margins is None else margins.contiguous()
     given = (chosen.contiguous(), rejected.contiguous(), margins)
     aligned = all(x is None or x.data_ptr() % 16 == 0 for x in given)
-    each = EACH if aligned else 1  # of more, some registers would be spilled
+    each = EACH if aligned else 1  # with more, some registers would be spilled
     programs = min(triton.cdiv(count, LANES * each), PROGRAMS * processors(loss.device))
     partials = loss.new_empty(COLUMNS, programs)
     with on(loss.device):
@@ -147,7 +147,7 @@ def count_ranked(
     ranks, counts, prompts: tl.int64, candidates: tl.int64, ranks_row: tl.int64,
     PROMPTS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """How many prompts have any pair; a part each."""
+    """Partial counts of the prompts that have a pair."""
     found = tl.zeros((PROMPTS,), tl.int32)
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     for first in range(program * PROMPTS, prompts, programs * PROMPTS):
@@ -163,7 +163,7 @@ def rankings(
     counters: tl.int64, scores_row: tl.int64, ranks_row: tl.int64, PROMPTS: tl.constexpr,
     SIZE: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """Some prompts at a time: one response of each against all others of it."""
+    """Some prompts at a time: one response of each against all its others."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
     p = tl.arange(0, COUNTERS)
     ranked = tl.sum(tl.load(counts + p, mask=p < counters, other=0)).to(tl.float64)
@@ -222,7 +222,7 @@ def ranking_totals(partials, loss, stats, programs: tl.int64, SIZE: tl.constexpr
 def ranking_loss(
     scores: Tensor, ranks: Tensor, loss: Tensor, stats: Tensor, grad_scores: Tensor | None
 ) -> None:
-    """Fill the last three, contiguous ones."""
+    """Fill the last three arguments, contiguous."""
     given = side_by_side(scores), side_by_side(ranks)
     prompts, candidates = scores.shape
     rows = tuple(map(row, given))

@@ -5,7 +5,7 @@
         w (-clip(rho, 1 - low, 1 + high) A log pi) + … with the objective "cispo"
   L   = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
 
-Programs leave partial sums, which a last program adds up in a fixed order.
+Programs store partial sums, which a last program adds up in a fixed order.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -49,8 +49,8 @@ def sequence_ratios(
     logprobs, old_logprobs, mask, cu_seqlens, ratios, T: tl.int64, sequences: tl.int64,
     logprobs_row: tl.int64, old_row: tl.int64, mask_row: tl.int64, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Of a sequence each, into `[2, sequences]`: the mean log-ratio of its real tokens, and the
-    ratio that it makes."""
+    """One sequence per program, into `[2, sequences]`: the mean log-ratio of its real tokens, and
+    its ratio."""
     b = tl.program_id(0).to(tl.int64)
     first, length = T * 0, T
     if cu_seqlens is not None:
@@ -85,8 +85,8 @@ def policy(
     ESTIMATOR: tl.constexpr, LOOKUP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
     EACH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every so many tiles of tokens each. Masked tokens are read, as a lane's are read at once, and
-    put to 0."""
+    """A grid-stride loop over tiles of tokens. Masked tokens are read, as a lane's are read at
+    once, and set to 0."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SIZE: tl.constexpr = LANES * EACH
     weight = mean_weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
@@ -224,7 +224,7 @@ def value(
     mask_row: tl.int64, denominator: tl.float64, clip: tl.float64, LOOKUP: tl.constexpr,
     ALIGNED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every so many tiles of tokens each, as in `policy`; an infinite `clip` is none."""
+    """A grid-stride loop over tiles of tokens; an infinite `clip` means none."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SIZE: tl.constexpr = LANES * EACH
     weight = mean_weight(denominator, denominator_pointer, counts, counters).to(DTYPE)
@@ -232,7 +232,7 @@ def value(
     zeros = tl.zeros((LANES,), DTYPE)
     losses, clipped_count, values_sum, errors, reals = zeros, zeros, zeros, zeros, zeros
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    # Each lane sums its returns about the largest of its first: a large mean cancels nothing.
+    # Each lane sums its returns about the largest of its first: no cancellation by a large mean.
     origins = zeros
     deviations, squares = zeros, zeros
     whole = count // SIZE
@@ -331,7 +331,7 @@ def ppo_policy_loss(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
-    """Fill the last four."""
+    """Fill the last four arguments."""
     mask, cu_seqlens = side_by_side(given.mask), given.cu_seqlens
     tokens = (
         *map(side_by_side, (given.logprobs, given.old_logprobs, given.advantages)),
@@ -377,7 +377,7 @@ def ppo_value_loss(
     stats: Tensor,
     grad_values: Tensor | None,
 ) -> None:
-    """Fill the last three; an infinite `clip_range` is none."""
+    """Fill the last three arguments; an infinite `clip_range` means none."""
     mask = side_by_side(mask)
     tokens = (*map(side_by_side, (values, old_values, returns)), mask)
     with on(loss.device):

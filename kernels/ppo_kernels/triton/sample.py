@@ -1,4 +1,4 @@
-"""`sample`: a token from each row of logits, and its log-prob, a program for each row.
+"""`sample`: a token from each row of logits, and its log-prob, one program per row.
 
 One pass for the maximum and the sum of e^{z/T}, and one for the first token at which the running
 sum exceeds u times that, u a random number. With top-k or top-p, the lowest logit that is kept is
@@ -64,7 +64,7 @@ def _largest_and_weight(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The largest logit, and the weight of all, in one pass: each lane has its own maximum until
-    the end."""
+    the last step."""
     m = tl.full((LANES,), float("-inf"), DTYPE)
     sums = tl.zeros((LANES,), DTYPE)
     for start in range(0, vocab, LANES * EACH):
@@ -102,7 +102,7 @@ def draw(
     outer_stride: tl.int64, inner_stride: tl.int64, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     SIZE: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A row each."""
+    """One row per program."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
     logits += logit_row(i, inner, outer_stride, inner_stride)
@@ -128,7 +128,7 @@ def draw(
     goal = word.to(tl.float64) * 2.3283064365386963e-10 * weight  # 2^-32
 
     token = vocab + i * 0
-    last = i * 0  # the last one that can be drawn, where rounding leaves the goal out of reach
+    last = i * 0  # the last one that can be drawn, where rounding keeps the sum below the goal
     passed = number(0.0, tl.float64)
     start = i * 0
     while (token == vocab) & (start < vocab):
@@ -157,14 +157,14 @@ def sample(
     tokens: Tensor,
     logprobs: Tensor,
 ) -> None:
-    """Fill the last two, contiguous ones."""
+    """Fill the last two arguments, contiguous."""
     if not tokens.numel():
         return
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     logits, *rows = logit_rows(logits)
     vocab = logits.shape[-1]
-    # The running sums take registers: of more logits a thread, some would be spilled.
+    # The running sums take registers: with more logits a thread, some would be spilled.
     size = min(max(triton.next_power_of_2(vocab), 64), _TILE_BYTES // logprobs.element_size())
     warps = 8 if size * logprobs.element_size() >= 4096 else 4
     each = 16 // logits.element_size()

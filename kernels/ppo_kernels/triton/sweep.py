@@ -1,4 +1,4 @@
-"""How a loss goes over its tokens: where they are, and by what their sum is divided.
+"""How a loss iterates over its tokens: where they are, and by what their sum is divided.
 
 A gradient needs the denominator of the mean, so where that is a number of tokens or of sequences,
 these are counted first, from the mask alone.
@@ -22,8 +22,8 @@ COUNTERS = tl.constexpr(1024)  # programs that count, at most
 
 @triton.jit
 def token_places(i, T, cu_seqlens, sequences, steps, LOOKUP: tl.constexpr):
-    """(sequence, place in its row) of the tokens i. A packed batch is one row; so are all rows of
-    a padded one where nothing has to be looked up."""
+    """(sequence, position in its row) of the tokens i. A packed batch is one row; so are all rows
+    of a padded one where nothing has to be looked up."""
     if not LOOKUP:
         return i * 0, i
     elif cu_seqlens is None:
@@ -40,7 +40,7 @@ def token_places(i, T, cu_seqlens, sequences, steps, LOOKUP: tl.constexpr):
 
 @triton.jit
 def token_at(b, t, row, LOOKUP: tl.constexpr):
-    """From the first token on; of tokens in one piece said so that they can be read wide."""
+    """The offset of a token; just `t` where all are in one piece, so that loads are wide."""
     if LOOKUP:
         return b * row + t
     else:
@@ -49,7 +49,7 @@ def token_at(b, t, row, LOOKUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TOKENS)
 def weigh(mask, cu_seqlens, row_weights, T: tl.int64, mask_row: tl.int64, SIZE: tl.constexpr):
-    """1 over the number of real tokens, or 0, of a sequence each."""
+    """One sequence per program: 1 over its number of real tokens, or 0."""
     b = tl.program_id(0).to(tl.int64)
     first, length = T * 0, T
     if cu_seqlens is not None:
@@ -72,7 +72,7 @@ def count_partly(
     mask, row_weights, counts, count: tl.int64, T: tl.int64, mask_row: tl.int64,
     LOOKUP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens are real, or else (with `row_weights`) sequences; a part each."""
+    """Partial counts of the real tokens, or (with `row_weights`) of sequences that have any."""
     found = tl.zeros((LANES,), tl.int32)
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     begins = program * LANES
@@ -100,7 +100,7 @@ def count_partly(
 
 @triton.jit
 def mean_weight(denominator, denominator_pointer, counts, counters):
-    """1 over the denominator; in float64, as a GPU's division is none too exact in float32."""
+    """1 over the denominator; in float64, as a GPU's float32 division is not exact."""
     if counts is not None:
         p = tl.arange(0, COUNTERS)
         found = tl.sum(tl.load(counts + p, mask=p < counters, other=0).to(tl.int64)).to(tl.float64)
@@ -112,7 +112,7 @@ def mean_weight(denominator, denominator_pointer, counts, counters):
 
 
 class Sweep:
-    """How a loss goes over its tokens, and what it divides by; launches what counts that."""
+    """How a loss iterates over its tokens, and its denominator; launches what counts that."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Sweep:
         like: Tensor,
         of_sequences: bool = False,
     ) -> None:
-        """`of_sequences`: each token's sequence is asked for, whatever the reduction."""
+        """`of_sequences`: each token's sequence is needed, whatever the reduction."""
         first = tokens[0]
         assert first is not None
         weighed = reduction == "sequence_mean"
