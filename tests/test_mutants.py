@@ -1,0 +1,34 @@
+"""The bugs that `make mutants` plants are still there to be planted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import mutants
+import pytest
+from faults import FAULTS
+
+
+def test_every_text_to_be_replaced_stands_once_in_its_file() -> None:
+    mutants.check(FAULTS)
+
+
+def test_every_bug_has_a_name_of_its_own_in_its_file() -> None:
+    names = Counter((fault.file, fault.name) for fault in FAULTS)
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"file": "ppo_engine/gone.py"}, "there is no such file"),
+        ({"old": "no such text"}, "stands there 0 times"),
+        ({"old": "import"}, "times, not once"),
+        ({"new": "def :"}, "it is not Python"),
+        ({"tests": ("test_gone",)}, "there is no test file test_gone.py"),
+    ],
+)
+def test_a_bug_that_cannot_be_planted_is_told(changes, problem) -> None:
+    with pytest.raises(SystemExit, match=problem):
+        mutants.check([replace(FAULTS[0], **changes)])
