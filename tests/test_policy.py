@@ -176,6 +176,21 @@ def test_a_trained_bias_is_not_the_references():
     assert policy.model.lm_head.bias.requires_grad and not policy.shares_head(reference)
 
 
+def test_only_frozen_and_equal_parameters_are_shared():
+    one, other = tiny_model(), tiny_model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    for model in (one, other):
+        model.requires_grad_(False)
+    other.model.norm.weight.requires_grad_(True)
+    expected = {name: p.clone() for name, p in other.named_parameters()}
+    models.share_frozen_parameters(other, one)
+    theirs = dict(one.named_parameters())
+    apart = {n for n, p in other.named_parameters() if p.data_ptr() != theirs[n].data_ptr()}
+    assert apart == {"model.layers.0.mlp.up_proj.weight", "model.norm.weight"}
+    assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
+
+
 def test_states_under_one_head_are_compared_at_once():
     policy = open_policy(tiny_model(), ModelConfig(trainable_layers=1))
     reference = policy.reference()
