@@ -204,7 +204,7 @@ class _FirstFailure:
         self.begin_with, self.where = begin_with, ""
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items.sort(key=lambda item: _name(item.nodeid) != self.begin_with)
+        items.sort(key=lambda item: not _name(item.nodeid).startswith(self.begin_with))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
