@@ -144,6 +144,7 @@ def test_every_step_of_the_policy_is_that_of_the_formula(monkeypatch, ppo, more)
         apart = torch.linspace(-0.5, 0.5, logprobs.numel()).view_as(logprobs)
         rollout = dataclasses.replace(rollout, logprobs=logprobs - apart)
     experience = engine.estimate_advantages(rollout, SCORES)
+    assert (experience.is_weights is not None) == ("importance_cap" in ppo)
     steps = record(engine, monkeypatch).policy
     metrics = engine.update(experience)
 

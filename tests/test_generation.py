@@ -136,8 +136,10 @@ def test_greedy_responses_have_the_environments_turns_too():
     engine = moved_engine(
         model=model,
         ppo={"estimator": "remax", "group_size": 2},
-        environment_function=lambda prompts, turns, hint: [f" {h}!" for h in hint],
-        environment=EnvironmentConfig(max_turns=2),
+        environment_function=lambda prompts, turns, hint: [
+            None if h == "a" else f" {h}!" for h in hint
+        ],
+        environment=EnvironmentConfig(max_turns=3),
     )
     rollout = engine.generate(PROMPTS, {"hint": ["a", "b", "c"]})
     for of_whom, size in ((rollout, 2), (rollout.greedy, 1)):
@@ -145,8 +147,10 @@ def test_greedy_responses_have_the_environments_turns_too():
             TOKENIZER.decode(ids[there])
             for ids, there in zip(of_whom.response_ids, of_whom.environment_mask, strict=True)
         ]
-        answers = [f" {hint}!" for hint in "abc" for _ in range(size)]
-        assert any(heard) and all(h in ("", a) for h, a in zip(heard, answers, strict=True))
+        # The first prompt's conversations are over when the others still go on.
+        answers = [answer for answer in ("", " b!", " c!") for _ in range(size)]
+        assert all(h in ("", a, 2 * a) for h, a in zip(heard, answers, strict=True))
+        assert any(heard[size:])
     greedy = rollout.greedy
     for row in range(len(PROMPTS)):
         text, own = alone(greedy, row)
@@ -175,6 +179,18 @@ def test_every_token_that_the_checkpoint_names_ends_a_response(named):
         last.add(tokens[n - 1])
     if named is not None:
         assert (last & ends) - {EOS}
+
+
+def test_no_token_is_sampled_after_the_last_end():
+    """One pass of the model where every token ends a response."""
+    model = sharp_model()
+    model.generation_config.eos_token_id = [token for token in range(259) if token != PAD]
+    engine = moved_engine(model=model)
+    passes = []
+    hook = engine.policy.model.register_forward_hook(lambda *_: passes.append(1))
+    rollout = engine.generate(["Hi"])
+    hook.remove()
+    assert rollout.finished.all() and len(passes) == 1
 
 
 def test_the_pad_token_ends_no_response():
