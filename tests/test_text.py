@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from ppo_engine.text import encode_dialogue, encode_prompt
+from ppo_engine.text import encode_dialogue, encode_prompt, encode_turns
 
 TOKENIZER = tiny_tokenizer()
 END = "<|im_end|>"
@@ -38,6 +38,16 @@ def test_a_dialogue_loses_its_prompts_start_first(prompt, limit, finished, expec
 
 def test_a_chat_prompt_asks_for_the_answer() -> None:
     assert shown(encode_prompt(TOKENIZER, CHAT)) == ASKED
+
+
+def test_an_answer_is_learned_up_to_its_last_end() -> None:
+    """One that holds an end itself too, and nothing of what the template writes behind it."""
+    turns = [{"role": "assistant", "content": f"a{END}b"}]
+    [(ids, trained)] = encode_turns(TOKENIZER, CHAT, turns, {TOKENIZER.eos_token_id})
+    assert shown([t for t, learned in zip(ids, trained, strict=True) if learned]) == (
+        f"a{END}b{END}"
+    )
+    assert shown(ids) == f"{ASKED}a{END}b{END}"
 
 
 def test_a_template_writes_every_special_token_itself() -> None:
