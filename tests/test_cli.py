@@ -142,6 +142,14 @@ def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> N
     assert (config.ppo.kl_coef, config.ppo.lam) == (0.3, 1.0)
 
 
+def test_a_file_goes_before_what_grpo_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("settings.yaml").write_text("ppo: {group_size: 4, kl_coef: 0.3}\n")
+    config = resolved(PPOConfig, capsys, "grpo", "--config", "settings.yaml", "ppo.kl_coef=0.2")
+    assert isinstance(config, PPOConfig)
+    expected = PPOSettings(estimator="grpo", group_size=4, kl_in="loss", kl_coef=0.2)
+    assert config.ppo == expected
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reward", "--output-dir", "out", "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []

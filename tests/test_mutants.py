@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -32,3 +34,16 @@ def test_every_bug_has_a_name_of_its_own_in_its_file() -> None:
 def test_a_bug_that_cannot_be_planted_is_told(changes, problem) -> None:
     with pytest.raises(SystemExit, match=problem):
         mutants.check([replace(FAULTS[0], **changes)])
+
+
+@pytest.mark.slow
+def test_a_planted_bug_is_caught_in_a_copy() -> None:
+    name = "the bound without its second term"
+    [fault] = [fault for fault in FAULTS if fault.name == name]
+    before = (mutants.ROOT / fault.file).read_text()
+    command = [sys.executable, mutants.__file__, "--only", name]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "1 of 1 planted bugs caught: 100.0%" in found.stdout
+    assert "caught by test_best_of_n.py::test_the_kl_bound" in found.stdout
+    assert (mutants.ROOT / fault.file).read_text() == before
