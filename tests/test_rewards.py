@@ -43,7 +43,7 @@ def length(prompts, responses):
 def reward_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Two reward models in folders of the same name: of the policy's tokenizer, and of another."""
     found = []
-    for seed, chat_template in enumerate((True, False)):
+    for seed, chat_template in enumerate((True, False), start=1):  # 0 is the policy's
         folder = tmp_path_factory.mktemp("reward")
         tokenizer = tiny_tokenizer(chat_template)
         start = tiny_model_folder(folder, chat_template, seed)

@@ -15,7 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from ppo_engine import RewardModelTrainer, SFTConfig, SFTTrainer
 from ppo_engine.config import (
@@ -344,6 +350,16 @@ def test_long_examples_are_cut_and_counted(folder: str) -> None:
     assert f"of {len(rows)} training examples were cut to 64 tokens" in " ".join(made.notes)
     assert max(map(len, made.training)) == 64
     assert all(any(example.trained) and not example.trained[0] for example in made.training)
+
+
+def test_no_more_tokens_are_kept_than_the_model_has_positions() -> None:
+    config = GPT2Config(vocab_size=259, n_positions=64, n_embd=32, n_layer=1, n_head=2,
+                        bos_token_id=None, eos_token_id=258)  # fmt: skip
+    rows = examples()
+    rows[1]["response"] = "long " * 100
+    made = trainer(GPT2LMHeadModel(config), rows=rows, data={"eval_fraction": 0.0})
+    assert max(map(len, made.training)) == 64
+    assert made.train_step(made.training)["sft/loss"] > 0
 
 
 def test_examples_without_a_common_prompt_stay_apart(folder: str) -> None:
