@@ -137,6 +137,15 @@ def test_held_out_prompts_bring_their_columns(model: str, tmp_path: Path) -> Non
         assert row["score"] == pytest.approx(score)
 
 
+def test_held_out_prompts_are_in_no_batch(model: str) -> None:
+    settings = replace(config(), evaluation=EvaluationConfig(prompts=2))
+    trainer = PPOTrainer(model, numbers, ROWS, config=settings)
+    held_out = [example.prompt for example in trainer.evaluator.examples]
+    asked = [example.prompt for step in range(5) for example in trainer.batch(step)]
+    assert len(held_out) == 2 and len(set(asked)) == 3
+    assert {*held_out, *asked} == {row["prompt"] for row in ROWS}
+
+
 def test_long_held_out_prompts_are_refused_too(model: str, tmp_path: Path) -> None:
     file = tmp_path / "held_out.jsonl"
     file.write_text(json.dumps({"prompt": "long " * 50}) + "\n")
