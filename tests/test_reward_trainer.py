@@ -329,6 +329,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(folder, tmp_path):
     with pytest.raises(Killed):
         killed.train()
     assert not (tmp_path / "cut/reward_model").exists()
+    assert [f.name for f in (tmp_path / "cut/checkpoints").iterdir()] == ["step-000002"]
 
     torch.manual_seed(123)  # another process would stand elsewhere
     resumed = trainer(

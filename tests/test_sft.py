@@ -35,6 +35,7 @@ from ppo_engine.config import (
 )
 from ppo_engine.data.packing import can_pack, stack_rows
 from ppo_engine.errors import UserError
+from ppo_engine.supervised import mean_by_cluster
 
 
 def examples(count: int = 32) -> list[dict[str, Any]]:
@@ -315,6 +316,27 @@ def test_a_run_is_not_resumed_on_other_data(folder: str, tmp_path: Path, rows: A
         made(rows, resume=True).train()
     assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
     assert made(examples(), resume=True).train()["eval/loss"] > 0
+
+
+def test_nor_with_other_held_out_examples(folder: str, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+
+    def made(answer: str, **run: Any) -> SFTTrainer:
+        held_out.write_text(json.dumps({"prompt": "Q", "response": answer}) + "\n")
+        data = {"eval_path": str(held_out)}
+        return trainer(folder, tmp_path / "run", examples(8), data=data, **run)
+
+    made("one").train()
+    with pytest.raises(UserError, match="are not those"):
+        made("two", resume=True).train()
+
+
+def test_clusters_without_observations_are_none() -> None:
+    """Two of them, of mean 1: sqrt(2/1 (1 + 1)) / 4."""
+    found = mean_by_cluster(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([2.0, 2.0, 0.0]))
+    assert found == pytest.approx((1.0, 0.5))
+    mean, error = mean_by_cluster(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0]))
+    assert mean == 1.5 and math.isnan(error)
 
 
 @pytest.mark.parametrize(
