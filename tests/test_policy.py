@@ -176,6 +176,18 @@ def test_a_trained_bias_is_not_the_references():
     assert policy.model.lm_head.bias.requires_grad and not policy.shares_head(reference)
 
 
+def test_weights_are_trained_in_fp32_and_the_references_not_at_all():
+    policy = open_policy(tiny_model().bfloat16())
+    reference = policy.reference()
+    for model, trained in ((policy.model, True), (reference.model, False)):
+        assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {
+            (torch.float32, trained)
+        }
+    with torch.no_grad():
+        policy.model.model.norm.weight.add_(1)
+    assert not torch.equal(policy.model.model.norm.weight, reference.model.model.norm.weight)
+
+
 def test_only_frozen_and_equal_parameters_are_shared():
     one, other = tiny_model(), tiny_model()
     with torch.no_grad():
