@@ -28,6 +28,7 @@ from ppo_engine.config import GenerationConfig as Sampling
 from ppo_engine.config import ModelConfig
 from ppo_engine.errors import UserError
 from ppo_engine.policy import Policy, _Head
+from ppo_engine.value_model import load_value_model, save_value_model
 from ppo_kernels import ppo_policy_loss, token_logprobs
 
 CPU = torch.device("cpu")
@@ -329,6 +330,14 @@ def test_a_saved_policy_brings_its_tokenizer(tmp_path):
     policy = open_policy(tiny_model_folder(tmp_path))
     policy.save(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == "<|pad|>"
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+    tokenizer = tiny_tokenizer()
+    scores = load_value_model(tiny_model_folder(tmp_path), tokenizer, device=CPU)
+    save_value_model(scores, tokenizer, tmp_path / "reward_model")
+    with pytest.raises(UserError, match="reward_model' scores texts and writes none"):
+        open_policy(str(tmp_path / "reward_model"))
 
 
 def test_trainable_layers_beyond_the_model_are_refused():
