@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 
-.PHONY: demo smoke test fuzz sanitize valgrind lint bench build clean
+.PHONY: demo smoke test mutants fuzz sanitize valgrind lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## the whole method on an embedded model, about 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -18,6 +18,9 @@ smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute
 
 test: $(VENV)/dev.stamp  ## everything that runs without a GPU
 	$(BIN)/python -m pytest -q -n 2
+
+mutants: $(VENV)/dev.stamp  ## bugs planted in ppo_engine, one at a time: which do the tests see?
+	$(BIN)/python tests/mutants.py
 
 # FUZZ_SEED=2000 goes on where this ends.
 fuzz: $(VENV)/dev.stamp  ## FUZZ_CASES random cases of each op and instruction set, 10 minutes

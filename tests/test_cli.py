@@ -17,7 +17,10 @@ from ppo_engine import cli
 from ppo_engine.rewards.best_of_n import expected_best
 from ppo_engine.settings.files import load_config
 from ppo_engine.settings.schema import (
+    DemoConfig,
+    GenerateConfig,
     PPOConfig,
+    PPOSettings,
     RewardConfig,
     RewardModelConfig,
     RewardSource,
@@ -72,6 +75,37 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cls", "arguments", "expected"),
+    [
+        (PPOConfig, ["ppo", "--profile"], {"profile": True, "ppo": PPOSettings()}),
+        (PPOConfig, ["ppo"], {"profile": False}),
+        (
+            PPOConfig,
+            ["grpo", "ppo.kl_coef=0.5"],
+            {"ppo": PPOSettings(estimator="grpo", group_size=8, kl_in="loss", kl_coef=0.5)},
+        ),
+        (DemoConfig, ["demo", "--smoke"], {"smoke": True, "algorithm": "ppo"}),
+        (
+            DemoConfig,
+            ["demo", "--algorithm", "grpo", "--seed", "3", "--output-dir", "d", "--model", "m"],
+            {"smoke": False, "algorithm": "grpo", "seed": 3, "output_dir": "d", "model": "m"},
+        ),
+        (
+            GenerateConfig,
+            ["generate", "--n", "3", "--prompt", "x"],
+            {"responses": 3, "prompt": "x"},
+        ),
+        (GenerateConfig, ["generate", "--output-dir", "d"], {"output": "d/responses.jsonl"}),
+    ],
+)
+def test_switches_become_settings(
+    cls: type, arguments: list[str], expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = resolved(cls, capsys, *arguments)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
     ("rewards", "expected"),
     [
         (["some/folder/my.py:f"], RewardConfig(function="some/folder/my.py:f")),
@@ -106,6 +140,14 @@ def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> N
     assert isinstance(config, PPOConfig)
     assert (config.steps, config.run.seed) == (6, 2)
     assert (config.ppo.kl_coef, config.ppo.lam) == (0.3, 1.0)
+
+
+def test_a_file_goes_before_what_grpo_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("settings.yaml").write_text("ppo: {group_size: 4, kl_coef: 0.3}\n")
+    config = resolved(PPOConfig, capsys, "grpo", "--config", "settings.yaml", "ppo.kl_coef=0.2")
+    assert isinstance(config, PPOConfig)
+    expected = PPOSettings(estimator="grpo", group_size=4, kl_in="loss", kl_coef=0.2)
+    assert config.ppo == expected
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +294,9 @@ def test_generate_scores_and_shows_the_best_of_n(
     assert "Scores" not in capsys.readouterr().err
     flags = ["generate", "--model", model, "--prompt", "One", "generation.max_new_tokens=2"]
     assert cli.main([*flags, "--reward", "reward.py:b"]) == 0
-    assert "±" not in capsys.readouterr().err.split("Scores of 1 prompt, 1 response each")[1]
+    shown = capsys.readouterr()
+    assert "±" not in shown.err.split("Scores of 1 prompt, 1 response each")[1]
+    assert json.loads(shown.out)["prompt"] == [{"role": "user", "content": "One"}]  # a chat model
 
 
 @pytest.mark.parametrize(
@@ -262,6 +306,7 @@ def test_generate_scores_and_shows_the_best_of_n(
         ({"text": "x"}, "prompts.jsonl:2: no column 'prompt'"),
         ({"prompt": " "}, "prompts.jsonl:2: empty prompt"),
         ({"prompt": "x" * 2000}, "prompts.jsonl:2: prompt too long: 2000 tokens"),
+        ({"prompt": "x" * 1500}, "1500 tokens, more than data.max_prompt_tokens = 1024"),
     ],
 )
 def test_bad_prompts_stop_before_anything_is_written(

@@ -11,6 +11,7 @@ from tiny import tiny_tokenizer
 
 from ppo_engine.data.prompts import (
     PromptExample,
+    columns_of,
     limit_prompts,
     load_prompts,
     prompts_from_sequence,
@@ -106,3 +107,19 @@ def test_prompt_that_the_template_refuses() -> None:
     examples, _ = prompts_from_sequence([[USER, USER]])
     with pytest.raises(UserError, match=r"prompts\[0\]: refused .*roles must alternate"):
         limit_prompts(examples, strict, 100)
+
+
+def test_columns_that_some_rows_lack_hold_none() -> None:
+    rows = [{"prompt": "a", "x": 1}, {"prompt": "b", "y": 2}, {"prompt": "c", "x": 3}]
+    examples, _ = prompts_from_sequence(rows)
+    assert columns_of(examples) == {"x": [1, None, 3], "y": [None, 2, None]}
+
+
+@pytest.mark.parametrize(("limit", "room"), [(5, 99), (99, 5)])
+def test_a_prompt_may_have_as_many_tokens_as_the_limit_and_the_room(limit: int, room: int) -> None:
+    examples = [PromptExample("a" * n, {}, f"row {n}") for n in range(1, 8)]
+    kept, skipped = limit_prompts(examples, TEXT, limit, room=room, on_bad_line="skip")
+    assert [len(str(example.prompt)) for example in kept] == [1, 2, 3, 4, 5]
+    assert skipped.total == 2
+    with pytest.raises(UserError, match=r"row 6: prompt too long: 6 tokens, more than .* = 5"):
+        limit_prompts(examples, TEXT, limit, room=room)

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from ppo_engine.demo import model as demo_model
 from ppo_engine.demo import run_demo
-from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS
+from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
 from ppo_engine.errors import UserError
-from ppo_engine.settings.schema import DemoConfig
+from ppo_engine.settings.files import load_config
+from ppo_engine.settings.schema import DemoConfig, PPOConfig, RewardModelConfig
 
 pytest.importorskip("vaderSentiment", reason="the optional group `demo` is not installed")
 
@@ -22,7 +23,8 @@ pytest.importorskip("vaderSentiment", reason="the optional group `demo` is not i
 def test_smoke_runs_every_stage(tmp_path, algorithm):
     out = io.StringIO()
     console = Console(file=out, width=120)
-    config = DemoConfig(algorithm=algorithm, smoke=True, output_dir=str(tmp_path / "demo"))
+    folder = str(tmp_path / "demo")
+    config = DemoConfig(algorithm=algorithm, smoke=True, output_dir=folder, seed=1)
     summary = run_demo(config, console)
     folder = tmp_path / "demo"
     assert json.loads((folder / "summary.json").read_text())["rise"] == summary["rise"]
@@ -33,6 +35,17 @@ def test_smoke_runs_every_stage(tmp_path, algorithm):
     assert summary["before"]["kl"] == 0.0  # the policy is the reference
     assert summary["after"]["kl"] != 0.0
     assert "stands in for the people" in out.getvalue().replace("\n", " ")
+    before, after = summary["before"], summary["after"]
+    asked = [prompt_about(topic)[0]["content"] for topic in HELD_OUT_TOPICS[:16]]
+    assert before["prompts"] == after["prompts"] == asked
+    rises = [b - a for a, b in zip(before["sentiments"], after["sentiments"], strict=True)]
+    assert summary["rise"] == pytest.approx(sum(rises) / 16, abs=1e-6)
+    assert before["vader"] == pytest.approx(sum(before["sentiments"]) / 16, abs=1e-6)
+    assert before["responses"] != after["responses"]
+    reward = load_config(RewardModelConfig, str(folder / "reward" / "config.yaml"))
+    policy = load_config(PPOConfig, str(folder / algorithm / "config.yaml"))
+    assert (reward.run.seed, policy.run.seed) == (1, 1)
+    assert policy.reward.path == str(folder / "reward" / "reward_model")
 
 
 def test_training_never_sees_a_held_out_topic():

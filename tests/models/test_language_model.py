@@ -27,7 +27,9 @@ from transformers.utils import logging as transformers_logging
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, freezing, loading, precision
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.loading import save_model
 from ppo_engine.models.output_head import OutputHead
+from ppo_engine.models.value_model import load_value_model
 from ppo_engine.rollout.generation import generate
 from ppo_engine.settings.schema import GenerationConfig as Sampling
 from ppo_engine.settings.schema import ModelConfig
@@ -183,6 +185,33 @@ def test_a_trained_bias_is_not_the_references():
     assert policy.model.lm_head.bias.requires_grad and not policy.shares_head(reference)
 
 
+def test_weights_are_trained_in_fp32_and_the_references_not_at_all():
+    policy = open_policy(tiny_model().bfloat16())
+    reference = policy.reference()
+    for model, trained in ((policy.model, True), (reference.model, False)):
+        assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {
+            (torch.float32, trained)
+        }
+    with torch.no_grad():
+        policy.model.model.norm.weight.add_(1)
+    assert not torch.equal(policy.model.model.norm.weight, reference.model.model.norm.weight)
+
+
+def test_only_frozen_and_equal_parameters_are_shared():
+    one, other = tiny_model(), tiny_model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    for model in (one, other):
+        model.requires_grad_(False)
+    other.model.norm.weight.requires_grad_(True)
+    expected = {name: p.clone() for name, p in other.named_parameters()}
+    freezing.share_frozen_parameters(other, one)
+    theirs = dict(one.named_parameters())
+    apart = {n for n, p in other.named_parameters() if p.data_ptr() != theirs[n].data_ptr()}
+    assert apart == {"model.layers.0.mlp.up_proj.weight", "model.norm.weight"}
+    assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
+
+
 def test_states_under_one_head_are_compared_at_once():
     policy = open_policy(tiny_model(), ModelConfig(trainable_layers=1))
     reference = policy.reference()
@@ -310,6 +339,14 @@ def test_a_saved_policy_brings_its_tokenizer(tmp_path):
     policy = open_policy(tiny_model_folder(tmp_path))
     policy.save(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == "<|pad|>"
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+    tokenizer = tiny_tokenizer()
+    scores = load_value_model(tiny_model_folder(tmp_path), tokenizer, device=CPU)
+    save_model(scores, tokenizer, tmp_path / "reward_model")
+    with pytest.raises(UserError, match="reward_model' scores texts and writes none"):
+        open_policy(str(tmp_path / "reward_model"))
 
 
 def test_trainable_layers_beyond_the_model_are_refused():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ppo_engine.errors import UserError
-from ppo_engine.models.optimizer import clip_gradients, make_optimizer, make_scheduler
+from ppo_engine.models.optimizer import Learner, clip_gradients, make_optimizer, make_scheduler
 from ppo_engine.settings.schema import OptimizerConfig
 
 
@@ -64,6 +64,46 @@ def test_cosine_schedule():
 def test_warmup_rises_from_above_zero():
     config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_fraction=0.4)
     assert learning_rates(config, 10) == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_decay_begins_behind_the_warm_up_and_ends_at_zero(schedule):
+    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_fraction=0.5)
+    optimizer = make_optimizer(small_model(), config)
+    scheduler = make_scheduler(optimizer, config, 8)
+    rates = [scheduler.lr_lambdas[0](step) for step in range(12)]
+    decay = {"linear": [1, 0.75, 0.5, 0.25], "cosine": [1, 0.8535534, 0.5, 0.1464466]}[schedule]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *decay, 0, 0, 0, 0])
+
+
+def test_biases_and_norms_are_trained():
+    model = small_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = make_optimizer(model, OptimizerConfig(learning_rate=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old - 0.1, atol=1e-5, rtol=0)
+
+
+def test_a_learners_step_by_hand():
+    """Adam's first step is lr g / (|g| + eps), of the gradient that was clipped."""
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    config = OptimizerConfig(learning_rate=0.1, eps=1.0, max_grad_norm=0.5)
+    learner = Learner(model, config, 4, "the policy")
+    assert learner.learning_rate == pytest.approx(0.1)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert learner.step().item() == pytest.approx(5.0)
+    moved = torch.tensor([[1 - 0.1 * 0.3 / 1.3, 2 - 0.1 * 0.4 / 1.4]])
+    torch.testing.assert_close(model.weight.detach(), moved, atol=1e-5, rtol=0)
+    assert model.weight.grad is None
+    assert learner.learning_rate == pytest.approx(0.075)
+    model.weight.grad = torch.full((1, 2), float("nan"))
+    with pytest.raises(UserError, match="the policy, step 2 is not finite"):
+        learner.step()
 
 
 def test_gradients_are_clipped_to_the_norm():

@@ -10,7 +10,7 @@ import torch
 from engines import PROMPTS, experience_of, make_engine
 
 from ppo_engine.errors import UserError
-from ppo_engine.ppo.estimators import ESTIMATORS, Evidence
+from ppo_engine.ppo.estimators import ESTIMATORS, Evidence, equal_groups
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import AdaptiveKLConfig, GenerationConfig, PPOConfig, PPOSettings
 
@@ -137,6 +137,23 @@ def test_advantages_are_those_of_the_formula(name):
     torch.testing.assert_close(shaped.kl, kl, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "lam"), [("gae", 0.7), ("monte_carlo", 1.0), ("td", 0.0)])
+def test_whitened_rewards_are_discounted_as_others(name, lam):
+    """The rewards of all tokens, the score's among them, are divided by their deviation first."""
+    x = evidence()
+    rows = responses(x)
+    every = [r for row in rows for r in token_rewards(row, row["score"])]
+    scale = math.sqrt(sum((r - mean(every)) ** 2 for r in every) / len(every))
+    shaped = ESTIMATORS[name](x, settings_of(name, whiten_rewards=True))
+    for row in rows:
+        rewards = [r / scale for r in token_rewards(row, row["score"])]
+        values = [*row["values"], 0.0]
+        deltas = [r + 0.9 * values[t + 1] - values[t] for t, r in enumerate(rewards)]
+        expected = torch.tensor(to_go(deltas, 0.9 * lam), dtype=torch.float64)
+        found = shaped.advantages[row["row"], row["places"]]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_no_penalty_in_the_rewards_where_it_is_in_the_loss(name):
     found = ESTIMATORS[name](evidence(kl_coef=0.0), settings_of(name))
@@ -241,6 +258,8 @@ def test_groups_without_a_signal_are_counted():
     scores = [1.0, 1.0, 0.5, 0.6, 2.0, 2.0, 3.0, 3.0]
     metrics = engine.update(engine.estimate_advantages(rollout, scores))
     assert metrics["objective/equal_groups"] == 0.75
+    of_four = torch.tensor([1.0, 1.0, 2.0, 3.0, 4.0, 4.0, 4.0, 4.0])  # two alike are no group
+    assert equal_groups(of_four, PPOSettings(estimator="grpo", group_size=4)) == 0.5
 
 
 def test_the_critic_warms_up_alone():

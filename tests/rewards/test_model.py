@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import tiny_model_folder, tiny_tokenizer
+from tokenizers import pre_tokenizers
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.loading import save_model
@@ -48,6 +49,17 @@ def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_mode
     assert len(set(by_text.tolist())) == 3 and not by_text.requires_grad
 
 
+def test_each_response_has_its_own_score_in_its_place(reward_model):
+    """As plain transformers scores each alone."""
+    expected = []
+    for prompt, response, finished in zip(PROMPTS, RESPONSES, FINISHED, strict=True):
+        ids = encode_dialogue(reward_model.tokenizer, prompt, response, 1000, finished)
+        expected.append(reward_model.model(torch.tensor([ids])).logits.item())
+    found = reward_model(PROMPTS, RESPONSES, FINISHED)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert not any(p.requires_grad for p in reward_model.model.parameters())
+
+
 def test_an_unfinished_response_is_scored_without_eos(reward_model):
     done, cut = reward_model(["Say a.", "Say a."], ["aa", "aa"], [True, False])
     assert done != cut
@@ -60,6 +72,11 @@ def test_a_reward_model_keeps_to_its_token_limit(reward_model):
     scores = short(["left out " * 9, "xx"], ["abc", "abc"], [True, True])
     assert scores[0] == pytest.approx(scores[1].item())
     assert scores[0] != pytest.approx(reward_model(["xx"], ["abc"], [True]).item())
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])  # of tokens too it reads the last
+    real = torch.ones_like(ids)
+    last = reward_model.score_tokens(ids[:, 2:], real[:, 2:])
+    torch.testing.assert_close(short.score_tokens(ids, real), last)
+    assert short.score_tokens(ids, real) != reward_model.score_tokens(ids, real)
 
 
 def test_a_tokenizer_that_pads_with_eos_is_given_a_pad_token(reward_model):
@@ -80,3 +97,10 @@ def test_same_tokenizer_looks_at_vocabulary_and_template():
     larger = tiny_tokenizer()
     larger.add_tokens(["<new>"])
     assert not same_tokenizer(tiny_tokenizer(), larger)
+    other_end = tiny_tokenizer()
+    other_end.eos_token = "<|im_start|>"
+    assert not same_tokenizer(tiny_tokenizer(), other_end)
+    other_words = tiny_tokenizer()
+    other_words.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert other_words.get_vocab() == tiny_tokenizer().get_vocab()
+    assert not same_tokenizer(tiny_tokenizer(), other_words)

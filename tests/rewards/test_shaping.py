@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,18 @@ def test_statistics_merge_over_rollouts_then_stay_and_survive_a_checkpoint():
 
 def test_equal_scores_stay_finite():
     assert ScoreNormalizer()(torch.full((4,), 2.0)).tolist() == [0.0] * 4
+    normalizer = ScoreNormalizer(responses=4)
+    normalizer(torch.full((4,), 2.0))
+    assert normalizer(torch.tensor([3.0])).tolist() == [1.0]  # they have no scale to divide by
+
+
+def test_the_length_penalty_is_of_what_the_policy_wrote():
+    said = rollout([6, 4], [True, True])
+    heard = torch.zeros_like(said.mask)
+    heard[0, 1:4] = True
+    said = replace(said, mask=said.mask & ~heard, environment_mask=heard)
+    shaped = shape_scores(torch.zeros(2), said, RewardConfig(length_penalty=1.0), None)
+    assert shaped.tolist() == [-3.0, -4.0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def length(prompts, responses):
 def reward_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Two reward models in folders of the same name: of the policy's tokenizer, and of another."""
     found = []
-    for seed, chat_template in enumerate((True, False)):
+    for seed, chat_template in enumerate((True, False), start=1):  # 0 is the policy's
         folder = tmp_path_factory.mktemp("reward")
         tokenizer = tiny_tokenizer(chat_template)
         start = tiny_model_folder(folder, chat_template, seed)
@@ -152,6 +153,10 @@ def test_python_rewards_that_are_none(given, message):
         load(given)
 
 
+def test_what_is_given_goes_before_the_settings():
+    assert list(load(length, function="no.such:reward").by_name) == ["length"]
+
+
 def test_names_are_as_given_or_numbered():
     assert list(load({"short": length, "b": vowels}).by_name) == ["short", "b"]
     assert list(load([length, length, vowels]).by_name) == ["length", "length_2", "vowels"]
@@ -193,6 +198,20 @@ def test_the_total_is_the_weighted_sum():
     torch.testing.assert_close(engine.score(rollout), expected)
     plain = make_engine([vowels, length])
     torch.testing.assert_close(plain.score(rollout), each["vowels"] + each["length"])
+
+
+def test_a_reward_is_told_all_that_is_known_of_the_responses():
+    seen: list[Any] = []
+
+    def spy(*told: Any) -> torch.Tensor:
+        seen.append(told)
+        return torch.arange(3.0)
+
+    rollout = make_engine(length).generate(PROMPTS, {"n": [1, 2, 3]})
+    rollout = replace(rollout, finished=torch.tensor([True, False, True]))
+    each = Rewards({"spy": spy}, None, tiny_tokenizer()).score_each(rollout)  # type: ignore[dict-item]
+    assert seen == [(PROMPTS, rollout.responses, [True, False, True], {"n": [1, 2, 3]})]
+    assert each["spy"].tolist() == [0, 1, 2]
 
 
 def test_metrics_are_of_the_scores_before_weights():

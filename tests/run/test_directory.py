@@ -58,6 +58,15 @@ def test_rewind_forgets_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert lines(run.metrics_file)[-1] == {"step": 3, "x": 30}
 
 
+def test_rewind_forgets_a_line_without_its_end(tmp_path: Path) -> None:
+    """To which the next one would be joined."""
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+    run.metrics_file.write_text('{"step": 1}\n{"step": 2}')
+    run.rewind(2)
+    run.log_metrics(2, {})
+    assert lines(run.metrics_file) == [{"step": 1}, {"step": 2}]
+
+
 def test_folder_in_use_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"not empty: choose another run\.output_dir") as caught:

@@ -21,6 +21,7 @@ from tiny import tiny_model_folder
 
 from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
+from ppo_engine.rollout import generation
 from ppo_engine.rollout.sampling import Continuation
 from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import (
@@ -296,6 +297,30 @@ def test_a_conversation_is_measured_in_the_policys_tokens(model, tmp_path, monke
     assert found.metrics["eval/response_length"] == 2 * 5
     assert found.metrics["eval/kl"] == 0.0 and found.metrics["eval/win_rate"] == 0.5
     assert all("Go on." in row["response"] for row in found.samples)
+
+
+def test_perplexity_is_of_all_tokens_alike(model, tmp_path, monkeypatch):
+    """However long the response that they stand in is."""
+    evaluator = trained_evaluator(model, tmp_path, prompts=5)
+
+    def answer(row: list[int]) -> list[int]:
+        return [40 + len(row)] * (1 + 3 * (len(row) % 4))
+
+    monkeypatch.setattr(
+        generation, "sample",
+        lambda policy, rows, *_, **__: [Continuation(answer(row), False, []) for row in rows],
+    )  # fmt: skip
+    found = evaluate(evaluator).metrics
+    nlls = []
+    for prompt in HELD_OUT:
+        asked = evaluator.engine.policy.tokenizer(prompt)["input_ids"]
+        ids = [*asked, *answer(asked)]
+        with torch.no_grad():
+            logprobs = evaluator.engine.reference.model(torch.tensor([ids])).logits.log_softmax(-1)
+        nlls.append([-logprobs[0, t - 1, ids[t]].item() for t in range(len(asked), len(ids))])
+    total = sum(map(sum, nlls)) / sum(map(len, nlls))
+    assert abs(total - statistics.mean(map(statistics.mean, nlls))) > 0.001
+    assert found["eval/ref_perplexity"] == pytest.approx(math.exp(total), rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["copy", "adapter off"])

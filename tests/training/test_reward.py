@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,75 @@ def test_the_loss_of_rankings_is_the_mean_over_prompts_of_the_mean_over_pairs(fo
     assert found["reward/accuracy"] == pytest.approx(sum(wins) / len(wins), rel=1e-5)
 
 
+def test_the_loss_of_pairs_by_hand(folder):
+    """With margins and the centering in training; held-out figures have no centering."""
+    pairs = planted_pairs(32)
+    for index, pair in enumerate(pairs):
+        pair.update({"margin": index / 8} if index % 3 else {})
+    made = trainer(folder, pairs=pairs, reward={"micro_batch_size": 3, "center_coef": 0.3})
+    with torch.no_grad():
+        made.model.score.weight.mul_(20)  # scores far enough from 0 for each part to show
+
+    def expected(rankings):
+        found = [(a, b, ranking.margin or 0.0)
+                 for ranking, [(a, _), (b, _)] in zip(rankings, scored(made, rankings), strict=True)
+                 ]  # fmt: skip
+        return (
+            sum(math.log1p(math.exp(-(a - b - m))) for a, b, m in found) / len(found),
+            sum((a + b) ** 2 for a, b, _ in found) / len(found),
+            sum(a > b for a, b, _ in found) / len(found),
+            sum(a - b for a, b, _ in found) / len(found),
+        )
+
+    loss, _, accuracy, margin = expected(made.held_out)
+    found = made.evaluate()
+    assert found["eval/loss"] == pytest.approx(loss, rel=1e-4)
+    assert found["eval/accuracy"] == pytest.approx(accuracy)
+    assert found["eval/margin"] == pytest.approx(margin, rel=1e-4)
+    batch = made.mini_batch(0)
+    assert len(batch) == 8 and {ranking.margin is None for ranking in batch} == {True, False}
+    loss, squares, accuracy, margin = expected(batch)
+    assert 0.3 * squares > 0.1
+    found = made.train_step(batch)
+    assert found["reward/loss"] == pytest.approx(loss + 0.3 * squares, rel=1e-4)
+    assert found["reward/accuracy"] == pytest.approx(accuracy)
+    assert found["reward/margin"] == pytest.approx(margin, rel=1e-4)
+
+
+def test_the_learning_rate_falls_over_all_steps(folder, tmp_path):
+    made = trainer(folder, tmp_path / "run", rate=2e-3, reward={"epochs": 2})
+    assert (len(made.training), len(made.held_out)) == (24, 8)
+    made.train()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    rates = [line["reward/learning_rate"] for line in lines[1:]]
+    assert rates == pytest.approx([2e-3 * (6 - step) / 6 for step in range(6)])
+
+
+def test_the_seed_says_what_is_held_out_and_in_which_order_the_rest_comes(folder):
+    def texts(made, rankings):
+        return [made.tokenizer.decode(ranking.rows[0]) for ranking in rankings]
+
+    held_out, orders, heads = [], [], []
+    for seed in (0, 0, 1, 2):
+        made = trainer(folder, seed=seed)
+        held_out.append(texts(made, made.held_out))
+        heads.append(made.model.score.weight.tolist())
+        whole = trainer(folder, seed=seed, data={"eval_fraction": 0.0})
+        orders.append(texts(whole, whole.mini_batch(0)))
+    for found in (held_out, orders, heads):
+        assert found[0] == found[1]
+        assert found[1] != found[2] != found[3] != found[1]
+
+
+def test_speed_counts_every_token_that_is_read(folder, monkeypatch):
+    made = trainer(folder)
+    batch = made.mini_batch(0)
+    clock = iter([1.0, 3.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    tokens = sum(len(row) for ranking in batch for row in ranking.rows)
+    assert made.train_step(batch)["tokens_per_second"] == pytest.approx(tokens / 2)
+
+
 def test_each_ranked_response_is_read_once(folder):
     made = trainer(folder, pairs=planted_rankings(32))
     read, forward = [], made._forward
@@ -244,6 +314,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(folder, tmp_path):
     with pytest.raises(Killed):
         killed.train()
     assert not (tmp_path / "cut/reward_model").exists()
+    assert [f.name for f in (tmp_path / "cut/checkpoints").iterdir()] == ["step-000002"]
 
     torch.manual_seed(123)  # another process would stand elsewhere
     resumed = trainer(

@@ -15,7 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from ppo_engine import RewardModelTrainer, SFTConfig, SFTTrainer
 from ppo_engine.errors import UserError
@@ -29,6 +35,7 @@ from ppo_engine.settings.schema import (
     RunConfig,
     SFTSettings,
 )
+from ppo_engine.training.supervised import mean_by_cluster
 
 
 def examples(count: int = 32) -> list[dict[str, Any]]:
@@ -313,6 +320,27 @@ def test_a_run_is_not_resumed_on_other_data(folder: str, tmp_path: Path, rows: A
     assert made(examples(), resume=True).train()["eval/loss"] > 0
 
 
+def test_nor_with_other_held_out_examples(folder: str, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+
+    def made(answer: str, **run: Any) -> SFTTrainer:
+        held_out.write_text(json.dumps({"prompt": "Q", "response": answer}) + "\n")
+        data = {"eval_path": str(held_out)}
+        return trainer(folder, tmp_path / "run", examples(8), data=data, **run)
+
+    made("one").train()
+    with pytest.raises(UserError, match="are not those"):
+        made("two", resume=True).train()
+
+
+def test_clusters_without_observations_are_none() -> None:
+    """Two of them, of mean 1: sqrt(2/1 (1 + 1)) / 4."""
+    found = mean_by_cluster(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([2.0, 2.0, 0.0]))
+    assert found == pytest.approx((1.0, 0.5))
+    mean, error = mean_by_cluster(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0]))
+    assert mean == 1.5 and math.isnan(error)
+
+
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
@@ -346,6 +374,16 @@ def test_long_examples_are_cut_and_counted(folder: str) -> None:
     assert f"of {len(rows)} training examples were truncated to 64 tokens" in " ".join(made.notes)
     assert max(map(len, made.training)) == 64
     assert all(any(example.trained) and not example.trained[0] for example in made.training)
+
+
+def test_no_more_tokens_are_kept_than_the_model_has_positions() -> None:
+    config = GPT2Config(vocab_size=259, n_positions=96, n_embd=32, n_layer=1, n_head=2,
+                        bos_token_id=None, eos_token_id=258)  # fmt: skip
+    rows = examples()
+    rows[1]["response"] = "long " * 100
+    made = trainer(GPT2LMHeadModel(config), rows=rows, data={"eval_fraction": 0.0})
+    assert max(map(len, made.training)) == 96
+    assert made.train_step(made.training)["sft/loss"] > 0
 
 
 def test_examples_without_a_common_prompt_stay_apart(folder: str) -> None:

@@ -1,0 +1,89 @@
+"""What a checkpoint holds, what it refuses, and what a damaged one says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from ppo_engine.errors import UserError
+from ppo_engine.models.optimizer import load_trainable_state, trainable_state
+from ppo_engine.run.checkpoint import (
+    load_training_state,
+    random_states,
+    restore_random_states,
+    save_training_state,
+)
+
+CPU = torch.device("cpu")
+
+
+def small_model(width: int = 3) -> nn.Sequential:
+    """Two layers, of which the first is frozen."""
+    model = nn.Sequential(nn.Linear(2, width), nn.Linear(width, 1))
+    model[0].requires_grad_(False)
+    return model
+
+
+def test_trained_weights_alone_are_saved_and_copied_back(tmp_path: Path) -> None:
+    one, two = small_model(), small_model()
+    frozen = two[0].weight.clone()
+    assert trainable_state(one).keys() == {"1.weight", "1.bias"}
+    save_training_state(tmp_path, {"weights": trainable_state(one), "step": 3})
+    state = load_training_state(tmp_path, CPU)
+    assert state["step"] == 3
+    load_trainable_state(two, state["weights"])
+    assert torch.equal(one[1].weight, two[1].weight) and torch.equal(one[1].bias, two[1].bias)
+    assert torch.equal(two[0].weight, frozen) and not torch.equal(two[0].weight, one[0].weight)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        small_model(width=4),  # other shapes
+        nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)),  # other trained layers
+        nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).requires_grad_(False),
+    ],
+)
+def test_the_weights_of_another_model_are_refused(other: nn.Module) -> None:
+    model = small_model()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match="made by another model"):
+        load_trainable_state(model, trainable_state(other))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        lambda file: file.write_bytes(b"no checkpoint at all"),
+    ],
+    ids=["missing", "empty", "cut short", "something else"],
+)
+def test_a_damaged_checkpoint_says_what_to_do(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    save_training_state(tmp_path, {"weights": torch.zeros(1000)})
+    damage(tmp_path / "training_state.pt")
+    with pytest.raises(UserError, match=r"(?s)cannot be read .*: remove its folder"):
+        load_training_state(tmp_path, CPU)
+
+
+def test_random_states_go_through_a_file(tmp_path: Path) -> None:
+    def drawn() -> list[float]:
+        return [random.random(), float(numpy.random.rand()), float(torch.rand(()))]
+
+    save_training_state(tmp_path, {"random": random_states()})
+    expected = drawn()
+    for found, other in zip(drawn(), expected, strict=True):
+        assert found != other
+    restore_random_states(load_training_state(tmp_path, CPU)["random"])
+    assert drawn() == expected
