@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
 from typing import TYPE_CHECKING
 
@@ -34,5 +33,7 @@ def peak_memory(device: torch.device) -> float:
         import torch  # imported here, as `--help` needs no torch
 
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # imported here, as not every system has it
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if answer := config.getoption("--native-bf16"):
+        if answer not in ("yes", "no"):
+            raise pytest.UsageError(f"TEST_NATIVE_BF16 must be yes or no, but is {answer!r}")
         os.environ["TEST_NATIVE_BF16"] = answer  # for the pytest that a test may start
         answer_for_the_cpu({"yes": True, "no": False}[answer], pytest.MonkeyPatch())
 

@@ -279,9 +279,8 @@ def _verdict(outcomes: Sequence[Outcome], seconds: float) -> int:
     if survivors:
         print("\nSurvivors:")
     for mutation in survivors:
-        print(
-            f"  {mutation.file}: {mutation.name}\n    {mutation.excuse or 'NOT EXPLAINED: add a test.'}"
-        )
+        print(f"  {mutation.file}: {mutation.name}")
+        print(f"    {mutation.excuse or 'NOT EXPLAINED: add a test.'}")
     for outcome in outcomes:
         if outcome.caught and outcome.job.mutation and outcome.job.mutation.excuse:
             print(f"\n{outcome.job.mutation.name}: is caught, so take its excuse out.")

@@ -12,10 +12,10 @@ Prints a line for each run, and "identical" at the end; the exit status is 1 whe
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -263,14 +263,16 @@ def settings(file: Path) -> str:
 def same(a: Any, b: Any) -> bool:
     """Equal to the bit, but for figures of time and memory."""
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        alike = isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+        return alike and torch.equal(*(x.flatten().view(torch.uint8) for x in (a, b)))
     if isinstance(a, dict):
         keys = [{key for key in x if not _measures_the_machine(key)} for x in (a, b)]
         return keys[0] == keys[1] and all(same(a[key], b[key]) for key in keys[0])
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    both_nan = isinstance(a, float) and math.isnan(a) and math.isnan(b)
-    return both_nan or bool(a == b and type(a) is type(b))
+    if isinstance(a, float) and isinstance(b, float):
+        return struct.pack("d", a) == struct.pack("d", b)
+    return bool(a == b and type(a) is type(b))
 
 
 def _measures_the_machine(key: Any) -> bool:

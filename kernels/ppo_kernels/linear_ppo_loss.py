@@ -20,7 +20,7 @@ from ppo_kernels.linear_logprob import (
     untraced_numbers,
     whole,
 )
-from ppo_kernels.ppo_loss import PolicySettings, PolicyTensors
+from ppo_kernels.records import PolicySettings, PolicyTensors
 from ppo_kernels.reference import IGNORED_TARGET, PolicyStats
 from ppo_kernels.sequences import per_token, sequence_sums
 
@@ -84,8 +84,7 @@ def linear_ppo_loss(
     """
     weight, bias = whole(weight), whole(bias)
     dtype = check_head(OP, hidden, weight, targets, bias)
-    choices = reduction, kl_estimator, objective, ratio_level
-    ppo_loss.check_choices(OP, *choices, dual_clip)
+    ppo_loss.check_choices(OP, reduction, kl_estimator, objective, ratio_level, dual_clip)
     checks.tokens(
         OP, mask, cu_seqlens, needs_sequences=ppo_loss.needs_sequences(reduction, ratio_level),
         advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
@@ -97,24 +96,24 @@ def linear_ppo_loss(
     impl = dispatch.resolve(OP, impl, hidden.device)
     if mask is not None:  # whatever the target is there
         targets = targets.masked_fill(~mask, IGNORED_TARGET)
-    numbers = (clip_range, dual_clip, entropy_coef, kl_coef)
+    given: dict[str, Any] = {
+        "clip_range": clip_range, "dual_clip": dual_clip, "entropy_coef": entropy_coef,
+        "kl_coef": kl_coef, "normalizer": normalizer, "reduction": reduction,
+        "kl_estimator": kl_estimator, "objective": objective, "ratio_level": ratio_level,
+    }  # fmt: skip
     two_passes = ratio_level == "sequence" and old_logprobs is not None
     if impl == "reference" or two_passes:
         if not torch.compiler.is_compiling():
             check_values(OP, targets, len(weight), temperature, softcap)
-            ppo_loss.policy_numbers(OP, *numbers)
-            ppo_loss.checked_normalizer(OP, normalizer, hidden)
+            ppo_loss.policy_settings(OP, hidden, **given)
             checks.boundaries(OP, cu_seqlens, targets.shape[0])
         composed: Callable[..., tuple[Tensor, PolicyStats]] = (
             reference.linear_ppo_loss if impl == "reference" else partial(_two_ops, impl)
         )
         return composed(
             hidden, weight, targets, old_logprobs, advantages, bias=bias, temperature=temperature,
-            softcap=softcap, mask=mask, cu_seqlens=cu_seqlens, objective=objective,
-            ratio_level=ratio_level, clip_range=clip_range, dual_clip=dual_clip, moments=moments,
-            reduction=reduction, normalizer=normalizer, entropy_coef=entropy_coef,
-            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator,
-            is_weights=is_weights,
+            softcap=softcap, mask=mask, cu_seqlens=cu_seqlens, moments=moments,
+            ref_logprobs=ref_logprobs, is_weights=is_weights, **given,
         )  # fmt: skip
 
     trained = (hidden, weight, bias)
@@ -127,13 +126,13 @@ def linear_ppo_loss(
             temperature, softcap, low, high, dual_clip, entropy_coef, kl_coef
         )
         loss, stats, *_ = _loss_op(
-            *tensors, traced, ppo_loss.traced_scalar(normalizer), *choices[:3], dtype, impl, *wanted
-        )
+            *tensors, traced, ppo_loss.traced_scalar(normalizer), reduction, kl_estimator,
+            objective, dtype, impl, *wanted,
+        )  # fmt: skip
         stats = stats.detach()
     else:
         of_head = check_values(OP, targets, len(weight), temperature, softcap)
-        given = ppo_loss.checked_normalizer(OP, normalizer, hidden)
-        settings = PolicySettings(*ppo_loss.policy_numbers(OP, *numbers), given, *choices)
+        settings = ppo_loss.policy_settings(OP, hidden, **given)
         results = _loss(*tensors, of_head, settings, dtype, impl, *wanted)
         loss, stats = fused_loss.attach(results, trained, wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
@@ -292,12 +291,10 @@ def _loss_op(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     low, high, dual_clip, entropy_coef, kl_coef = numbers[2:].tolist()
-    settings = PolicySettings(
-        *ppo_loss.policy_numbers(
-            OP, (low, high), ppo_loss.untraced(dual_clip), entropy_coef, kl_coef
-        ),
-        ppo_loss.checked_normalizer(OP, normalizer, hidden),
-        reduction, kl_estimator, objective, ratio_level="token",
+    settings = ppo_loss.policy_settings(
+        OP, hidden, clip_range=(low, high), dual_clip=ppo_loss.untraced(dual_clip),
+        entropy_coef=entropy_coef, kl_coef=kl_coef, normalizer=normalizer, reduction=reduction,
+        kl_estimator=kl_estimator, objective=objective, ratio_level="token",
     )  # fmt: skip
     results = _loss(
         hidden, weight, bias, targets, old_logprobs, advantages, ref_logprobs, is_weights, mask,

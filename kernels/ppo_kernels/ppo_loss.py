@@ -7,13 +7,14 @@ multiplies that gradient by the incoming one.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_kernels import checks, dispatch, fused_loss, reference
 from ppo_kernels.fused_loss import gradient_like
+from ppo_kernels.records import PolicySettings, PolicyTensors
 from ppo_kernels.reference import WHITEN_EPS, PolicyStats, ValueStats
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
@@ -21,35 +22,6 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 OBJECTIVES = ("clip", "cispo")
 RATIO_LEVELS = ("token", "sequence")
 POLICY, VALUE = "ppo_policy_loss", "ppo_value_loss"
-
-
-class PolicyTensors(NamedTuple):
-    """The tensors that a policy loss reads: per token, then per batch."""
-
-    logprobs: Tensor
-    entropy: Tensor | None
-    old_logprobs: Tensor
-    advantages: Tensor
-    ref_logprobs: Tensor | None
-    is_weights: Tensor | None
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    moments: Tensor | None
-
-
-class PolicySettings(NamedTuple):
-    """The settings of a policy loss, checked, and as the kernels take them."""
-
-    low: float
-    high: float
-    dual_clip: float  # infinite means none
-    entropy_coef: float
-    kl_coef: float
-    normalizer: float | Tensor | None
-    reduction: str
-    kl_estimator: str
-    objective: str
-    ratio_level: str
 
 
 def ppo_policy_loss(
@@ -132,19 +104,19 @@ def ppo_policy_loss(
     )  # fmt: skip
     if moments is not None:
         checks.tensor(POLICY, "moments", moments, shape=(3,), like=("logprobs", logprobs))
-    numbers = (clip_range, dual_clip, entropy_coef, kl_coef)
+    given: dict[str, Any] = {
+        "clip_range": clip_range, "dual_clip": dual_clip, "entropy_coef": entropy_coef,
+        "kl_coef": kl_coef, "normalizer": normalizer, "reduction": reduction,
+        "kl_estimator": kl_estimator, "objective": objective, "ratio_level": ratio_level,
+    }  # fmt: skip
     impl = dispatch.resolve(POLICY, impl, logprobs.device)
     if impl == "reference":
         if not torch.compiler.is_compiling():
-            policy_numbers(POLICY, *numbers)
-            checked_normalizer(POLICY, normalizer, logprobs)
+            policy_settings(POLICY, logprobs, **given)
             checks.boundaries(POLICY, cu_seqlens, logprobs.shape[0])
         return reference.ppo_policy_loss(
-            logprobs, old_logprobs, advantages, mask=mask, cu_seqlens=cu_seqlens,
-            objective=objective, ratio_level=ratio_level, clip_range=clip_range,
-            dual_clip=dual_clip, moments=moments, reduction=reduction, normalizer=normalizer,
-            entropy=entropy, entropy_coef=entropy_coef, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
-            kl_estimator=kl_estimator, is_weights=is_weights,
+            logprobs, old_logprobs, advantages, mask=mask, cu_seqlens=cu_seqlens, moments=moments,
+            entropy=entropy, ref_logprobs=ref_logprobs, is_weights=is_weights, **given,
         )  # fmt: skip
 
     tensors = PolicyTensors(
@@ -161,8 +133,7 @@ def ppo_policy_loss(
         loss, stats, *_ = _policy_op(*tensors, *traced, *choices, impl, *wanted)
         stats = stats.detach()
     else:
-        given = checked_normalizer(POLICY, normalizer, logprobs)
-        settings = PolicySettings(*policy_numbers(POLICY, *numbers), given, *choices)
+        settings = policy_settings(POLICY, logprobs, **given)
         results = policy_loss(tensors, settings, impl, *wanted)
         loss, stats = fused_loss.attach(results, (logprobs, entropy), wanted), results[1]
     return loss, PolicyStats(*stats.unbind())
@@ -253,19 +224,34 @@ def needs_sequences(reduction: str, ratio_level: str) -> bool:
 # As the kernels take them: infinite stands for None, as also in `traced_numbers`.
 
 
-def policy_numbers(
+def policy_settings(
     op: str,
+    like: Tensor,
+    *,
     clip_range: float | tuple[float, float],
     dual_clip: float | None,
     entropy_coef: float,
     kl_coef: float,
-) -> tuple[float, float, float, float, float]:
-    """(low, high, dual_clip, entropy_coef, kl_coef)."""
-    return (
-        *checks.clip_bounds(op, clip_range),
-        math.inf if dual_clip is None else checks.number(op, "dual_clip", dual_clip, gt=1.0),
-        checks.number(op, "entropy_coef", entropy_coef),
-        checks.number(op, "kl_coef", kl_coef),
+    normalizer: float | Tensor | None,
+    reduction: str,
+    kl_estimator: str,
+    objective: str,
+    ratio_level: str,
+) -> PolicySettings:
+    """The settings with their numbers checked; `check_choices` has seen the rest."""
+    low, high = checks.clip_bounds(op, clip_range)
+    bound = math.inf if dual_clip is None else checks.number(op, "dual_clip", dual_clip, gt=1.0)
+    return PolicySettings(
+        low=low,
+        high=high,
+        dual_clip=bound,
+        entropy_coef=checks.number(op, "entropy_coef", entropy_coef),
+        kl_coef=checks.number(op, "kl_coef", kl_coef),
+        normalizer=checked_normalizer(op, normalizer, like),
+        reduction=reduction,
+        kl_estimator=kl_estimator,
+        objective=objective,
+        ratio_level=ratio_level,
     )
 
 
@@ -407,10 +393,10 @@ def _policy_op(
         moments,
     )  # fmt: skip
     low, high, dual_clip, entropy_coef, kl_coef = numbers.tolist()
-    settings = PolicySettings(
-        *policy_numbers(POLICY, (low, high), untraced(dual_clip), entropy_coef, kl_coef),
-        checked_normalizer(POLICY, normalizer, logprobs),
-        reduction, kl_estimator, objective, ratio_level,
+    settings = policy_settings(
+        POLICY, logprobs, clip_range=(low, high), dual_clip=untraced(dual_clip),
+        entropy_coef=entropy_coef, kl_coef=kl_coef, normalizer=normalizer, reduction=reduction,
+        kl_estimator=kl_estimator, objective=objective, ratio_level=ratio_level,
     )  # fmt: skip
     results = policy_loss(tensors, settings, impl, want_logprobs, want_entropy)
     return fused_loss.without_none(results)

@@ -32,7 +32,7 @@ def _layer_count(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
-def positions(model: Any) -> int:
+def context_length(model: Any) -> int:
     """The context length of a model; `sys.maxsize` where its family has no limit."""
     text = unwrap(model).config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or sys.maxsize

@@ -1,6 +1,6 @@
 """Causal language models: the policy, its frozen reference, what supervised fine-tuning trains.
 
-They read rows of tokens (`packing.TokenRows`), and give log-probs and losses of the trained ones.
+They read rows of tokens (`TokenRows`), and give log-probs and losses of the trained ones.
 Sampling from them is in `rollout.generation`.
 """
 
@@ -20,7 +20,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, loading, precision
 from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
 from ppo_engine.models.output_head import find_output_head
-from ppo_engine.models.packing import TokenRows
+from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.spans import span
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
@@ -128,10 +128,11 @@ class LanguageModel:
     def states(self, rows: TokenRows) -> Tensor:
         """The last hidden state before each trained token of `rows`, `[tokens, H]`; the logits
         there, where the model's own are used."""
+        row, column = rows.indices
         # The last token predicts nothing that is needed.
         mask = None if rows.mask is None else rows.mask[:, :-1]
         positions = None if rows.positions is None else rows.positions[:, :-1]
-        return self._run(rows.ids[:, :-1], mask, positions)[rows.trained[:, 1:]]
+        return self._run(rows.ids[:, :-1], mask, positions)[row, column - 1]
 
     def logprobs(self, rows: TokenRows, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the trained tokens of `rows`, row by row, `[tokens]` fp32."""

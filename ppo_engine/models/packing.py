@@ -8,7 +8,6 @@ mask: from such positions transformers makes attention block-diagonal, for the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,31 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.data.demonstrations import EncodedExample
 from ppo_engine.models import architecture
+from ppo_engine.models.token_rows import TokenRows
 
 _PROBE = ("The quick brown fox jumps over the lazy dog.", "Another text, in the same row.")
 # Relative to how far one text affects another when they are joined: products whose shapes depend
 # on the tokens, as those of experts do, round by less.
 _ROUNDING = 1e-2
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """The tokens of one forward pass: `[B, L]` tensors, padded on either side."""
-
-    ids: Tensor
-    positions: Tensor | None  # None: one example a row, padding masked
-    trained: Tensor  # bool; never a row's first token, which nothing predicts
-    owners: Tensor  # index of the example that a token belongs to; -1 is padding
-
-    @property
-    def mask(self) -> Tensor | None:
-        """True is a real token, where rows are padded; None where they are packed."""
-        return self.owners >= 0 if self.positions is None else None
-
-    @property
-    def targets(self) -> Tensor:
-        """The trained tokens, row by row: `[tokens]`."""
-        return self.ids[self.trained]
 
 
 def plan(lengths: Sequence[int], room: int, rows: int, pack: bool) -> list[list[list[int]]]:

@@ -302,14 +302,14 @@ class PPOEngine:
             # Until the first step the old log-probs are those of this same pass: computed in
             # another batch they would differ by rounding, and the ratio would not be 1.
             on_policy = self.policy_version == part.policy_version
-            mask, weights = part.rollout.mask, part.is_weights
+            rollout, weights = part.rollout, part.is_weights
             with span("policy"):
                 loss, stats = self.policy.policy_loss(
-                    part.rollout.token_rows(),
-                    None if on_policy else part.logprobs[mask],
-                    part.advantages[mask],
+                    rollout.token_rows(),
+                    None if on_policy else rollout.tokens(part.logprobs),
+                    rollout.tokens(part.advantages),
                     self.config.generation.temperature,
-                    cu_seqlens=pad(part.rollout.lengths.cumsum(0), (1, 0)),
+                    cu_seqlens=pad(rollout.lengths.cumsum(0), (1, 0)),
                     objective=settings.objective,
                     ratio_level=settings.ratio_level,
                     clip_range=settings.clip_range,
@@ -318,14 +318,14 @@ class PPOEngine:
                     reduction=settings.reduction,
                     normalizer=normalizer,
                     entropy_coef=settings.entropy_coef,
-                    ref_logprobs=part.ref_logprobs[mask] if penalized else None,
+                    ref_logprobs=rollout.tokens(part.ref_logprobs) if penalized else None,
                     kl_coef=kl_coef if penalized else 0.0,
                     kl_estimator=settings.kl_estimator,
-                    is_weights=None if weights is None else weights[mask],
+                    is_weights=None if weights is None else rollout.tokens(weights),
                 )
             with span("backward"):
                 loss.backward()
-            share = mask.sum() / tokens
+            share = rollout.mask.sum() / tokens
             found["policy/loss"] += loss.detach()
             for name in ("approx_kl", "clip_fraction", "ratio_mean", *["kl"] * penalized):
                 found[f"policy/{name}"] += getattr(stats, name) * share

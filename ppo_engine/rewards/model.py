@@ -36,7 +36,7 @@ class RewardModel:
         self.device = device
         self.dtype = dtype
         self.micro_batch_size = micro_batch_size
-        self.max_tokens = min(max_tokens or sys.maxsize, architecture.positions(model))
+        self.max_tokens = min(max_tokens or sys.maxsize, architecture.context_length(model))
 
     def __call__(
         self,

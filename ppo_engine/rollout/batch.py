@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_engine.models.packing import TokenRows
+from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.text.encoding import Prompt
 
 
@@ -67,6 +68,14 @@ class Rollout:
             trained=torch.cat((torch.zeros_like(self.prompt_mask), self.mask), 1),
             owners=torch.where(real, numbers, -1),
         )
+
+    @cached_property
+    def _indices(self) -> tuple[Tensor, ...]:
+        return self.mask.nonzero(as_tuple=True)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Of numbers [B, T], those of the policy's tokens: `[tokens]`, row by row."""
+        return x[self._indices]
 
     def padded(self, of_tokens: Tensor) -> Tensor:
         """Values of the policy's tokens, `[tokens]` row by row, as [B, T]; 0 elsewhere."""

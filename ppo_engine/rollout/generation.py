@@ -58,7 +58,7 @@ def generate(
 
 def room_for_prompts(policy: LanguageModel, settings: GenerationConfig) -> int:
     """Tokens that the model's context leaves for a prompt; a UserError where there are none."""
-    positions = architecture.positions(policy.model)
+    positions = architecture.context_length(policy.model)
     room = positions - settings.max_new_tokens
     if room < 1:
         raise UserError(
@@ -150,7 +150,7 @@ def _answered(
         return []
     picked = {name: [column[c.row] for c in active] for name, column in columns.items()}
     answers = environment([c.prompt for c in active], [c.turns for c in active], picked)
-    positions = architecture.positions(policy.model)
+    positions = architecture.context_length(policy.model)
     going_on = []
     for conversation, answer in zip(active, answers, strict=True):
         if answer is None:

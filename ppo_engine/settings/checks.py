@@ -27,7 +27,7 @@ def check_settings(config: PPOConfig) -> None:
         )
     if settings.gamma != 1 and (settings.compares_groups or settings.needs_greedy):
         raise UserError(
-            f"{name} has one reward per response and no discount: leave ppo.gamma at 1."
+            f"{name} compares whole responses and has no discount: leave ppo.gamma at 1."
         )
     if settings.compares_groups and settings.whiten_rewards:
         raise UserError(

@@ -139,7 +139,9 @@ class AdaptiveKLConfig:
 class EnvironmentConfig:
     """What answers the policy in multi-turn conversations; without a function, nothing."""
 
-    function: str | None = None  # "file.py:name" or "package.module:name"
+    function: str | None = (
+        None  # "file.py:name" or "package.module:name"; see `rollout.environment`
+    )
     max_turns: PositiveInt = 4  # of the policy, each of at most generation.max_new_tokens
 
 
@@ -147,7 +149,7 @@ class EnvironmentConfig:
 class PPOSettings:
     """The algorithm (Schulman et al. 2017; Ouyang et al. 2022) and its relatives.
 
-    `ppo.estimators` says what each estimator is; those without a critic use no value setting. The
+    The module `estimators` says what each one is; those without a critic use no value setting. The
     losses are those of `ppo_kernels.ppo_policy_loss`. "The source's own" defaults to what the
     estimator's paper uses.
     """

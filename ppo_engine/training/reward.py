@@ -140,7 +140,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
         """Token ids. Of responses that are equal once truncated only the best is kept; a ranking
         left without a pair is dropped. Both are noted."""
-        limit = min(self.config.data.max_tokens, architecture.positions(self.model))
+        limit = min(self.config.data.max_tokens, architecture.context_length(self.model))
         bad_lines = BadLines(self.config.data.on_bad_line)
         encoded, cut, same = [], 0, 0
         groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}

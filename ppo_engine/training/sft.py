@@ -136,7 +136,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return [cut(example, limit) for example in encoded]
 
     def _limit_of_tokens(self) -> int:
-        return min(self.config.data.max_tokens, architecture.positions(self.policy.model))
+        return min(self.config.data.max_tokens, architecture.context_length(self.policy.model))
 
     def _backward(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         tokens = sum(sum(example.trained) for example in examples)

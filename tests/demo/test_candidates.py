@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from tiny import tiny_tokenizer
 
+from ppo_engine.demo import candidates
 from ppo_engine.demo.candidates import TONES, TOPICS_PER_BATCH, clear_pairs, rank_candidates
 from ppo_engine.demo.prompts import prompt_about
 from ppo_engine.run.progress import Progress
@@ -18,16 +19,12 @@ from ppo_engine.run.progress import Progress
 TOPICS = [f"topic {i}" for i in range(TOPICS_PER_BATCH + 2)]
 
 
-class Scripted:
-    """A policy whose response repeats the request, and ends where that is about an even topic."""
-
-    tokenizer = tiny_tokenizer()
-
-    def generate(self, prompts: list[Any], settings: Any) -> Any:
-        assert settings.max_new_tokens == 7
-        texts = [prompt[0]["content"] for prompt in prompts]
-        finished = torch.tensor([int(text[:-1].split()[-1]) % 2 == 0 for text in texts])
-        return SimpleNamespace(responses=texts, finished=finished)
+def scripted(policy: Any, prompts: list[Any], settings: Any) -> Any:
+    """Responses that repeat the request, and end where that is about an even topic."""
+    assert settings.max_new_tokens == 7
+    texts = [prompt[0]["content"] for prompt in prompts]
+    finished = torch.tensor([int(text[:-1].split()[-1]) % 2 == 0 for text in texts])
+    return SimpleNamespace(responses=texts, finished=finished)
 
 
 def sentiment(text: str) -> float:
@@ -35,10 +32,14 @@ def sentiment(text: str) -> float:
     return 1.0 if "joyful" in text else -1.0 if "sad" in text or "hateful" in text else 0.0
 
 
-def test_candidates_of_every_tone_are_ranked_as_answers_to_the_plain_request() -> None:
+def test_candidates_of_every_tone_are_ranked_as_answers_to_the_plain_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(candidates, "generate", scripted)
+    policy: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
     quiet = Console(file=io.StringIO())
     with Progress(2, "", console=quiet) as progress:
-        rankings = rank_candidates(Scripted(), TOPICS, 7, sentiment, progress)  # type: ignore[arg-type]
+        rankings = rank_candidates(policy, TOPICS, 7, sentiment, progress)
     assert len(rankings) == len(TOPICS)
     for index, (topic, ranking) in enumerate(zip(TOPICS, rankings, strict=True)):
         requests = [prompt_about(topic, tone)[0]["content"] for tone in TONES]  # type: ignore[index]

@@ -42,7 +42,7 @@ def read(pointer, offsets, inside, WHOLE: tl.constexpr):
 
 @triton.jit
 def write(pointer, offsets, x, inside, WHOLE: tl.constexpr):
-    """The positions that `read` reads."""
+    """Store `x` at the positions that `read` loads."""
     if WHOLE:
         tl.store(pointer + offsets, x)
     else:

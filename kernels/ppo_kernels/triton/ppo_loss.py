@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.dispatch import on, side_by_side
-from ppo_kernels.ppo_loss import PolicySettings, PolicyTensors
+from ppo_kernels.records import PolicySettings, PolicyTensors
 from ppo_kernels.reference import WHITEN_EPS as _WHITEN_EPS
 from ppo_kernels.triton.common import (
     MAX_LOG_RATIO,
@@ -224,7 +224,7 @@ def value(
     mask_row: tl.int64, denominator: tl.float64, clip: tl.float64, LOOKUP: tl.constexpr,
     ALIGNED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A grid-stride loop over tiles of tokens; an infinite `clip` means none."""
+    """A grid-stride loop over tiles of tokens, as in `policy`; an infinite `clip` means none."""
     DTYPE: tl.constexpr = partials.dtype.element_ty
     SIZE: tl.constexpr = LANES * EACH
     weight = mean_weight(denominator, denominator_pointer, counts, counters).to(DTYPE)

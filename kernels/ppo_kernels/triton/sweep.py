@@ -100,7 +100,7 @@ def count_partly(
 
 @triton.jit
 def mean_weight(denominator, denominator_pointer, counts, counters):
-    """1 over the denominator; in float64, as a GPU's float32 division is not exact."""
+    """1 over the denominator; in float64, as Triton's float32 division is not exact."""
     if counts is not None:
         p = tl.arange(0, COUNTERS)
         found = tl.sum(tl.load(counts + p, mask=p < counters, other=0).to(tl.int64)).to(tl.float64)
