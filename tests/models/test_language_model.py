@@ -345,7 +345,7 @@ def test_a_reward_model_is_no_policy(tmp_path):
     tokenizer = tiny_tokenizer()
     scores = load_value_model(tiny_model_folder(tmp_path), tokenizer, device=CPU)
     save_model(scores, tokenizer, tmp_path / "reward_model")
-    with pytest.raises(UserError, match="reward_model' scores texts and writes none"):
+    with pytest.raises(UserError, match="reward_model' is a classifier: give a causal language model"):
         open_policy(str(tmp_path / "reward_model"))
 
 
