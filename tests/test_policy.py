@@ -334,7 +334,7 @@ def test_checkpointed_layers_run_again_in_the_backward_pass():
         rollout = policy.generate(["Hello"], Sampling(max_new_tokens=5))
         policy.model.train()
         runs = []
-        policy.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))  # noqa: B023
+        policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))  # noqa: B023
         policy.response_logprobs(rollout, 1.0)[0].sum().backward()
         assert len(runs) == 1 + checkpointing
 
