@@ -150,6 +150,15 @@ def test_a_file_goes_before_what_grpo_starts_from(capsys: pytest.CaptureFixture[
     assert config.ppo == expected
 
 
+def test_settings_go_before_flags_and_are_checked_together(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = resolved(PPOConfig, capsys, "ppo", "run.seed=3", "--seed", "2")
+    assert isinstance(config, PPOConfig) and config.run.seed == 3
+    assert cli.main(["ppo", "ppo.estimator=rloo", "--dry-run"]) == 2
+    assert "set ppo.group_size to 2 or more" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reward", "--output-dir", "out", "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
@@ -243,7 +252,9 @@ def test_module_runs_as_a_program() -> None:
 
 
 def test_generate_writes_responses(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write("prompts.jsonl", {"prompt": "One", "k": 1}, {"prompt": "Two", "responses": "old"})
+    data = write(
+        "prompts.jsonl", {"prompt": "One", "k": 1}, {"prompt": "Two", "responses": "old ones"}
+    )
     flags = ["--model", model, "--data", data, "--n", "3", "generation.max_new_tokens=4"]
     assert cli.main(["generate", *flags, "batch_size=2", "--out", "deep/out.jsonl"]) == 0
     rows = read("deep/out.jsonl")

@@ -7,6 +7,8 @@ import torch
 from engines import response_logprobs
 from huggingface_hub.utils import are_progress_bars_disabled
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +23,7 @@ from transformers import (
     OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -254,6 +257,23 @@ def test_a_missing_pad_token_is_added_apart_from_eos():
     assert rollout.mask[:, 0].all()
 
 
+def test_an_added_pad_token_has_a_row_of_its_own():
+    """Where the vocabulary has no token that could serve."""
+    vocabulary = tiny_tokenizer().get_vocab()
+    backend = Tokenizer(BPE(vocab={t: i for t, i in vocabulary.items() if i < 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens(["<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=32, n_layer=2, n_head=4)
+    config.eos_token_id = config.bos_token_id = 256
+    policy = open_policy(GPT2LMHeadModel(config), tokenizer=tokenizer)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257)
+    assert policy.model.get_input_embeddings().num_embeddings == 258
+    assert policy.model.config.pad_token_id == 257
+    rollout = generate(policy, ["Hello", "Hi there"], Sampling(max_new_tokens=4))
+    assert rollout.prompt_ids[0, 0] == 257
+
+
 def test_the_checkpoints_own_sampling_habits_are_off_and_come_back(tmp_path):
     model = tiny_model()
     model.generation_config = GenerationConfig(
@@ -317,6 +337,39 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
+def test_checkpointed_layers_run_again_in_the_backward_pass():
+    for checkpointing in (False, True):
+        policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
+        rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+        policy.model.train()
+        runs = []
+        policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))  # noqa: B023
+        response_logprobs(policy, rollout, 1.0)[0].sum().backward()
+        assert len(runs) == 1 + checkpointing
+
+
+def test_adapters_have_the_rank_and_the_scale_that_are_set():
+    pytest.importorskip("peft")
+    from ppo_engine.settings.schema import LoraConfig
+
+    lora = LoraConfig(rank=2, alpha=6, target_modules=["q_proj"])
+    policy = open_policy(tiny_model(), ModelConfig(lora=lora))
+    adapters = {n: m for n, m in policy.model.named_modules() if hasattr(m, "lora_A") and m.lora_A}
+    assert len(adapters) == 2 and all(name.endswith("q_proj") for name in adapters)
+    for module in adapters.values():
+        assert module.scaling["default"] == 6 / 2
+        assert module.lora_A["default"].out_features == 2
+    with pytest.raises(UserError, match="Set either lora or trainable_layers"):
+        open_policy(tiny_model(), ModelConfig(lora=lora, trainable_layers=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_of_the_dtype_of_compute(dtype):
+    weight = torch.ones(2, 2)
+    with precision.compute(CPU, dtype):
+        assert (weight @ weight).dtype == dtype
+
+
 def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):
     pytest.importorskip("peft")
     from ppo_engine.settings.schema import LoraConfig
@@ -345,7 +398,7 @@ def test_a_reward_model_is_no_policy(tmp_path):
     tokenizer = tiny_tokenizer()
     scores = load_value_model(tiny_model_folder(tmp_path), tokenizer, device=CPU)
     save_model(scores, tokenizer, tmp_path / "reward_model")
-    with pytest.raises(UserError, match="reward_model' is a classifier: give a causal language model"):
+    with pytest.raises(UserError, match="reward_model' is a classifier: give a causal"):
         open_policy(str(tmp_path / "reward_model"))
 
 

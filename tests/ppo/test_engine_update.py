@@ -315,3 +315,17 @@ def test_a_restored_engine_goes_on_alike(monkeypatch):
         order = [(s.passes, s.learning_rate) for of_model in steps for s in of_model]
         found.append((of_engine, order, engine.kl.coef.item()))
     assert found[0] == found[1]
+
+
+def test_the_penalty_in_the_loss_weighs_what_the_experience_says():
+    """The controller may have moved the coefficient away from the setting."""
+    found = []
+    for coefficient in (0.4, 0.9):
+        engine = moved_engine(ppo={**PENALTY, "mini_batch_size": B})
+        experience = engine.estimate_advantages(rollout_of(), SCORES)
+        moved = dataclasses.replace(experience, kl_coef=torch.tensor(coefficient))
+        found.append(engine.update(moved))
+    kl = found[0]["policy/kl"]
+    assert kl > 0.01 and found[1]["policy/kl"] == pytest.approx(kl)
+    difference = found[1]["policy/loss"] - found[0]["policy/loss"]
+    assert difference == pytest.approx(0.5 * kl, rel=1e-3)

@@ -111,6 +111,29 @@ def test_an_answer_that_leaves_no_room_cuts_the_conversation_off(scripted):
     assert not rollout.finished.any()
 
 
+@pytest.mark.parametrize(("tokens", "goes_on"), [(2031, True), (2032, False)])
+def test_an_answer_leaves_room_for_a_whole_turn(scripted, tokens, goes_on):
+    """Of 2,048 positions five are taken, and twelve are for the next turn."""
+    engine = engine_with(lambda prompts, turns: ["x" * tokens] * len(turns), max_turns=2)
+    scripted([say("yes")], [say("no")])
+    rollout = engine.generate(["Q"])
+    assert rollout.lengths.tolist() == [7 if goes_on else 4]
+    assert rollout.finished.tolist() == [goes_on]
+
+
+def test_each_turn_is_written_behind_all_that_was_said(monkeypatch):
+    asked = []
+
+    def sample(policy, rows, *args, **kwargs):
+        asked.append([TOKENIZER.decode(row) for row in rows])
+        return [say("yes") for _ in rows]
+
+    monkeypatch.setattr(generation, "sample", sample)
+    engine = engine_with(lambda prompts, turns: [f" {len(turns[0])}"] * len(turns))
+    engine.generate(["Q"])
+    assert asked == [["Q"], ["Qyes<|im_end|> 1"], ["Qyes<|im_end|> 1yes<|im_end|> 3"]]
+
+
 def test_a_tool_answers_with_a_message_of_its_own(scripted):
     engine = engine_with(lambda p, t: [{"role": "tool", "content": "4"}], max_turns=2)
     scripted([say("calc")], [say("it is 4")])

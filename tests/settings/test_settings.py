@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ppo_engine.errors import UserError
 from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config
-from ppo_engine.settings.schema import AdaptiveKLConfig, PPOConfig, RewardModelConfig, SFTConfig
+from ppo_engine.settings.schema import (
+    AdaptiveKLConfig,
+    GenerationConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -21,6 +28,31 @@ def test_defaults_without_file_or_overrides() -> None:
     assert load_config(PPOConfig) == PPOConfig()
     assert load_config(RewardModelConfig) == RewardModelConfig()
     assert load_config(SFTConfig) == SFTConfig()
+
+
+def test_defaults_are_those_of_the_field() -> None:
+    """Real sampling, Adam's epsilon of PPO (Huang et al. 2022), and Ziegler's controller."""
+    config = PPOConfig()
+    sampling = config.generation
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
+    for model in (config.policy, config.critic):
+        assert (model.optimizer.eps, model.optimizer.schedule) == (1e-5, "linear")
+    assert (AdaptiveKLConfig().target, AdaptiveKLConfig().horizon) == (6.0, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (PPOConfig, {"stepz": 3}, "stepz"),
+        (AdaptiveKLConfig, {"goal": 3.0}, "goal"),
+        (GenerationConfig, {"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_python_is_told_of_its_mistakes_too(
+    cls: type, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        cls(**settings)
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:

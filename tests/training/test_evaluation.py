@@ -570,6 +570,7 @@ def test_held_out_prompts_are_not_trained_on():
         ({"path": "missing.jsonl", "prompts": 2}, "not both"),
         ({"every": 5}, "evaluation.every is set"),
         ({"patience": 5}, "evaluation.patience is set"),
+        ({"best_of": 4}, "evaluation.best_of is set"),
         ({"prompts": 2, "patience": 5}, "set evaluation.every"),
     ],
 )
