@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import Call
+from ppo_kernels.head import multiplies
 
 _ROOT = Path(__file__).resolve().parents[1]
 _REPEATS, _SECONDS = 15, 0.5  # of each; the second cuts the first short
@@ -124,11 +125,13 @@ def _wait(device: torch.device) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """The machine in words, such as 'AMD EPYC 9R14, 2 cores, AVX2'."""
+    """The machine in words, such as 'AMD EPYC 9R14, 2 cores, AVX512, bf16': its instruction set, and
+    whether it multiplies bfloat16 itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{_processor()}, {os.cpu_count()} cores, {capability}"
+    native = ", bf16" if multiplies(torch.bfloat16, device) else ""
+    return f"{_processor()}, {os.cpu_count()} cores, {capability}{native}"
 
 
 def slug(device: torch.device) -> str:
