@@ -125,7 +125,7 @@ def _wait(device: torch.device) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """The machine in words, such as 'AMD EPYC 9R14, 2 cores, AVX512, bf16': bf16 where it multiplies
+    """In words, such as 'AMD EPYC 9R14, 2 cores, AVX512, bf16': bf16 where the machine multiplies
     bfloat16 itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
