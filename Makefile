@@ -10,7 +10,7 @@ FUZZ_SEED ?= 0
 
 .PHONY: demo smoke test mutants fuzz sanitize valgrind lint bench build clean
 
-demo: $(VENV)/demo.stamp  ## the whole method on an embedded model, about 7 minutes on 2 cores
+demo: $(VENV)/demo.stamp  ## every stage on an embedded model: minutes on 2 cores, by what they multiply
 	$(BIN)/ppo-engine demo
 
 smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute
