@@ -10,7 +10,7 @@ FUZZ_SEED ?= 0
 
 .PHONY: demo smoke test mutants fuzz sanitize valgrind lint bench build clean
 
-demo: $(VENV)/demo.stamp  ## every stage on an embedded model: minutes on 2 cores, by what they multiply
+demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
 
 smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute
