@@ -1,4 +1,4 @@
-"""Loading and sampling: heads that scale or cap, models without a pad token, saved results."""
+"""Language models: loading and saving, heads that scale or cap, adapters, freezing, precision."""
 
 from __future__ import annotations
 
@@ -337,15 +337,15 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
-def test_checkpointed_layers_run_again_in_the_backward_pass():
-    for checkpointing in (False, True):
-        policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
-        rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
-        policy.model.train()
-        runs = []
-        policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))  # noqa: B023
-        response_logprobs(policy, rollout, 1.0)[0].sum().backward()
-        assert len(runs) == 1 + checkpointing
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointed_layers_run_again_in_the_backward_pass(checkpointing):
+    policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
+    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+    policy.model.train()
+    runs = []
+    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    response_logprobs(policy, rollout, 1.0)[0].sum().backward()
+    assert len(runs) == 1 + checkpointing
 
 
 def test_adapters_have_the_rank_and_the_scale_that_are_set():
