@@ -47,7 +47,7 @@ class LanguageModel:
         self.device = device
         self.dtype = dtype
         loading.resize_embeddings(model, tokenizer)
-        architecture.disable_dropout(model)
+        architecture.make_repeatable(model)
         self.eos_ids = _eos_ids(model, tokenizer)
         self._head = find_output_head(model, tokenizer, device)
 
