@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,8 +44,27 @@ def sample(
     """Continue each of the token `rows` by at most `settings.max_new_tokens` tokens.
 
     From softmax(logits / temperature), restricted to top-k and top-p where these are on; `greedy`
-    takes the most likely token instead.
+    takes the most likely token instead. Where the model does not heed padding, rows of the same
+    length go together.
     """
+    together: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        together[0 if policy.heeds_padding else len(row)].append(index)
+    found: dict[int, Continuation] = {}
+    for indices in together.values():
+        part = [rows[i] for i in indices]
+        written = _sample_padded(policy, part, settings, greedy, record_logprobs)
+        found |= dict(zip(indices, written, strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def _sample_padded(
+    policy: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    greedy: bool,
+    record_logprobs: bool,
+) -> list[Continuation]:
     pad = policy.tokenizer.pad_token_id
     padded, mask = pad_left(rows, pad)
     input_ids = torch.tensor(padded, device=policy.device)
@@ -70,6 +90,7 @@ def sample(
                     do_sample=not greedy,
                     **sampling,
                     max_new_tokens=settings.max_new_tokens,
+                    use_cache=policy.continues_from_cache,
                     eos_token_id=policy.eos_ids,
                     pad_token_id=pad,
                 ),

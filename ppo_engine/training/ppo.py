@@ -102,8 +102,7 @@ class PPOTrainer:
             held_out = self._limited(held_out)
             self.notes += overlap(self.examples, held_out)
         self.evaluator = Evaluator(self.engine, held_out)
-        if self.engine.policy.logits_note:
-            self.notes.append(self.engine.policy.logits_note)
+        self.notes += self.engine.policy.training_notes + self.engine.policy.sampling_notes
         self.step = 0
         self._closing = ExitStack()
 

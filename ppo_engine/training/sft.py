@@ -95,8 +95,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             dtype=self.dtype,
             tokenizer=self.tokenizer,
         )
-        if self.policy.logits_note:
-            self.notes.append(self.policy.logits_note)
+        self.notes += self.policy.training_notes
         self.packed = can_pack(architecture.unwrap(self.policy.model), self.tokenizer)
         if not self.packed:
             self.notes.append(
