@@ -33,22 +33,28 @@ class BalanceLoss:
     def of(cls, model: Any) -> BalanceLoss:
         """What the configuration of `model` asks for (`output_router_logits`)."""
         config = model.config.get_text_config()
-        coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", 0.0))
         if not getattr(config, "output_router_logits", False):
             return cls()
         function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-        if function is None or list(inspect.signature(function).parameters) != _ARGUMENTS:
+
+        def value(*names: str) -> Any:
+            return next((getattr(x, n) for n in names for x in (model, config) if hasattr(x, n)), 0)
+
+        coefficient = value("router_aux_loss_coef", "aux_loss_coef")
+        experts, chosen = value("num_experts"), value("num_experts_per_tok")
+        known = function and list(inspect.signature(function).parameters) == _ARGUMENTS
+        if not (known and experts and chosen):
             return cls(
-                note=f"output_router_logits is set, but no balance loss is trained with: how "
-                f"{type(model).__name__} computes it is not known here."
+                note="output_router_logits is set in config.json, but training is without the "
+                f"experts' balance loss: how {type(model).__name__} computes it is not known here."
             )
         return cls(
             function,
             coefficient,
-            model.num_experts,
-            model.num_experts_per_tok,
-            f"The experts' balance loss is part of the loss, weighted by {coefficient:g}, as the "
-            "model's config.json asks for (output_router_logits).",
+            experts,
+            chosen,
+            f"The experts' balance loss, times {coefficient:g}, is part of the language model's "
+            "loss, as its config.json asks for (output_router_logits).",
         )
 
     def __call__(self, router_logits: Any, mask: Tensor) -> Tensor | float:
@@ -58,3 +64,10 @@ class BalanceLoss:
             return 0.0
         found: Tensor = self.function(router_logits, self.experts, self.chosen, mask)
         return self.coefficient * found
+
+
+def unrouted(model: Any) -> dict[str, bool]:
+    """Arguments of `generate` for a model whose configuration asks for its routers' logits: with
+    them it computes the balance loss of each step, for which a cache has too few."""
+    asked = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if asked else {}

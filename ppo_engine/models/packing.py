@@ -97,9 +97,10 @@ def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool
     """
     if not architecture.takes_positions(model.base_model):
         return False
+    room = architecture.context_length(model) // 2
     first, second = (
-        torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)
-        for text in _PROBE
+        torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"], device=model.device)[:room]
+        for t in _PROBE
     )
     other = torch.full_like(first, int(second[0]))
 

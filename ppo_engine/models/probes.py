@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture
+from ppo_engine.models.experts import unrouted
 
 _TOKENS = 12  # of the probe's text, where the model's context has room for it and its padding
 # Relative to what the padding does where it is not masked. Rounding is far below; what convolutions
@@ -39,8 +40,9 @@ def continues_from_cache(model: Any) -> bool:
     not in every family (RWKV's mixes the rows of a batch, xLSTM's may have another shape)."""
     ids = _probe_ids(model)[:, :-_CONTINUED]
     ids = torch.cat((ids, ids.flip(1)))
+    of_model = architecture.unwrap(model)
     try:
-        written = architecture.unwrap(model).generate(
+        written = of_model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             min_new_tokens=_CONTINUED,
@@ -49,12 +51,13 @@ def continues_from_cache(model: Any) -> bool:
             use_cache=True,
             output_logits=True,
             return_dict_in_generate=True,
+            **unrouted(of_model),
         )
     except (ValueError, RuntimeError, IndexError):  # the library's own, of states that do not fit
         return False
     found = torch.stack(written.logits, 1)
     sequences = written.sequences[:, :-1]
-    expected = model(input_ids=sequences, use_cache=False).logits[:, ids.shape[1] - 1 :]
+    expected = of_model(input_ids=sequences, use_cache=False).logits[:, ids.shape[1] - 1 :]
     return bool((found - expected).norm() <= _half_the_digits(expected))
 
 

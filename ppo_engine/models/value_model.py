@@ -181,7 +181,8 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Raise a UserError unless `sequence_scores` equals the model's own pooled logits."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     # With EOS, as responses end: a pooling that takes it for padding is detected.
-    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], eos] for text in _PROBE]
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE]
+    rows = [[*text[: architecture.context_length(model) - 1], eos] for text in texts]
     width = max(map(len, rows))
     device = model.device
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ppo_engine.models import architecture, precision
+from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.settings.schema import GenerationConfig
 from ppo_engine.text.encoding import pad_left
@@ -86,6 +87,7 @@ def _sample_padded(
                 input_ids=input_ids,
                 attention_mask=torch.tensor(mask, device=policy.device).long(),
                 logits_processor=warpers,
+                **unrouted(of_model),
                 generation_config=transformers.GenerationConfig(
                     do_sample=not greedy,
                     **sampling,
