@@ -14,6 +14,10 @@ from torch import Tensor
 _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
+def asks_for_balance(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
 @dataclass(frozen=True)
 class BalanceLoss:
     """The load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6), as
@@ -32,9 +36,9 @@ class BalanceLoss:
     @classmethod
     def of(cls, model: Any) -> BalanceLoss:
         """What the configuration of `model` asks for (`output_router_logits`)."""
-        config = model.config.get_text_config()
-        if not getattr(config, "output_router_logits", False):
+        if not asks_for_balance(model):
             return cls()
+        config = model.config.get_text_config()
         function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
 
         def value(*names: str) -> Any:
@@ -67,7 +71,6 @@ class BalanceLoss:
 
 
 def unrouted(model: Any) -> dict[str, bool]:
-    """Arguments of `generate` for a model whose configuration asks for its routers' logits: with
-    them it computes the balance loss of each step, for which a cache has too few."""
-    asked = getattr(model.config.get_text_config(), "output_router_logits", False)
-    return {"output_router_logits": False} if asked else {}
+    """Arguments of `generate` for a model that would compute the balance loss of each step, for
+    which a cache has too few tokens."""
+    return {"output_router_logits": False} if asks_for_balance(model) else {}

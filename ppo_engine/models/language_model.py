@@ -119,40 +119,6 @@ class LanguageModel:
         """Whether sampling may keep what the model has read (`probes.continues_from_cache`)."""
         return probes.continues_from_cache(self.model)
 
-    @property
-    def training_notes(self) -> list[str]:
-        """What a user should know of how this model is trained."""
-        notes = []
-        if self.uses_own_logits:
-            notes.append(
-                "Logits are the model's own, for every position: its output layer could not be "
-                "reproduced from its hidden states. More memory and time, but the same results."
-            )
-        elif self.makes_logits:
-            notes.append(
-                "Logits are made for every response token, as the output layer has adapters or is "
-                "quantized. More memory and time, but the same results."
-            )
-        if self.balance.note:
-            notes.append(self.balance.note)
-        return notes
-
-    @property
-    def sampling_notes(self) -> list[str]:
-        """What a user should know of how this model is sampled from."""
-        notes = []
-        if not self.heeds_padding:
-            notes.append(
-                "Only prompts of the same length are sampled together: in a probe, this model read "
-                "the padding before shorter ones. More time, but the same results."
-            )
-        if not self.continues_from_cache:
-            notes.append(
-                "Each token is sampled from all those before it, without a cache: in a probe, the "
-                "model's own cache gave other logits. More time, but the same results."
-            )
-        return notes
-
     def states(self, rows: TokenRows) -> Tensor:
         """The last hidden state before each trained token of `rows`, `[tokens, H]`; the logits
         there, where the model's own are used."""
@@ -210,24 +176,11 @@ class LanguageModel:
 
         Without `old_logprobs`, on policy: the log-probs of this same pass are used.
         """
-        states, routed = self._read(rows)
-        loss, stats = self._policy_loss(
-            states, rows.targets, old_logprobs, advantages, temperature, **settings
-        )
-        return loss + share * self.balance(routed, rows.owners[:, :-1] >= 0), stats
-
-    def _policy_loss(
-        self,
-        states: Tensor,
-        targets: Tensor,
-        old_logprobs: Tensor | None,
-        advantages: Tensor,
-        temperature: float,
-        **settings: Any,
-    ) -> tuple[Tensor, PolicyStats]:
+        (states, routed), targets = self._read(rows), rows.targets
+        balance = share * self.balance(routed, rows.owners[:, :-1] >= 0)
         with span("losses"), precision.compute(self.device, self.dtype):
             if not self.makes_logits:
-                return linear_ppo_loss(
+                loss, stats = linear_ppo_loss(
                     states,
                     targets=targets,
                     old_logprobs=old_logprobs,
@@ -235,6 +188,7 @@ class LanguageModel:
                     **self._linear(temperature),
                     **settings,
                 )
+                return loss + balance, stats
             logprobs, entropy = token_logprobs(
                 self._logits(states), targets, temperature=temperature, return_entropy=True
             )
@@ -242,7 +196,10 @@ class LanguageModel:
                 old_logprobs = logprobs.detach()
             if not settings.get("entropy_coef"):
                 entropy = entropy.detach()  # measured, not trained
-            return ppo_policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, **settings)
+            loss, stats = ppo_policy_loss(
+                logprobs, old_logprobs, advantages, entropy=entropy, **settings
+            )
+            return loss + balance, stats
 
     def nll(self, rows: TokenRows) -> Tensor:
         """-log pi of each trained token of `rows`, row by row, `[tokens]` fp32."""
@@ -253,21 +210,20 @@ class LanguageModel:
         so that its passes add up to the mean over its tokens. A balance loss (`experts`) is added,
         weighted by these rows' share of them."""
         (states, routed), targets = self._read(rows), rows.targets
+        balance = len(targets) / normalizer * self.balance(routed, rows.owners[:, :-1] >= 0)
         if self.makes_logits:
-            loss = self._nll(states, targets).sum() / normalizer
-        else:
-            with span("losses"), precision.compute(self.device, self.dtype):
-                loss, _ = linear_ppo_loss(
-                    states,
-                    targets=targets,
-                    old_logprobs=None,
-                    advantages=torch.ones(len(targets), device=self.device),
-                    objective="cispo",  # on policy, with advantages of 1: -log pi
-                    normalizer=normalizer,
-                    **self._linear(temperature=1.0),
-                )
-        share = len(targets) / normalizer
-        return loss + share * self.balance(routed, rows.owners[:, :-1] >= 0)
+            return self._nll(states, targets).sum() / normalizer + balance
+        with span("losses"), precision.compute(self.device, self.dtype):
+            loss, _ = linear_ppo_loss(
+                states,
+                targets=targets,
+                old_logprobs=None,
+                advantages=torch.ones(len(targets), device=self.device),
+                objective="cispo",  # on policy, with advantages of 1: -log pi
+                normalizer=normalizer,
+                **self._linear(temperature=1.0),
+            )
+        return loss + balance
 
     def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
         with span("losses"), precision.compute(self.device, self.dtype):
@@ -276,8 +232,7 @@ class LanguageModel:
             return -linear_logprobs(states, targets=targets, **self._linear(temperature=1.0))
 
     def _read(self, rows: TokenRows) -> tuple[Tensor, Any]:
-        """What `states` gives, and what the routers of experts said to all tokens, where recorded.
-        """
+        """What `states` gives, and the logits of the experts' routers, where they are recorded."""
         row, column = rows.indices
         # The last token predicts nothing that is needed.
         mask = None if rows.mask is None else rows.mask[:, :-1]

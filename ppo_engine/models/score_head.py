@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,9 @@ def value_model_class(model: Any) -> type[PreTrainedModel]:
         ppo_engine.value_model_class(folder).from_pretrained(folder)
     """
     config = loading.load_model_config(loading.resolve(model)) if isinstance(model, str) else model
-    own = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    return own if own is not None else _made_class(type(config))
+    family: Any = type(config)
+    own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(family, None)
+    return cast(type[PreTrainedModel], own or _made_class(family))
 
 
 class _ScoredModel(GenericForSequenceClassification):
@@ -53,7 +54,7 @@ class _ScoredModel(GenericForSequenceClassification):
 
 
 @functools.cache
-def _made_class(config_class: type) -> type[PreTrainedModel]:
+def _made_class(config_class: Any) -> type[PreTrainedModel]:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     base = MODEL_MAPPING.get(config_class, None)
     if causal is None or not isinstance(base, type):

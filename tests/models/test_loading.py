@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from ppo_engine.errors import UserError

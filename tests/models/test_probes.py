@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, probes
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.notes import sampling_notes
 from ppo_engine.models.packing import can_pack
 from ppo_engine.models.value_model import sequence_scores, token_values, value_model_from_policy
 from ppo_engine.rollout.generation import generate
@@ -67,7 +68,7 @@ def test_padding_changes_no_value_and_no_score(family, side):
 def test_a_cache_that_gives_other_logits_is_not_used(family, right):
     policy = open_policy(of_family(family))
     assert policy.continues_from_cache == right
-    assert any("without a cache" in note for note in policy.sampling_notes) != right
+    assert any("without a cache" in note for note in sampling_notes(policy)) != right
 
 
 @pytest.mark.parametrize(
@@ -94,15 +95,13 @@ def test_a_model_that_stays_random_in_training_is_refused(noise):
     model.model.norm.register_forward_hook(
         lambda module, _, x: x + noise * torch.randn_like(x) if module.training else None
     )
-    with pytest.raises(UserError, match="LlamaForCausalLM cannot be trained: .* again in training"):
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot be trained"):
         open_policy(model)
 
 
 def test_a_model_that_is_another_in_training_is_refused():
     model = tiny_model()
-    model.model.norm.register_forward_hook(
-        lambda module, _, x: 2 * x if module.training else None
-    )
+    model.model.norm.register_forward_hook(lambda module, _, x: 2 * x if module.training else None)
     with pytest.raises(UserError, match="other hidden states in evaluation mode"):
         open_policy(model)
 
