@@ -44,7 +44,9 @@ def check_messages(messages: Any, name: str) -> list[Message]:
     """
     if isinstance(messages, Mapping):
         messages = [messages]
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+    if isinstance(messages, str):
+        raise BadLineError(f"{name!r} must be chat messages, not text")
+    if not isinstance(messages, Sequence):
         raise BadLineError(f"{name!r} must be text or chat messages", f", not {kind(messages)}")
     if not messages:
         raise BadLineError(f"{name!r} is an empty list of messages")
@@ -109,7 +111,8 @@ def _check_message(message: Any, name: str, index: int) -> Message:
         )
     role = _ROLES.get(given, given)
     if given == "function_call":
-        more["tool_calls"], content = _parsed(check_text(content, f"{name}.{said}"), name), ""
+        more["tool_calls"] = _parsed(check_text(content, f"{name}.{said}"), f"{name}.{said}")
+        content = ""
     if "function_call" in more:  # before OpenAI had `tool_calls`
         more["tool_calls"] = [more.pop("function_call")]
     if more.get("tool_calls"):

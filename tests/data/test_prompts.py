@@ -43,7 +43,10 @@ BAD_PROMPTS = [
     ({"prompt": [{"role": "user"}]}, "without 'role' and 'content'"),
     ({"prompt": [{"role": "user", "content": None}]}, "must be text, not null"),
     ({"prompt": [{"role": 1, "content": "x"}]}, "must be text, not int"),
-    ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "has a part that is not text: text"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+        "has a part that is not text: text",
+    ),
     ({"prompt": [USER, BLUE]}, "last message is the assistant's"),
     ({"prompt": [{"role": "user", "content": " "}]}, "empty prompt"),
 ]
