@@ -249,7 +249,8 @@ def _split_messages(
             )
         shared = shared or [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and shared[: len(prompt)] != prompt:
-        shared = [*prompt, *shared]
+        # All that they share may stand in the prompt too, behind its system message, say.
+        shared = prompt if shared and prompt[-len(shared) :] == shared else [*prompt, *shared]
     if not shared:
         raise BadLineError("no prompt: only the assistant's message is there")
     return shared, _text_alone(chosen[-1]), _text_alone(rejected[-1])
