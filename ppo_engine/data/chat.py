@@ -104,14 +104,15 @@ def _check_message(message: Any, name: str, index: int) -> Message:
         raise BadLineError(f"{name!r} has a message without 'role' and 'content'", where)
     given = check_text(more.pop(speaker), f"{name}.{speaker}")
     content = more.pop(said, None)
-    if speaker == "from" and given not in _SPEAKERS:
+    known = given.lower() if given.lower() in _SPEAKERS else given
+    if speaker == "from" and known not in _SPEAKERS:
         raise BadLineError(
             f"{name!r} has a message from {given!r}",
             f"{where}: expected human, gpt, system, tool, function_call or observation",
         )
-    role = _ROLES.get(given, given)
+    role = _ROLES.get(known, known)
     calls = more.pop("tool_calls", [])
-    if given == "function_call":
+    if known == "function_call":
         calls, content = check_text(content, f"{name}.{said}"), ""
     calls = _check_calls(calls, f"{name}.tool_calls")
     if "function_call" in more:  # before OpenAI had `tool_calls`
