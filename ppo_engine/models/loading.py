@@ -26,6 +26,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.models.adapters import merged
 from ppo_engine.settings.schema import ModelConfig
+from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
 SCORE_HEADS = ("score", "classifier")  # what families call the head of a sequence classifier
 
@@ -53,6 +54,20 @@ def load_model_config(path: str) -> Any:
         raise UserError(
             f"Could not load a model from {path!r}{nowhere}: {first_line(error)}"
         ) from error
+
+
+def open_tokenizer(
+    model: str | PreTrainedModel | None, path: str, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model`: the one that was `given`, as a model object needs, or the one at
+    `path`; ready for use, before any weights are loaded."""
+    if given is None:
+        if model is not None and not isinstance(model, str):
+            raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
+        load_model_config(resolve(path))
+        return load_tokenizer(resolve(path))
+    separate_pad_from_eos(given)
+    return given
 
 
 def is_classifier(config: Any) -> bool:

@@ -107,8 +107,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         }
 
     def _read(self, source: Any) -> tuple[list[Ranking], SkippedLines]:
-        on_bad_line = self.config.data.on_bad_line
-        return load_preferences(source, tokenizer=self.tokenizer, on_bad_line=on_bad_line)
+        data = self.config.data
+        return load_preferences(
+            source, tokenizer=self.tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+        )
 
     def _limit(self, rows: list[Ranking]) -> list[Ranking]:
         limit = self.config.data.max_pairs
@@ -190,7 +192,13 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def _dialogues(self, ranking: Ranking, limit: int) -> list[list[int]]:
         ended = ranking.finished or [True] * len(ranking.responses)
         return [
-            self.renderer.scored(ranking.prompt, response, finished=finished, max_tokens=limit)
+            self.renderer.scored(
+                ranking.prompt,
+                response if isinstance(response, str) else [response],
+                finished=finished,
+                max_tokens=limit,
+                options=ranking.options,
+            )
             for response, finished in zip(ranking.responses, ended, strict=True)
         ]
 
