@@ -161,8 +161,17 @@ class PPOEngine:
         return self.rewards.score_each(rollout)
 
     @span("advantages")
-    def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
+    def estimate_advantages(
+        self,
+        rollout: Rollout,
+        scores: Tensor | Sequence[float],
+        rounding: Tensor | None = None,
+    ) -> Experience:
         """KL to the reference, values, and advantages; `scores` are B numbers.
+
+        `rounding` [B] is by how much rounding alone may change each of them: of several rewards,
+        or a model's in bf16, `rewards.rounding(score_each(rollout))`. Without it, they are taken
+        for numbers computed in fp32.
 
         Raises ValueError unless there is one finite score for each response, in complete groups.
         """
@@ -174,7 +183,11 @@ class PPOEngine:
             )
         if self.config.ppo.compares_groups:
             check_groups(rollout.prompts, self.config.ppo)
+        if rounding is None:
+            rounding = precision.rounding(torch.float32) * scores.abs()
         scores = self.shaped_scores(rollout, scores, learn=True)
+        if self.normalizer is not None:
+            rounding = rounding / self.normalizer.scale
         greedy_scores = self._greedy_scores(rollout)
 
         settings = self.config.ppo
@@ -189,6 +202,7 @@ class PPOEngine:
                     ref_logprobs,
                     rollout.mask,
                     kl_coef=self.kl.coef if in_reward else torch.zeros_like(self.kl.coef),
+                    rounding=rounding,
                     values=values,
                     greedy_scores=greedy_scores,
                 ),
@@ -208,6 +222,7 @@ class PPOEngine:
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             entropy=entropy,
+            rounding=rounding,
             values=values,
             returns=None if values is None else shaped.returns,
             is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
@@ -243,7 +258,9 @@ class PPOEngine:
         metrics = objective_metrics(experience)
         metrics["policy/learning_rate"] = self.learner.learning_rate
         if settings.compares_groups:
-            metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
+            metrics["objective/equal_groups"] = equal_groups(
+                experience.scores, settings, experience.rounding
+            )
         kl_coef = float(experience.kl_coef)  # once: it synchronizes with the GPU
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):

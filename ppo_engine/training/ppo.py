@@ -145,7 +145,8 @@ class PPOTrainer:
                     run = run or self._open_run()
                     trackers = trackers or self._open_trackers(run)
                     with progress.phase("advantages"):
-                        experience = self.engine.estimate_advantages(rollout, scores)
+                        rounding = self.engine.rewards.rounding(rewards)
+                        experience = self.engine.estimate_advantages(rollout, scores, rounding)
                     with progress.phase("update"):
                         metrics = self.engine.update(experience)
                 self.step += 1
