@@ -39,17 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted; if run.checkpoint_every was set, resume with run.resume=true",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as error:
+        print("\n".join(["interrupted", *_notes(error)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was kept of the work, and how to go on, as it was added to the exception."""
+    return list(getattr(error, "__notes__", ()))
 
 
 @dataclass(frozen=True)

@@ -280,13 +280,16 @@ class PPOEngine:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, for `load_state_dict` with the same settings."""
+        """Everything that training changes, for `load_state_dict` with the same settings.
+
+        Weights and what optimizers keep are their own tensors; all else is copied.
+        """
         return {
             "policy": self.learner.state_dict(),
             "critic": self.critic.learner.state_dict() if self.critic else None,
             "steps_done": self.steps_done,
             "policy_version": self.policy_version,
-            "kl_coef": self.kl.coef,
+            "kl_coef": self.kl.coef.clone(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
             "shuffle": self.shuffle.get_state(),
         }
@@ -301,6 +304,11 @@ class PPOEngine:
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
         self.shuffle.set_state(state["shuffle"].cpu())
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Those of the policy, and of the critic where there is one."""
+        return [self.learner, *([self.critic.learner] if self.critic else [])]
 
     @property
     def _warms_up(self) -> bool:

@@ -37,6 +37,11 @@ _FREE_KEYS = {
     "run.sample_every",
     "run.trackers",
     "evaluation.patience",
+    # What one changes after a run that was out of memory, or whose endpoint was too slow.
+    "ppo.micro_batch_size",
+    "reward.micro_batch_size",
+    "sft.micro_batch_size",
+    "reward.http.timeout",
 }
 
 
