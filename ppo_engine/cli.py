@@ -137,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
             Flag("--out", "output", "file to write; default: standard output", "FILE"),
         ],
     )
+    generate.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the rows that a failure left: FILE.partial",
+    )
     generate.add_argument("--n", metavar="K", help="responses to each prompt")
     _add_reward(generate, "score the responses, and show best-of-n scores")
 
@@ -310,6 +315,8 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> None:
         options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
         options.output_dir = None
     overrides = _reward_overrides(options) + _overrides(options, rest, seed="seed")
+    if options.resume:
+        overrides.insert(0, "resume=true")
     if options.n is not None:
         overrides.insert(0, f"responses={options.n}")
     config = _load(GenerateConfig, options, overrides)

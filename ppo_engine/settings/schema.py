@@ -352,6 +352,7 @@ class GenerateConfig:
     batch_size: PositiveInt = 16  # responses sampled at a time
     reward: ScoringConfig = Field(default_factory=ScoringConfig)  # none: responses get no scores
     output: str = ""  # a file; empty writes to standard output
+    resume: bool = False  # go on with the rows in output.partial, which a failure left there
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
