@@ -168,6 +168,6 @@ class Checkpoints:
         if newest is None:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."
         return (
-            f"{lost}Step {newest[0]} is kept in {newest[1]}: the same command with "
+            f"{lost}Step {newest[0]} is kept in {newest[1]}: the same run with "
             f"run.output_dir={run.path} run.resume=true goes on from there."
         )

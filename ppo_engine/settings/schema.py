@@ -254,7 +254,7 @@ class RunConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for compute; weights in training: fp32
     resume: bool = False  # continue from the newest checkpoint in output_dir
-    checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one
+    checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one, or a failure's
     sample_every: NonNegativeInt = 5  # steps between printed sample responses
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 

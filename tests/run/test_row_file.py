@@ -35,7 +35,9 @@ def test_a_file_is_there_when_it_is_complete(tmp_path: Path) -> None:
         made(tmp_path / "deep", resume=True)
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"n": 4, "te', b'{"n": 4, "text": ""}\n{"n": 5'])
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"n": 4, "te' + b"x" * 500, b'{"n": 4, "text": ""}\n{"n": 5']
+)
 @pytest.mark.parametrize("left", [2, 4])
 def test_what_was_written_is_taken_up(tmp_path: Path, left: int, torn: bytes) -> None:
     """Without the half of a line, or of a batch, that a kill leaves."""
@@ -58,6 +60,8 @@ def test_what_it_was_made_of_must_be_there_and_the_same(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         made(tmp_path, left=2)
     kept = (tmp_path / "rows.jsonl.partial").read_bytes()
+    with pytest.raises(UserError, match="go on from there with --resume, or remove it"):
+        made(tmp_path)
     with pytest.raises(UserError, match="made of other prompts"):
         made(tmp_path, resume=True, data="6 rows")
     with pytest.raises(UserError, match="seed: 0 then, 1 now"):
