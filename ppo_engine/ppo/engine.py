@@ -167,8 +167,17 @@ class PPOEngine:
         return self.rewards.score_each(rollout)
 
     @span("advantages")
-    def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
+    def estimate_advantages(
+        self,
+        rollout: Rollout,
+        scores: Tensor | Sequence[float],
+        rounding: Tensor | None = None,
+    ) -> Experience:
         """KL to the reference, values, and advantages; `scores` are B numbers.
+
+        `rounding` [B] is by how much rounding alone may change each of them: of several rewards,
+        or a model's in bf16, `rewards.rounding(score_each(rollout))`. Without it, they are taken
+        for numbers computed in fp32.
 
         Raises ValueError unless there is one finite score for each response, in complete groups.
         """
@@ -180,7 +189,11 @@ class PPOEngine:
             )
         if self.config.ppo.compares_groups:
             check_groups(rollout.prompts, self.config.ppo)
+        if rounding is None:
+            rounding = precision.rounding(torch.float32) * scores.abs()
         scores = self.shaped_scores(rollout, scores, learn=True)
+        if self.normalizer is not None:
+            rounding = rounding / self.normalizer.scale
         greedy_scores = self._greedy_scores(rollout)
 
         settings = self.config.ppo
@@ -195,6 +208,7 @@ class PPOEngine:
                     ref_logprobs,
                     rollout.mask,
                     kl_coef=self.kl.coef if in_reward else torch.zeros_like(self.kl.coef),
+                    rounding=rounding,
                     values=values,
                     greedy_scores=greedy_scores,
                 ),
@@ -214,6 +228,7 @@ class PPOEngine:
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             entropy=entropy,
+            rounding=rounding,
             values=values,
             returns=None if values is None else shaped.returns,
             is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
@@ -249,7 +264,9 @@ class PPOEngine:
         metrics = objective_metrics(experience)
         metrics["policy/learning_rate"] = self.learner.learning_rate
         if settings.compares_groups:
-            metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
+            metrics["objective/equal_groups"] = equal_groups(
+                experience.scores, settings, experience.rounding
+            )
         kl_coef = float(experience.kl_coef)  # once: it synchronizes with the GPU
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
@@ -269,13 +286,16 @@ class PPOEngine:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, for `load_state_dict` with the same settings."""
+        """Everything that training changes, for `load_state_dict` with the same settings.
+
+        Weights and what optimizers keep are their own tensors; all else is copied.
+        """
         return {
             "policy": self.learner.state_dict(),
             "critic": self.critic.learner.state_dict() if self.critic else None,
             "steps_done": self.steps_done,
             "policy_version": self.policy_version,
-            "kl_coef": self.kl.coef,
+            "kl_coef": self.kl.coef.clone(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
             "shuffle": self.shuffle.get_state(),
         }
@@ -290,6 +310,11 @@ class PPOEngine:
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
         self.shuffle.set_state(state["shuffle"].cpu())
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Those of the policy, and of the critic where there is one."""
+        return [self.learner, *([self.critic.learner] if self.critic else [])]
 
     @property
     def _warms_up(self) -> bool:

@@ -2,7 +2,8 @@
 
 A reward is called with (prompts, responses, finished, columns), B of each, and returns scores [B].
 It is a reward model (`model`), a Python function (`function`) or an HTTP endpoint
-(`http`). What becomes of the scores is in `shaping`.
+(`http`). A model reads equal responses to one prompt once; functions and endpoints, which may draw
+random numbers, are asked for each. What becomes of the scores is in `shaping`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
+from ppo_engine.models import precision
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
 from ppo_engine.rewards.model import RewardModel, load_reward_model
@@ -82,6 +84,21 @@ class Rewards:
     def total(self, each: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of `score_each`: [B] fp32."""
         return torch.stack([self.weights[name] * scores for name, scores in each.items()]).sum(0)
+
+    def rounding(self, each: Mapping[str, Tensor]) -> Tensor:
+        """By how much rounding alone may change the `total` of `score_each`: [B] fp32.
+
+        Of a reward model this is a share of the batch's largest score, as its products are no
+        smaller where they cancel; of all else a share of each score.
+        """
+        parts = []
+        for name, scores in each.items():
+            reward, size = self.by_name[name], scores.abs()
+            dtype = torch.float32
+            if isinstance(reward, RewardModel):
+                dtype, size = reward.dtype, size.max().expand_as(size)
+            parts.append(abs(self.weights[name]) * precision.rounding(dtype) * size)
+        return torch.stack(parts).sum(0)
 
     def _score(self, name: str, rollout: Rollout) -> Tensor:
         inputs = rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns

@@ -203,6 +203,15 @@ def test_the_total_is_the_weighted_sum():
     torch.testing.assert_close(plain.score(rollout), each["vowels"] + each["length"])
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 4e-6), (torch.bfloat16, 0.0156)])
+def test_rounding_is_that_of_each_reward_with_its_weight(reward_folders, dtype, share):
+    model = load_reward_model(reward_folders[0], device=CPU, dtype=dtype)
+    rewards = Rewards({"m": model, "f": RewardFunction(length)}, [0.5, -2.0], tiny_tokenizer())
+    each = {"m": torch.tensor([1.0, -4.0]), "f": torch.tensor([1000.0, 0.0])}
+    expected = [0.5 * share * 4 + 2 * 4e-6 * 1000, 0.5 * share * 4]
+    assert rewards.rounding(each).tolist() == pytest.approx(expected, rel=0.03)
+
+
 def test_a_reward_is_told_all_that_is_known_of_the_responses():
     seen: list[Any] = []
 
