@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ppo_engine.data.prompts import (
     PromptExample,
+    column_names,
     columns_of,
     limit_prompts,
     load_prompts,
@@ -68,6 +69,8 @@ def generate(config: GenerateConfig) -> None:
         room=generation.room_for_prompts(policy, config.generation),
         on_bad_line=data.on_bad_line,
     )
+    if rewards is not None:
+        rewards.check_columns(column_names(examples))
     torch.manual_seed(config.seed)
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]

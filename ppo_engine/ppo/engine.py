@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -150,6 +150,13 @@ class PPOEngine:
             greedy=True,
         )
         return replace(rollout, greedy=greedy)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """A UserError where a reward function or the environment cannot be called on prompts with
+        these `columns`; a loop of your own finds out at the first batch."""
+        self.rewards.check_columns(columns, several_turns=self.environment is not None)
+        if self.environment is not None:
+            self.environment.check_columns(columns)
 
     def score(self, rollout: Rollout) -> Tensor:
         """The weighted sum of `score_each`, [B] fp32; neither normalized nor penalized."""

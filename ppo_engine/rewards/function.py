@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,29 @@ from torch import Tensor
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
-from ppo_engine.text.encoding import Prompt
-from ppo_engine.user_functions import UserFunction
+from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.user_functions.function import UserFunction
+from ppo_engine.user_functions.signature import Lists
+
+_NAMES = ("prompts", "responses", "finished", "completions", "completion_ids", "completions_ids")
 
 
 class RewardFunction(UserFunction):
     """A user's `(prompts, responses, **columns) -> list[float]`, sync or async, its result checked.
 
-    `prompts` are as the data has them: text, or lists of chat messages.
+    It is given what it names, as lists with an item for each response: `prompts` as the data has
+    them (text, or lists of chat messages), `responses` (text), `finished` (whether each ended with
+    EOS), `turns` where there is an environment (see `rollout.environment`), columns of the data; and
+    what functions for TRL name: `completions` (text of a text prompt; of a chat the messages that
+    came after it, `[{"role": "assistant", "content": …}]`) and `completion_ids` (token ids).
     """
 
     kind = "reward function"
+    lists = Lists("prompts", "responses", (*_NAMES[1:2], *_NAMES[3:], "turns"))
+
+    def check_columns(self, columns: Collection[str], *, several_turns: bool) -> None:
+        """A UserError where the function cannot be called on data with these `columns`."""
+        self.check((*_NAMES, "turns") if several_turns else _NAMES, columns)
 
     def __call__(
         self,
@@ -29,9 +41,26 @@ class RewardFunction(UserFunction):
         responses: Sequence[str],
         finished: Sequence[bool],
         columns: Mapping[str, Sequence[Any]],
+        *,
+        turns: Sequence[list[Message]] | None = None,
+        token_ids: Sequence[list[int]] | None = None,
     ) -> Tensor:
-        """Scores `[B]`, fp32, on the CPU; a UserError where the function fails or misbehaves."""
-        return checked_scores(self.call(prompts, responses, columns), len(responses), str(self))
+        """Scores `[B]`, fp32, on the CPU; a UserError where the function fails or misbehaves.
+
+        `turns` of several, and the responses' `token_ids`, where they are known.
+        """
+        said = turns or [[{"role": "assistant", "content": response}] for response in responses]
+        completions = [
+            response if isinstance(prompt, str) else messages
+            for prompt, response, messages in zip(prompts, responses, said, strict=True)
+        ]
+        told: dict[str, Any] = dict(zip(_NAMES, (prompts, responses, finished, completions)))
+        if token_ids is not None:
+            told |= {"completion_ids": token_ids, "completions_ids": token_ids}
+        if turns is not None:
+            told["turns"] = turns
+            columns = {name: column for name, column in columns.items() if name != "turns"}
+        return checked_scores(self.call(told, columns), len(responses), str(self))
 
 
 def checked_scores(result: Any, count: int, source: str) -> Tensor:

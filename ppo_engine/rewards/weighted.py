@@ -7,7 +7,7 @@ It is a reward model (`model`), a Python function (`function`) or an HTTP endpoi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ppo_engine.rewards.sources import (
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import RewardEndpointConfig, RewardSource, ScoringConfig
 from ppo_engine.text.tokenizer import same_tokenizer
-from ppo_engine.user_functions import import_function
+from ppo_engine.user_functions.importing import import_function
 
 Reward = RewardModel | RewardFunction | HTTPReward
 # As users give them: the name of one, a function, or a reward object.
@@ -66,6 +66,13 @@ class Rewards:
     def models(self) -> list[RewardModel]:
         return [reward for reward in self.by_name.values() if isinstance(reward, RewardModel)]
 
+    def check_columns(self, columns: Collection[str], *, several_turns: bool = False) -> None:
+        """A UserError where a reward function cannot be called on data with these `columns`, so that
+        a run finds out before it samples."""
+        for reward in self.by_name.values():
+            if isinstance(reward, RewardFunction):
+                reward.check_columns(columns, several_turns=several_turns)
+
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by name."""
         return {name: self._score(name, rollout) for name in self.by_name}
@@ -77,9 +84,12 @@ class Rewards:
     def _score(self, name: str, rollout: Rollout) -> Tensor:
         if name in self.by_tokens:
             return self.by_tokens[name].score_tokens(*rollout.sequences())
-        scores = self.by_name[name](
-            rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns
-        )
+        reward = self.by_name[name]
+        told = (rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns)
+        if isinstance(reward, RewardFunction):
+            scores = reward(*told, turns=rollout.turns, token_ids=rollout.response_tokens())
+        else:
+            scores = reward(*told)
         return scores.to(rollout.mask.device)
 
 

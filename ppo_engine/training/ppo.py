@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.data.prompts import (
     PromptExample,
+    column_names,
     columns_of,
     limit_prompts,
     load_prompts,
@@ -101,6 +102,8 @@ class PPOTrainer:
         elif held_out:
             held_out = self._limited(held_out)
             self.notes += overlap(self.examples, held_out)
+        for data in filter(None, (self.examples, held_out)):
+            self.engine.check_columns(column_names(data))
         self.evaluator = Evaluator(self.engine, held_out)
         if self.engine.policy.logits_note:
             self.notes.append(self.engine.policy.logits_note)

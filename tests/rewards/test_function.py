@@ -14,7 +14,7 @@ import torch
 
 from ppo_engine.errors import UserError
 from ppo_engine.rewards.function import RewardFunction
-from ppo_engine.user_functions import import_function
+from ppo_engine.user_functions.importing import import_function
 
 PROMPTS = ["Say a.", [{"role": "user", "content": "Say b, at some length."}], "Say c."]
 RESPONSES = ["a", "bbbbbbbb", "ccc"]
@@ -38,7 +38,7 @@ def test_a_function_sees_what_the_user_gave_and_its_scores_come_back():
 
 
 def test_only_the_columns_that_the_signature_names_are_passed():
-    columns = {"answer": ["x", "y", "z"], "other": [1, 2, 3], "prompts": ["", "", ""]}
+    columns = {"answer": ["x", "y", "z"], "other": [1, 2, 3]}
 
     def named(prompts, responses, answer):
         assert answer == ["x", "y", "z"]
@@ -105,11 +105,6 @@ def test_an_exception_names_function_and_line_and_keeps_its_cause(tmp_path):
     with pytest.raises(UserError, match=r"broken\.py, line 4: JSONDecodeError") as caught:
         reward(PROMPTS, RESPONSES, FINISHED, {})
     assert isinstance(caught.value.__cause__, ValueError)
-
-
-def test_a_function_without_the_two_parameters_is_an_error():
-    with pytest.raises(UserError, match="failed: TypeError"):
-        score(lambda prompts: [0.0])
 
 
 # Async functions ----------------------------------------------------------------------------------
