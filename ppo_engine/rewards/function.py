@@ -15,7 +15,9 @@ from ppo_engine.text.encoding import Message, Prompt
 from ppo_engine.user_functions.function import UserFunction
 from ppo_engine.user_functions.signature import Lists
 
-_NAMES = ("prompts", "responses", "finished", "completions", "completion_ids", "completions_ids")
+# What functions for TRL call what the policy wrote; its documentation has both of the latter.
+_TRL = ("completions", "completion_ids", "completions_ids")
+_NAMES = ("prompts", "responses", "finished", *_TRL)
 
 
 class RewardFunction(UserFunction):
@@ -23,13 +25,13 @@ class RewardFunction(UserFunction):
 
     It is given what it names, as lists with an item for each response: `prompts` as the data has
     them (text, or lists of chat messages), `responses` (text), `finished` (whether each ended with
-    EOS), `turns` where there is an environment (see `rollout.environment`), columns of the data; and
-    what functions for TRL name: `completions` (text of a text prompt; of a chat the messages that
-    came after it, `[{"role": "assistant", "content": …}]`) and `completion_ids` (token ids).
+    EOS), `turns` where there is an environment (see `rollout.environment`), the data's columns; and
+    what functions for TRL name: `completions` (after a text prompt text, in a chat the messages
+    after its prompt, `[{"role": "assistant", "content": …}]`) and `completion_ids` (token ids).
     """
 
     kind = "reward function"
-    lists = Lists("prompts", "responses", (*_NAMES[1:2], *_NAMES[3:], "turns"))
+    lists = Lists("prompts", "responses", ("responses", *_TRL, "turns"))
 
     def check_columns(self, columns: Collection[str], *, several_turns: bool) -> None:
         """A UserError where the function cannot be called on data with these `columns`."""
@@ -54,9 +56,14 @@ class RewardFunction(UserFunction):
             response if isinstance(prompt, str) else messages
             for prompt, response, messages in zip(prompts, responses, said, strict=True)
         ]
-        told: dict[str, Any] = dict(zip(_NAMES, (prompts, responses, finished, completions)))
+        told: dict[str, Any] = {
+            "prompts": prompts,
+            "responses": responses,
+            "completions": completions,
+            "finished": finished,
+        }
         if token_ids is not None:
-            told |= {"completion_ids": token_ids, "completions_ids": token_ids}
+            told |= dict.fromkeys(_TRL[1:], token_ids)
         if turns is not None:
             told["turns"] = turns
             columns = {name: column for name, column in columns.items() if name != "turns"}
@@ -81,6 +88,11 @@ def checked_scores(result: Any, count: int, source: str) -> Tensor:
 
 def _number(value: Any, index: int, source: str) -> float:
     number = value.item() if getattr(value, "ndim", None) == 0 else value  # torch, numpy
+    if number is None:
+        raise UserError(
+            f"{source} returned {shown(value)} for response {index} (counted from 0): where a "
+            "reward does not apply return 0, which leaves the sum of several as it is."
+        )
     valid = isinstance(number, int | float) and math.isfinite(number)
     if not valid or abs(number) > torch.finfo(torch.float32).max:
         raise UserError(

@@ -67,8 +67,8 @@ class Rewards:
         return [reward for reward in self.by_name.values() if isinstance(reward, RewardModel)]
 
     def check_columns(self, columns: Collection[str], *, several_turns: bool = False) -> None:
-        """A UserError where a reward function cannot be called on data with these `columns`, so that
-        a run finds out before it samples."""
+        """A UserError where a reward function cannot be called on data with these `columns`: a run
+        finds out before it samples."""
         for reward in self.by_name.values():
             if isinstance(reward, RewardFunction):
                 reward.check_columns(columns, several_turns=several_turns)

@@ -155,8 +155,8 @@ class Signature:
         lists = self._lists
         return UserError(
             f"{self._subject} {what}. Write it with the parameters {lists.first} and "
-            f"{lists.second}, lists as long as the batch, and with a parameter for each column that "
-            "it needs, of the column's name."
+            f"{lists.second}, lists as long as the batch, and with a parameter for each column "
+            "that it needs, of the column's name."
         )
 
 
