@@ -47,9 +47,9 @@ class PPOEngine:
         policy: a causal language model: Hugging Face name, folder, or a loaded model (then with
             `tokenizer`). Empty: `config.policy.path`.
         reward: a reward model's name or folder, `"file.py:function"`, the URL of an endpoint, or
-            a function `(prompts, responses, **columns) -> list[float]`, sync or async; a list of
-            these, or a mapping of names to these. `config.reward` has their weights, and names the
-            rewards where None is given.
+            a function `(prompts, responses, **columns) -> list[float]`, sync or async (see
+            `rewards.function`); a list of these, or a mapping of names to these. `config.reward`
+            has their weights, and names the rewards where None is given.
         config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
             updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
             does, or the schedule to "constant".

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
@@ -62,8 +63,9 @@ class Signature:
     def __init__(self, function: Callable[..., Any], lists: Lists, subject: str) -> None:
         found = _parameters(function)
         # What a partial has filled in is the user's choice, also where a column has that name.
-        filled = function.keywords if isinstance(function, functools.partial) else {}
-        self._named = [p for p in found if p.kind not in _VARIABLE and p.name not in filled]
+        self._filled = {*function.keywords} if isinstance(function, functools.partial) else set()
+        named = [p for p in found if p.kind not in _VARIABLE]
+        self._named = [p for p in named if p.name not in self._filled]
         self._first_two = [p for p in self._named if p.kind in _POSITIONAL][:2]
         self._any_position = any(p.kind is p.VAR_POSITIONAL for p in found)
         self._any_name = any(p.kind is p.VAR_KEYWORD for p in found)
@@ -87,7 +89,7 @@ class Signature:
         if self._any_name:
             # TRL's functions find there whatever they do not name; ours name the responses.
             rest = columns if lists.second in taken.values() else (*columns, *offered)
-            taken |= {name: name for name in rest if name not in taken}
+            taken |= {name: name for name in rest if name not in {*taken, *self._filled}}
         both = sorted({*offered} & {*columns} & {*taken.values()})
         if both:
             raise UserError(
@@ -146,7 +148,7 @@ class Signature:
         found = [taken.get(p.name) for p in self._first_two]
         if len(positional) < 2 and found == [self._lists.first, self._lists.second]:
             positional = self._first_two
-        names = [p.name for p in positional if p.name in taken]
+        names = list(itertools.takewhile(taken.__contains__, (p.name for p in positional)))
         by_name = {name: source for name, source in taken.items() if name not in names}
         return Arguments([taken[name] for name in names], by_name)
 

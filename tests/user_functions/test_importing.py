@@ -125,9 +125,11 @@ def test_a_module_of_the_working_folder_is_not_another_folders_file():
     assert scores("rewards:judge") == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["math", "wave", "torch", "requests", "pip"])
-def test_a_file_does_not_hide_a_module(name):
+@pytest.mark.parametrize("name", ["math", "wave", "torch", "judging_kit"])
+def test_a_file_does_not_hide_a_module(name, monkeypatch):
     """Nor is it hidden: imported already, or not yet; Python's, or installed."""
+    write("site/judging_kit/__init__.py", "")
+    monkeypatch.setattr(importing.site, "getsitepackages", lambda: ["site"])
     before = sys.modules.get(name)
     write(f"{name}.py", "def judge(prompts, responses):\n    return [0.0] * len(responses)\n")
     with pytest.raises(UserError, match=f"has the name of the module '{name}' .* Rename the file"):

@@ -166,8 +166,20 @@ def test_decorated_bound_and_partial_functions(function):
 
 
 def test_a_column_does_not_undo_a_partial():
-    function = functools.partial(lambda responses, answer: [answer] * 2, answer=3)
-    assert score(function) == [3, 3]
+    for function in (
+        lambda responses, answer: [answer] * 2,
+        lambda responses, answer, **columns: [answer] * 2,
+        lambda responses, **columns: [columns["answer"]] * 2,
+    ):
+        assert score(functools.partial(function, answer=3)) == [3, 3]
+
+
+def test_what_stands_behind_a_gap_is_not_moved_into_it():
+    def judge(hint=None, responses=None, /):
+        return [0.0, 0.0]
+
+    with pytest.raises(UserError, match=r"failed.*positional-only"):
+        score(judge)
 
 
 # What is refused ----------------------------------------------------------------------------------
