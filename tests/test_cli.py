@@ -310,6 +310,17 @@ def test_generate_scores_and_shows_the_best_of_n(
     assert json.loads(shown.out)["prompt"] == [{"role": "user", "content": "One"}]  # a chat model
 
 
+def test_generate_looks_at_a_rewards_parameters_before_it_samples(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ppo_engine.generate._respond", lambda *_: pytest.fail("it samples"))
+    data = write("prompts.jsonl", {"prompt": "One", "answer": "x"})
+    write("reward.py", "def score(prompts, answer): return [0.0] * len(prompts)")
+    flags = ["generate", "--model", model, "--data", data, "--reward", "reward.py:score"]
+    assert cli.main([*flags, "--out", "out.jsonl"]) == 2
+    assert "takes the column 'answer' in place of the responses" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -85,7 +85,10 @@ class Rewards:
         if name in self.by_tokens:
             return self.by_tokens[name].score_tokens(*rollout.sequences())
         reward = self.by_name[name]
-        told = (rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns)
+        # A reward model looks for a conversation's turns: the data may have a column of that name.
+        unread = isinstance(reward, RewardModel) and rollout.turns is None
+        columns = {} if unread else rollout.columns
+        told = (rollout.prompts, rollout.responses, rollout.finished.tolist(), columns)
         if isinstance(reward, RewardFunction):
             scores = reward(*told, turns=rollout.turns, token_ids=rollout.response_tokens())
         else:

@@ -124,6 +124,11 @@ def test_position_decides_where_names_say_nothing(function):
     assert score(function) == [1, 0]
 
 
+def test_a_function_that_shows_no_parameters_gets_the_two_lists():
+    with pytest.raises(UserError, match=r"'max' returned '2' \(str\) for response 0"):
+        score(max, prompts=["1", "3"])
+
+
 def timed(function):
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
