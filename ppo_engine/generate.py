@@ -15,6 +15,7 @@ from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.prompts import (
     PromptExample,
+    column_names,
     columns_of,
     limit_prompts,
     load_prompts,
@@ -94,6 +95,8 @@ def generate(config: GenerateConfig) -> None:
         room=generation.room_for_prompts(policy, config.generation),
         on_bad_line=data.on_bad_line,
     )
+    if rewards is not None:
+        rewards.check_columns(column_names(examples))
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     console = Console(stderr=True, highlight=False)

@@ -413,6 +413,17 @@ def test_ppo_goes_on_where_it_failed(
     assert [row["step"] for row in read("run/metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_generate_looks_at_a_rewards_parameters_before_it_samples(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ppo_engine.generate._respond", lambda *_: pytest.fail("it samples"))
+    data = write("prompts.jsonl", {"prompt": "One", "answer": "x"})
+    write("reward.py", "def score(prompts, answer): return [0.0] * len(prompts)")
+    flags = ["generate", "--model", model, "--data", data, "--reward", "reward.py:score"]
+    assert cli.main([*flags, "--out", "out.jsonl"]) == 2
+    assert "takes the column 'answer' in place of the responses" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -47,9 +47,9 @@ class PPOEngine:
         policy: a causal language model: Hugging Face name, folder, or a loaded model (then with
             `tokenizer`). Empty: `config.policy.path`.
         reward: a reward model's name or folder, `"file.py:function"`, the URL of an endpoint, or
-            a function `(prompts, responses, **columns) -> list[float]`, sync or async; a list of
-            these, or a mapping of names to these. `config.reward` has their weights, and names the
-            rewards where None is given.
+            a function `(prompts, responses, **columns) -> list[float]`, sync or async (see
+            `rewards.function`); a list of these, or a mapping of names to these. `config.reward`
+            has their weights, and names the rewards where None is given.
         config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
             updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
             does, or the schedule to "constant".
@@ -156,6 +156,13 @@ class PPOEngine:
             greedy=True,
         )
         return replace(rollout, greedy=greedy)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """A UserError where a reward function or the environment cannot be called on prompts with
+        these `columns`; a loop of your own finds out at the first batch."""
+        self.rewards.check_columns(columns, several_turns=self.environment is not None)
+        if self.environment is not None:
+            self.environment.check_columns(columns)
 
     def score(self, rollout: Rollout) -> Tensor:
         """The weighted sum of `score_each`, [B] fp32; neither normalized nor penalized."""

@@ -8,7 +8,7 @@ random numbers, are asked for each. What becomes of the scores is in `shaping`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import RewardEndpointConfig, RewardSource, ScoringConfig
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import same_tokenizer
-from ppo_engine.user_functions import import_function
+from ppo_engine.user_functions.importing import import_function
 
 Reward = RewardModel | RewardFunction | HTTPReward
 # As users give them: the name of one, a function, or a reward object.
@@ -77,6 +77,13 @@ class Rewards:
             for reward in self.by_name.values()
         )
 
+    def check_columns(self, columns: Collection[str], *, several_turns: bool = False) -> None:
+        """A UserError where a reward function cannot be called on data with these `columns`: a run
+        finds out before it samples."""
+        for reward in self.by_name.values():
+            if isinstance(reward, RewardFunction):
+                reward.check_columns(columns, several_turns=several_turns)
+
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by name."""
         return {name: self._score(name, rollout) for name in self.by_name}
@@ -101,10 +108,17 @@ class Rewards:
         return torch.stack(parts).sum(0)
 
     def _score(self, name: str, rollout: Rollout) -> Tensor:
-        inputs = rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns
-        if name in self.by_tokens:
-            return self.by_tokens[name](*inputs, rollout.written())
-        scores = self.by_name[name](*inputs)
+        reward, columns, written = self.by_name[name], rollout.columns, rollout.written()
+        told = rollout.prompts, rollout.responses, rollout.finished.tolist()
+        if isinstance(reward, RewardModel):
+            if rollout.turns is None:  # a column of the data's own
+                columns = {key: column for key, column in columns.items() if key != "turns"}
+            scores = reward(*told, columns, written if name in self.by_tokens else None)
+        elif isinstance(reward, RewardFunction):
+            answers = [answer for _, answer in written]
+            scores = reward(*told, columns, turns=rollout.turns, token_ids=answers)
+        else:
+            scores = reward(*told, columns)
         return scores.to(rollout.mask.device)
 
 

@@ -18,6 +18,7 @@ from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.prompts import (
     PromptExample,
+    column_names,
     columns_of,
     limit_prompts,
     load_prompts,
@@ -106,6 +107,8 @@ class PPOTrainer:
         elif held_out:
             held_out = self._limited(held_out)
             self.notes += overlap(self.examples, held_out)
+        for examples in filter(None, (self.examples, held_out)):
+            self.engine.check_columns(column_names(examples))
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + sampling_notes(self.engine.policy)
         self.step = 0
