@@ -42,10 +42,10 @@ class Evidence(NamedTuple):
     ref_logprobs: Tensor  # [B, T] fp32
     mask: Tensor  # [B, T] bool, True is a token of the policy's
     kl_coef: Tensor  # 0-dim, of the penalty in the rewards
-    # [B], by how much rounding alone may change a score; None: that of numbers in fp32.
-    rounding: Tensor | None = None
     values: Tensor | None = None  # [B, T] fp32, of the critic
     greedy_scores: Tensor | None = None  # [B] fp32, of the greedy responses to the same prompts
+    # [B], by how much rounding alone may change a score; None: that of numbers in fp32.
+    rounding: Tensor | None = None
 
 
 def generalized(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:

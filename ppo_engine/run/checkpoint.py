@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,5 +170,5 @@ class Checkpoints:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."
         return (
             f"{lost}Step {newest[0]} is kept in {newest[1]}: the same run with "
-            f"run.output_dir={run.path} run.resume=true goes on from there."
+            f"run.output_dir={shlex.quote(str(run.path))} run.resume=true goes on from there."
         )

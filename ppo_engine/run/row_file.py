@@ -71,18 +71,21 @@ class RowFile:
                 f"{self.partial} was made of other prompts ({self._resumed['data']}, and now "
                 f"{data}): go on with the same ones, or remove it."
             )
-        written = 0
         try:
             written = self._take_up(batch) if self._resumed else self._begin(data)
-            file = open(self.partial, "r+b")  # noqa: SIM115  closed below
+            file = open(self.partial, "r+b", buffering=0)  # noqa: SIM115  closed below
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}.") from error
         count = len(self.rows)
 
         def append(rows: list[Row]) -> None:
             nonlocal count
-            file.write("".join(map(as_line, rows)).encode())
-            file.flush()
+            left = memoryview("".join(map(as_line, rows)).encode())
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError as error:  # such as a full disk
+                raise UserError(f"{self.partial} cannot be written: {error.strerror}.") from error
             count += len(rows)
 
         try:

@@ -131,6 +131,7 @@ class Renderer:
         if written is not None:
             read, said = written
             written = read, said[:-1] if said and said[-1] in self.end_ids else said
+        parts: tuple[Sequence[int], Sequence[int], Sequence[int]]
         if isinstance(prompt, str):
             assert isinstance(answer, str)
             pair = written or self._apart(prompt, answer, self._text_prompt(prompt))

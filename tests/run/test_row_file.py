@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def test_what_was_written_is_taken_up(tmp_path: Path, left: int, torn: bytes) ->
     with open(tmp_path / "cut/rows.jsonl.partial", "ab") as file:
         file.write(torn)
     assert made(tmp_path / "cut", resume=True).read_bytes() == expected
+
+
+def test_a_full_disk_keeps_what_fits(tmp_path: Path) -> None:
+    expected = made(tmp_path / "whole").read_bytes()
+    file = RowFile(str(tmp_path / "rows.jsonl"), {"seed": 0, "out": ""}, ["out"], resume=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        pytest.raises(UserError, match=r"rows\.jsonl\.partial cannot be written: ") as caught,
+        file.open("5 rows", 2) as append,
+    ):
+        append(ROWS[:2])
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.partial.stat().st_size + 5, limits[1]))
+            append(ROWS[2:4])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.__notes__[0].startswith("2 rows in ")
+    assert made(tmp_path, resume=True).read_bytes() == expected
 
 
 def test_a_failure_before_the_first_row_leaves_nothing(tmp_path: Path) -> None:

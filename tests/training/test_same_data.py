@@ -127,9 +127,11 @@ def test_the_same_rows_are_the_same_in_another_place_and_template(
     model: str, tmp_path: Path, make: Any
 ) -> None:
     """As of a file with other blank lines, and a template that says what day it is."""
-    data = write(tmp_path / "data.jsonl", ROWS[make])
+    asked = [[{"role": "user", "content": f"Question {n}"}] for n in range(6)]
+    rows = [row | {"prompt": chat} for row, chat in zip(ROWS[make], asked, strict=True)]
+    data = write(tmp_path / "data.jsonl", rows)
     make(model, tmp_path, data, None).train()
-    write(data, ROWS[make], between="\n\n")
+    write(data, rows, between="\n\n")
     template = Path(model) / "chat_template.jinja"
     template.write_text("{{ 'Today is Monday.' }}" + template.read_text())
     again = make(model, tmp_path, data, None, resume=True)
