@@ -65,7 +65,7 @@ def generate(config: GenerateConfig) -> None:
         examples,
         tokenizer,
         data.max_prompt_tokens,
-        room=generation.room_for_prompts(policy, config.generation),
+        room=generation.room_for_prompts(policy.model, config.generation),
         on_bad_line=data.on_bad_line,
     )
     torch.manual_seed(config.seed)

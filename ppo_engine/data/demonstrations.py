@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_engine.data.columns import check_messages, check_prompt, check_text, column, kind, name_of
 from ppo_engine.data.preferences import chat_if_dialogue
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
+from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
 from ppo_engine.text.encoding import (
     Message,
@@ -44,6 +45,8 @@ class EncodedExample:
     ids: list[int]
     trained: list[bool]
     group: int = 0  # index of its prompt
+    place: str = field(default="", repr=False)  # its row's in the data
+    truncated: tuple[int, int] = field(default=(0, 0), repr=False)  # tokens: at the start, the end
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,6 +82,46 @@ def load_demonstrations(
     return found, bad_lines.skipped
 
 
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Demonstration],
+    end_ids: Collection[int],
+    limit: int,
+    *,
+    name: str,
+    on_bad_line: OnBadLine = "error",
+) -> tuple[list[EncodedExample], SkippedLines, list[str]]:
+    """The token ids of `rows`, truncated to `limit`; what was left out; and notes on what became
+    of the others. `name` says which rows these are."""
+    bad_lines = BadLines(on_bad_line)
+    encoded: list[EncodedExample] = []
+    apart = 0
+    groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
+    for index, row in enumerate(rows):
+        try:
+            found = encode_demonstration(tokenizer, row, end_ids)
+        except BadLineError as error:
+            bad_lines.add(row.place, error.reason, error.detail)
+            continue
+        apart += len(found) > 1
+        encoded += [replace(one, group=groups[index], place=row.place) for one in found]
+    if rows and not encoded:
+        raise UserError(f"No {name} example is left: {bad_lines.skipped}.")
+    notes = []
+    if apart:
+        notes.append(
+            f"{apart} {name} conversations become one example per answer: the chat template "
+            "rewrites earlier answers."
+        )
+    long = sum(len(example) > limit for example in encoded)
+    if long:
+        notes.append(
+            f"{long} of {len(encoded)} {name} examples were truncated to {limit} tokens "
+            "(data.max_tokens, or the model's context)."
+        )
+    return [cut(example, limit) for example in encoded], bad_lines.skipped, notes
+
+
 def encode_demonstration(
     tokenizer: PreTrainedTokenizerBase, example: Demonstration, end_ids: Collection[int]
 ) -> list[EncodedExample]:
@@ -107,7 +150,12 @@ def cut(example: EncodedExample, limit: int) -> EncodedExample:
     excess = max(0, len(example) - limit)
     start = min(excess, max(0, example.trained.index(True) - limit // 2))
     kept = slice(start, start + limit)
-    return replace(example, ids=example.ids[kept], trained=[False, *example.trained[kept][1:]])
+    return replace(
+        example,
+        ids=example.ids[kept],
+        trained=[False, *example.trained[kept][1:]],
+        truncated=(start, excess - start),
+    )
 
 
 def _demonstration_of(row: Any, chat: bool) -> tuple[Prompt, str | list[Message]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, loading, precision
@@ -48,7 +48,7 @@ class LanguageModel:
         self.dtype = dtype
         loading.resize_embeddings(model, tokenizer)
         architecture.disable_dropout(model)
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = eos_ids(model.generation_config, tokenizer)
         self._head = find_output_head(model, tokenizer, device)
 
     @classmethod
@@ -265,8 +265,8 @@ class LanguageModel:
         return states if self._head is None else self._head.logits(self._output_layer, states)
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every EOS token: the tokenizer's, and those of the checkpoint's generation config."""
-    named = getattr(model.generation_config, "eos_token_id", None)
+    named = getattr(generation_config, "eos_token_id", None)
     extra = named if isinstance(named, list) else [] if named is None else [named]
     return sorted({tokenizer.eos_token_id, *extra} - {tokenizer.pad_token_id})

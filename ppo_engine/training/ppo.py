@@ -323,7 +323,7 @@ class PPOTrainer:
             examples,
             self.engine.policy.tokenizer,
             self.config.data.max_prompt_tokens,
-            room=room_for_prompts(self.engine.policy, self.config.generation),
+            room=room_for_prompts(self.engine.policy.model, self.config.generation),
             on_bad_line=self.config.data.on_bad_line,
         )
         self._note_skipped(skipped)
