@@ -117,7 +117,7 @@ def test_dialogues_of_hh_rlhf(shown) -> None:
     assert tokens(text) == [start.rstrip("\n"), f"Blue.⟦{END}⟧", f"Red?⟦{END}⟧"]
     assert "FILE, as preferences (a guess" in text and "⟦where the score is read⟧" in text
     assert re.search(r"chosen, 6 tokens; the score is read at the last of all \d+\n", text)
-    assert "1 chat messages, rendered by the chat template" in text
+    assert line(text, "form") == "form      1 chat, rendered by the chat template"
 
 
 def test_rankings_and_responses_that_did_not_end(shown) -> None:
@@ -150,10 +150,10 @@ def test_text_on_a_chat_model(shown) -> None:
     rows = {"prompt": "Q", "response": "a"}, CHAT
     text = shown(*rows)
     assert tokens(text)[0] == f"Q⟦a{END}⟧"
-    assert "1 text, as it is, past the chat template" in line(text, "form")
+    assert "1 text, taken as it is, past the chat template" in line(text, "form")
     assert text.count("the model's chat template is not used") == 1
     text = shown(rows[0], model="text")
-    assert line(text, "form") == "form      1 text, as it is" and "no chat template" in text
+    assert line(text, "form") == "form      1 text, taken as it is" and "no chat template" in text
 
 
 @pytest.mark.parametrize("option", ["", "data.on_bad_line=skip"])

@@ -73,10 +73,10 @@ def _forms(found: Inspection, model: Model) -> str:
     texts = found.usable - found.chats
     forms = []
     if found.chats:
-        forms.append(f"{found.chats} chat messages, rendered by the chat template")
+        forms.append(f"{counted(found.chats, 'chat')}, rendered by the chat template")
     if texts:
         past = ", past the chat template" if model.tokenizer.chat_template else ""
-        forms.append(f"{texts} text, as it is{past}")
+        forms.append(f"{counted(texts, 'text')}, taken as it is{past}")
     return "; ".join(forms)
 
 
