@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from ppo_engine.data.forms import text_note
 from ppo_engine.data.prompts import (
     PromptExample,
     columns_of,
@@ -20,7 +21,6 @@ from ppo_engine.data.prompts import (
     load_prompts,
     prompts_from_sequence,
 )
-from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.models import loading, precision
 from ppo_engine.models.language_model import LanguageModel
@@ -50,10 +50,15 @@ def generate(config: GenerateConfig) -> None:
     if config.prompt:
         text = config.prompt
         chat = [{"role": "user", "content": text}]
-        examples, _ = prompts_from_sequence([chat if tokenizer.chat_template else text])
-        skipped = SkippedLines()
+        asked = chat if tokenizer.chat_template else text
+        examples, skipped = prompts_from_sequence([asked], tokenizer=tokenizer)
     else:
-        examples, skipped = load_prompts(data.path, on_bad_line=data.on_bad_line)
+        examples, skipped = load_prompts(
+            data.path, tokenizer=tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+        )
+    # Every column is in the output: nothing is lost that nobody reads.
+    notes = skipped.notes("Prompts", reads=lambda column: True)
+    notes += text_note(examples, tokenizer, "prompts")
     dtype = precision.choose_dtype(config.dtype, device)
     rewards = None
     if configured_sources(config.reward):
@@ -77,9 +82,8 @@ def generate(config: GenerateConfig) -> None:
         _output(config.output) as out,
         Progress(len(batches), "generate", console=console) as progress,
     ):
-        for report in (skipped, too_long):
-            if report.total:
-                progress.note(f"Prompts: {report}.")
+        for note in (*notes, *too_long.notes("Prompts")):
+            progress.note(note)
         for step, batch in enumerate(batches, start=1):
             rows = _respond(policy, rewards, batch, config, progress)
             scores += [row["scores"] for row in rows if rewards is not None]

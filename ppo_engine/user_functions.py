@@ -37,6 +37,10 @@ class UserFunction:
     def __str__(self) -> str:
         return f"The {self.kind} {self.name!r}"
 
+    def accepts(self, column: str) -> bool:
+        """Whether the function gets a column of that name."""
+        return self._columns.accept(column)
+
     def call(
         self, first: Sequence[Any], second: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> Any:
@@ -48,7 +52,7 @@ class UserFunction:
                 f"{_quoted(columns) if columns else 'no other columns'}. Add the column, or give "
                 "the parameter a default."
             )
-        passed = {k: list(v) for k, v in columns.items() if self._columns.accept(k)}
+        passed = {k: list(v) for k, v in columns.items() if self.accepts(k)}
         try:
             result = self.function(list(first), list(second), **passed)
             return _awaited(result) if inspect.isawaitable(result) else result

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_files import BLUE, USER
 from tiny import tiny_model_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -260,8 +261,13 @@ def test_generate_writes_responses(model: str, capsys: pytest.CaptureFixture[str
     rows = read("deep/out.jsonl")
     assert [row["prompt"] for row in rows] == ["One", "Two"]
     assert all(len(row["responses"]) == len(row["finished"]) == 3 for row in rows)
-    assert rows[0]["k"] == 1 and capsys.readouterr().out == ""
+    assert rows[0]["k"] == 1
     assert [file.name for file in Path("deep").iterdir()] == ["out.jsonl"]
+    shown = capsys.readouterr()
+    noted = " ".join(shown.err.split())
+    assert "2 of 2 prompts are plain text" in noted and "data.as_chat=true" in noted
+    assert "nothing reads" not in noted  # every column is in the output
+    assert shown.out == ""
 
     assert cli.main(["generate", *flags, "--out", "deep/out.jsonl"]) == 2
     assert "exists" in capsys.readouterr().err
@@ -271,6 +277,20 @@ def test_generate_writes_responses(model: str, capsys: pytest.CaptureFixture[str
     assert again == rows  # the same seed
     assert cli.main(["generate", *flags, "batch_size=2", "--seed", "1", "--output-dir", "d"]) == 0
     assert read("d/responses.jsonl") != rows
+
+
+def test_generate_asks_text_as_a_chat_when_told_to(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("prompts.jsonl", {"question": "One"}, {"messages": [USER, BLUE]})
+    flags = ["--model", model, "--data", data, "generation.max_new_tokens=2", "data.as_chat=true"]
+    assert cli.main(["generate", *flags]) == 0
+    shown = capsys.readouterr()
+    rows = [json.loads(line) for line in shown.out.split("\n")[:-1]]
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": "One"}], [USER]]
+    assert rows[0]["question"] == "One" and rows[1]["messages"] == [USER, BLUE]
+    noted = " ".join(shown.err.split())
+    assert "plain text" not in noted and "answer at a conversation's end is cut" in noted
 
 
 def test_generate_scores_and_shows_the_best_of_n(

@@ -150,10 +150,20 @@ def test_text_on_a_chat_model(shown) -> None:
     rows = {"prompt": "Q", "response": "a"}, CHAT
     text = shown(*rows)
     assert tokens(text)[0] == f"Q⟦a{END}⟧"
-    assert "1 text, taken as it is, past the chat template" in line(text, "form")
+    assert "1 raw text, past the chat template" in line(text, "form")
     assert text.count("the model's chat template is not used") == 1
+    assert "1 of 2 examples are plain text" in line(text, "note")
+    asked = ASKED.replace(USER["content"], "Q")
+    assert tokens(shown(rows[0], options="data.as_chat=true")) == [f"{asked}⟦a{END}⟧"]
     text = shown(rows[0], model="text")
-    assert line(text, "form") == "form      1 text, taken as it is" and "no chat template" in text
+    assert line(text, "form") == "form      1 raw text" and "no chat template" in text
+
+
+def test_columns_are_read_or_named(shown) -> None:
+    row = {"instruction": "Q", "system": "S", "output": "a", "source": "b"}
+    text = shown(row)
+    assert tokens(text)[0].startswith(f"<|im_start|>system⏎\nS{END}⏎\n<|im_start|>user⏎\nQ{END}")
+    assert "nothing reads these columns: 'source' (1 row)" in line(text, "note")
 
 
 @pytest.mark.parametrize("option", ["", "data.on_bad_line=skip"])
@@ -163,7 +173,7 @@ def test_broken_lines_are_counted(shown, option) -> None:
     text = shown(CHAT, "not json", {"messages": 1}, refused, model="gemma", options=option)
     assert line(text, "rows") == "rows      1 usable, 3 not"
     assert "line 2: not valid JSON" in text and "line 4: refused by the model's chat tem" in text
-    assert ("ppo-engine sft stops at the first of them" in text) == (not option)
+    assert ("ppo-engine sft stops at a bad row" in text) == (not option)
 
 
 def test_truncation(shown) -> None:
@@ -201,6 +211,7 @@ def test_as_many_rows_as_are_asked_for(shown) -> None:
         ([{"prompt": "Q", "responses": ["a", "b"], "ranks": [0, 1]}], "preferences"),
         ([CHAT], "examples"),
         ([{"prompt": "Q", "completion": "a"}], "examples"),
+        ([CHAT, CHAT, {"prompt": "Q"}], "examples"),  # of which prompts could be made, too
         ([{"prompt": "Q", "kind": "a"}], "prompts"),
         ([{"prompt": "Q", "responses": ["a", "b"]}], "prompts"),
         (["broken", {"prompt": "Q"}, {"prompt": "Q", "chosen": "a", "rejected": "b"}], "prompts"),

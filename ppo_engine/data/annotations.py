@@ -20,8 +20,7 @@ an answer, so filter for submitted records before exporting.
 buckets over a `List` of items with `id` and `body`. Buckets, as in the template LLM Ranker, have
 names, and which is better is not in the export.
 
-The prompt is the field `prompt`, or the only one named `instruction`, `question`, `query`, `input`
-or `request`; Pairwise Classification has none.
+The prompt comes from the fields that `forms` names; Pairwise Classification has none.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ppo_engine.data.forms import ASKING, CHATS, PROMPTS, RESPONSES
 from ppo_engine.data.rows import BadLineError, BadLines, Row
 
-_PROMPTS = ("prompt", "instruction", "question", "query", "input", "request")
-_RESPONSES = ("response", "answer", "completion", "reply", "output", "generation", "text")
 _TIES = ("tie", "equal", "same", "both", "neither", "none")
 # What JSON-MIN adds to the task's own columns.
 _JSON_MIN = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time")
@@ -154,7 +152,7 @@ def _argilla_answers(
             raise _UnusedError(f"{status} annotation")
         ranks = _label_ranks(value, texts) if isinstance(value, str) else _ranking(value, texts)
         return {
-            "prompt": _prompt(fields),
+            **_asking(fields),
             "responses": [texts[name] for name in ranks],
             "ranks": list(ranks.values()),
         }
@@ -214,7 +212,7 @@ def _ranking(value: Any, texts: Fields) -> dict[str, Any]:
             "a ranking does not name text fields, each once",
             f": {', '.join(name for name, _ in named) or value} (text fields: {', '.join(texts)})",
         )
-    whole = _family(str(fields[0]), texts) or [name for name in texts if name not in _PROMPTS]
+    whole = _family(str(fields[0]), texts) or [name for name in texts if name not in ASKING]
     plain = isinstance(value, list) and isinstance(value[0], str)
     if plain and not {*whole} <= {*fields}:
         raise BadLineError(
@@ -322,7 +320,7 @@ def _pair(data: Fields, value: Mapping[str, Any]) -> Row:
         raise BadLineError("'selected' is neither left nor right", f" but {selected!r}")
     texts = _texts(data)
     pairs = {stem: names for stem, names in _families(texts).items() if len(names) == 2}
-    usual = [names for stem, names in pairs.items() if _plain(stem) in _RESPONSES]
+    usual = [names for stem, names in pairs.items() if _plain(stem) in (*RESPONSES, "text")]
     found = usual if len(usual) == 1 else list(pairs.values())
     if len(found) != 1:
         raise BadLineError(
@@ -332,7 +330,7 @@ def _pair(data: Fields, value: Mapping[str, Any]) -> Row:
     left, right = found[0]
     chosen, rejected = (left, right) if selected == "left" else (right, left)
     alone = len(texts) == 2  # whole texts, as in Pairwise Classification
-    prompt = {} if alone and not {*_PROMPTS} & data.keys() else {"prompt": _prompt(data)}
+    prompt = {} if alone and not {*ASKING} & data.keys() else _asking(data)
     return {**prompt, "chosen": texts[chosen], "rejected": texts[rejected]}
 
 
@@ -358,7 +356,7 @@ def _ranked(data: Fields, control: Any, value: Mapping[str, Any]) -> Row:
         )
     ranked = [found[0][one] for one in ids]
     return {
-        "prompt": _prompt(data),
+        **_asking(data),
         "responses": [item.get("body") or item.get("title") for item in ranked],
         "ranks": list(range(len(ranked))),
     }
@@ -377,14 +375,15 @@ def _texts(fields: Fields) -> dict[str, str]:
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
-def _prompt(fields: Fields) -> Any:
-    named = [name for name in _PROMPTS if fields.get(name) is not None]
-    if "prompt" not in named and len(named) != 1:
+def _asking(fields: Fields) -> Row:
+    """The fields that say what is asked; the loader makes a prompt of them."""
+    found = {name: fields[name] for name in ASKING if fields.get(name) is not None}
+    if not found.keys() & {*PROMPTS, *CHATS}:
         raise BadLineError(
             "it is not clear which field is the prompt",
-            f": expected one named {' or '.join(_PROMPTS)} (found: {', '.join(fields)})",
+            f": expected one named {' or '.join(PROMPTS)} (found: {', '.join(fields)})",
         )
-    return fields[named[0]]
+    return found
 
 
 def _families(texts: Fields) -> dict[str, list[str]]:

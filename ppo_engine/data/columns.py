@@ -1,4 +1,4 @@
-"""What a column of a row may hold: text, chat messages, numbers; all else is a `BadLineError`."""
+"""The columns of a row, by name, and what one may hold: text or numbers; else a `BadLineError`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from ppo_engine.data.rows import BadLineError, has_lone_surrogate
-from ppo_engine.text.encoding import Message, Prompt
 
 
-def column(row: Mapping[str, Any], name: str) -> Any:
-    if name not in row:
-        there = ", ".join(repr(str(key)) for key in row) or "none"
-        raise BadLineError(f"no column {name!r}", f" (columns: {there})")
-    return row[name]
+class Columns:
+    """A row's columns, where null is as good as absent; it remembers which were taken."""
 
+    def __init__(self, row: Any) -> None:
+        if not isinstance(row, Mapping):
+            raise BadLineError("a row must be a dictionary", f", not {kind(row)}")
+        self.row = row
+        self.taken: set[str] = set()
 
-def check_prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, str):
-        text = check_text(prompt, "prompt")
-        if not text.strip():
-            raise BadLineError("empty prompt")
-        return text
-    messages = check_messages(prompt, "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise BadLineError("the prompt's last message is the assistant's, with nothing to answer")
-    if not messages[-1]["content"].strip():
-        raise BadLineError("empty prompt", " (its last message)")
-    return messages
+    def find(self, names: Sequence[str]) -> str | None:
+        """The first of `names` whose column is not null."""
+        return next((name for name in names if self.row.get(name) is not None), None)
+
+    def take(self, name: str) -> Any:
+        """The column `name`; None where it is not there."""
+        self.taken.add(name)
+        return self.row.get(name)
+
+    def take_first(self, names: Sequence[str], hint: str = "") -> tuple[str, Any]:
+        """Name and content of the first of `names` that is there, best one that is not null; a
+        `BadLineError` without any, which ends with `hint`."""
+        name = self.find(names) or next((name for name in names if name in self.row), None)
+        if name is None:
+            there = ", ".join(repr(str(key)) for key in self.row) or "none"
+            raise BadLineError(f"no column {names[0]!r}", f" (columns: {there}){hint}")
+        return name, self.take(name)
+
+    @property
+    def left(self) -> list[str]:
+        """The columns that hold something and were not taken."""
+        return [
+            str(name)
+            for name, value in self.row.items()
+            if name not in self.taken and not is_blank(value)
+        ]
 
 
 def check_text(text: Any, name: str) -> str:
@@ -40,20 +55,10 @@ def check_text(text: Any, name: str) -> str:
     return text
 
 
-def check_messages(messages: Any, name: str) -> list[Message]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise BadLineError(f"{name!r} must be text or chat messages", f", not {kind(messages)}")
-    if not messages:
-        raise BadLineError(f"{name!r} is an empty list of messages")
-    checked = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise BadLineError(
-                f"{name!r} has a message without 'role' and 'content'", f" (message {index})"
-            )
-        role = check_text(message["role"], f"{name}.role")
-        checked.append({"role": role, "content": check_text(message["content"], f"{name}.content")})
-    return checked
+def is_blank(value: Any) -> bool:
+    """Whether it is null, or nothing but white space, or has no items."""
+    value = value.strip() if isinstance(value, str) else value
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def is_number(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,17 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine.data.columns import check_messages, check_prompt, check_text, column, kind, name_of
-from ppo_engine.data.preferences import chat_if_dialogue
+from ppo_engine.data.chat import check_messages, is_learned, is_silent
+from ppo_engine.data.columns import Columns, check_text, name_of
+from ppo_engine.data.forms import (
+    CHATS,
+    PROMPTS,
+    RESPONSES,
+    ChatRules,
+    check_prompt,
+    complete_prompt,
+    take_prompt,
+)
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
@@ -30,12 +39,13 @@ class Demonstration:
     """A prompt, the answer to learn, and its place in the data.
 
     Text is answered with text. Chat messages are followed by further ones, the first of them the
-    assistant's; every assistant message among these is learned.
+    assistant's; of these, every assistant message without `train: false` is learned.
     """
 
     prompt: Prompt
     response: str | list[Message]
     place: str = ""
+    options: dict[str, Any] = field(default_factory=dict)  # tools and arguments for the template
 
 
 @dataclass(frozen=True)
@@ -57,24 +67,29 @@ def load_demonstrations(
     *,
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine = "error",
+    as_chat: bool = False,
 ) -> tuple[list[Demonstration], SkippedLines]:
-    """Demonstrations of a file or a sequence of rows, in any of these forms:
+    """Demonstrations of a file or a sequence of rows, in the columns that `forms` names:
 
-    - `prompt` (text, chat messages or an HH-RLHF dialogue) and `response`, or `completion`: text,
-      or chat messages;
-    - chat `messages`, of which every assistant message is learned.
+    - a prompt (text, chat messages or an HH-RLHF dialogue) and a response: text, or chat messages;
+    - `messages` or another conversation, of which every assistant message is learned, unless it
+      is flagged.
 
+    `as_chat` makes text a user's and the assistant's message.
     Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
+    rules = ChatRules.of(tokenizer, as_chat)
     bad_lines = BadLines(on_bad_line)
     found = []
     for place, row in read_rows(source, "demonstrations", bad_lines):
         try:
-            prompt, response = _demonstration_of(row, bool(tokenizer.chat_template))
+            columns = Columns(row)
+            example = _demonstration_of(columns, rules)
         except BadLineError as error:
             bad_lines.add(place, error.reason, error.detail)
             continue
-        found.append(Demonstration(prompt, response, place))
+        bad_lines.skipped.unread.update(columns.left)
+        found.append(replace(example, place=place))
     if not found:
         raise UserError(f"No usable example in {name_of(source)}: {bad_lines.skipped}.")
     if any(not isinstance(example.prompt, str) for example in found):
@@ -158,11 +173,10 @@ def cut(example: EncodedExample, limit: int) -> EncodedExample:
     )
 
 
-def _demonstration_of(row: Any, chat: bool) -> tuple[Prompt, str | list[Message]]:
-    if not isinstance(row, Mapping):
-        raise BadLineError("an example must be a dictionary", f", not {kind(row)}")
-    if row.get("messages") is not None:
-        messages = check_messages(row["messages"], "messages")
+def _demonstration_of(columns: Columns, rules: ChatRules) -> Demonstration:
+    name = _conversation(columns)
+    if name is not None:
+        messages = check_messages(columns.take(name), name)
         roles = [message["role"] for message in messages]
         if "assistant" not in roles:
             raise BadLineError("no message is the assistant's: there is nothing to learn")
@@ -172,24 +186,49 @@ def _demonstration_of(row: Any, chat: bool) -> tuple[Prompt, str | list[Message]
         prompt: Prompt = check_prompt(messages[:first])
         response: Any = messages[first:]
     else:
-        prompt = chat_if_dialogue(check_prompt(column(row, "prompt")), chat)
-        name = "completion" if "response" not in row and "completion" in row else "response"
-        response = column(row, name)
+        _, prompt = take_prompt(columns)
+        name, response = columns.take_first(RESPONSES, _response_hint(columns))
         if isinstance(response, str):
             response = check_text(response, name)
-            if not isinstance(prompt, str):
-                response = [{"role": "assistant", "content": response}]
         else:
             response = check_messages(response, name)
             if response[0]["role"] != "assistant":
                 raise BadLineError(f"the first message of {name!r} is not the assistant's")
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-    answers = [response] if isinstance(response, str) else _answers(response)
-    if not all(answer.strip() for answer in answers):
+        if not isinstance(prompt, str) and any(turn.get("train") for turn in prompt):
+            raise BadLineError("a message of the prompt is to be learned", ": give 'messages'")
+        check_prompt(prompt)
+    prompt, options = complete_prompt(prompt, columns, rules)
+    if isinstance(response, str) and not isinstance(prompt, str):
+        response = [{"role": "assistant", "content": response}]
+    if isinstance(response, str):
+        if not response.strip():
+            raise BadLineError("empty response")
+        return Demonstration(prompt, response)
+    learned = [message for message in response if is_learned(message)]
+    if not learned:
+        raise BadLineError("no message is to be learned", ": all of the assistant's say so")
+    if any(map(is_silent, learned)):
         raise BadLineError("empty response")
-    return prompt, response
+    return Demonstration(prompt, response, options=options)
 
 
-def _answers(messages: list[Message]) -> list[str]:
-    return [message["content"] for message in messages if message["role"] == "assistant"]
+def _conversation(columns: Columns) -> str | None:
+    """The column of a whole conversation: `messages`, or another unless prompt and response are
+    there. One that ends before an answer is the prompt of the response beside it."""
+    answered = columns.find(RESPONSES) is not None
+    asked = columns.find(PROMPTS) is not None
+    name = columns.find(CHATS[:1] if answered and asked else CHATS)
+    turns = None if name is None else columns.row[name]
+    if not answered or name is None or not isinstance(turns, list | tuple) or not turns:
+        return name
+    return name if check_messages(turns[-1:], name)[0]["role"] == "assistant" else None
+
+
+def _response_hint(columns: Columns) -> str:
+    """What to write where no column is a response."""
+    other = columns.find(("responses", "answers", "completions", "outputs", "chosen"))
+    if other is None:
+        return f"; a response is named {', '.join(RESPONSES)}"
+    return f"; write the one of {other!r} to learn as 'response'"

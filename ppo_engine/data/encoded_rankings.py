@@ -95,6 +95,6 @@ def encode_rankings(
 def _dialogues(tokenizer: PreTrainedTokenizerBase, ranking: Ranking, limit: int) -> list[list[int]]:
     ended = ranking.finished or [True] * len(ranking.responses)
     return [
-        encode_dialogue(tokenizer, ranking.prompt, response, limit, finished)
+        encode_dialogue(tokenizer, ranking.prompt, response, limit, finished)  # type: ignore[arg-type]
         for response, finished in zip(ranking.responses, ended, strict=True)
     ]

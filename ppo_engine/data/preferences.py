@@ -16,14 +16,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.data.annotations import ordinary_rows
-from ppo_engine.data.columns import (
-    check_messages,
+from ppo_engine.data.chat import check_messages, without_flags
+from ppo_engine.data.columns import Columns, check_text, is_number, kind, name_of
+from ppo_engine.data.dialogues import is_dialogue, split_dialogues
+from ppo_engine.data.forms import (
+    CHATS,
+    PROMPTS,
+    ChatRules,
     check_prompt,
-    check_text,
-    column,
-    is_number,
-    kind,
-    name_of,
+    complete_prompt,
+    names_of_pair,
+    take_prompt,
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
@@ -36,16 +39,18 @@ class Ranking:
 
     A preference pair is a ranking of two; `margin` is by how much its first response should be
     ahead, where the data says so. `prompt + response` is the whole text where the prompt is text;
-    an empty prompt means that none is known.
+    an empty prompt means that none is known. A response is the assistant's message where that
+    holds more than its content: thoughts, tool calls.
     """
 
     prompt: Prompt
-    responses: tuple[str, ...]
+    responses: tuple[str | Message, ...]
     ranks: tuple[int, ...]
     margin: float | None = None
     finished: tuple[bool, ...] | None = None  # whether each response ended with EOS; None: all did
     place: str = field(default="", compare=False)  # its place in the data
     prompt_given: bool = field(default=True, compare=False)  # not just what two whole texts share
+    options: dict[str, Any] = field(default_factory=dict)  # tools and arguments for the template
 
     @property
     def pairs(self) -> int:
@@ -62,15 +67,16 @@ def load_preferences(
     *,
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine = "error",
+    as_chat: bool = False,
 ) -> tuple[list[Ranking], SkippedLines]:
     """Pairs and rankings of a file or a sequence of rows, in any of these forms:
 
-    - `chosen`, `rejected`: responses as text, with their `prompt` (text or chat messages);
-    - the same without `prompt`: whole texts, whose common prefix is the prompt;
+    - `chosen`, `rejected`: responses as text, with their prompt, in the columns that `forms` names;
+    - the same without a prompt: whole texts, whose common prefix is the prompt;
     - chat messages, the last one the assistant's, all before it shared;
     - HH-RLHF dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`), which become chat messages where
-      `tokenizer` has a chat template;
-    - `prompt`, `responses`, `ranks`: lower is better, equal ranks are ties, and a response whose
+      `tokenizer` has a chat template, as every text prompt does with `as_chat`;
+    - a prompt, `responses`, `ranks`: lower is better, equal ranks are ties, and a response whose
       rank is negative or null was not ranked and is left out. With `finished`, as `ppo-engine
       generate` writes it: false for each truncated response, which is then scored without EOS, as
       it will be where a policy is trained;
@@ -79,14 +85,17 @@ def load_preferences(
 
     Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
+    rules = ChatRules.of(tokenizer, as_chat)
     bad_lines = BadLines(on_bad_line)
     rankings: list[Ranking] = []
     for place, row in ordinary_rows(read_rows(source, "preferences", bad_lines), bad_lines):
         try:
-            found = _ranking_of(row, bool(tokenizer.chat_template))
+            columns = Columns(row)
+            found = _ranking_of(columns, rules)
         except BadLineError as error:
             bad_lines.add(place, error.reason, error.detail)
             continue
+        bad_lines.skipped.unread.update(columns.left)
         if found.pairs:
             rankings.append(replace(found, place=place))
         else:  # no mistake: people do find all responses equally good
@@ -121,38 +130,53 @@ def sample_rankings(rankings: Sequence[Ranking], max_pairs: int, seed: int) -> l
     return [rankings[index] for index in sorted(chosen)]
 
 
-def _ranking_of(row: Any, chat: bool) -> Ranking:
-    if not isinstance(row, Mapping):
-        raise BadLineError("a preference must be a dictionary", f", not {kind(row)}")
-    if "responses" in row or "ranks" in row:
-        return _ranked_responses(row, chat)
-    chosen, rejected = column(row, "chosen"), column(row, "rejected")
-    prompt = check_prompt(row["prompt"]) if row.get("prompt") is not None else None
-    margin = _check_margin(row.get("margin"))
+def _ranking_of(columns: Columns, rules: ChatRules) -> Ranking:
+    if columns.find(("responses", "ranks")):
+        return _ranked_responses(columns, rules)
+    names = names_of_pair(columns)
+    chosen, rejected = (_text_or_messages(columns, name) for name in names)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadLineError(f"{names[0]!r} and {names[1]!r} must both be text, or both messages")
+    # Whole conversations have their prompt: what `messages` holds beside them is none.
+    whole = not isinstance(chosen, str) and len(chosen) > 1
+    wanted = PROMPTS if whole else (*PROMPTS, *CHATS)
+    prompt = _prompt(columns, wanted) if columns.find(wanted) else None
+    margin = _check_margin(columns.take("margin"))
     given = True
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
-        if prompt is not None:
-            prompt = chat_if_dialogue(prompt, chat)
-        elif _is_dialogue(chosen) and _is_dialogue(rejected):
-            prompt, chosen, rejected = _split_dialogues(chosen, rejected, chat)
-        else:
-            prompt, chosen, rejected = _split_texts(chosen, rejected)
-            given = False
-    else:
-        prompt, chosen, rejected = _split_messages(
-            prompt, check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
-        )
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected)
+    elif prompt is None and is_dialogue(chosen) and is_dialogue(rejected):
+        prompt, chosen, rejected = split_dialogues(chosen, rejected, rules.template)
+    elif prompt is None:
+        prompt, chosen, rejected = _split_texts(chosen, rejected)
+        given = False
     if chosen == rejected:
         raise BadLineError("chosen and rejected are the same")
-    return Ranking(prompt, (chosen, rejected), (0, 1), margin, prompt_given=given)
+    prompt, options = complete_prompt(prompt, columns, rules)
+    if not (given or isinstance(prompt, str)):
+        raise BadLineError("no prompt", ": whole texts cannot be chat messages; add their prompt")
+    pair = (chosen, rejected)
+    return Ranking(prompt, pair, (0, 1), margin, prompt_given=given, options=options)
 
 
-def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
-    prompt = chat_if_dialogue(check_prompt(column(row, "prompt")), chat)
-    lists = {name: column(row, name) for name in ("responses", "ranks")}
-    if row.get("finished") is not None:
-        lists["finished"] = row["finished"]
+def _text_or_messages(columns: Columns, name: str) -> Any:
+    value = columns.take(name)
+    if isinstance(value, str):
+        return check_text(value, name)
+    return without_flags(check_messages(value, name))
+
+
+def _prompt(columns: Columns, names: Sequence[str]) -> Prompt:
+    """The prompt's column alone."""
+    _, prompt = take_prompt(columns, names)
+    return check_prompt(prompt if isinstance(prompt, str) else without_flags(prompt))
+
+
+def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
+    prompt, options = complete_prompt(_prompt(columns, (*PROMPTS, *CHATS)), columns, rules)
+    lists = {name: columns.take_first([name])[1] for name in ("responses", "ranks")}
+    if columns.find(["finished"]):
+        lists["finished"] = columns.take("finished")
     responses, ranks = lists["responses"], lists["ranks"]
     for name, value in lists.items():
         if not isinstance(value, list | tuple):
@@ -165,7 +189,7 @@ def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
             raise BadLineError("'ranks' must be numbers or null", f", not {rank!r}")
     finished = lists.get("finished", [True] * len(ranks))
     there = [
-        (rank, check_text(response, "responses"), ended)
+        (rank, _response(response), ended)
         for rank, response, ended in zip(ranks, responses, finished, strict=True)
         if rank is not None and rank >= 0
     ]
@@ -173,37 +197,62 @@ def _ranked_responses(row: Mapping[str, Any], chat: bool) -> Ranking:
         if not isinstance(ended, bool):
             raise BadLineError("'finished' must be true or false", f", not {ended!r}")
     there.sort(key=lambda item: item[0])
-    if len({item[1:] for item in there}) < len(set(there)):
-        raise BadLineError("chosen and rejected are the same", " (two ranked responses)")
-    margin = _check_margin(row.get("margin"))
+    for index, (rank, *answer) in enumerate(there):
+        if any(answer == other and rank != ranked for ranked, *other in there[:index]):
+            raise BadLineError("chosen and rejected are the same", " (two ranked responses)")
+    margin = _check_margin(columns.take("margin"))
     if margin is not None and len(there) > 2:
         raise BadLineError("'margin' belongs to a pair", f"; {len(there)} responses are ranked")
     places = sorted({rank for rank, _, _ in there})
     return Ranking(
         prompt,
-        tuple(text for _, text, _ in there),
+        tuple(response for _, response, _ in there),
         tuple(places.index(rank) for rank, _, _ in there),
         margin,
         tuple(ended for _, _, ended in there) if "finished" in lists else None,
+        options=options,
     )
+
+
+def _response(response: Any) -> str | Message:
+    """One of several responses: text, or the assistant's message."""
+    if isinstance(response, str):
+        return check_text(response, "responses")
+    if not isinstance(response, list | Mapping):
+        raise BadLineError("'responses' must be text or messages", f", not {kind(response)}")
+    messages = without_flags(check_messages(response, "responses"))
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise BadLineError("one of 'responses' is not one message of the assistant's")
+    return _text_alone(messages[0])
+
+
+def _text_alone(message: Message) -> str | Message:
+    """The content of a message that has nothing else."""
+    return message["content"] if message.keys() == {"role", "content"} else message
 
 
 def _split_messages(
     prompt: Prompt | None, chosen: list[Message], rejected: list[Message]
-) -> tuple[Prompt, str, str]:
+) -> tuple[Prompt, str | Message, str | Message]:
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
             raise BadLineError(f"the last message of {name!r} is not the assistant's")
     if chosen[:-1] != rejected[:-1]:
         raise BadLineError("chosen and rejected do not share every message but the last")
     shared = chosen[:-1]
-    if isinstance(prompt, str) and not shared:
-        shared = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        asked = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
+        if shared and prompt.strip() not in asked:
+            raise BadLineError(
+                "the prompt is not among the messages that chosen and rejected share",
+                ": give it once, as messages or in its own column",
+            )
+        shared = shared or [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and shared[: len(prompt)] != prompt:
         shared = [*prompt, *shared]
     if not shared:
         raise BadLineError("no prompt: only the assistant's message is there")
-    return shared, chosen[-1]["content"], rejected[-1]["content"]
+    return shared, _text_alone(chosen[-1]), _text_alone(rejected[-1])
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -212,54 +261,6 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     shared = chosen[: next(unequal, min(len(chosen), len(rejected)))]
     shared = shared[: max((space.start() for space in re.finditer(r"\s", shared)), default=0)]
     return shared, chosen[len(shared) :], rejected[len(shared) :]
-
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-_ASSISTANT = "\n\nAssistant:"
-
-
-def _is_dialogue(text: str) -> bool:
-    return text.startswith("\n\nHuman:") and _ASSISTANT in text
-
-
-def _split_dialogues(chosen: str, rejected: str, chat: bool) -> tuple[Prompt, str, str]:
-    """HH-RLHF: everything up to the assistant's last turn is shared.
-
-    In a few real dialogues the last turn is several `Assistant:` paragraphs in a row.
-    """
-    ends = []
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        start = text.find(_ASSISTANT, text.rfind("\n\nHuman:"))
-        if start < 0:
-            raise BadLineError(f"the last turn of {name!r} is not the assistant's")
-        ends.append(start + len(_ASSISTANT))
-    prompt = chosen[: ends[0]]
-    if prompt != rejected[: ends[1]]:
-        raise BadLineError("chosen and rejected do not share every turn but the last")
-    responses = chosen[ends[0] :], rejected[ends[1] :]
-    if not chat:
-        return prompt, *responses
-    better, worse = ("\n\n".join(part.strip() for part in t.split(_ASSISTANT)) for t in responses)
-    return chat_if_dialogue(prompt, chat), better, worse
-
-
-def chat_if_dialogue(prompt: Prompt, chat: bool) -> Prompt:
-    """An HH-RLHF prompt as chat messages, neighboring turns of one speaker joined."""
-    if not (chat and isinstance(prompt, str) and _is_dialogue(prompt)):
-        return prompt
-    if not prompt.rstrip().endswith(_ASSISTANT):
-        return prompt
-    parts = _TURN.split(prompt)[1:-2]  # the last turn is the one to be answered
-    messages: list[Message] = []
-    for speaker, text in zip(parts[::2], parts[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n\n" + text.strip()
-        else:
-            messages.append({"role": role, "content": text.strip()})
-    return messages
 
 
 def _check_margin(margin: Any) -> float | None:

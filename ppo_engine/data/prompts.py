@@ -15,7 +15,15 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine.data.columns import check_prompt, column, name_of
+from ppo_engine.data.columns import Columns, name_of
+from ppo_engine.data.forms import (
+    OPTIONS,
+    ChatRules,
+    as_columns,
+    check_prompt,
+    complete_prompt,
+    take_prompt,
+)
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
 from ppo_engine.text.encoding import Prompt, encode_prompt, require_chat_template
@@ -31,22 +39,33 @@ class PromptExample:
 
 
 def load_prompts(
-    path: str | Path, *, on_bad_line: OnBadLine = "error"
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    on_bad_line: OnBadLine = "error",
+    as_chat: bool = False,
 ) -> tuple[list[PromptExample], SkippedLines]:
-    """Prompts of a JSONL or parquet file or a saved data set: the column `prompt` of each row.
+    """Prompts of a JSONL or parquet file or a saved data set.
 
-    A prompt is text or chat messages; the other columns are kept. Raises `UserError` for a row
-    without a usable prompt, or skips it, and if no row is left.
+    `forms` names the columns that a prompt is made of. It is text, which `as_chat` makes a user's
+    message, an HH-RLHF dialogue or chat messages; of a whole conversation (`messages`, …) the
+    answer at its end is left out, and noted. Every column but `prompt` is kept, with `tools` and
+    `chat_template_kwargs` as the chat template takes them. Raises `UserError` for a row without a
+    usable prompt, or skips it, and if no row is left.
     """
-    return _prompts(path, on_bad_line)
+    return _prompts(path, tokenizer, on_bad_line, as_chat)
 
 
 def prompts_from_sequence(
-    prompts: Iterable[Any], *, on_bad_line: OnBadLine = "error"
+    prompts: Iterable[Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    on_bad_line: OnBadLine = "error",
+    as_chat: bool = False,
 ) -> tuple[list[PromptExample], SkippedLines]:
     """The same from Python: texts, lists of messages, dictionaries, or a `datasets.Dataset`."""
     rows = (row if isinstance(row, Mapping) else {"prompt": row} for row in prompts)
-    return _prompts(rows, on_bad_line)
+    return _prompts(rows, tokenizer, on_bad_line, as_chat)
 
 
 def limit_prompts(
@@ -100,18 +119,38 @@ def columns_of(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
 
 
 def _prompts(
-    source: str | Path | Iterable[Any], on_bad_line: OnBadLine
+    source: str | Path | Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    on_bad_line: OnBadLine,
+    as_chat: bool,
 ) -> tuple[list[PromptExample], SkippedLines]:
+    rules = ChatRules.of(tokenizer, as_chat)
     bad_lines = BadLines(on_bad_line)
     examples = []
     for place, row in read_rows(source, "prompts", bad_lines):
         try:
-            prompt = check_prompt(column(row, "prompt"))
+            columns = Columns(row)
+            name, whole = take_prompt(columns)
+            asked = whole if name == "prompt" else _before_answer(whole)
+            prompt, options = complete_prompt(check_prompt(asked), columns, rules)
         except BadLineError as error:
             bad_lines.add(place, error.reason, error.detail)
             continue
-        columns = {name: value for name, value in row.items() if name != "prompt"}
-        examples.append(PromptExample(prompt, columns, place))
+        if asked != whole:
+            bad_lines.skipped.remarks["the assistant's answer at a conversation's end is cut"] += 1
+        bad_lines.skipped.unread.update(columns.left)
+        kept = {key: value for key, value in row.items() if key not in ("prompt", *OPTIONS)}
+        examples.append(PromptExample(prompt, kept | as_columns(options), place))
     if not examples:
         raise UserError(f"No usable prompt in {name_of(source)}: {bad_lines.skipped}.")
     return examples, bad_lines.skipped
+
+
+def _before_answer(prompt: Prompt) -> Prompt:
+    """A conversation without the assistant's messages at its end."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [index for index, turn in enumerate(prompt) if turn["role"] != "assistant"]
+    if not asked:
+        raise BadLineError("no message but the assistant's: there is nothing to answer")
+    return prompt[: asked[-1] + 1]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import counted
 
 OnBadLine = Literal["error", "skip"]
 Row = dict[str, Any]
@@ -29,17 +30,35 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass
 class SkippedLines:
-    """What was left out of the data, and why; its `str` is a one-line summary."""
+    """What was left out of the data, and why; its `str` is a one-line summary of the lines."""
 
     total: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    # Of lines that are used: what of them is not, and columns that the loader did not need.
+    remarks: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
 
     def add(self, place: str, reason: str, detail: str = "") -> None:
         self.total += 1
         self.reasons[reason] += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(f"{place}: {reason}{detail}")
+
+    def notes(self, name: str, reads: Callable[[str], bool] | None = None) -> list[str]:
+        """What a run says of its `name`; `reads` tells of columns that something else reads."""
+        found = [f"{name}: {self}."] if self.total else []
+        found += [
+            f"{name}: {remark} ({counted(count, 'row')})." for remark, count in self.remarks.items()
+        ]
+        columns = [
+            f"{column!r} ({counted(count, 'row')})"
+            for column, count in self.unread.items()
+            if not (reads and reads(column))
+        ]
+        if columns:
+            found.append(f"{name}: nothing reads these columns: {', '.join(columns)}.")
+        return found
 
     def __str__(self) -> str:
         if not self.total:

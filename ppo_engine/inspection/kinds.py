@@ -55,15 +55,17 @@ KINDS: Mapping[str, Kind] = {
         "ppo",
         "prompts",
         "",
-        lambda rows, _: prompts_from_sequence(rows, on_bad_line="skip"),
+        lambda rows, tokenizer: prompts_from_sequence(
+            rows, tokenizer=tokenizer, on_bad_line="skip"
+        ),
         inspect_prompts,
     ),
 }
 
 
 def guess(path: str | Path, model: Model, names: Sequence[str]) -> str:
-    """Of the kinds `names` the one that takes most of a file's first rows; a UserError where none
-    takes any."""
+    """Of the kinds `names` the first that takes more than half of a file's first rows, else the one
+    that takes most; a UserError where none takes any."""
     bad_lines = BadLines("skip")
     rows = [row for _, row in islice(read_rows(path, "rows", bad_lines), _GUESSED_FROM)]
     if not rows:
@@ -76,4 +78,4 @@ def guess(path: str | Path, model: Model, names: Sequence[str]) -> str:
             problems.append(f"  - as {name}: {error}")
     if not taken:
         raise UserError("\n".join([f"No command takes the rows of {path}:", *problems]))
-    return max(taken, key=lambda name: taken[name])
+    return max(taken, key=lambda name: min(2 * taken[name], len(rows) + 1))

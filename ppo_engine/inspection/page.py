@@ -55,13 +55,10 @@ def _summary(
     ends = ", ".join(tokenizer.convert_ids_to_tokens(model.end_ids))
     template = "a" if tokenizer.chat_template else "no"
     yield "model", f"{model.path}, with {template} chat template; answers end with {ends}"
-    yield "rows", f"{found.usable} usable, {sum(skipped.total for skipped in found.skipped)} not"
-    lost = [skipped for skipped in found.skipped if skipped.total]
-    for skipped in lost:
-        yield "", f"{skipped}"
-    if lost and on_bad_line == "error":
+    yield "rows", f"{found.usable} usable, {found.skipped} not"
+    if found.skipped and on_bad_line == "error":
         command = KINDS[name].command
-        yield "", f"ppo-engine {command} stops at the first of them; data.on_bad_line=skip skips it"
+        yield "", f"ppo-engine {command} stops at a bad row, unless data.on_bad_line=skip"
     yield "form", _forms(found, model)
     for label, lengths in found.tokens.items():
         yield label, f"{_quantiles(lengths)}, {found.per}"
@@ -76,7 +73,7 @@ def _forms(found: Inspection, model: Model) -> str:
         forms.append(f"{counted(found.chats, 'chat')}, rendered by the chat template")
     if texts:
         past = ", past the chat template" if model.tokenizer.chat_template else ""
-        forms.append(f"{counted(texts, 'text')}, taken as it is{past}")
+        forms.append(f"{counted(texts, 'raw text')}{past}")
     return "; ".join(forms)
 
 

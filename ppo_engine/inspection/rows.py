@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -19,9 +19,9 @@ from ppo_engine.data.demonstrations import (
     load_demonstrations,
 )
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
+from ppo_engine.data.forms import text_note
 from ppo_engine.data.preferences import load_preferences, sample_rankings
 from ppo_engine.data.prompts import PromptExample, limit_prompts, load_prompts
-from ppo_engine.data.rows import SkippedLines
 from ppo_engine.models import architecture, loading
 from ppo_engine.models.language_model import eos_ids
 from ppo_engine.rollout.generation import room_for_prompts
@@ -71,8 +71,8 @@ class Inspection:
     tokens: dict[str, list[int]]  # by what they are
     per: str  # what each of these counts is of
     rows: list[Shown]
-    skipped: list[SkippedLines]
-    notes: list[str] = field(default_factory=list)
+    skipped: int  # rows, for the reasons in `notes`
+    notes: list[str]
 
 
 def open_model(path: str) -> Model:
@@ -86,10 +86,11 @@ def open_model(path: str) -> Model:
 
 def inspect_examples(config: SFTConfig, model: Model, count: int) -> Inspection:
     """Examples as `ppo-engine sft` learns them, the first `count` of them in full."""
+    data = config.data
     rows, skipped = load_demonstrations(
-        config.data.path, tokenizer=model.tokenizer, on_bad_line="skip"
+        data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
     )
-    limit = min(config.data.max_tokens, architecture.context_length(model.config))
+    limit = min(data.max_tokens, architecture.context_length(model.config))
     encoded, refused, notes = encode_demonstrations(
         model.tokenizer, rows, model.end_ids, limit, name=_NAME, on_bad_line="skip"
     )
@@ -104,8 +105,13 @@ def inspect_examples(config: SFTConfig, model: Model, count: int) -> Inspection:
         },
         per="of each example",
         rows=_shown_examples(encoded, prompts, model, count),
-        skipped=[skipped, refused],
-        notes=notes,
+        skipped=skipped.total + refused.total,
+        notes=[
+            *skipped.notes("Examples"),
+            *text_note(rows, model.tokenizer, "examples"),
+            *refused.notes("Examples"),
+            *notes,
+        ],
     )
 
 
@@ -125,7 +131,9 @@ def _shown_examples(
 def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> Inspection:
     """Pairs and rankings as `ppo-engine reward` scores them, the first `count` of them in full."""
     data = config.data
-    rows, skipped = load_preferences(data.path, tokenizer=model.tokenizer, on_bad_line="skip")
+    rows, skipped = load_preferences(
+        data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
+    )
     if data.max_pairs is not None:
         rows = sample_rankings(rows, data.max_pairs, config.run.seed)
     limit = min(data.max_tokens, architecture.context_length(model.config))
@@ -148,8 +156,13 @@ def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> 
         tokens={"tokens": [len(row) for ranking in encoded for row in ranking.rows]},
         per="of each response with its prompt",
         rows=shown,
-        skipped=[skipped, refused],
-        notes=notes,
+        skipped=skipped.total + refused.total,
+        notes=[
+            *skipped.notes("Preferences"),
+            *text_note(rows, model.tokenizer, "preferences"),
+            *refused.notes("Preferences"),
+            *notes,
+        ],
     )
 
 
@@ -183,11 +196,14 @@ def _shown_ranking(ranking: EncodedRanking, prompt: Prompt, model: Model) -> lis
 def inspect_prompts(config: PPOConfig, model: Model, count: int) -> Inspection:
     """Prompts as the policy of `ppo-engine ppo` continues them, the first `count` of them in
     full."""
-    rows, skipped = load_prompts(config.data.path, on_bad_line="skip")
+    data = config.data
+    rows, skipped = load_prompts(
+        data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
+    )
     rows, refused = limit_prompts(
         rows,
         model.tokenizer,
-        config.data.max_prompt_tokens,
+        data.max_prompt_tokens,
         room=room_for_prompts(model.config, config.generation),
         on_bad_line="skip",
     )
@@ -198,7 +214,12 @@ def inspect_prompts(config: PPOConfig, model: Model, count: int) -> Inspection:
         tokens={"tokens": list(map(len, ids))},
         per="of each prompt",
         rows=[_shown_prompt(*pair, model) for pair in zip(rows[:count], ids, strict=False)],
-        skipped=[skipped, refused],
+        skipped=skipped.total + refused.total,
+        notes=[
+            *skipped.notes("Prompts", lambda column: True),  # a reward may read any
+            *text_note(rows, model.tokenizer, "prompts"),
+            *refused.notes("Prompts"),
+        ],
     )
 
 

@@ -25,6 +25,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.models.adapters import merged
 from ppo_engine.settings.schema import ModelConfig
+from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
 
 def resolve(path: str) -> str:
@@ -59,6 +60,20 @@ def read_generation_config(path: str, config: Any) -> GenerationConfig:
         return GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):
         return GenerationConfig.from_model_config(config)
+
+
+def open_tokenizer(
+    model: str | PreTrainedModel | None, path: str, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model`: the one that was `given`, as a model object needs, or the one at
+    `path`; ready for use, before any weights are loaded."""
+    if given is None:
+        if isinstance(model, PreTrainedModel):
+            raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
+        load_model_config(resolve(path))
+        return load_tokenizer(resolve(path))
+    separate_pad_from_eos(given)
+    return given
 
 
 def is_classifier(config: Any) -> bool:

@@ -66,6 +66,14 @@ class Rewards:
     def models(self) -> list[RewardModel]:
         return [reward for reward in self.by_name.values() if isinstance(reward, RewardModel)]
 
+    def reads(self, column: str) -> bool:
+        """Whether a reward gets that column of the data: endpoints get all, models none."""
+        return any(
+            isinstance(reward, HTTPReward)
+            or (isinstance(reward, RewardFunction) and reward.accepts(column))
+            for reward in self.by_name.values()
+        )
+
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by name."""
         return {name: self._score(name, rollout) for name in self.by_name}

@@ -110,9 +110,11 @@ class RewardConfig(ScoringConfig):
 
 @_settings
 class PromptDataConfig:
-    """JSONL with a `prompt` column: text or chat messages; other columns reach the reward."""
+    """JSONL of prompts, text or chat messages; other columns reach the reward. What rows may be:
+    docs/dataset.md."""
 
     path: str = ""
+    as_chat: bool = False  # text prompts become a user's message, which the chat template wraps
     max_prompt_tokens: PositiveInt = 1024
     on_bad_line: Literal["error", "skip"] = "error"
 
@@ -286,6 +288,7 @@ class PreferenceDataConfig:
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_tokens: PositiveInt = 1024  # prompt and response together; the prompt is truncated first
     max_pairs: PositiveInt | None = None  # a sample of the data; rankings of K have up to K(K-1)/2
+    as_chat: bool = False  # text becomes a user's and the assistant's message
     on_bad_line: Literal["error", "skip"] = "error"
 
 
@@ -318,6 +321,7 @@ class DemonstrationDataConfig:
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # Per example (longer ones are truncated) and per packed row.
     max_tokens: Annotated[int, Field(ge=2)] = 1024
+    as_chat: bool = False  # text becomes a user's and the assistant's message
     on_bad_line: Literal["error", "skip"] = "error"
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.data.forms import text_note
 from ppo_engine.data.prompts import (
     PromptExample,
     columns_of,
@@ -88,11 +89,17 @@ class PPOTrainer:
         check_settings(config)
         check_output(config.run.output_dir, config.run.resume)
         self.notes: list[str] = []
-        examples = self._read(config.data.path if prompts is None else prompts)
-        held_out = self._read(config.evaluation.path) if config.evaluation.path else []
+        tokenizer = loading.open_tokenizer(policy, config.policy.path, tokenizer)
+        examples, left_out = self._read(config.data.path if prompts is None else prompts, tokenizer)
+        held_out: list[PromptExample] = []
+        if config.evaluation.path:
+            held_out, of_held_out = self._read(config.evaluation.path, tokenizer)
+            left_out.unread += of_held_out.unread
+        self.notes += text_note([*examples, *held_out], tokenizer, "prompts")
         self.engine = PPOEngine(
             policy, reward, config=config, tokenizer=tokenizer, environment=environment
         )
+        self.notes += left_out.notes("Prompts", self._reads)
         self.examples = self._limited(examples)
         if config.evaluation.prompts:
             self.examples, held_out = hold_out(
@@ -307,16 +314,22 @@ class PPOTrainer:
             with atomic_folder(run.path / "critic") as folder:
                 loading.save_model(self.engine.critic.model, self.engine.policy.tokenizer, folder)
 
-    def _read(self, source: str | Path | Iterable[Any]) -> list[PromptExample]:
+    def _read(
+        self, source: str | Path | Iterable[Any], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[PromptExample], SkippedLines]:
         if source == "":
             raise UserError("No prompts were given: pass prompts=…, or set data.path.")
-        on_bad_line = self.config.data.on_bad_line
+        data = self.config.data
+        options: dict[str, Any] = {"on_bad_line": data.on_bad_line, "as_chat": data.as_chat}
         if isinstance(source, str | Path):
-            examples, skipped = load_prompts(source, on_bad_line=on_bad_line)
-        else:
-            examples, skipped = prompts_from_sequence(source, on_bad_line=on_bad_line)
-        self._note_skipped(skipped)
-        return examples
+            return load_prompts(source, tokenizer=tokenizer, **options)
+        return prompts_from_sequence(source, tokenizer=tokenizer, **options)
+
+    def _reads(self, column: str) -> bool:
+        """Whether a reward or the environment asks for a column of the data."""
+        environment = self.engine.environment
+        asked = environment is not None and environment.accepts(column)
+        return asked or self.engine.rewards.reads(column)
 
     def _limited(self, examples: Sequence[PromptExample]) -> list[PromptExample]:
         kept, skipped = limit_prompts(
@@ -326,9 +339,5 @@ class PPOTrainer:
             room=room_for_prompts(self.engine.policy.model, self.config.generation),
             on_bad_line=self.config.data.on_bad_line,
         )
-        self._note_skipped(skipped)
+        self.notes += skipped.notes("Prompts")
         return kept
-
-    def _note_skipped(self, skipped: SkippedLines) -> None:
-        if skipped.total:
-            self.notes.append(f"Prompts: {skipped}.")

@@ -88,8 +88,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         }
 
     def _read(self, source: Any) -> tuple[list[Ranking], SkippedLines]:
-        on_bad_line = self.config.data.on_bad_line
-        return load_preferences(source, tokenizer=self.tokenizer, on_bad_line=on_bad_line)
+        data = self.config.data
+        return load_preferences(
+            source, tokenizer=self.tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+        )
 
     def _limit(self, rows: list[Ranking]) -> list[Ranking]:
         limit = self.config.data.max_pairs
@@ -126,9 +128,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         encoded, skipped, notes = encode_rankings(
             self.tokenizer, rows, limit, name=name, on_bad_line=on_bad_line
         )
-        if skipped.total:
-            self.notes.append(f"Preferences: {skipped}.")
-        self.notes += notes
+        self.notes += [*skipped.notes("Preferences"), *notes]
         return encoded
 
     def _refuse_settings_of_pairs(self, rankings: Sequence[EncodedRanking]) -> None:

@@ -81,8 +81,10 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         }
 
     def _read(self, source: Any) -> tuple[list[Demonstration], SkippedLines]:
-        on_bad_line = self.config.data.on_bad_line
-        return load_demonstrations(source, tokenizer=self.tokenizer, on_bad_line=on_bad_line)
+        data = self.config.data
+        return load_demonstrations(
+            source, tokenizer=self.tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+        )
 
     def _load_model(self, model: str | PreTrainedModel | None) -> Any:
         self.policy = LanguageModel.open(
@@ -111,9 +113,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             name=name,
             on_bad_line=self.config.data.on_bad_line,
         )
-        if skipped.total:
-            self.notes.append(f"Examples: {skipped}.")
-        self.notes += notes
+        self.notes += [*skipped.notes("Examples"), *notes]
         return encoded
 
     def _limit_of_tokens(self) -> int:

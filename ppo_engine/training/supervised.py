@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import UserError
@@ -44,7 +45,6 @@ from ppo_engine.settings.schema import (
     SFTConfig,
     SFTSettings,
 )
-from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
 Example = TypeVar("Example")  # the same as token ids
@@ -80,15 +80,10 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
-        if tokenizer is None:
-            if isinstance(model, PreTrainedModel):
-                raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
-            loading.load_model_config(loading.resolve(config.model.path))
-            tokenizer = load_tokenizer(loading.resolve(config.model.path))
-        separate_pad_from_eos(tokenizer)  # of a model object
-        self.tokenizer = tokenizer
+        self.tokenizer = loading.open_tokenizer(model, config.model.path, tokenizer)
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)
+        self.notes += text_note([*training, *held_out], self.tokenizer, self.unit)
         self.model = self._load_model(model)
         self.training = self._encode(training, "training")
         self.held_out = self._encode(held_out, "held-out")
@@ -269,8 +264,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     def _read_noting(self, source: Any) -> list[Row]:
         rows, skipped = self._read(source)
-        if skipped.total:
-            self.notes.append(f"{self.unit.capitalize()}: {skipped}.")
+        self.notes += skipped.notes(self.unit.capitalize())
         return rows
 
 

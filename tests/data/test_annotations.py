@@ -230,7 +230,6 @@ def test_an_annotation_is_named_and_its_neighbors_are_kept() -> None:
             argilla({"ask": "Q", "response_1": "A", "response_2": "B"}, b=[("response_1", None)]),
             "it is not clear which field is the prompt: expected one named prompt or .* ask,",
         ),
-        (argilla(TWO | {"input": "I"}, best=[("response_1", None)]), "which field is the prompt"),
         (
             studio(PAIR, [{"type": "choices", "from_name": "c", "value": {"choices": ["A"]}}]),
             r"expected one pairwise or ranker \(found: choices\)",

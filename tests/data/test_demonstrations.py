@@ -81,7 +81,7 @@ def test_forms(row: dict[str, Any], prompt: Any, response: Any, tmp_path: Path) 
         ({"messages": [BLUE, USER]}, "the first message is the assistant's: it answers nothing"),
         ({"messages": [USER, {**BLUE, "content": ""}]}, "empty response"),
         ({"messages": [USER, {**BLUE, "content": None}]}, "must be text, not null"),
-        ({"messages": "hello"}, "must be text or chat messages"),
+        ({"messages": "hello"}, "'messages' must be chat messages, not text"),
     ],
 )
 def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:

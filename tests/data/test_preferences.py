@@ -159,7 +159,7 @@ def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
         ({"prompt": "", **PAIR}, "empty prompt"),
         ({"prompt": "Q", "chosen": None, "rejected": "a"}, "'chosen' must be text or chat"),
         ({"prompt": "Q", "chosen": "a", "rejected": 3}, "must be text or chat messages"),
-        ({"prompt": "Q", "chosen": "a", "rejected": [RED]}, "must be text or chat messages"),
+        ({"prompt": "Q", "chosen": "a", "rejected": [RED]}, "must both be text, or both messages"),
         ({"prompt": "Q", **PAIR, "margin": "1"}, "'margin' must be a finite number, not '1'"),
         ({"prompt": "Q", **PAIR, "margin": True}, "'margin' must be a finite number"),
         ({"chosen": [USER, BLUE], "rejected": [USER]}, "'rejected' is not the assistant's"),
@@ -195,7 +195,7 @@ def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
             {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, "2"]},
             "must be numbers or null, not '2'",
         ),
-        ({"prompt": "Q", "responses": ["a", 5], "ranks": [1, 2]}, "must be text, not int"),
+        ({"prompt": "Q", "responses": ["a", 5], "ranks": [1, 2]}, "text or messages, not int"),
         ({"prompt": "Q", "responses": ["a", "a"], "ranks": [1, 2]}, "are the same"),
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "no column 'prompt'"),
         (

@@ -24,7 +24,7 @@ TEXT = tiny_tokenizer(chat_template=False)
 
 def test_prompts_as_text_and_messages_keep_their_columns(tmp_path: Path) -> None:
     file = write(tmp_path, {"prompt": "Hi", "answer": 42}, {"prompt": [USER]})
-    examples, skipped = load_prompts(file)
+    examples, skipped = load_prompts(file, tokenizer=TEXT)
     assert examples == [
         PromptExample("Hi", {"answer": 42}, f"{file}:1"),
         PromptExample([USER], {}, f"{file}:2"),
@@ -43,7 +43,10 @@ BAD_PROMPTS = [
     ({"prompt": [{"role": "user"}]}, "without 'role' and 'content'"),
     ({"prompt": [{"role": "user", "content": None}]}, "must be text, not null"),
     ({"prompt": [{"role": 1, "content": "x"}]}, "must be text, not int"),
-    ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "must be text, not list"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+        "has a part that is not text: text",
+    ),
     ({"prompt": [USER, BLUE]}, "last message is the assistant's"),
     ({"prompt": [{"role": "user", "content": " "}]}, "empty prompt"),
 ]
@@ -53,29 +56,29 @@ BAD_PROMPTS = [
 def test_bad_prompts(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     file = write(tmp_path, {"prompt": "Say hello."}, row)
     with pytest.raises(UserError) as caught:
-        load_prompts(file)
+        load_prompts(file, tokenizer=TEXT)
     assert "data.jsonl:2" in str(caught.value) and message in str(caught.value)
     with pytest.raises(UserError) as caught:
-        prompts_from_sequence(["fine", row])
+        prompts_from_sequence(["fine", row], tokenizer=TEXT)
     assert "prompts[1]" in str(caught.value) and message in str(caught.value)
-    examples, skipped = load_prompts(file, on_bad_line="skip")
+    examples, skipped = load_prompts(file, on_bad_line="skip", tokenizer=TEXT)
     assert len(examples) == 1 and skipped.total == 1
     with pytest.raises(UserError, match=r"No usable prompt in .*1 skipped"):
-        load_prompts(write(tmp_path, row), on_bad_line="skip")
+        load_prompts(write(tmp_path, row), on_bad_line="skip", tokenizer=TEXT)
 
 
 def test_prompts_from_python() -> None:
-    examples, _ = prompts_from_sequence(["a", [USER], {"prompt": "b", "k": 1}])
+    examples, _ = prompts_from_sequence(["a", [USER], {"prompt": "b", "k": 1}], tokenizer=TEXT)
     assert [example.prompt for example in examples] == ["a", [USER], "b"]
     assert examples[2].columns == {"k": 1}
     with pytest.raises(UserError, match=r"prompts\[0\]: lone surrogate"):
-        prompts_from_sequence(["\ud800"])
+        prompts_from_sequence(["\ud800"], tokenizer=TEXT)
     with pytest.raises(UserError, match="No usable prompt"):
-        prompts_from_sequence([])
+        prompts_from_sequence([], tokenizer=TEXT)
 
 
 def test_over_long_prompt_says_where_how_long_and_what_to_do() -> None:
-    examples, _ = prompts_from_sequence(["short", "x" * 50])
+    examples, _ = prompts_from_sequence(["short", "x" * 50], tokenizer=TEXT)
     with pytest.raises(UserError) as caught:
         limit_prompts(examples, TEXT, 49)
     for part in ("prompts[1]", "50 tokens", "data.max_prompt_tokens = 49", "on_bad_line=skip"):
@@ -88,7 +91,7 @@ def test_over_long_prompt_says_where_how_long_and_what_to_do() -> None:
 
 
 def test_the_template_counts_towards_the_length() -> None:
-    examples, _ = prompts_from_sequence([[{"role": "user", "content": "hi"}]])
+    examples, _ = prompts_from_sequence([[{"role": "user", "content": "hi"}]], tokenizer=TEXT)
     rendered = len("<user\nhi<\n<assistant\n")  # one token per byte, one per special token
     assert limit_prompts(examples, CHAT, rendered)[0] == examples
     with pytest.raises(UserError, match=f"{rendered} tokens"):
@@ -96,7 +99,7 @@ def test_the_template_counts_towards_the_length() -> None:
 
 
 def test_messages_without_a_chat_template() -> None:
-    examples, _ = prompts_from_sequence(["text", [USER]])
+    examples, _ = prompts_from_sequence(["text", [USER]], tokenizer=TEXT)
     with pytest.raises(UserError, match="no chat template"):
         limit_prompts(examples, TEXT, 100, on_bad_line="skip")
 
@@ -104,14 +107,14 @@ def test_messages_without_a_chat_template() -> None:
 def test_prompt_that_the_template_refuses() -> None:
     strict = tiny_tokenizer()
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    examples, _ = prompts_from_sequence([[USER, USER]])
+    examples, _ = prompts_from_sequence([[USER, USER]], tokenizer=TEXT)
     with pytest.raises(UserError, match=r"prompts\[0\]: refused .*roles must alternate"):
         limit_prompts(examples, strict, 100)
 
 
 def test_columns_that_some_rows_lack_hold_none() -> None:
     rows = [{"prompt": "a", "x": 1}, {"prompt": "b", "y": 2}, {"prompt": "c", "x": 3}]
-    examples, _ = prompts_from_sequence(rows)
+    examples, _ = prompts_from_sequence(rows, tokenizer=TEXT)
     assert columns_of(examples) == {"x": [1, None, 3], "y": [None, 2, None]}
 
 

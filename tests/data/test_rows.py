@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from data_files import write
+from tiny import tiny_tokenizer
 
 from ppo_engine.data.prompts import load_prompts, prompts_from_sequence
 from ppo_engine.data.rows import read_jsonl
 from ppo_engine.errors import UserError
 
 GOOD = '{"prompt": "Say hello."}'
+TEXT = tiny_tokenizer(chat_template=False)
 
 
 def test_lines_are_numbered_and_blank_ones_passed_over(tmp_path: Path) -> None:
@@ -60,8 +62,8 @@ def test_bad_line_is_named_by_file_and_line_or_skipped(
     with pytest.raises(UserError, match=rf"data\.jsonl:2: .*{message}"):
         list(read_jsonl(file))
     with pytest.raises(UserError, match=rf"data\.jsonl:2: .*{message}.*on_bad_line=skip"):
-        load_prompts(file)
-    examples, skipped = load_prompts(file, on_bad_line="skip")
+        load_prompts(file, tokenizer=TEXT)
+    examples, skipped = load_prompts(file, on_bad_line="skip", tokenizer=TEXT)
     assert len(examples) == 2 and skipped.total == 1
     assert "data.jsonl:2" in str(skipped) and str(skipped).startswith("1 skipped (1 ")
 
@@ -70,19 +72,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for content in (b"", b"\n\n  \n"):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
-            load_prompts(tmp_path / "empty.jsonl")
+            load_prompts(tmp_path / "empty.jsonl", tokenizer=TEXT)
     with pytest.raises(UserError, match="does not exist"):
-        load_prompts(tmp_path / "absent.jsonl")
+        load_prompts(tmp_path / "absent.jsonl", tokenizer=TEXT)
     with pytest.raises(UserError, match="folder"):
         list(read_jsonl(tmp_path))
     with pytest.raises(UserError, match=r"data\.path"):
-        load_prompts("")
+        load_prompts("", tokenizer=TEXT)
     whole = write(tmp_path, *[GOOD] * 200, name="data.jsonl.gz").read_bytes()
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
     (tmp_path / "plain.jsonl.gz").write_text(GOOD)
     for name in ("cut", "plain"):
         with pytest.raises(UserError, match=rf"{name}\.jsonl\.gz: broken gzip file"):
-            load_prompts(tmp_path / f"{name}.jsonl.gz")
+            load_prompts(tmp_path / f"{name}.jsonl.gz", tokenizer=TEXT)
 
 
 # Files that are one array
@@ -91,7 +93,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_elements_of_an_array_are_numbered(tmp_path: Path) -> None:
     for name in ("data.json", "data.json.gz"):
         file = write(tmp_path, ' [ {"prompt": "a"} ,', "", '{"prompt": "[b, ]"}]', "", name=name)
-        examples, _ = load_prompts(file)
+        examples, _ = load_prompts(file, tokenizer=TEXT)
         assert [(e.prompt, e.place) for e in examples] == [
             ("a", f"{file}[0]"),
             ("[b, ]", f"{file}[1]"),
@@ -99,7 +101,7 @@ def test_elements_of_an_array_are_numbered(tmp_path: Path) -> None:
 
 
 def test_a_file_of_lines_may_be_called_json(tmp_path: Path) -> None:
-    examples, _ = load_prompts(write(tmp_path, GOOD, GOOD, name="data.json"))
+    examples, _ = load_prompts(write(tmp_path, GOOD, GOOD, name="data.json"), tokenizer=TEXT)
     assert [example.place[-2:] for example in examples] == [":1", ":2"]
 
 
@@ -118,8 +120,8 @@ def test_a_file_of_lines_may_be_called_json(tmp_path: Path) -> None:
 def test_bad_element_is_named_or_skipped(tmp_path: Path, element: str, message: str) -> None:
     file = write(tmp_path, f"[{GOOD}, {element}, {GOOD}]", name="data.json")
     with pytest.raises(UserError, match=rf"data\.json\[1\]: .*{message}"):
-        load_prompts(file)
-    examples, skipped = load_prompts(file, on_bad_line="skip")
+        load_prompts(file, tokenizer=TEXT)
+    examples, skipped = load_prompts(file, on_bad_line="skip", tokenizer=TEXT)
     assert [e.place[-3:] for e in examples] == ["[0]", "[2]"] and skipped.total == 1
 
 
@@ -140,7 +142,7 @@ def test_array_that_cannot_be_gone_on_with(
     tmp_path: Path, content: str | bytes, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        load_prompts(write(tmp_path, content, name="data.json"), on_bad_line="skip")
+        load_prompts(write(tmp_path, content, name="data.json"), on_bad_line="skip", tokenizer=TEXT)
 
 
 def test_parquet_and_saved_data_sets(tmp_path: Path) -> None:
@@ -150,19 +152,19 @@ def test_parquet_and_saved_data_sets(tmp_path: Path) -> None:
     rows.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict(train=rows).save_to_disk(str(tmp_path / "splits"))
     for source in ("data.parquet", "saved", "splits"):
-        examples, _ = load_prompts(tmp_path / source)
+        examples, _ = load_prompts(tmp_path / source, tokenizer=TEXT)
         assert [example.prompt for example in examples] == ["a", "b"]
         assert examples[1].columns == {"k": 2} and examples[1].place.endswith("row 1")
-    assert prompts_from_sequence(rows)[0][0].prompt == "a"
+    assert prompts_from_sequence(rows, tokenizer=TEXT)[0][0].prompt == "a"
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"broken\.parquet cannot be read"):
-        load_prompts(tmp_path / "broken.parquet")
+        load_prompts(tmp_path / "broken.parquet", tokenizer=TEXT)
     datasets.DatasetDict(test=rows).save_to_disk(str(tmp_path / "test-only"))
     with pytest.raises(UserError, match="no 'train'"):
-        load_prompts(tmp_path / "test-only")
+        load_prompts(tmp_path / "test-only", tokenizer=TEXT)
 
 
 def test_data_sets_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'ppo-engine\[data\]'"):
-        load_prompts(tmp_path)
+        load_prompts(tmp_path, tokenizer=TEXT)

@@ -171,8 +171,9 @@ def test_packing_is_for_models_whose_texts_do_not_see_each_other(make: Any, expe
 )
 def test_the_loss_is_the_mean_over_learned_tokens(make: Any, packed: bool, note: str) -> None:
     made = trainer(make())
-    assert made.packed == packed and note in " ".join(made.notes)
-    assert bool(made.notes) == bool(note)
+    [of_text, *notes] = made.notes
+    assert made.packed == packed and "plain text" in of_text
+    assert len(notes) == bool(note) and note in " ".join(notes)
     batch = made.mini_batch(0)
     of_tokens = [x for example in plain_nll(made.policy.model, batch) for x in example]
     held_out = plain_nll(made.policy.model, made.held_out)
