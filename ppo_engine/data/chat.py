@@ -110,15 +110,14 @@ def _check_message(message: Any, name: str, index: int) -> Message:
             f"{where}: expected human, gpt, system, tool, function_call or observation",
         )
     role = _ROLES.get(given, given)
+    calls = more.pop("tool_calls", [])
     if given == "function_call":
-        more["tool_calls"] = _parsed(check_text(content, f"{name}.{said}"), f"{name}.{said}")
-        content = ""
+        calls, content = check_text(content, f"{name}.{said}"), ""
+    calls = _check_calls(calls, f"{name}.tool_calls")
     if "function_call" in more:  # before OpenAI had `tool_calls`
-        more["tool_calls"] = [more.pop("function_call")]
-    if more.get("tool_calls"):
-        more["tool_calls"] = _check_calls(more["tool_calls"], f"{name}.tool_calls")
-    else:
-        more.pop("tool_calls", None)
+        calls += _check_calls(more.pop("function_call"), f"{name}.function_call")
+    if calls:
+        more["tool_calls"] = calls
     learned = _take_flag(more, name, where)
     if learned and role != "assistant":
         raise BadLineError(f"{name!r} asks to learn a message that is not the assistant's", where)
@@ -145,7 +144,9 @@ def _check_content(content: Any, name: str) -> str:
 
 
 def _check_calls(calls: Any, name: str) -> list[dict[str, Any]]:
-    """Tool calls as `{"type": "function", "function": {"name": …, "arguments": {…}}}`."""
+    """One or more tool calls, or their JSON text, as
+    `{"type": "function", "function": {"name": …, "arguments": {…}}}`."""
+    calls = _parsed(calls, name) if isinstance(calls, str) else calls
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict) or not isinstance(_function(call).get("name"), str):

@@ -47,7 +47,10 @@ _PAIRS = (  # the better and the worse response
 # All that can tell a model what is asked.
 ASKING = (*PROMPTS, *CHATS, *INPUTS, *SYSTEMS, HISTORY, *TOOLS, TEMPLATE_ARGUMENTS)
 
-_HINT = f"; a prompt is named {', '.join(PROMPTS)}, a conversation {', '.join(CHATS)}"
+_PROMPT_HINT = f"; a prompt is named {', '.join(PROMPTS)}, a conversation {', '.join(CHATS)}"
+_PAIR_HINT = (
+    "; name two responses to a prompt 'chosen' and 'rejected', or give 'responses' with 'ranks'"
+)
 # What the rendering sets itself, or takes from elsewhere.
 _SET_BY_US = {
     "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
@@ -75,7 +78,7 @@ class ChatRules:
 def take_prompt(columns: Columns, names: Sequence[str] = (*PROMPTS, *CHATS)) -> tuple[str, Prompt]:
     """The one of `names` that holds the prompt, and the prompt: text (an instruction with its
     input) or messages, which may be a whole conversation with its answer: see `check_prompt`."""
-    name, value = columns.take_first(names, _HINT)
+    name, value = columns.take_first(names, _PROMPT_HINT)
     if not isinstance(value, str) or name in CHATS:
         return name, check_messages(value, name)
     parts = [check_text(value, name)]
@@ -110,7 +113,7 @@ def complete_prompt(
     if isinstance(prompt, str) and rules.template:
         prompt = chat_if_dialogue(prompt)
     if isinstance(prompt, str):
-        told = {name or "system": system, HISTORY: before, "tools": options}
+        told = {name or SYSTEMS[0]: system, HISTORY: before, **as_columns(options)}
         needing = [what for what, value in told.items() if value]
         if needing and not rules.template:
             raise BadLineError(
@@ -147,8 +150,7 @@ def names_of_pair(columns: Columns) -> tuple[str, str]:
             )
         names = _PAIRS[there.index(max(there))]
     for name in names:
-        columns.take_first([name], "; name two responses to a prompt 'chosen' and 'rejected', or "
-                                   "give 'responses' with their 'ranks'")  # fmt: skip
+        columns.take_first([name], _PAIR_HINT)
     return names
 
 

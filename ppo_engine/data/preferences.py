@@ -141,6 +141,8 @@ def _ranking_of(columns: Columns, rules: ChatRules) -> Ranking:
     whole = not isinstance(chosen, str) and len(chosen) > 1
     wanted = PROMPTS if whole else (*PROMPTS, *CHATS)
     prompt = _prompt(columns, wanted) if columns.find(wanted) else None
+    if _holds_dialogue(chosen, prompt) and _holds_dialogue(rejected, prompt):
+        prompt = None  # they bring it along
     margin = _check_margin(columns.take("margin"))
     given = True
     if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -157,6 +159,13 @@ def _ranking_of(columns: Columns, rules: ChatRules) -> Ranking:
         raise BadLineError("no prompt", ": whole texts cannot be chat messages; add their prompt")
     pair = (chosen, rejected)
     return Ranking(prompt, pair, (0, 1), margin, prompt_given=given, options=options)
+
+
+def _holds_dialogue(text: str | list[Message], prompt: Prompt | None) -> bool:
+    """Whether a text begins with the dialogue that is its prompt."""
+    if not isinstance(text, str) or not isinstance(prompt, str):
+        return False
+    return is_dialogue(prompt) and text.startswith(prompt)
 
 
 def _text_or_messages(columns: Columns, name: str) -> Any:
@@ -249,7 +258,8 @@ def _split_messages(
             )
         shared = shared or [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and shared[: len(prompt)] != prompt:
-        shared = [*prompt, *shared]
+        # All that they share may stand in the prompt too, behind its system message, say.
+        shared = prompt if shared and prompt[-len(shared) :] == shared else [*prompt, *shared]
     if not shared:
         raise BadLineError("no prompt: only the assistant's message is there")
     return shared, _text_alone(chosen[-1]), _text_alone(rejected[-1])

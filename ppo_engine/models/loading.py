@@ -68,7 +68,7 @@ def open_tokenizer(
     """The tokenizer of `model`: the one that was `given`, as a model object needs, or the one at
     `path`; ready for use, before any weights are loaded."""
     if given is None:
-        if isinstance(model, PreTrainedModel):
+        if model is not None and not isinstance(model, str):
             raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
         load_model_config(resolve(path))
         return load_tokenizer(resolve(path))

@@ -72,9 +72,9 @@ class PPOTrainer:
         environment: Callable[..., Any] | Environment | None = None,
         console: Console | None = None,
     ) -> None:
-        """`prompts` is a file, or texts, lists of chat messages, or dictionaries with `prompt` and
-        further columns; all else is as `PPOEngine` takes it. What is not given comes from `config`.
-        Progress goes to `console`, by default the terminal."""
+        """`prompts` is a file, or texts, lists of chat messages, or dictionaries as
+        `data.prompts.load_prompts` takes them; all else is as `PPOEngine` takes it. What is not
+        given comes from `config`. Progress goes to `console`, by default the terminal."""
         config = config or PPOConfig()
         # The run's config.yaml names what is trained, however it was given.
         if isinstance(policy, str) and policy:

@@ -50,6 +50,8 @@ def said(**message: Any) -> dict[str, Any]:
          said(tool_calls=[{"id": "1", "type": "function",
                            "function": {"name": "now", "arguments": {}}}])),
         (said(tool_calls=[]), said()),
+        (said(tool_calls=json.dumps([CALL])), said(tool_calls=[CALL])),
+        (said(tool_calls=json.dumps([CALL]), function_call=AS_TEXT), said(tool_calls=[CALL] * 2)),
         # Parts that are text.
         (said(content=[{"type": "text", "text": "Bl", "image_url": None}, "ue."]), said()),
         # ShareGPT, where a column of Arrow may hold the keys of both forms.
@@ -80,9 +82,12 @@ def test_forms_of_messages(message: dict[str, Any], expected: dict[str, Any]) ->
         ({"role": "user", "content": None, "tool_calls": [AS_TEXT]}, "must be text, not null"),
         ({"role": "assistant", "refusal": "No."}, r"without 'role' and 'content' \(message 0\)"),
         ({"from": "narrator", "value": "x"}, r"from 'narrator' \(message 0\): expected human, gpt"),
-        ({"from": "function_call", "value": "weather()"}, "'messages.value' is text, but not JSON"),
+        (
+            {"from": "function_call", "value": "weather()"},
+            "'messages.tool_calls' is text, but not JSON",
+        ),
         (said(tool_calls=[{"function": {"arguments": {}}}]), "without the name of a function"),
-        (said(tool_calls="weather"), "without the name of a function"),
+        (said(tool_calls="weather"), "'messages.tool_calls' is text, but not JSON"),
         (
             said(tool_calls=[{"name": "f", "arguments": "{city"}]),
             "arguments' is text, but not JSON",

@@ -121,7 +121,8 @@ def test_prompts_that_no_loader_takes(row: dict[str, Any], problem: str) -> None
 
 
 @pytest.mark.parametrize(
-    "more", [{"system": "Be brief."}, {"history": [["a", "b"]]}, {"tools": [TOOL]}]
+    "more",
+    [{"system": "Be brief."}, {"history": [["a", "b"]]}, {"tools": [TOOL]}, {KWARGS: THINKING}],
 )
 def test_what_needs_a_chat_template(more: dict[str, Any]) -> None:
     [name] = more
@@ -176,6 +177,7 @@ def test_every_name_of_a_pair(row: dict[str, Any], expected: tuple[str, str]) ->
             {"prompt": CAT, "response_a": "a", "response_b": "b"},
             "no column 'chosen' .*'response_a'",
         ),
+        ({"responses": ["a", "b"], "prompt": CAT}, "no column 'ranks'"),
         (
             {"prompt": "Else?", "chosen": [USER, BLUE], "rejected": [USER, RED]},
             "the prompt is not among the messages that chosen and rejected share",
@@ -185,6 +187,24 @@ def test_every_name_of_a_pair(row: dict[str, Any], expected: tuple[str, str]) ->
 def test_preferences_that_are_not_clear(row: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         load_preferences([row], tokenizer=CHAT)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [USER, BLUE], "rejected": [USER, RED]},
+        {"chosen": [SYSTEM, USER, BLUE], "rejected": [SYSTEM, USER, RED]},
+        {"prompt": "Name a color.", "chosen": [BLUE], "rejected": [RED]},
+        {"prompt": "Name a color.", "chosen": [USER, BLUE], "rejected": [USER, RED]},
+        {"prompt": [SYSTEM, USER], "chosen": [USER, BLUE], "rejected": [USER, RED]},
+        {"chosen": f"{DIALOGUE} Blue.", "rejected": f"{DIALOGUE} Red."},
+        {"prompt": DIALOGUE, "chosen": "Blue.", "rejected": "Red."},
+        {"question": "Name a color.", "responses": ["Red.", "Blue."], "ranks": [2, 1]},
+    ],
+)
+def test_a_system_message_beside_every_form_of_preferences(row: dict[str, Any]) -> None:
+    [found], _ = load_preferences([row | {"system": "Be brief."}], tokenizer=CHAT)
+    assert found == Ranking([SYSTEM, USER], ("Blue.", "Red."), (0, 1))
 
 
 def test_responses_that_are_more_than_their_content() -> None:

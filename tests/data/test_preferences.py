@@ -70,6 +70,14 @@ def pair(prompt: Any, chosen: str, rejected: str, margin: float | None = None) -
             {"prompt": DIALOGUE, "chosen": " Blue.", "rejected": " Red."},
             pair(DIALOGUE_MESSAGES, " Blue.", " Red."),
         ),
+        (  # whole dialogues beside their prompt
+            {
+                "prompt": DIALOGUE,
+                "chosen": f"{DIALOGUE} Blue.",
+                "rejected": f"{DIALOGUE} Red.",
+            },
+            pair(DIALOGUE_MESSAGES, "Blue.", "Red."),
+        ),
         (  # as in a few real dialogues: paragraphs of one speaker, each with its name
             {"chosen": f"{DIALOGUE} Blue.\n\nAssistant: Sky.", "rejected": f"{DIALOGUE}"},
             pair(DIALOGUE_MESSAGES, "Blue.\n\nSky.", ""),

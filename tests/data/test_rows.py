@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from data_files import write
+from data_files import USER, write
 from tiny import tiny_tokenizer
 
 from ppo_engine.data.prompts import load_prompts, prompts_from_sequence
@@ -168,3 +168,22 @@ def test_data_sets_without_the_package(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'ppo-engine\[data\]'"):
         load_prompts(tmp_path, tokenizer=TEXT)
+
+
+def test_what_arrow_fills_in_is_not_part_of_a_message(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the optional group `data` is not installed")
+    call = {"function": {"name": "now", "arguments": {"zone": "UTC"}}}
+    other = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    rows = [
+        {"prompt": [USER, {"role": "assistant", "content": None, "tool_calls": [made]},
+                    {"role": "tool", "content": "12", "tool_call_id": "1"}]}
+        for made in (call, other)
+    ] + [{"prompt": [USER]}]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
+    examples, _ = load_prompts(tmp_path / "data.parquet", tokenizer=tiny_tokenizer())
+    first, second, third = (example.prompt for example in examples)
+    assert first[1] == {"role": "assistant", "content": "",
+                        "tool_calls": [{"type": "function", **call}]}  # fmt: skip
+    assert second[1]["tool_calls"] == [{"type": "function", **other}]
+    assert second[2] == {"role": "tool", "content": "12", "tool_call_id": "1"}
+    assert third == [USER]
