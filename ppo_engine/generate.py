@@ -55,15 +55,21 @@ def generate(config: GenerateConfig) -> None:
     else:
         examples, skipped = load_prompts(data.path, on_bad_line=data.on_bad_line)
     dtype = precision.choose_dtype(config.dtype, device)
+    policy = LanguageModel.open(
+        config.model,
+        ModelConfig(),
+        device=device,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        template_arguments=data.chat_template_kwargs,
+        date=config.date,
+    )
     rewards = None
     if configured_sources(config.reward):
-        rewards = load_rewards(None, config.reward, tokenizer, device=device, dtype=dtype)
-    policy = LanguageModel.open(
-        config.model, ModelConfig(), device=device, dtype=dtype, tokenizer=tokenizer
-    )
+        rewards = load_rewards(None, config.reward, policy.renderer, device=device, dtype=dtype)
     examples, too_long = limit_prompts(
         examples,
-        tokenizer,
+        policy.renderer,
         data.max_prompt_tokens,
         room=generation.room_for_prompts(policy, config.generation),
         on_bad_line=data.on_bad_line,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +24,9 @@ from ppo_engine.messages import counted
 from ppo_engine.models import architecture, freezing, loading, precision, value_model
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
-from ppo_engine.text.encoding import encode_dialogue, pad_left
+from ppo_engine.text.encoding import pad_left
+from ppo_engine.text.renderer import Renderer
+from ppo_engine.text.template import TemplateError
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_kernels import pairwise_loss, ranking_loss
 from ppo_kernels.reference import PairwiseStats
@@ -125,6 +126,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
 
     def _load_model(self, model: str | PreTrainedModel | None) -> Any:
         config, seed = self.config.model, self.config.run.seed
+        arguments, date = self.config.data.chat_template_kwargs, self.config.run.date
+        self.renderer = Renderer(self.tokenizer, arguments=arguments, date=date)
         if isinstance(model, PreTrainedModel):
             model = value_model.ready_value_model(model.float(), self.tokenizer, self.device)
         else:
@@ -148,7 +151,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             try:
                 full = self._dialogues(ranking, sys.maxsize)
             except TemplateError as error:  # such as "roles must alternate"
-                bad_lines.add(ranking.place, "refused by the model's chat template", f" ({error})")
+                bad_lines.add(ranking.place, error.reason, error.detail)
                 continue
             long = max(map(len, full)) > limit
             cut += long
@@ -181,7 +184,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def _dialogues(self, ranking: Ranking, limit: int) -> list[list[int]]:
         ended = ranking.finished or [True] * len(ranking.responses)
         return [
-            encode_dialogue(self.tokenizer, ranking.prompt, response, limit, finished)
+            self.renderer.scored(ranking.prompt, response, finished=finished, max_tokens=limit)
             for response, finished in zip(ranking.responses, ended, strict=True)
         ]
 

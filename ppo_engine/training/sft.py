@@ -94,6 +94,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             device=self.device,
             dtype=self.dtype,
             tokenizer=self.tokenizer,
+            template_arguments=self.config.data.chat_template_kwargs,
+            date=self.config.run.date,
         )
         if self.policy.logits_note:
             self.notes.append(self.policy.logits_note)
@@ -112,7 +114,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
         for index, row in enumerate(rows):
             try:
-                found = encode_demonstration(self.tokenizer, row, self.policy.eos_ids)
+                found = encode_demonstration(self.policy.renderer, row)
             except BadLineError as error:
                 bad_lines.add(row.place, error.reason, error.detail)
                 continue

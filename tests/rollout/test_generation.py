@@ -285,7 +285,7 @@ def test_sampled_turns_end_to_end():
         config=config, tokenizer=tiny_tokenizer(),
         environment=lambda prompts, turns: ["go on"] * len(turns),
     )  # fmt: skip
-    engine.policy.eos_ids = list(range(100, 259))
+    engine.policy.renderer.end_ids = list(range(100, 259))
     rollout = engine.generate([CHAT, "text"] * 4)
     assert rollout.environment_mask.any() and not (rollout.environment_mask & rollout.mask).any()
     scores = engine.score(rollout)

@@ -196,7 +196,7 @@ def test_no_token_is_sampled_after_the_last_end():
 def test_the_pad_token_ends_no_response():
     model = sharp_model()
     model.generation_config.eos_token_id = [EOS, PAD]
-    assert moved_engine(model=model).policy.eos_ids == [EOS]
+    assert moved_engine(model=model).policy.renderer.end_ids == [EOS]
 
 
 def test_groups_stand_in_a_row_and_each_has_its_own_columns():
