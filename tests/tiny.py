@@ -44,9 +44,10 @@ def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model(seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama: 2 layers, hidden 32, 4 heads, the tokenizer's vocabulary, fp32."""
-    tokenizer = tiny_tokenizer()
+def tiny_model(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaForCausalLM:
+    """A random Llama: 2 layers, hidden 32, 4 heads, fp32, and the vocabulary of `tokenizer`, by
+    default `tiny_tokenizer`."""
+    tokenizer = tokenizer or tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -55,7 +56,7 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        bos_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
@@ -65,9 +66,16 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval()
 
 
-def tiny_model_folder(tmp_path: Path, chat_template: bool = True, seed: int = 0) -> str:
-    """Save `tiny_model` and its tokenizer under `tmp_path`; returns the folder."""
+def tiny_model_folder(
+    tmp_path: Path,
+    chat_template: bool = True,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> str:
+    """Save `tiny_model` and its tokenizer, by default `tiny_tokenizer`, under `tmp_path`; returns
+    the folder."""
     folder = Path(tmp_path) / ("tiny-chat" if chat_template else "tiny-text")
-    tiny_model(seed).save_pretrained(folder)
-    tiny_tokenizer(chat_template).save_pretrained(folder)
+    tokenizer = tokenizer or tiny_tokenizer(chat_template)
+    tiny_model(seed, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
