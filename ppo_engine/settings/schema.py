@@ -255,7 +255,7 @@ class RunConfig:
 
     output_dir: str = ""
     seed: int = 0
-    date: datetime.date | None = None  # today, for chat templates that show it; None: as at its start
+    date: datetime.date | None = None  # for chat templates that show it; None: the day it began
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for compute; weights in training: fp32
     resume: bool = False  # continue from the newest checkpoint in output_dir

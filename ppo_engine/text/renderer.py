@@ -152,13 +152,19 @@ class Renderer:
         """Question, words and ending of a chat; all in one where the template writes the answer
         otherwise than it asks for it."""
         turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        turns = [
+            {**turn, "content": self.template.words(turn["content"])}
+            if turn["role"] == "assistant"
+            else turn
+            for turn in turns
+        ]
         before = self.template.render(prompt, ask=True, options=options)
         whole = self.template.render([*prompt, *turns], ask=False, options=options, sampled=True)
         # A call of a tool may end otherwise.
         ending = self._ending if whole.endswith(self.template.ending) else []
         whole = whole.removesuffix(self.template.ending)
         if not whole.startswith(before):
-            return self._tokens(whole), [], ending
+            return self._tokens(whole), (), ending
         shown = whole.removeprefix(before)
         if written is not None and self._decode(written[1]) == shown:
             return *written, ending

@@ -7,11 +7,15 @@ leave out in silence (a role it does not know, tools, a thought) is a `TemplateE
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import jinja2
+import jinja2.meta
+import jinja2.nodes
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
@@ -20,7 +24,7 @@ from ppo_engine.text.encoding import Message
 
 Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and arguments of its own
 
-_ANSWER = "An answer, of which no template changes a word."
+_ANSWER = "An answer whose words every template leaves as they are."
 _STOCK = [{"role": "user", "content": "A question."}]
 # Keys under which data sets and templates have what a model thought before it answered.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -29,6 +33,9 @@ _OPENING = re.compile(
     r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
     r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)\s*\Z"
 )
+# transformers lets no function of ours into a template.
+_DATE = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
+_GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # a tag of transformers' own
 _CLOSING = re.compile(r"</think>|\[/THINK\]|<\|END_THINKING\|>")
 _WORDS = re.compile(r"\w+")
 
@@ -107,7 +114,8 @@ class ChatTemplate:
                     [_prepared(message, source) for message in messages],
                     tokenize=False,
                     add_generation_prompt=ask,
-                    **{"strftime_now": self._strftime, **arguments},
+                    chat_template=_DATE.sub(self._strftime, source),
+                    **arguments,
                 )
             )
         except TemplateError:
@@ -124,8 +132,32 @@ class ChatTemplate:
     def ending(self) -> str:
         """What the template writes behind the words of a conversation's last answer, such as
         `<|im_end|>` and a newline."""
+        return self._around_answer[1]
+
+    @cached_property
+    def _lead(self) -> str:
+        """What it writes between the point where an answer is asked for and the answer's words,
+        such as a space, or the name of a channel."""
+        before = self.render(_STOCK, ask=True)
+        after = self._around_answer[0]
+        return after.removeprefix(before) if after.startswith(before) else ""
+
+    @cached_property
+    def _around_answer(self) -> tuple[str, str]:
+        """What it writes before and behind the words of an answer; nothing where it refuses a
+        question with its answer, for which it will refuse anything."""
         answer = {"role": "assistant", "content": _ANSWER}
-        return self.render([*_STOCK, answer], ask=False).rpartition(_ANSWER)[2]
+        try:
+            before, _, behind = self.render([*_STOCK, answer], ask=False).rpartition(_ANSWER)
+        except TemplateError:
+            return "", ""
+        return before, behind
+
+    def words(self, sampled: str) -> str:
+        """The words of a sampled answer, which has what the template writes before them, too."""
+        if self._lead.strip():
+            return sampled.rpartition(self._lead)[2]
+        return sampled.removeprefix(self._lead)
 
     def between(
         self, messages: Sequence[Message], reply: Message, options: Options | None = None
@@ -141,15 +173,16 @@ class ChatTemplate:
         known = {
             name: value
             for name, value in arguments.items()
-            if name == "tools" or _names(source, name)
+            if name == "tools" or name in _looked_at(source)
         }
         unknown = [name for name in arguments if name not in known]
         if unknown and not self.lenient:
             raise TemplateError(f"the model's chat template has no variable {unknown[0]!r}")
         return known
 
-    def _strftime(self, form: str) -> str:
-        return datetime.datetime.combine(self.date, datetime.time()).strftime(form)
+    def _strftime(self, call: re.Match[str]) -> str:
+        """The date as the text that a call of `strftime_now` in a template gives."""
+        return repr(datetime.datetime.combine(self.date, datetime.time()).strftime(call["form"]))
 
 
 def opened_thought(text: str) -> tuple[str, str] | None:
@@ -182,7 +215,7 @@ def _prepared(message: Message, source: str) -> Message:
     thought = next((message[key] for key in _THOUGHTS if message.get(key)), None)
     if thought is None:
         return found
-    key = next((key for key in _THOUGHTS if _names(source, key)), None)
+    key = next((key for key in _THOUGHTS if key in _looked_at(source)), None)
     if key is not None:
         return {**found, key: thought}
     if "</think>" not in source:
@@ -218,5 +251,11 @@ def _check_calls(text: str, messages: Sequence[Message], options: Options) -> No
                 )
 
 
-def _names(source: str, variable: str) -> bool:
-    return re.search(rf"\b{re.escape(variable)}\b", source) is not None
+@functools.lru_cache
+def _looked_at(source: str) -> frozenset[str]:
+    """The names of variables, keys and attributes that a template looks at."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    tree = environment.parse(_GENERATION.sub("", source))
+    attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    keys = {node.value for node in tree.find_all(jinja2.nodes.Const) if type(node.value) is str}
+    return frozenset(attributes | keys | jinja2.meta.find_undeclared_variables(tree))
