@@ -24,7 +24,7 @@ from ppo_engine.demo.model import model_path
 from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
 from ppo_engine.errors import UserError
 from ppo_engine.models.loading import quiet_transformers
-from ppo_engine.text.encoding import encode_prompt
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import load_tokenizer
 
 _SMOLLM2 = "smollm2"
@@ -113,7 +113,7 @@ def prepare(name: str, size: Sizes, folder: Path, *, steps: int, device: str, dt
     return Work(
         folder=str(folder),
         prompts=prompts,
-        prompt_ids=[encode_prompt(tokenizer, prompt) for prompt in prompts],
+        prompt_ids=[Renderer(tokenizer).prompt(prompt) for prompt in prompts],
         new_tokens=size.new_tokens,
         epochs=size.epochs,
         micro_batch=size.micro_batch,

@@ -23,7 +23,7 @@ from ppo_engine.settings.schema import (
 def main(work: Work) -> None:
     engine = PPOEngine(config=_config(work))
     # No token is EOS, so that all responses have the same length.
-    engine.policy.eos_ids = []
+    engine.policy.renderer.end_ids = []
     clock = PhaseClock(engine.device)
     for _ in range(work.steps):
         clock.start("generate")

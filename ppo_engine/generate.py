@@ -60,15 +60,21 @@ def generate(config: GenerateConfig) -> None:
     notes = skipped.notes("Prompts", reads=lambda column: True)
     notes += text_note(examples, tokenizer, "prompts")
     dtype = precision.choose_dtype(config.dtype, device)
+    policy = LanguageModel.open(
+        config.model,
+        ModelConfig(),
+        device=device,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        template_arguments=data.chat_template_kwargs,
+        date=config.date,
+    )
     rewards = None
     if configured_sources(config.reward):
-        rewards = load_rewards(None, config.reward, tokenizer, device=device, dtype=dtype)
-    policy = LanguageModel.open(
-        config.model, ModelConfig(), device=device, dtype=dtype, tokenizer=tokenizer
-    )
+        rewards = load_rewards(None, config.reward, policy.renderer, device=device, dtype=dtype)
     examples, too_long = limit_prompts(
         examples,
-        tokenizer,
+        policy.renderer,
         data.max_prompt_tokens,
         room=generation.room_for_prompts(policy.model, config.generation),
         on_bad_line=data.on_bad_line,

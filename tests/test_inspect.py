@@ -107,6 +107,33 @@ def test_a_space_that_the_tokenizer_prepends(shown, tmp_path) -> None:
     assert [text for _, text in _spelled(model.tokenizer, part, range(4))] == [" ", "a", " ", "b"]
 
 
+TOOL = {"type": "function", "function": {"name": "add"}}
+CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("kind", ["sft", "preferences", "prompts"])
+def test_what_the_chat_template_is_handed(shown, kind) -> None:
+    """Tools and arguments of the row, arguments and the date of the settings."""
+    row = {"prompt": [USER], "response": "a", "chosen": "a", "rejected": "b", "tools": [TOOL]}
+    options = f"--as {kind} data.chat_template_kwargs.enable_thinking=false"
+    [text, *_] = tokens(shown(row, model="qwen3", options=options))
+    assert f"<tools>⏎\n{json.dumps(TOOL)}⏎\n</tools>" in text
+    assert "<|im_start|>assistant⏎\n<think>⏎\n⏎\n</think>⏎\n⏎" in text.replace("⟦", "")
+    text = shown(row, model="llama3", options=f"--as {kind} run.date=2025-02-09")
+    assert "Today Date: 09 Feb 2025" in tokens(text)[0]
+    row |= {"tools": None, "chat_template_kwargs": {"date_string": "today"}}
+    assert "Today Date: today" in tokens(shown(row, model="llama3", options=f"--as {kind}"))[0]
+
+
+def test_tool_calls_and_thoughts_are_learned(shown) -> None:
+    asks = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "t"}
+    result = {"role": "tool", "content": "3"}
+    text = shown({"messages": [USER, asks, result, BLUE], "tools": [TOOL]}, model="qwen3")
+    call = '<tool_call>⏎\n{"name": "add", "arguments": {"a": 1}}⏎\n</tool_call>'
+    assert f"⟦<think>⏎\nt⏎\n</think>⏎\n⏎\n{call}{END}⟧" in tokens(text)[0]
+    assert f"⏎\nBlue.{END}⟧" in tokens(text)[-1]
+
+
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Name a color.\n\nAssistant:"
 
 
@@ -114,9 +141,9 @@ def test_dialogues_of_hh_rlhf(shown) -> None:
     row = {"chosen": f"{DIALOGUE} Blue.", "rejected": f"{DIALOGUE} Red?"}
     text = shown(row)
     start = f"<|im_start|>user⏎\nHi{END}⏎\n<|im_start|>assistant⏎\nYes?{END}⏎\n{ASKED}"
-    assert tokens(text) == [start.rstrip("\n"), f"Blue.⟦{END}⟧", f"Red?⟦{END}⟧"]
+    assert tokens(text) == [start.rstrip("\n"), f"Blue.{END}⟦⏎⟧", f"Red?{END}⟦⏎⟧"]
     assert "FILE, as preferences (a guess" in text and "⟦where the score is read⟧" in text
-    assert re.search(r"chosen, 6 tokens; the score is read at the last of all \d+\n", text)
+    assert re.search(r"chosen, 7 tokens; the score is read at the last of all \d+\n", text)
     assert line(text, "form") == "form      1 chat, rendered by the chat template"
 
 
@@ -258,10 +285,10 @@ def test_ends_that_the_checkpoint_declares(shown, tmp_path, folders) -> None:
     for name in ("generation_config.json", "config.json"):
         file = Path(folders["gemma"], name)
         before = file.read_text()
-        file.write_text(json.dumps({**json.loads(before), "eos_token_id": [262, 260]}))
+        file.write_text(json.dumps({**json.loads(before), "eos_token_id": [261]}))
         text = shown(CHAT, model="gemma")
         file.write_text(before)
-        assert "answers end with <eos>, <end_of_turn>" in text
+        assert "answers end with <eos>, <start_of_turn>, <end_of_turn>" in text
         Path(folders["gemma"], "generation_config.json").unlink(missing_ok=True)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.data.chat import check_messages, is_learned, is_silent
@@ -24,14 +23,9 @@ from ppo_engine.data.forms import (
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import (
-    Message,
-    Prompt,
-    encode_prompt,
-    encode_response,
-    encode_turns,
-    require_chat_template,
-)
+from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.renderer import Renderer
+from ppo_engine.text.template import ChatTemplate, TemplateError
 
 
 @dataclass(frozen=True)
@@ -93,14 +87,13 @@ def load_demonstrations(
     if not found:
         raise UserError(f"No usable example in {name_of(source)}: {bad_lines.skipped}.")
     if any(not isinstance(example.prompt, str) for example in found):
-        require_chat_template(tokenizer)
+        ChatTemplate(tokenizer).require()
     return found, bad_lines.skipped
 
 
 def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
     rows: Sequence[Demonstration],
-    end_ids: Collection[int],
     limit: int,
     *,
     name: str,
@@ -114,7 +107,7 @@ def encode_demonstrations(
     groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
     for index, row in enumerate(rows):
         try:
-            found = encode_demonstration(tokenizer, row, end_ids)
+            found = encode_demonstration(renderer, row)
         except BadLineError as error:
             bad_lines.add(row.place, error.reason, error.detail)
             continue
@@ -137,25 +130,16 @@ def encode_demonstrations(
     return [cut(example, limit) for example in encoded], bad_lines.skipped, notes
 
 
-def encode_demonstration(
-    tokenizer: PreTrainedTokenizerBase, example: Demonstration, end_ids: Collection[int]
-) -> list[EncodedExample]:
-    """An example as token ids; learned are the tokens of its responses and of the `end_ids` that
-    end them. One for each answer where the chat template rewrites earlier ones.
+def encode_demonstration(renderer: Renderer, example: Demonstration) -> list[EncodedExample]:
+    """An example as token ids; learned are the tokens of its responses and of what ends them. One
+    for each answer where the chat template rewrites earlier ones.
 
     Raises `BadLineError` for a conversation that the template refuses.
     """
-    if isinstance(example.prompt, str):
-        assert isinstance(example.response, str)
-        asked = encode_prompt(tokenizer, example.prompt)
-        answer = encode_response(tokenizer, example.response, finished=True)
-        encoded = [(asked + answer, [False] * len(asked) + [True] * len(answer))]
-    else:
-        assert not isinstance(example.response, str)
-        try:
-            encoded = encode_turns(tokenizer, example.prompt, example.response, end_ids)
-        except TemplateError as error:  # such as "roles must alternate"
-            raise BadLineError("refused by the model's chat template", f" ({error})") from None
+    try:
+        encoded = renderer.learned(example.prompt, example.response, example.options)
+    except TemplateError as error:  # such as "roles must alternate"
+        raise BadLineError(error.reason, error.detail) from None
     return [EncodedExample(ids, [False, *trained[1:]]) for ids, trained in encoded]
 
 

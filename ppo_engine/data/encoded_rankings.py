@@ -6,14 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-
 from ppo_engine.data.preferences import Ranking, count_pairs
 from ppo_engine.data.rows import BadLines, OnBadLine, SkippedLines
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import encode_dialogue
+from ppo_engine.text.renderer import Renderer
+from ppo_engine.text.template import TemplateError
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class EncodedRanking:
 
 
 def encode_rankings(
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
     rankings: Sequence[Ranking],
     limit: int,
     *,
@@ -51,13 +49,13 @@ def encode_rankings(
     groups = {i: group for group, found in enumerate(prompt_groups(rankings)) for i in found}
     for index, ranking in enumerate(rankings):
         try:
-            full = _dialogues(tokenizer, ranking, sys.maxsize)
+            full = _dialogues(renderer, ranking, sys.maxsize)
         except TemplateError as error:  # such as "roles must alternate"
-            bad_lines.add(ranking.place, "refused by the model's chat template", f" ({error})")
+            bad_lines.add(ranking.place, error.reason, error.detail)
             continue
         long = max(map(len, full)) > limit
         cut += long
-        ids = _dialogues(tokenizer, ranking, limit) if long else full
+        ids = _dialogues(renderer, ranking, limit) if long else full
         kept = [i for i, row in enumerate(ids) if row not in ids[:i]]
         same += len(kept) < len(ids)
         ranks = [ranking.ranks[i] for i in kept]
@@ -92,9 +90,15 @@ def encode_rankings(
     return encoded, bad_lines.skipped, notes
 
 
-def _dialogues(tokenizer: PreTrainedTokenizerBase, ranking: Ranking, limit: int) -> list[list[int]]:
+def _dialogues(renderer: Renderer, ranking: Ranking, limit: int) -> list[list[int]]:
     ended = ranking.finished or [True] * len(ranking.responses)
     return [
-        encode_dialogue(tokenizer, ranking.prompt, response, limit, finished)  # type: ignore[arg-type]
+        renderer.scored(
+            ranking.prompt,
+            response if isinstance(response, str) else [response],
+            finished=finished,
+            max_tokens=limit,
+            options=ranking.options,
+        )
         for response, finished in zip(ranking.responses, ended, strict=True)
     ]

@@ -30,7 +30,8 @@ from ppo_engine.data.forms import (
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import Message, Prompt, require_chat_template
+from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def load_preferences(
             f"No usable preference pair or ranking in {name_of(source)}: {bad_lines.skipped}."
         )
     if any(not isinstance(ranking.prompt, str) for ranking in rankings):
-        require_chat_template(tokenizer)
+        ChatTemplate(tokenizer).require()
     return rankings, bad_lines.skipped
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.data.columns import Columns, name_of
@@ -26,7 +25,9 @@ from ppo_engine.data.forms import (
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import Prompt, encode_prompt, require_chat_template
+from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.template import TemplateError
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def prompts_from_sequence(
 
 def limit_prompts(
     examples: Sequence[PromptExample],
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
     max_prompt_tokens: int,
     *,
     room: int = sys.maxsize,
@@ -81,14 +82,15 @@ def limit_prompts(
     `room` is how many tokens the model's context leaves for a prompt, besides its response.
     """
     if any(not isinstance(example.prompt, str) for example in examples):
-        require_chat_template(tokenizer)
+        renderer.template.require()
     bad_lines = BadLines(on_bad_line)
     kept = []
     for example in examples:
         try:
-            tokens = len(encode_prompt(tokenizer, example.prompt))
+            options = row_options({k: [v] for k, v in example.columns.items()}, 0)
+            tokens = len(renderer.prompt(example.prompt, options))
         except TemplateError as error:  # such as "roles must alternate"
-            bad_lines.add(example.place, "refused by the model's chat template", f" ({error})")
+            bad_lines.add(example.place, error.reason, error.detail)
             continue
         if tokens > min(max_prompt_tokens, room):
             whose = "data.max_prompt_tokens" if max_prompt_tokens <= room else "the context left"

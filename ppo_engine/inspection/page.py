@@ -52,7 +52,7 @@ def _summary(
     found: Inspection, name: str, on_bad_line: str, model: Model
 ) -> Iterator[tuple[str, str]]:
     tokenizer = model.tokenizer
-    ends = ", ".join(tokenizer.convert_ids_to_tokens(model.end_ids))
+    ends = ", ".join(tokenizer.convert_ids_to_tokens(found.end_ids))
     template = "a" if tokenizer.chat_template else "no"
     yield "model", f"{model.path}, with {template} chat template; answers end with {ends}"
     yield "rows", f"{found.usable} usable, {found.skipped} not"

@@ -21,12 +21,13 @@ from ppo_engine.data.demonstrations import (
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.preferences import load_preferences, sample_rankings
-from ppo_engine.data.prompts import PromptExample, limit_prompts, load_prompts
+from ppo_engine.data.prompts import PromptExample, columns_of, limit_prompts, load_prompts
 from ppo_engine.models import architecture, loading
 from ppo_engine.models.language_model import eos_ids
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
-from ppo_engine.text.encoding import Prompt, encode_prompt
+from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.renderer import Renderer, row_options
 from ppo_engine.text.tokenizer import load_tokenizer
 
 _NAME = "inspected"  # of these rows, in notes
@@ -39,7 +40,16 @@ class Model:
     path: str
     tokenizer: PreTrainedTokenizerBase
     config: Any
-    end_ids: list[int]
+    declared_ends: list[int]
+
+    def renderer(self, config: SFTConfig | RewardModelConfig | PPOConfig) -> Renderer:
+        """What renders for it under these settings."""
+        return Renderer(
+            self.tokenizer,
+            end_ids=self.declared_ends,
+            arguments=config.data.chat_template_kwargs,
+            date=config.run.date,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Shown:
 class Inspection:
     """What became of a file, and its first rows."""
 
+    end_ids: list[int]  # of answers
     usable: int
     chats: int  # of the usable rows; the others are text
     tokens: dict[str, list[int]]  # by what they are
@@ -91,12 +102,14 @@ def inspect_examples(config: SFTConfig, model: Model, count: int) -> Inspection:
         data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
     )
     limit = min(data.max_tokens, architecture.context_length(model.config))
+    renderer = model.renderer(config)
     encoded, refused, notes = encode_demonstrations(
-        model.tokenizer, rows, model.end_ids, limit, name=_NAME, on_bad_line="skip"
+        renderer, rows, limit, name=_NAME, on_bad_line="skip"
     )
     there = Counter(example.place for example in encoded)
     prompts = {row.place: row.prompt for row in rows if row.place in there}
     return Inspection(
+        end_ids=renderer.end_ids,
         usable=len(prompts),
         chats=_chats(list(prompts.values())),
         tokens={
@@ -137,9 +150,8 @@ def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> 
     if data.max_pairs is not None:
         rows = sample_rankings(rows, data.max_pairs, config.run.seed)
     limit = min(data.max_tokens, architecture.context_length(model.config))
-    encoded, refused, notes = encode_rankings(
-        model.tokenizer, rows, limit, name=_NAME, on_bad_line="skip"
-    )
+    renderer = model.renderer(config)
+    encoded, refused, notes = encode_rankings(renderer, rows, limit, name=_NAME, on_bad_line="skip")
     given = {row.place: row for row in rows}
     shown = []
     for ranking in encoded[:count]:
@@ -149,8 +161,10 @@ def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> 
             facts.append("no prompt is given: the texts' common start is taken for it")
         if ranking.margin is not None:
             facts.append(f"margin {ranking.margin:g}")
-        shown.append(Shown(ranking.place, facts, _shown_ranking(ranking, row.prompt, model)))
+        start = renderer.prompt(row.prompt, row.options)
+        shown.append(Shown(ranking.place, facts, _shown_ranking(ranking, start)))
     return Inspection(
+        end_ids=renderer.end_ids,
         usable=len(encoded),
         chats=_chats([given[ranking.place].prompt for ranking in encoded]),
         tokens={"tokens": [len(row) for ranking in encoded for row in ranking.rows]},
@@ -166,10 +180,9 @@ def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> 
     )
 
 
-def _shown_ranking(ranking: EncodedRanking, prompt: Prompt, model: Model) -> list[Part]:
-    """What all responses stand behind (their prompt, where truncation has left it whole), then
+def _shown_ranking(ranking: EncodedRanking, start: list[int]) -> list[Part]:
+    """What all responses begin with (their prompt, `start`, where it is there as a whole), then
     each of them."""
-    start = encode_prompt(model.tokenizer, prompt)
     if any(row[: len(start)] != start for row in ranking.rows):
         alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ranking.rows, strict=False))
         start = [tokens[0] for tokens in alike]
@@ -200,15 +213,18 @@ def inspect_prompts(config: PPOConfig, model: Model, count: int) -> Inspection:
     rows, skipped = load_prompts(
         data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
     )
+    renderer = model.renderer(config)
     rows, refused = limit_prompts(
         rows,
-        model.tokenizer,
+        renderer,
         data.max_prompt_tokens,
         room=room_for_prompts(model.config, config.generation),
         on_bad_line="skip",
     )
-    ids = [encode_prompt(model.tokenizer, row.prompt) for row in rows]
+    columns = columns_of(rows)
+    ids = [renderer.prompt(row.prompt, row_options(columns, n)) for n, row in enumerate(rows)]
     return Inspection(
+        end_ids=renderer.end_ids,
         usable=len(rows),
         chats=_chats([row.prompt for row in rows]),
         tokens={"tokens": list(map(len, ids))},

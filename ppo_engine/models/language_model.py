@@ -7,7 +7,8 @@ Sampling from them is in `rollout.generation`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import datetime
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ppo_engine.models.output_head import find_output_head
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.spans import span
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 from ppo_kernels import linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs
 from ppo_kernels.reference import PolicyStats
@@ -41,14 +43,22 @@ class LanguageModel:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        template_arguments: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
     ) -> None:
+        """`template_arguments` and `date` go to the chat template, see `text.template`."""
         self.model = model.to(device)
         self.tokenizer = tokenizer
         self.device = device
         self.dtype = dtype
         loading.resize_embeddings(model, tokenizer)
         architecture.disable_dropout(model)
-        self.eos_ids = eos_ids(model.generation_config, tokenizer)
+        self.renderer = Renderer(
+            tokenizer,
+            end_ids=eos_ids(model.generation_config, tokenizer),
+            arguments=template_arguments,
+            date=date,
+        )
         self._head = find_output_head(model, tokenizer, device)
 
     @classmethod
@@ -60,9 +70,11 @@ class LanguageModel:
         device: torch.device,
         dtype: torch.dtype,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        **template: Any,
     ) -> LanguageModel:
         """One that is ready to be trained, from a Hugging Face name or folder (`config.path` where
-        `model` is empty) or from a loaded model with its tokenizer."""
+        `model` is empty) or from a loaded model with its tokenizer; `template` as its
+        constructor takes it."""
         if isinstance(model, str):
             path = loading.resolve(model or config.path)
             if loading.is_classifier(loading.load_model_config(path)):
@@ -75,7 +87,7 @@ class LanguageModel:
         else:
             separate_pad_from_eos(tokenizer)
             model = model.float()
-        opened = cls(model, tokenizer, device=device, dtype=dtype)
+        opened = cls(model, tokenizer, device=device, dtype=dtype, **template)
         opened.model = prepare_for_training(model, config, "CAUSAL_LM").eval()
         return opened
 

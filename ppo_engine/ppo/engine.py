@@ -78,13 +78,19 @@ class PPOEngine:
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
 
         self.policy = LanguageModel.open(
-            policy, config.policy, device=self.device, dtype=self.dtype, tokenizer=tokenizer
+            policy,
+            config.policy,
+            device=self.device,
+            dtype=self.dtype,
+            tokenizer=tokenizer,
+            template_arguments=config.data.chat_template_kwargs,
+            date=config.run.date,
         )
         self.reference = self.policy.reference()
         self.rewards = load_rewards(
             reward,
             config.reward,
-            self.policy.tokenizer,
+            self.policy.renderer,
             device=self.device,
             dtype=self.dtype,
             micro_batch_size=config.ppo.micro_batch_size,

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, loading, precision
 from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
-from ppo_engine.text.encoding import Prompt, encode_dialogue, pad_left
+from ppo_engine.text.encoding import Prompt, pad_left
+from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.template import TemplateError
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
 
@@ -28,11 +31,14 @@ class RewardModel:
         dtype: torch.dtype,
         micro_batch_size: int = 8,
         max_tokens: int | None = None,
+        renderer: Renderer | None = None,
     ) -> None:
-        """`max_tokens` of prompt and response together; the model's own limit unless given."""
+        """`max_tokens` of prompt and response together; the model's own limit unless given. The
+        `renderer` is the policy's, with what a run hands to chat templates."""
         separate_pad_from_eos(tokenizer)
         self.model = ready_value_model(model, tokenizer, device).requires_grad_(False)
         self.tokenizer = tokenizer
+        self.renderer = renderer.of(tokenizer) if renderer else Renderer(tokenizer)
         self.device = device
         self.dtype = dtype
         self.micro_batch_size = micro_batch_size
@@ -44,25 +50,33 @@ class RewardModel:
         responses: Sequence[str],
         finished: Sequence[bool],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        written: Sequence[tuple[Sequence[int], Sequence[int]]] | None = None,
     ) -> Tensor:
-        """Scores `[B]`, fp32, of text as this model's tokenizer and chat template render it.
+        """Scores `[B]`, fp32, of the conversations as this model's tokenizer and chat template
+        render them (`text.renderer.Renderer.scored`).
 
-        Multi-turn chats (column `turns`, see `rollout.generation`) are rendered turn by turn.
+        Those of several turns come in the column `turns`, see `rollout.generation`; `written` are
+        the tokens of prompts and responses, where a policy with the `same_tokenizer` wrote them.
         """
-        turns = (columns or {}).get("turns", [None] * len(prompts))
+        columns = columns or {}
         rows = []
-        for prompt, response, ended, said in zip(prompts, responses, finished, turns, strict=True):
-            if said and not isinstance(prompt, str):
-                prompt, response = [*prompt, *said[:-1]], said[-1]["content"]
-            ids = encode_dialogue(self.tokenizer, prompt, response, self.max_tokens, ended)
+        for row, (prompt, response, ended) in enumerate(
+            zip(prompts, responses, finished, strict=True)
+        ):
+            turns = columns["turns"][row] if "turns" in columns else None
+            try:
+                ids = self.renderer.scored(
+                    prompt,
+                    turns if turns and not isinstance(prompt, str) else response,
+                    finished=ended,
+                    max_tokens=self.max_tokens,
+                    options=row_options(columns, row),
+                    written=None if written is None else written[row],
+                )
+            except TemplateError as error:
+                raise UserError(f"The reward model cannot read a conversation: {error}.") from error
             rows.append(ids)
         return self._score(rows)
-
-    def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores `[B]`, fp32, of token ids `[B, L]`, for a policy with the `same_tokenizer`."""
-        ids, real = input_ids.cpu(), attention_mask.bool().cpu()
-        rows = [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
-        return self._score([row[-self.max_tokens :] for row in rows])
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -82,7 +96,12 @@ class RewardModel:
 
 
 def load_reward_model(
-    path: str, *, device: torch.device, dtype: torch.dtype, micro_batch_size: int = 8
+    path: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch_size: int = 8,
+    renderer: Renderer | None = None,
 ) -> RewardModel:
     """The reward model at `path`, a folder or name; a UserError where it has no score head."""
     path = loading.resolve(path)
@@ -90,5 +109,10 @@ def load_reward_model(
     tokenizer = load_tokenizer(path)
     model = read_value_model(path, require_head=True)
     return RewardModel(
-        model, tokenizer, device=device, dtype=dtype, micro_batch_size=micro_batch_size
+        model,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        micro_batch_size=micro_batch_size,
+        renderer=renderer,
     )

@@ -29,6 +29,7 @@ from ppo_engine.rewards.sources import (
 )
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import RewardEndpointConfig, RewardSource, ScoringConfig
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import same_tokenizer
 from ppo_engine.user_functions import import_function
 
@@ -83,11 +84,10 @@ class Rewards:
         return torch.stack([self.weights[name] * scores for name, scores in each.items()]).sum(0)
 
     def _score(self, name: str, rollout: Rollout) -> Tensor:
+        inputs = rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns
         if name in self.by_tokens:
-            return self.by_tokens[name].score_tokens(*rollout.sequences())
-        scores = self.by_name[name](
-            rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns
-        )
+            return self.by_tokens[name](*inputs, rollout.written())
+        scores = self.by_name[name](*inputs)
         return scores.to(rollout.mask.device)
 
 
@@ -103,7 +103,7 @@ def reward_metrics(each: Mapping[str, Tensor]) -> dict[str, float]:
 def load_rewards(
     given: RewardsLike | None,
     config: ScoringConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -112,7 +112,7 @@ def load_rewards(
     """The rewards `given`, or else those that `config` names, with the weights of `config`.
 
     `given` is one reward, a list, or a mapping of names to rewards, each one anything that
-    `load_reward` takes. `tokenizer` is the policy's. Raises a UserError for a reward that cannot be
+    `load_reward` takes. `renderer` is the policy's. Raises a UserError for a reward that cannot be
     used, and where there is none.
     """
     if given is not None:
@@ -133,11 +133,12 @@ def load_rewards(
             device=device,
             dtype=dtype,
             micro_batch_size=micro_batch_size,
+            renderer=renderer,
         )
         for _, reward in rewards
     ]
     names = unique_names(wanted, [_default_name(reward) for reward in loaded])
-    return Rewards(dict(zip(names, loaded, strict=True)), config.weights, tokenizer)
+    return Rewards(dict(zip(names, loaded, strict=True)), config.weights, renderer.tokenizer)
 
 
 def load_reward(
@@ -147,6 +148,7 @@ def load_reward(
     device: torch.device,
     dtype: torch.dtype,
     micro_batch_size: int = 8,
+    renderer: Renderer | None = None,
 ) -> Reward:
     """One reward: a source, what `parse_source` takes for one, a function, or a reward object."""
     if isinstance(given, str):
@@ -167,7 +169,11 @@ def load_reward(
     if given.function:
         return RewardFunction(import_function(given.function), given.function)
     return load_reward_model(
-        given.path or "", device=device, dtype=dtype, micro_batch_size=micro_batch_size
+        given.path or "",
+        device=device,
+        dtype=dtype,
+        micro_batch_size=micro_batch_size,
+        renderer=renderer,
     )
 
 

@@ -32,7 +32,7 @@ class Rollout:
     mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
     finished: Tensor  # [B] bool, the response ended with EOS and was not truncated
     prompts: Sequence[Prompt]  # as given
-    responses: Sequence[str]  # decoded, without special tokens; of all turns
+    responses: Sequence[str]  # decoded, without end and padding; of all turns
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
     environment_mask: Tensor | None = None  # [B, T] bool, True is a token of the environment's
     logprobs: Tensor | None = None  # [B, T] fp32, of the sampler, where they were recorded
@@ -57,6 +57,17 @@ class Rollout:
             torch.cat((self.prompt_ids, self.response_ids), 1),
             torch.cat((self.prompt_mask, self.response_mask), 1),
         )
+
+    def written(self) -> list[tuple[list[int], list[int]]]:
+        """The token ids of each prompt and of the response to it, without padding."""
+        parts = [
+            [ids[real].tolist() for ids, real in zip(x.cpu(), mask.cpu(), strict=True)]
+            for x, mask in (
+                (self.prompt_ids, self.prompt_mask),
+                (self.response_ids, self.response_mask),
+            )
+        ]
+        return list(zip(*parts, strict=True))
 
     def token_rows(self) -> TokenRows:
         """Prompts and responses as a language model reads them; the policy's tokens are trained."""

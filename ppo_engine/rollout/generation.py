@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
@@ -18,7 +17,9 @@ from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.sampling import Continuation, sample
 from ppo_engine.settings.schema import GenerationConfig
-from ppo_engine.text.encoding import Message, Prompt, encode_answer, encode_prompt, pad_left
+from ppo_engine.text.encoding import Message, Prompt, pad_left
+from ppo_engine.text.renderer import row_options
+from ppo_engine.text.template import TemplateError
 
 
 def generate(
@@ -118,12 +119,9 @@ def _converse(
             "conversation: rename it."
         )
     found = [
-        _Conversation(prompt, encode_prompt(policy.tokenizer, prompt), row)
+        _Conversation(prompt, _prompt_ids(policy, prompt, columns, row), row)
         for row, prompt in enumerate(prompts)
     ]
-    for conversation in found:
-        if not conversation.prompt_ids:
-            raise UserError(f"Prompt {conversation.row} is empty: it has no tokens to continue.")
     active, max_turns = found, environment.max_turns if environment else 1
     for turn in range(1, max_turns + 1):
         if environment is not None and turn > 1:
@@ -132,11 +130,23 @@ def _converse(
             break
         rows = [[*c.prompt_ids, *c.tokens] for c in active]
         continued = sample(policy, rows, settings, greedy=greedy, record_logprobs=record_logprobs)
-        for conversation, new in zip(active, continued, strict=True):
-            text = policy.tokenizer.decode(new.tokens, skip_special_tokens=True)
-            conversation.write(new, str(text))
+        for conversation, row_ids, new in zip(active, rows, continued, strict=True):
+            said = policy.renderer.said(conversation.prompt, row_ids, new.tokens)
+            conversation.write(new, said)
         active = [conversation for conversation in active if conversation.finished]
     return found
+
+
+def _prompt_ids(
+    policy: LanguageModel, prompt: Prompt, columns: Mapping[str, Sequence[Any]], row: int
+) -> list[int]:
+    try:
+        ids = policy.renderer.prompt(prompt, row_options(columns, row))
+    except TemplateError as error:
+        raise UserError(f"Prompt {row} cannot be used: {error}.") from error
+    if not ids:
+        raise UserError(f"Prompt {row} is empty: it has no tokens to continue.")
+    return ids
 
 
 def _answered(
@@ -156,13 +166,14 @@ def _answered(
     for conversation, answer in zip(active, answers, strict=True):
         if answer is None:
             continue
-        eos = str(policy.tokenizer.decode(conversation.tokens[-1:]))
+        options = row_options(columns, conversation.row)
         try:
-            tokens = encode_answer(policy.tokenizer, conversation.prompt, answer, eos)
+            tokens = policy.renderer.reply(
+                conversation.prompt, answer, conversation.tokens[-1], options
+            )
         except TemplateError as error:  # such as "roles must alternate"
             raise UserError(
-                f"{environment} answered {shown(answer)}, which the model's chat template refuses: "
-                f"{error}"
+                f"{environment} answered {shown(answer)}, which cannot be used: {error}."
             ) from error
         length = len(conversation.prompt_ids) + len(conversation.tokens) + len(tokens)
         if length + max_new_tokens <= positions:

@@ -52,7 +52,7 @@ def sample(
     shipped = of_model.generation_config
     # With the checkpoint's own generation config (repetition penalty, top-k) the sampled
     # distribution would not be the one whose log-probs are taken; it is restored, to be saved.
-    plain = transformers.GenerationConfig(eos_token_id=policy.eos_ids, pad_token_id=pad)
+    plain = transformers.GenerationConfig(eos_token_id=policy.renderer.end_ids, pad_token_id=pad)
     # The warpers are passed, not configured, so that the recorder comes after them.
     warpers = LogitsProcessorList([] if greedy else _warpers(settings))
     sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -70,7 +70,7 @@ def sample(
                     do_sample=not greedy,
                     **sampling,
                     max_new_tokens=settings.max_new_tokens,
-                    eos_token_id=policy.eos_ids,
+                    eos_token_id=policy.renderer.end_ids,
                     pad_token_id=pad,
                 ),
             )
@@ -79,7 +79,7 @@ def sample(
     written = output[:, input_ids.shape[1] :]
     logprobs = recorder.logprobs(written).tolist() if record_logprobs else [[]] * len(rows)
     return [
-        _until_eos(tokens, set(policy.eos_ids), of_tokens)
+        _until_eos(tokens, set(policy.renderer.end_ids), of_tokens)
         for tokens, of_tokens in zip(written.tolist(), logprobs, strict=True)
     ]
 

@@ -20,11 +20,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
 from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config, shown_settings
+
+Config = TypeVar("Config", bound=Any)
 
 # A resumed run may differ in these: how long it runs, where it is, and what it shows.
 _FREE_KEYS = {
@@ -120,6 +123,19 @@ class RunDirectory:
 
     def _config_file(self) -> Path:
         return self.path / "config.yaml"
+
+
+def dated(config: Config) -> Config:
+    """`config` with the date of its run in `run.date`: the day on which it began, in a resumed run
+    too, so that chat templates which show the date render what they rendered then."""
+    run = config.run
+    if run.date is not None:
+        return config
+    date = datetime.date.today()
+    began = Path(run.output_dir).expanduser() / "config.yaml"
+    if run.resume and run.output_dir and began.is_file():
+        date = load_config(type(config), str(began)).run.date or date
+    return replace(config, run=replace(run, date=date))
 
 
 def check_output(path: str | Path, resume: bool = False) -> None:

@@ -7,6 +7,7 @@ One tree per command (`SFTConfig`, `RewardModelConfig`, `PPOConfig`). The same n
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field
@@ -18,6 +19,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+# Variables of the chat template, such as {enable_thinking: false}, wherever it is rendered.
+ChatTemplateArguments = dict[str, Any]
 
 T = TypeVar("T")
 
@@ -117,6 +120,7 @@ class PromptDataConfig:
     as_chat: bool = False  # text prompts become a user's message, which the chat template wraps
     max_prompt_tokens: PositiveInt = 1024
     on_bad_line: Literal["error", "skip"] = "error"
+    chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
 
 
 @_settings
@@ -253,6 +257,7 @@ class RunConfig:
 
     output_dir: str = ""
     seed: int = 0
+    date: datetime.date | None = None  # for chat templates that show it; None: the day it began
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for compute; weights in training: fp32
     resume: bool = False  # continue from the newest checkpoint in output_dir
@@ -290,6 +295,7 @@ class PreferenceDataConfig:
     max_pairs: PositiveInt | None = None  # a sample of the data; rankings of K have up to K(K-1)/2
     as_chat: bool = False  # text becomes a user's and the assistant's message
     on_bad_line: Literal["error", "skip"] = "error"
+    chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
 
 
 @_settings
@@ -323,6 +329,7 @@ class DemonstrationDataConfig:
     max_tokens: Annotated[int, Field(ge=2)] = 1024
     as_chat: bool = False  # text becomes a user's and the assistant's message
     on_bad_line: Literal["error", "skip"] = "error"
+    chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
 
 
 @_settings
@@ -357,6 +364,7 @@ class GenerateConfig:
     reward: ScoringConfig = Field(default_factory=ScoringConfig)  # none: responses get no scores
     output: str = ""  # a file; empty writes to standard output
     seed: int = 0
+    date: datetime.date | None = None  # today, for chat templates that show it
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

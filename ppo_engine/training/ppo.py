@@ -40,7 +40,7 @@ from ppo_engine.run.checkpoint import (
     restore_random_states,
     save_training_state,
 )
-from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output
+from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output, dated
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
@@ -83,7 +83,7 @@ class PPOTrainer:
             config = replace(config, reward=with_rewards(config.reward, reward))
         if isinstance(prompts, str | Path):
             config = replace(config, data=replace(config.data, path=str(prompts)))
-        self.config = config
+        self.config = config = dated(config)
         self.console = console
         check_trackers(config.run.trackers)
         check_settings(config)
@@ -334,7 +334,7 @@ class PPOTrainer:
     def _limited(self, examples: Sequence[PromptExample]) -> list[PromptExample]:
         kept, skipped = limit_prompts(
             examples,
-            self.engine.policy.tokenizer,
+            self.engine.policy.renderer,
             self.config.data.max_prompt_tokens,
             room=room_for_prompts(self.engine.policy.model, self.config.generation),
             on_bad_line=self.config.data.on_bad_line,

@@ -23,6 +23,7 @@ from ppo_engine.models import architecture, freezing, loading, precision, value_
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
 from ppo_engine.text.encoding import pad_left
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_kernels import pairwise_loss, ranking_loss
 from ppo_kernels.reference import PairwiseStats
@@ -110,6 +111,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
 
     def _load_model(self, model: str | PreTrainedModel | None) -> Any:
         config, seed = self.config.model, self.config.run.seed
+        arguments, date = self.config.data.chat_template_kwargs, self.config.run.date
+        self.renderer = Renderer(self.tokenizer, arguments=arguments, date=date)
         if isinstance(model, PreTrainedModel):
             model = value_model.ready_value_model(model.float(), self.tokenizer, self.device)
         else:
@@ -126,7 +129,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         limit = min(self.config.data.max_tokens, architecture.context_length(self.model))
         on_bad_line = self.config.data.on_bad_line
         encoded, skipped, notes = encode_rankings(
-            self.tokenizer, rows, limit, name=name, on_bad_line=on_bad_line
+            self.renderer, rows, limit, name=name, on_bad_line=on_bad_line
         )
         self.notes += [*skipped.notes("Preferences"), *notes]
         return encoded

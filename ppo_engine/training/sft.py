@@ -93,6 +93,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             device=self.device,
             dtype=self.dtype,
             tokenizer=self.tokenizer,
+            template_arguments=self.config.data.chat_template_kwargs,
+            date=self.config.run.date,
         )
         if self.policy.logits_note:
             self.notes.append(self.policy.logits_note)
@@ -106,9 +108,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
 
     def _encode(self, rows: Sequence[Demonstration], name: str) -> list[EncodedExample]:
         encoded, skipped, notes = encode_demonstrations(
-            self.tokenizer,
+            self.policy.renderer,
             rows,
-            self.policy.eos_ids,
             self._limit_of_tokens(),
             name=name,
             on_bad_line=self.config.data.on_bad_line,

@@ -34,7 +34,7 @@ from ppo_engine.run.checkpoint import (
     restore_random_states,
     save_training_state,
 )
-from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
@@ -74,7 +74,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         if isinstance(source, str | Path):
             data = replace(cast(Any, config.data), path=str(source))
             config = replace(cast(Any, config), data=data)
-        self.config = config
+        self.config = config = dated(config)
         self.console = console
         check_trackers(config.run.trackers)
         self.device = precision.choose_device(config.run.device)

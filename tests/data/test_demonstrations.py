@@ -18,6 +18,7 @@ from ppo_engine.data.demonstrations import (
 )
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
+from ppo_engine.text.renderer import Renderer
 
 CHAT = tiny_tokenizer()
 TEXT = tiny_tokenizer(chat_template=False)
@@ -33,7 +34,7 @@ def shown(row: dict[str, Any], tokenizer: Any = CHAT, end_ids: Any = None) -> li
     """Each example of a row as text, what is learned in brackets."""
     [example], _ = load_demonstrations([row], tokenizer=tokenizer)
     found = []
-    for encoded in encode_demonstration(tokenizer, example, end_ids or {tokenizer.eos_token_id}):
+    for encoded in encode_demonstration(Renderer(tokenizer, end_ids=end_ids or ()), example):
         text, inside = "", False
         for token, trained in zip(encoded.ids, encoded.trained, strict=True):
             text += "[" * (trained and not inside) + "]" * (inside and not trained)
@@ -150,11 +151,11 @@ def test_templates_that_drop_earlier_thoughts_make_an_example_of_each_answer() -
     assert found == [f"{ASKED}[hm|Blue.{END}]", f"{ASKED}Blue.{END}{ASKED_MORE}[Red.{END}]"]
 
 
-def test_a_prompt_that_ends_with_an_open_thought_is_answered_by_text_and_end() -> None:
+def test_a_thought_that_the_prompt_opens_is_closed() -> None:
     opens = with_template(
         CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>{% endif")
     )
-    assert shown({"messages": [USER, BLUE]}, opens) == [f"{ASKED}<think>[Blue.{END}]"]
+    assert shown({"messages": [USER, BLUE]}, opens) == [f"{ASKED}<think>[\n</think>\n\nBlue.{END}]"]
 
 
 def test_templates_with_another_end_of_turn_or_none() -> None:
@@ -168,13 +169,17 @@ def test_templates_with_another_end_of_turn_or_none() -> None:
         "user:A color?\0\n[assistant:Blue.\0]\nuser:More?\0\n[assistant:Red.\0]"
     ]
     open_ended = with_template("{% for m in messages %}{{ m['content'] }} {% endfor %}")
-    assert shown(row, open_ended) == [f"A color? [Blue. ]More? [Red. {END}]"]
+    # An answer ends with EOS, and is an example of its own where later ones do not see that.
+    assert shown(row, open_ended) == [
+        f"A color? [Blue. {END}]",
+        f"A color? Blue. More? [Red. {END}]",
+    ]
 
 
 def test_a_conversation_that_the_template_refuses() -> None:
     strict = with_template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(BadLineError, match=r"refused .*roles must alternate"):
-        encode_demonstration(strict, Demonstration([USER], [BLUE]), {258})
+        encode_demonstration(Renderer(strict), Demonstration([USER], [BLUE]))
 
 
 @pytest.mark.parametrize(

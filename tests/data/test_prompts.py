@@ -17,6 +17,7 @@ from ppo_engine.data.prompts import (
     prompts_from_sequence,
 )
 from ppo_engine.errors import UserError
+from ppo_engine.text.renderer import Renderer
 
 CHAT = tiny_tokenizer()
 TEXT = tiny_tokenizer(chat_template=False)
@@ -80,28 +81,28 @@ def test_prompts_from_python() -> None:
 def test_over_long_prompt_says_where_how_long_and_what_to_do() -> None:
     examples, _ = prompts_from_sequence(["short", "x" * 50], tokenizer=TEXT)
     with pytest.raises(UserError) as caught:
-        limit_prompts(examples, TEXT, 49)
+        limit_prompts(examples, Renderer(TEXT), 49)
     for part in ("prompts[1]", "50 tokens", "data.max_prompt_tokens = 49", "on_bad_line=skip"):
         assert part in str(caught.value)
-    assert limit_prompts(examples, TEXT, 50)[0] == examples
-    kept, skipped = limit_prompts(examples, TEXT, 49, on_bad_line="skip")
+    assert limit_prompts(examples, Renderer(TEXT), 50)[0] == examples
+    kept, skipped = limit_prompts(examples, Renderer(TEXT), 49, on_bad_line="skip")
     assert kept == examples[:1] and skipped.reasons == {"prompt too long": 1}
     with pytest.raises(UserError, match="No usable prompt is left: 2 skipped"):
-        limit_prompts(examples, TEXT, 1, on_bad_line="skip")
+        limit_prompts(examples, Renderer(TEXT), 1, on_bad_line="skip")
 
 
 def test_the_template_counts_towards_the_length() -> None:
     examples, _ = prompts_from_sequence([[{"role": "user", "content": "hi"}]], tokenizer=TEXT)
     rendered = len("<user\nhi<\n<assistant\n")  # one token per byte, one per special token
-    assert limit_prompts(examples, CHAT, rendered)[0] == examples
+    assert limit_prompts(examples, Renderer(CHAT), rendered)[0] == examples
     with pytest.raises(UserError, match=f"{rendered} tokens"):
-        limit_prompts(examples, CHAT, rendered - 1)
+        limit_prompts(examples, Renderer(CHAT), rendered - 1)
 
 
 def test_messages_without_a_chat_template() -> None:
     examples, _ = prompts_from_sequence(["text", [USER]], tokenizer=TEXT)
     with pytest.raises(UserError, match="no chat template"):
-        limit_prompts(examples, TEXT, 100, on_bad_line="skip")
+        limit_prompts(examples, Renderer(TEXT), 100, on_bad_line="skip")
 
 
 def test_prompt_that_the_template_refuses() -> None:
@@ -109,7 +110,7 @@ def test_prompt_that_the_template_refuses() -> None:
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     examples, _ = prompts_from_sequence([[USER, USER]], tokenizer=TEXT)
     with pytest.raises(UserError, match=r"prompts\[0\]: refused .*roles must alternate"):
-        limit_prompts(examples, strict, 100)
+        limit_prompts(examples, Renderer(strict), 100)
 
 
 def test_columns_that_some_rows_lack_hold_none() -> None:
@@ -121,8 +122,8 @@ def test_columns_that_some_rows_lack_hold_none() -> None:
 @pytest.mark.parametrize(("limit", "room"), [(5, 99), (99, 5)])
 def test_a_prompt_may_have_as_many_tokens_as_the_limit_and_the_room(limit: int, room: int) -> None:
     examples = [PromptExample("a" * n, {}, f"row {n}") for n in range(1, 8)]
-    kept, skipped = limit_prompts(examples, TEXT, limit, room=room, on_bad_line="skip")
+    kept, skipped = limit_prompts(examples, Renderer(TEXT), limit, room=room, on_bad_line="skip")
     assert [len(str(example.prompt)) for example in kept] == [1, 2, 3, 4, 5]
     assert skipped.total == 2
     with pytest.raises(UserError, match=r"row 6: prompt too long: 6 tokens, more than .* = 5"):
-        limit_prompts(examples, TEXT, limit, room=room)
+        limit_prompts(examples, Renderer(TEXT), limit, room=room)

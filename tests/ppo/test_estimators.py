@@ -305,7 +305,7 @@ def test_the_samplers_logprobs_are_those_it_drew_from(tmp_path):
         generation=generation,
         environment_function=lambda prompts, turns: ["go on"] * len(turns),
     )
-    engine.policy.eos_ids = list(range(100, 259))
+    engine.policy.renderer.end_ids = list(range(100, 259))
     rollout = engine.generate(PROMPTS)
     assert rollout.environment_mask.any()
     ids, real = rollout.sequences()

@@ -11,7 +11,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import load_value_model
 from ppo_engine.rewards.model import RewardModel, load_reward_model
-from ppo_engine.text.encoding import encode_dialogue, pad_left
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import same_tokenizer
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -37,12 +37,13 @@ def reward_model(reward_folder) -> RewardModel:
 def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_model, reward_folder):
     by_text = reward_model(PROMPTS, RESPONSES, FINISHED)
     tokenizer = tiny_tokenizer()
-    rows = [
-        encode_dialogue(tokenizer, prompt, response, 1000, finished)
-        for prompt, response, finished in zip(PROMPTS, RESPONSES, FINISHED, strict=True)
+    renderer = Renderer(tokenizer)
+    written = [
+        (renderer.prompt(prompt), tokenizer(response)["input_ids"] + [tokenizer.eos_token_id] * end)
+        for prompt, response, end in zip(PROMPTS, RESPONSES, FINISHED, strict=True)
     ]
-    ids, mask = (torch.tensor(x) for x in pad_left(rows, tokenizer.pad_token_id))
-    torch.testing.assert_close(reward_model.score_tokens(ids, mask), by_text)
+    by_tokens = reward_model(PROMPTS, RESPONSES, FINISHED, {}, written)
+    torch.testing.assert_close(by_tokens, by_text)
     # One row at a time, in the order given.
     single = load_reward_model(reward_folder, device=CPU, dtype=FP32, micro_batch_size=1)
     torch.testing.assert_close(single(PROMPTS, RESPONSES, FINISHED), by_text)
@@ -53,7 +54,7 @@ def test_each_response_has_its_own_score_in_its_place(reward_model):
     """As plain transformers scores each alone."""
     expected = []
     for prompt, response, finished in zip(PROMPTS, RESPONSES, FINISHED, strict=True):
-        ids = encode_dialogue(reward_model.tokenizer, prompt, response, 1000, finished)
+        ids = reward_model.renderer.scored(prompt, response, max_tokens=999, finished=finished)
         expected.append(reward_model.model(torch.tensor([ids])).logits.item())
     found = reward_model(PROMPTS, RESPONSES, FINISHED)
     assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -72,11 +73,10 @@ def test_a_reward_model_keeps_to_its_token_limit(reward_model):
     scores = short(["left out " * 9, "xx"], ["abc", "abc"], [True, True])
     assert scores[0] == pytest.approx(scores[1].item())
     assert scores[0] != pytest.approx(reward_model(["xx"], ["abc"], [True]).item())
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])  # of tokens too it reads the last
-    real = torch.ones_like(ids)
-    last = reward_model.score_tokens(ids[:, 2:], real[:, 2:])
-    torch.testing.assert_close(short.score_tokens(ids, real), last)
-    assert short.score_tokens(ids, real) != reward_model.score_tokens(ids, real)
+    written = [([1, 2, 3], [4, 5, 6])]  # of tokens too it reads the last
+    last = reward_model(["x"], ["x"], [False], {}, [([3], [4, 5, 6])])
+    torch.testing.assert_close(short(["x"], ["x"], [False], {}, written), last)
+    assert last != reward_model(["x"], ["x"], [False], {}, written)
 
 
 def test_a_tokenizer_that_pads_with_eos_is_given_a_pad_token(reward_model):

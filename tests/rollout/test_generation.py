@@ -165,7 +165,7 @@ def test_an_answer_that_the_template_refuses_is_named(scripted):
     template = "{% if messages[-1].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     engine.policy.tokenizer.chat_template = template + engine.policy.tokenizer.chat_template
     scripted([say("a")])
-    with pytest.raises(UserError, match="chat template refuses: no system"):
+    with pytest.raises(UserError, match=r"refused by .* chat template \(no system\)"):
         engine.generate([CHAT])
 
 
@@ -184,7 +184,13 @@ def test_a_reward_model_of_its_own_tokenizer_reads_the_turns(scripted):
     scripted([say("five")], [say("4")])
     rollout = engine.generate([CHAT])
     by_text = reward(rollout.prompts, rollout.responses, [True], rollout.columns)
-    torch.testing.assert_close(by_text, reward.score_tokens(*rollout.sequences()))
+    by_tokens = reward(
+        rollout.prompts, rollout.responses, [True], rollout.columns, rollout.written()
+    )
+    torch.testing.assert_close(by_text, by_tokens)
+    chat = [*CHAT, *messages("five", "no", "4")]
+    plain = torch.tensor([tokenizer.apply_chat_template(chat)["input_ids"]])
+    torch.testing.assert_close(by_text, model(plain).logits[0])
 
 
 def test_messages_are_no_answer_to_a_text(scripted):
@@ -285,7 +291,7 @@ def test_sampled_turns_end_to_end():
         config=config, tokenizer=tiny_tokenizer(),
         environment=lambda prompts, turns: ["go on"] * len(turns),
     )  # fmt: skip
-    engine.policy.eos_ids = list(range(100, 259))
+    engine.policy.renderer.end_ids = list(range(100, 259))
     rollout = engine.generate([CHAT, "text"] * 4)
     assert rollout.environment_mask.any() and not (rollout.environment_mask & rollout.mask).any()
     scores = engine.score(rollout)

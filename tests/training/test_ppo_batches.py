@@ -49,7 +49,9 @@ def test_each_step_asks_its_own_batch_and_leaves_its_samples(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = PPOTrainer(model, numbers, ROWS, config=config(tmp_path / "run", sample_every=2))
-    trainer.engine.policy.eos_ids = list(range(220, 259))  # some responses end, some are cut
+    trainer.engine.policy.renderer.end_ids = list(
+        range(220, 259)
+    )  # some responses end, some are cut
     rollouts: list[Rollout] = []
     generate = trainer.engine.generate
 

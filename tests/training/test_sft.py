@@ -425,7 +425,7 @@ def test_an_example_holds_more_than_one_token(folder: str) -> None:
 def test_a_refused_conversation_is_named_or_skipped(folder: str) -> None:
     template = (
         "{% for m in messages %}{% if 'no' in m['content'] %}{{ raise_exception('never') }}"
-        "{% endif %}{{ m['content'] }}{% endfor %}"
+        "{% endif %}{{ m['content'] }}<|im_end|>{% endfor %}"
     )
     rows = [*examples(9)[::3], {"messages": [{"role": "user", "content": "no"},
             {"role": "assistant", "content": "x"}]}]  # fmt: skip

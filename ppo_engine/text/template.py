@@ -1,0 +1,261 @@
+"""The chat template of a tokenizer: messages to text, and what can be known of that text.
+
+What a message or a row holds beside role and content reaches the template. What the template would
+leave out in silence (a role it does not know, tools, a thought) is a `TemplateError`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+from transformers import PreTrainedTokenizerBase
+
+from ppo_engine.errors import UserError
+from ppo_engine.messages import first_line
+from ppo_engine.text.encoding import Message
+
+Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and arguments of its own
+
+_ANSWER = "An answer whose words every template leaves as they are."
+_STOCK = [{"role": "user", "content": "A question."}]
+# Keys under which data sets and templates have what a model thought before it answered.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# `<think>` or `[THINK]` or `<|START_THINKING|>`, and what closes it.
+_OPENING = re.compile(
+    r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
+    r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)\s*\Z"
+)
+# transformers lets no function of ours into a template.
+_DATE = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
+_GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # a tag of transformers' own
+_CLOSING = re.compile(r"</think>|\[/THINK\]|<\|END_THINKING\|>")
+_WORDS = re.compile(r"\w+")
+
+
+class TemplateError(Exception):
+    """Messages that the chat template refuses, or of which it would lose a part; `reason` is the
+    same for all with this problem, `detail` is that of these."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason + detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class ChatTemplate:
+    """The chat template of `tokenizer`, with the `arguments` that every rendering gets.
+
+    `date` is what `strftime_now` of a template shows: a run keeps its date, so that neither
+    midnight nor a resumption changes its prompts. By default today.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Options | None = None,
+        date: datetime.date | None = None,
+        *,
+        lenient: bool = False,
+    ) -> None:
+        """`lenient`: arguments that the template does not know are left out. Otherwise they are
+        mistakes: a `UserError` here, a `TemplateError` in a row's options."""
+        self.tokenizer = tokenizer
+        self.date = date or datetime.date.today()
+        self.lenient = lenient
+        self.arguments = dict(arguments or {})
+        if self.arguments and not lenient:
+            self.require()
+            try:
+                self._known(self.arguments, str(tokenizer.get_chat_template()))
+            except TemplateError as error:
+                raise UserError(f"data.chat_template_kwargs: {error}.") from None
+
+    def __bool__(self) -> bool:
+        """Whether the tokenizer has one."""
+        return bool(self.tokenizer.chat_template)
+
+    def require(self) -> None:
+        """Raise a UserError unless the tokenizer has a chat template."""
+        if not self:
+            raise UserError(
+                f"Chat messages were given, but the tokenizer of {self.tokenizer.name_or_path!r} "
+                "has no chat template: give prompts as plain text, or use a chat model."
+            )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        ask: bool,
+        options: Options | None = None,
+        sampled: bool = False,
+    ) -> str:
+        """The messages as text, where `ask` up to the point where the model's answer begins.
+
+        Raises `TemplateError`; where the last messages were `sampled`, not for words of theirs
+        that the template leaves out.
+        """
+        self.require()
+        options = options or {}
+        # Templates are programs: a message that they did not expect fails in any way.
+        try:
+            source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
+            arguments = self._known({**self.arguments, **options}, source)
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    [_prepared(message, source) for message in messages],
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    chat_template=_DATE.sub(self._strftime, source),
+                    **arguments,
+                )
+            )
+        except TemplateError:
+            raise
+        except Exception as error:
+            detail = first_line(error) or type(error).__name__
+            raise TemplateError("refused by the model's chat template", f" ({detail})") from error
+        _check_calls(text, messages, options)
+        if not sampled:
+            _check_words(text, messages)
+        return text
+
+    @cached_property
+    def ending(self) -> str:
+        """What the template writes behind the words of a conversation's last answer, such as
+        `<|im_end|>` and a newline."""
+        return self._around_answer[1]
+
+    @cached_property
+    def _lead(self) -> str:
+        """What it writes between the point where an answer is asked for and the answer's words,
+        such as a space, or the name of a channel."""
+        before = self.render(_STOCK, ask=True)
+        after = self._around_answer[0]
+        return after.removeprefix(before) if after.startswith(before) else ""
+
+    @cached_property
+    def _around_answer(self) -> tuple[str, str]:
+        """What it writes before and behind the words of an answer; nothing where it refuses a
+        question with its answer, for which it will refuse anything."""
+        answer = {"role": "assistant", "content": _ANSWER}
+        try:
+            before, _, behind = self.render([*_STOCK, answer], ask=False).rpartition(_ANSWER)
+        except TemplateError:
+            return "", ""
+        return before, behind
+
+    def words(self, sampled: str) -> str:
+        """The words of a sampled answer, which has what the template writes before them, too."""
+        if self._lead.strip():
+            return sampled.rpartition(self._lead)[2]
+        return sampled.removeprefix(self._lead)
+
+    def between(
+        self, messages: Sequence[Message], reply: Message, options: Options | None = None
+    ) -> str:
+        """What stands between the words of an answer to `messages` and those of the next answer,
+        where `reply` comes in between."""
+        answer = {"role": "assistant", "content": _ANSWER}
+        text = self.render([*messages, answer, reply], ask=True, options=options)
+        return text.rpartition(_ANSWER)[2]
+
+    def _known(self, arguments: Options, source: str) -> dict[str, Any]:
+        """Those of the arguments that the template `source` looks at; raises for others."""
+        known = {
+            name: value
+            for name, value in arguments.items()
+            if name == "tools" or name in _looked_at(source)
+        }
+        unknown = [name for name in arguments if name not in known]
+        if unknown and not self.lenient:
+            raise TemplateError(f"the model's chat template has no variable {unknown[0]!r}")
+        return known
+
+    def _strftime(self, call: re.Match[str]) -> str:
+        """The date as the text that a call of `strftime_now` in a template gives."""
+        return repr(datetime.datetime.combine(self.date, datetime.time()).strftime(call["form"]))
+
+
+def opened_thought(text: str) -> tuple[str, str] | None:
+    """`("<think>\\n", "</think>")` where `text` ends with a thought that is still open."""
+    found = _OPENING.search(text)
+    if found is None:
+        return None
+    closing = (
+        f"</{found['xml']}>" if found["xml"]
+        else "[/THINK]" if found["square"]
+        else "<|END_THINKING|>"
+    )  # fmt: skip
+    return found[0], closing
+
+
+def answer_after(message: Message, opened: tuple[str, str]) -> str:
+    """The words of an answer to a prompt that has opened a thought: the thought, what closes it,
+    and the rest. An answer without a thought closes it at once."""
+    opening, closing = opened
+    content = str(message["content"])
+    thought = next((str(message[key]) for key in _THOUGHTS if message.get(key)), None)
+    if thought is None and closing in content:
+        return content.lstrip().removeprefix(opening.strip()).lstrip("\n")
+    return f"{(thought or '').strip()}\n{closing}\n\n{content.lstrip()}"
+
+
+def _prepared(message: Message, source: str) -> Message:
+    """The message under the keys that the template `source` looks at."""
+    found = {key: value for key, value in message.items() if key not in (*_THOUGHTS, "train")}
+    thought = next((message[key] for key in _THOUGHTS if message.get(key)), None)
+    if thought is None:
+        return found
+    key = next((key for key in _THOUGHTS if key in _looked_at(source)), None)
+    if key is not None:
+        return {**found, key: thought}
+    if "</think>" not in source:
+        raise TemplateError(
+            "the model's chat template renders no thoughts (a message's "
+            f"{' or '.join(map(repr, _THOUGHTS))}), so they would be lost: put them into 'content'"
+        )
+    return {**found, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
+
+
+def _check_words(text: str, messages: Sequence[Message]) -> None:
+    """Raise a TemplateError for a message that the rendered `text` leaves out."""
+    for index, message in enumerate(messages):
+        # Templates may drop thoughts of former turns, and quote what a tool has answered.
+        said = _CLOSING.split(str(message["content"]))[-1]
+        if max(_WORDS.findall(said), key=len, default="") not in text:
+            raise TemplateError(
+                f"the model's chat template leaves out messages of the role {message['role']!r}",
+                f" (message {index})",
+            )
+
+
+def _check_calls(text: str, messages: Sequence[Message], options: Options) -> None:
+    """The same for tools and calls of tools."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    for what, found in (("tool calls", calls), ("tools", options.get("tools") or ())):
+        for item in found:
+            name = str(item.get("function", item).get("name", ""))
+            if name not in text:
+                raise TemplateError(
+                    f"the model's chat template renders no {what}, so they would be lost",
+                    f" ({name})",
+                )
+
+
+@functools.lru_cache
+def _looked_at(source: str) -> frozenset[str]:
+    """The names of variables, keys and attributes that a template looks at."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    tree = environment.parse(_GENERATION.sub("", source))
+    attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    keys = {node.value for node in tree.find_all(jinja2.nodes.Const) if type(node.value) is str}
+    return frozenset(attributes | keys | jinja2.meta.find_undeclared_variables(tree))

@@ -1,0 +1,133 @@
+"""Chat templates: what reaches them, what they would lose, and what is known of their text."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+from templates import chatml, gemma, gptoss, llama3, mistral, qwen3, r1
+
+from ppo_engine.errors import UserError
+from ppo_engine.text.template import ChatTemplate, TemplateError, opened_thought
+
+USER = {"role": "user", "content": "q"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "3", "tool_call_id": "c1"}
+TOOL = {"type": "function", "function": {"name": "add", "description": "adds"}}
+THINKS = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    ("make", "shown"),
+    [
+        (qwen3, "<think>\nhm\n</think>\n\na<|im_end|>"),
+        (gptoss, "<|channel|>analysis<|message|>hm<|end|>"),
+        (
+            r1,
+            "<|Assistant|>\n\na<|end_of_sentence|>",
+        ),  # in its own form, and it drops all
+    ],
+)
+def test_a_thought_reaches_the_template_under_the_key_that_it_knows(key, make, shown) -> None:
+    message = {"role": "assistant", "content": "a", key: "hm"}
+    assert shown in ChatTemplate(make()).render([USER, message], ask=False)
+
+
+def test_tools_and_calls_reach_the_template() -> None:
+    text = ChatTemplate(qwen3()).render([USER, CALLS, RESULT], ask=True, options={"tools": [TOOL]})
+    assert '"description": "adds"' in text and "<tool_response>\n3\n</tool_response>" in text
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in text
+
+
+@pytest.mark.parametrize(
+    ("make", "messages", "options", "lost"),
+    [
+        (chatml, [USER, THINKS], {}, "renders no thoughts"),
+        (chatml, [USER, CALLS], {}, r"renders no tool calls, .* \(add\)"),
+        (chatml, [USER], {"tools": [TOOL]}, r"renders no tools, .* \(add\)"),
+        (r1, [USER, CALLS, USER], {}, "renders no tool calls"),
+        (r1, [USER, {"role": "developer", "content": "Be brief."}], {}, "role 'developer'"),
+        (r1, [USER, RESULT], {}, r"messages of the role 'tool' \(message 1\)"),
+        (gemma, [{"role": "system", "content": "s"}, USER], {}, "System role not supported"),
+        (mistral, [USER, USER], {}, "roles must alternate"),
+        (llama3, [USER, {**CALLS, "tool_calls": [CALL, CALL]}], {}, "single tool-calls"),
+        (qwen3, [USER], {"enable_thinkin": False}, "no variable 'enable_thinkin'"),
+        (gptoss, [USER, {"role": "assistant", "content": 3, "thinking": "x"}], {}, "refused"),
+    ],
+)
+def test_what_would_be_lost_is_an_error(make, messages, options, lost) -> None:
+    with pytest.raises(TemplateError, match=lost):
+        ChatTemplate(make()).render(messages, ask=False, options=options)
+
+
+def test_former_thoughts_may_go_and_sampled_words_too() -> None:
+    chat = [USER, {"role": "assistant", "content": "<think>hm</think>a"}, USER]
+    assert "hm" not in ChatTemplate(qwen3()).render(chat, ask=True)
+    only_a_thought = [USER, {"role": "assistant", "content": "word</think>"}]
+    assert "word" not in ChatTemplate(r1()).render(only_a_thought, ask=False)
+    odd = [USER, {"role": "assistant", "content": "a"}]
+    forgets = chatml()
+    forgets.chat_template = "{{ messages[0].content }}"
+    assert ChatTemplate(forgets).render(odd, ask=False, sampled=True) == "q"
+    with pytest.raises(TemplateError, match="role 'assistant'"):
+        ChatTemplate(forgets).render(odd, ask=False)
+
+
+def test_arguments_are_handed_over_and_unknown_ones_refused() -> None:
+    def asked(arguments: dict[str, Any], options: dict[str, Any]) -> str:
+        return ChatTemplate(qwen3(), arguments).render([USER], ask=True, options=options)
+
+    empty = "<think>\n\n</think>\n\n"
+    assert asked({"enable_thinking": False}, {}).endswith(empty)
+    assert asked({}, {"enable_thinking": False}).endswith(empty)
+    # A row's own go before those of the run.
+    assert not asked({"enable_thinking": False}, {"enable_thinking": True}).endswith(empty)
+    with pytest.raises(UserError, match=r"chat_template_kwargs: .* no variable 'think'"):
+        ChatTemplate(qwen3(), {"think": False})
+    plain = chatml()
+    plain.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        ChatTemplate(plain, {"enable_thinking": False})
+    # A reward model's template need not know what the policy's does.
+    lenient = ChatTemplate(chatml(), {"enable_thinking": False}, lenient=True)
+    assert lenient.render([USER], ask=True) == ChatTemplate(chatml()).render([USER], ask=True)
+
+
+@pytest.mark.parametrize(("make", "shown"), [(llama3, "09 Feb 2025"), (gptoss, "2025-02-09")])
+def test_a_template_that_shows_the_date_shows_the_runs(make, shown) -> None:
+    date = datetime.date(2025, 2, 9)
+    assert shown in ChatTemplate(make(), date=date).render([USER], ask=True)
+    today = datetime.date.today()
+    assert ChatTemplate(make()).date == today
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    several = qwen3()
+    several.chat_template = {"default": chatml().chat_template, "tool_use": several.chat_template}
+    template = ChatTemplate(several)
+    assert "# Tools" in template.render([USER], ask=True, options={"tools": [TOOL]})
+    with pytest.raises(TemplateError, match="renders no tool calls"):
+        template.render([USER, CALLS], ask=False)
+    several.chat_template = {"rag": "x"}
+    with pytest.raises(TemplateError, match="no default"):
+        ChatTemplate(several).render([USER], ask=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("<|Assistant|><think>\n", ("<think>\n", "</think>")),
+        ("assistant\n<seed:think>", ("<seed:think>", "</seed:think>")),
+        ("[THINK]", ("[THINK]", "[/THINK]")),
+        ("<|START_THINKING|>", ("<|START_THINKING|>", "<|END_THINKING|>")),
+        ("<think>\n\n</think>\n\n", None),
+        ("<|im_start|>assistant\n", None),
+        ("<|START_OF_TURN_TOKEN|>", None),
+        ("I <think> so", None),
+    ],
+)
+def test_a_thought_that_is_open_at_the_end(text, found) -> None:
+    assert opened_thought(text) == found
