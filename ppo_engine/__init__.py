@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppo_engine.errors import UserError
+    from ppo_engine.models.score_head import value_model_class
     from ppo_engine.ppo.engine import PPOEngine
     from ppo_engine.ppo.experience import Experience
     from ppo_engine.rollout.batch import Rollout
@@ -74,6 +75,7 @@ _HOMES = {
     "Rollout": "rollout.batch",
     "SFTTrainer": "training.sft",
     "UserError": "errors",
+    "value_model_class": "models.score_head",
     **dict.fromkeys(_SETTINGS, "settings.schema"),
 }
 
@@ -105,6 +107,7 @@ __all__ = [
     "SFTSettings",
     "SFTTrainer",
     "UserError",
+    "value_model_class",
 ]
 
 

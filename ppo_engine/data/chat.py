@@ -14,6 +14,7 @@ from typing import Any
 from ppo_engine.data.columns import check_text, kind
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.text.encoding import Message
+from ppo_engine.text.template import THOUGHTS
 
 # What ShareGPT and others call the speakers for whom templates have one name.
 _ROLES = {
@@ -29,7 +30,6 @@ _ROLES = {
     "tool_response": "tool",
 }
 _SPEAKERS = {"system", "developer", "user", "assistant", "tool", *_ROLES}
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of an assistant, beside its content
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # Whether a message is learned: of Axolotl, ms-swift, …; `weight` is OpenAI's, 0 or 1.
 _FLAGS = ("train", "training", "trainable", "loss", "weight")
@@ -89,7 +89,7 @@ def is_learned(message: Message) -> bool:
 
 def is_silent(message: Message) -> bool:
     """Whether it says nothing, in content, thoughts or tool calls."""
-    said = (message.get(key) for key in ("content", "tool_calls", *_THOUGHTS))
+    said = (message.get(key) for key in ("content", "tool_calls", *THOUGHTS))
     return not any(x.strip() if isinstance(x, str) else x for x in said)
 
 
@@ -104,14 +104,15 @@ def _check_message(message: Any, name: str, index: int) -> Message:
         raise BadLineError(f"{name!r} has a message without 'role' and 'content'", where)
     given = check_text(more.pop(speaker), f"{name}.{speaker}")
     content = more.pop(said, None)
-    if speaker == "from" and given not in _SPEAKERS:
+    known = given.lower() if given.lower() in _SPEAKERS else given
+    if speaker == "from" and known not in _SPEAKERS:
         raise BadLineError(
             f"{name!r} has a message from {given!r}",
             f"{where}: expected human, gpt, system, tool, function_call or observation",
         )
-    role = _ROLES.get(given, given)
+    role = _ROLES.get(known, known)
     calls = more.pop("tool_calls", [])
-    if given == "function_call":
+    if known == "function_call":
         calls, content = check_text(content, f"{name}.{said}"), ""
     calls = _check_calls(calls, f"{name}.tool_calls")
     if "function_call" in more:  # before OpenAI had `tool_calls`

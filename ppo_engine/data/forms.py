@@ -34,9 +34,10 @@ OPTIONS = ("tools", TEMPLATE_ARGUMENTS)  # what a prompt's columns tell the chat
 RESPONSES = (
     "response", "completion", "output", "solution", "answer", "reply", "target", "generation",
 )  # fmt: skip
-_PAIRS = (  # the better and the worse response
+PAIRS = (  # the better and the worse response
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
+    ("response", "rejected_response"),
     ("response_chosen", "response_rejected"),
     ("preferred", "dispreferred"),
     ("preferred_response", "dispreferred_response"),
@@ -142,13 +143,13 @@ def names_of_pair(columns: Columns) -> tuple[str, str]:
         names = (f"response_{number:d}", f"response_{1 - number:d}")
     else:
         # One with both columns before one that shares a name with it.
-        there = [sum(columns.find([name]) is not None for name in pair) for pair in _PAIRS]
+        there = [sum(columns.find([name]) is not None for name in pair) for pair in PAIRS]
         if not any(there) and columns.find(["label"]):
             raise BadLineError(
                 "'label' judges one response alone",
                 ": preferences compare two to one prompt, as 'chosen' and 'rejected'",
             )
-        names = _PAIRS[there.index(max(there))]
+        names = PAIRS[there.index(max(there))]
     for name in names:
         columns.take_first([name], _PAIR_HINT)
     return names

@@ -56,11 +56,23 @@ def takes_positions(base: nn.Module) -> bool:
     return "position_ids" in inspect.signature(base.forward).parameters
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Dropout makes two passes over the same tokens differ, and the ratio with them.
+def real_tokens_first(mask: Tensor) -> Tensor:
+    """The columns of each row in the order that puts its real tokens first, `[B, L]`.
 
-    Families keep it as modules, as probabilities that their layers pass to `F.dropout` under many
-    names, and as the chance to skip a whole layer.
+    Padding behind a row changes nothing in it, as no token sees those after it. Padding before it
+    does in some families: RWKV and xLSTM pass over the mask, RecurrentGemma's convolutions too.
+    """
+    return mask.long().argsort(dim=1, descending=True, stable=True)
+
+
+def make_repeatable(model: nn.Module) -> None:
+    """Switch off what makes two passes over the same tokens differ, and the ratio with them.
+
+    - Dropout, which families keep as modules, as probabilities that their layers pass to
+      `F.dropout` under many names, and as the chance to skip a whole layer.
+    - Routers of experts that jitter their inputs or draw the experts while they are trained: they
+      always route as in evaluation.
+    - RWKV's halving of its weights in evaluation, for float16's range: they would be saved so.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -68,3 +80,18 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
+        if any("jitter" in name for name in vars(module)):
+            module.register_forward_pre_hook(_evaluate)
+        if hasattr(module, "layers_are_rescaled"):
+            _keep_weights(module)
+
+
+def _evaluate(module: nn.Module, _: Any) -> None:
+    module.training = False
+
+
+def _keep_weights(rwkv: Any) -> None:
+    if rwkv.layers_are_rescaled:  # it was evaluated before it was given to us
+        rwkv.train()
+        rwkv._rescale_layers()
+    rwkv.config.rescale_every = 0

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 from ppo_engine.errors import UserError
 from ppo_engine.models.adapters import add_lora, is_quantized
 from ppo_engine.models.architecture import decoder_layers, unwrap
+from ppo_engine.models.probes import check_repeatable
 from ppo_engine.settings.schema import ModelConfig
 
 
 def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
     """Freeze, wrap and checkpoint as configured, in training mode; a score head is always trained.
+    A model that is random in training mode is a UserError.
 
     `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
     """
@@ -41,6 +43,7 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str)
         # Renamed in transformers 5.2x; older ones have the second name only.
         enable = getattr(inner, "activation_checkpointing_enable", None)
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+    check_repeatable(model)
     return model.train()
 
 

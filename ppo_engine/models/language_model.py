@@ -10,6 +10,7 @@ import copy
 import datetime
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture, loading, precision
+from ppo_engine.models import architecture, loading, precision, probes
+from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
 from ppo_engine.models.output_head import find_output_head
 from ppo_engine.models.token_rows import TokenRows
@@ -52,13 +54,15 @@ class LanguageModel:
         self.device = device
         self.dtype = dtype
         loading.resize_embeddings(model, tokenizer)
-        architecture.disable_dropout(model)
         self.renderer = Renderer(
             tokenizer,
             end_ids=eos_ids(model.generation_config, tokenizer),
             arguments=template_arguments,
             date=date,
         )
+        architecture.make_repeatable(model)
+        self.balance = BalanceLoss.of(model)
+        self.heeds_padding = probes.heeds_padding(model)
         self._head = find_output_head(model, tokenizer, device)
 
     @classmethod
@@ -122,29 +126,15 @@ class LanguageModel:
         used, or those of an output layer that is more than a matrix (adapters, quantization)."""
         return self._head is None or type(self._output_layer) is not nn.Linear
 
-    @property
-    def logits_note(self) -> str:
-        """A note for the user where log-probs cost more than they need to, else empty."""
-        if self.uses_own_logits:
-            return (
-                "Logits are the model's own, for every position: its output layer could not be "
-                "reproduced from its hidden states. More memory and time, but the same results."
-            )
-        if self.makes_logits:
-            return (
-                "Logits are made for every response token, as the output layer has adapters or is "
-                "quantized. More memory and time, but the same results."
-            )
-        return ""
+    @cached_property
+    def continues_from_cache(self) -> bool:
+        """Whether sampling may keep what the model has read (`probes.continues_from_cache`)."""
+        return probes.continues_from_cache(self.model)
 
     def states(self, rows: TokenRows) -> Tensor:
         """The last hidden state before each trained token of `rows`, `[tokens, H]`; the logits
         there, where the model's own are used."""
-        row, column = rows.indices
-        # The last token predicts nothing that is needed.
-        mask = None if rows.mask is None else rows.mask[:, :-1]
-        positions = None if rows.positions is None else rows.positions[:, :-1]
-        return self._run(rows.ids[:, :-1], mask, positions)[row, column - 1]
+        return self._read(rows)[0]
 
     def logprobs(self, rows: TokenRows, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the trained tokens of `rows`, row by row, `[tokens]` fp32."""
@@ -188,17 +178,21 @@ class LanguageModel:
         old_logprobs: Tensor | None,
         advantages: Tensor,
         temperature: float,
+        *,
+        share: Tensor | float = 1.0,
         **settings: Any,
     ) -> tuple[Tensor, PolicyStats]:
         """PPO's loss of the trained tokens of `rows`; tensors are `[tokens]`, row by row, and
-        `settings` those of the op.
+        `settings` those of the op. A balance loss (`experts`) is added, weighted by the `share`
+        that `rows` have in their mini-batch.
 
         Without `old_logprobs`, on policy: the log-probs of this same pass are used.
         """
-        states, targets = self.states(rows), rows.targets
+        (states, routed), targets = self._read(rows), rows.targets
+        balance = share * self.balance(routed, rows.owners[:, :-1] >= 0)
         with span("losses"), precision.compute(self.device, self.dtype):
             if not self.makes_logits:
-                return linear_ppo_loss(
+                loss, stats = linear_ppo_loss(
                     states,
                     targets=targets,
                     old_logprobs=old_logprobs,
@@ -206,6 +200,7 @@ class LanguageModel:
                     **self._linear(temperature),
                     **settings,
                 )
+                return loss + balance, stats
             logprobs, entropy = token_logprobs(
                 self._logits(states), targets, temperature=temperature, return_entropy=True
             )
@@ -213,22 +208,23 @@ class LanguageModel:
                 old_logprobs = logprobs.detach()
             if not settings.get("entropy_coef"):
                 entropy = entropy.detach()  # measured, not trained
-            return ppo_policy_loss(logprobs, old_logprobs, advantages, entropy=entropy, **settings)
+            loss, stats = ppo_policy_loss(
+                logprobs, old_logprobs, advantages, entropy=entropy, **settings
+            )
+            return loss + balance, stats
 
     def nll(self, rows: TokenRows) -> Tensor:
         """-log pi of each trained token of `rows`, row by row, `[tokens]` fp32."""
-        states = self.states(rows)
-        with span("losses"), precision.compute(self.device, self.dtype):
-            if self.makes_logits:
-                return -token_logprobs(self._logits(states), rows.targets)
-            return -linear_logprobs(states, targets=rows.targets, **self._linear(temperature=1.0))
+        return self._nll(self.states(rows), rows.targets)
 
     def nll_loss(self, rows: TokenRows, normalizer: float) -> Tensor:
         """The sum of `nll` over `normalizer`: the number of all trained tokens in the mini-batch,
-        so that its passes add up to the mean over its tokens."""
+        so that its passes add up to the mean over its tokens. A balance loss (`experts`) is added,
+        weighted by these rows' share of them."""
+        (states, routed), targets = self._read(rows), rows.targets
+        balance = len(targets) / normalizer * self.balance(routed, rows.owners[:, :-1] >= 0)
         if self.makes_logits:
-            return self.nll(rows).sum() / normalizer
-        states, targets = self.states(rows), rows.targets
+            return self._nll(states, targets).sum() / normalizer + balance
         with span("losses"), precision.compute(self.device, self.dtype):
             loss, _ = linear_ppo_loss(
                 states,
@@ -239,10 +235,28 @@ class LanguageModel:
                 normalizer=normalizer,
                 **self._linear(temperature=1.0),
             )
-        return loss
+        return loss + balance
 
-    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """The last hidden states of `[B, L]` tokens; the logits, where the model's own are used.
+    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
+        with span("losses"), precision.compute(self.device, self.dtype):
+            if self.makes_logits:
+                return -token_logprobs(self._logits(states), targets)
+            return -linear_logprobs(states, targets=targets, **self._linear(temperature=1.0))
+
+    def _read(self, rows: TokenRows) -> tuple[Tensor, Any]:
+        """What `states` gives, and the logits of the experts' routers, where they are recorded."""
+        row, column = rows.indices
+        # The last token predicts nothing that is needed.
+        mask = None if rows.mask is None else rows.mask[:, :-1]
+        positions = None if rows.positions is None else rows.positions[:, :-1]
+        states, routed = self._run(rows.ids[:, :-1], mask, positions)
+        return states[row, column - 1], routed
+
+    def _run(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """The last hidden states of `[B, L]` tokens, or the logits where the model's own are used;
+        and the logits of its routers, where its configuration asks for them.
 
         Padded ones have a mask, packed ones positions and no mask."""
         model = architecture.unwrap(self.model)
@@ -251,11 +265,9 @@ class LanguageModel:
         else:
             inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         with precision.compute(self.device, self.dtype):
-            if self._head is None:
-                found: Tensor = self.model(**inputs).logits
-            else:
-                found = model.base_model(**inputs).last_hidden_state
-        return found
+            output = (self.model if self._head is None else model.base_model)(**inputs)
+        found: Tensor = output.logits if self._head is None else output.last_hidden_state
+        return found, getattr(output, "router_logits", None)
 
     @property
     def _output_layer(self) -> Any:

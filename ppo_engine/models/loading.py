@@ -6,11 +6,13 @@ import contextlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +28,8 @@ from ppo_engine.messages import first_line
 from ppo_engine.models.adapters import merged
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
+
+SCORE_HEADS = ("score", "classifier")  # what families call the head of a sequence classifier
 
 
 def resolve(path: str) -> str:
@@ -122,14 +126,81 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return options | {"quantization_config": settings, "device_map": {"": device}}
 
 
-def read_language_model(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """A causal language model from `path` (folder or name); a UserError says why not."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was loaded, and how its checkpoint differs from it."""
+
+    model: PreTrainedModel
+    missing: set[str]  # parameters that the checkpoint lacks: they have random values
+    unused: set[str]  # weights of the checkpoint that the model has no place for
+
+
+def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> Checkpoint:
+    """`model_class.from_pretrained` for `path` (folder or name); a UserError says why not.
+
+    Weights of another shape, and weights that belong to the model's own modules but have no place
+    there (a layer more than its configuration counts, biases that this does not mention), are such
+    a reason: without them it would be another model. Those of other modules (the head of another
+    kind of model, a vision tower) are left out.
+    """
     try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, **options))
-    except (OSError, ValueError, RuntimeError) as error:
+        model, info = model_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"Could not load a model from {path!r}: {first_line(error)}") from error
+    for name, saved, own in sorted(info["mismatched_keys"]):
         raise UserError(
-            f"Could not load a language model from {path!r}: {first_line(error)}"
-        ) from error
+            f"The checkpoint {path!r} has {name} in the shape {list(saved)}, but its config.json "
+            f"describes {list(own)}: they do not belong together."
+        )
+    unused = set(info["unexpected_keys"])
+    if inside := {name for name in unused if _is_part_of(model, name)}:
+        raise UserError(
+            f"The checkpoint {path!r} has weights that its config.json does not describe: "
+            f"{some(inside)}. They do not belong together."
+        )
+    parameters = {name for name, _ in model.named_parameters()}
+    return Checkpoint(model, parameters & set(info["missing_keys"]), unused)
+
+
+def _is_part_of(model: PreTrainedModel, weight: str) -> bool:
+    """Whether a `weight` that a model has no place for would change what it computes: it stands in
+    one of its modules, and is no buffer of an older version, such as a mask."""
+    parts = [part for part in (model, model.base_model) if hasattr(part, weight.split(".")[0])]
+    owner, _, name = weight.rpartition(".")
+    for part in parts:
+        with contextlib.suppress(AttributeError):
+            return name in part.get_submodule(owner)._parameters  # None where it is left out
+    return bool(parts)
+
+
+def refuse_missing(path: str, names: set[str]) -> None:
+    """Raise a UserError where a checkpoint lacks the weights `names`."""
+    if names:
+        raise UserError(
+            f"The checkpoint {path!r} lacks the weights {some(names)}: they would be random. Give "
+            "the whole checkpoint."
+        )
+
+
+def some(names: set[str]) -> str:
+    """A few of them, for a message."""
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def read_language_model(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A causal language model from `path` (folder or name), every weight from there; a UserError
+    says why not."""
+    checkpoint = read_checkpoint(AutoModelForCausalLM, path, options)
+    if any(name.split(".")[0] in SCORE_HEADS for name in checkpoint.unused):
+        raise UserError(
+            f"{path!r} has a score head: it is a reward model or a critic. Give a causal language "
+            "model."
+        )
+    refuse_missing(path, checkpoint.missing)
+    return checkpoint.model
 
 
 def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

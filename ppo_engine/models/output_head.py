@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.models import architecture
+
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice."
 
 
@@ -40,7 +42,7 @@ def find_output_head(
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1)
     head = OutputHead(scale, getattr(text, "final_logit_softcapping", None) or None)
     ids = tokenizer(_PROBE_TEXT, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    ids = ids.to(device)
+    ids = ids[:, : architecture.context_length(model)].to(device)
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits
         output = model.base_model(input_ids=ids, use_cache=False)

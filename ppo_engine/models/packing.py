@@ -97,10 +97,9 @@ def can_pack(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool
     """
     if not architecture.takes_positions(model.base_model):
         return False
-    first, second = (
-        torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)
-        for text in _PROBE
-    )
+    texts = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE)
+    room = architecture.context_length(model) // 2
+    first, second = (torch.tensor(text[:room], device=model.device) for text in texts)
     other = torch.full_like(first, int(second[0]))
 
     def seen(positions: Tensor, rows: int) -> float:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The tokens of one forward pass: `[B, L]` tensors, padded on either side."""
+    """The tokens of one forward pass: `[B, L]` tensors, padded on the right, as not every family
+    of models heeds the mask of padding before a text (`architecture.real_tokens_first`)."""
 
     ids: Tensor
     positions: Tensor | None  # None: one example per row, padding masked

@@ -1,7 +1,7 @@
 """Models that score text: the reward model (one score for a sequence) and the critic (a value
 at each of its tokens).
 
-Both are `AutoModelForSequenceClassification` with one label. The library's classes pool their
+Both are sequence classifiers with one label (`score_head.value_model_class`). They pool their
 logits at the last token that is not padding; here the head is applied to the base model's hidden
 states directly, at every token that is asked for. `check_value_head` proves on a probe batch that
 the two agree, and whatever is saved loads elsewhere with `from_pretrained`.
@@ -16,18 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line
 from ppo_engine.models import adapters, architecture, freezing, loading
+from ppo_engine.models.score_head import value_model_class
 from ppo_engine.settings.schema import ModelConfig
 
-_HEAD_NAMES = ("score", "classifier")
 _PROBE = ("A short one.", "A longer text, so that the two are not equally long.")
 _PROBE_TOLERANCE = 1e-3
 
@@ -67,30 +62,25 @@ def read_value_model(
             f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
             "has exactly one (num_labels=1)."
         )
-    try:
-        with loading.quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                num_labels=1,
-                output_loading_info=True,
-                **(options or {"dtype": torch.float32}),
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(f"Could not load a value model from {path!r}: {reason}") from error
-
-    head_name, head = _find_head(model)
-    missing = {name for name in info["missing_keys"] if not name.startswith(f"{head_name}.")}
-    if missing:
-        raise UserError(f"The checkpoint {path!r} lacks the weights {_some(missing)}.")
-    if info["missing_keys"]:
+    with loading.quiet_transformers():
+        checkpoint = loading.read_checkpoint(
+            value_model_class(config),
+            path,
+            {"num_labels": 1, **(options or {"dtype": torch.float32})},
+        )
+    head_name, head = _find_head(checkpoint.model)
+    of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}
+    # Only a language model has none.
+    may_lack = set() if loading.is_classifier(config) else of_head
+    loading.refuse_missing(path, checkpoint.missing - may_lack)
+    if of_head:
         if require_head:
             raise UserError(
                 f"{path!r} has no score head, so it cannot score responses: train a reward model "
                 "from it first (`ppo-engine reward`)."
             )
         init_head(head, seed)
-    return cast(PreTrainedModel, model)
+    return checkpoint.model
 
 
 def ready_value_model(
@@ -98,7 +88,7 @@ def ready_value_model(
 ) -> PreTrainedModel:
     """A model on its device, without dropout, padding as `tokenizer` does, its head checked."""
     loading.resize_embeddings(model, tokenizer)
-    architecture.disable_dropout(model)
+    architecture.make_repeatable(model)
     model.to(device)
     check_value_head(model, tokenizer)
     return cast(PreTrainedModel, model.eval())
@@ -138,7 +128,7 @@ def value_model_from_policy(
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with loading.quiet_transformers():
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model = value_model_class(config)._from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     init_head(_find_head(model)[1], seed)
     return ready_value_model(model, tokenizer, device)
@@ -170,7 +160,10 @@ def token_values(
     `input_ids` and `attention_mask` are `[B, L]`, padded on either side. The value at a position
     has seen that token and those before it. Values at padding are meaningless.
     """
-    return _apply_head(model, _hidden_states(model, input_ids, attention_mask)[:, start:])
+    order = architecture.real_tokens_first(attention_mask)
+    hidden = _hidden_states(model, input_ids, attention_mask, order)
+    places = order.argsort(1)[:, start:]
+    return _apply_head(model, hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2])))
 
 
 def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -178,8 +171,9 @@ def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Te
 
     By the mask, not by the pad token's id: a pad token inside the text changes nothing.
     """
-    hidden = _hidden_states(model, input_ids, attention_mask)
-    last = attention_mask.shape[1] - 1 - attention_mask.long().flip(1).argmax(1)
+    order = architecture.real_tokens_first(attention_mask)
+    hidden = _hidden_states(model, input_ids, attention_mask, order)
+    last = attention_mask.long().sum(1) - 1
     return _apply_head(model, hidden[torch.arange(len(hidden), device=hidden.device), last])
 
 
@@ -187,7 +181,8 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Raise a UserError unless `sequence_scores` equals the model's own pooled logits."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     # With EOS, as responses end: a pooling that takes it for padding is detected.
-    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], eos] for text in _PROBE]
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE]
+    rows = [[*text[: architecture.context_length(model) - 1], eos] for text in texts]
     width = max(map(len, rows))
     device = model.device
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
@@ -204,10 +199,11 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def _hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The base model's last hidden states, `[B, L, H]`."""
+def _hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, order: Tensor) -> Tensor:
+    """The base model's last hidden states, `[B, L, H]`, of the columns in this `order`."""
     base = architecture.unwrap(model).base_model
-    return base(**architecture.base_inputs(base, input_ids, attention_mask)).last_hidden_state
+    ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+    return base(**architecture.base_inputs(base, ids, mask)).last_hidden_state
 
 
 def _apply_head(model: Any, hidden: Tensor) -> Tensor:
@@ -218,16 +214,11 @@ def _apply_head(model: Any, hidden: Tensor) -> Tensor:
 
 
 def _find_head(model: PreTrainedModel) -> tuple[str, Any]:
-    for name in _HEAD_NAMES:
+    for name in loading.SCORE_HEADS:
         head = getattr(model, name, None)
         if getattr(head, "out_features", None) == 1:
             return name, head
     raise UserError(
         f"Per-token values cannot be made from {type(model).__name__}: it has no linear layer "
-        f"named {' or '.join(_HEAD_NAMES)} with one output."
+        f"named {' or '.join(loading.SCORE_HEADS)} with one output."
     )
-
-
-def _some(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -309,12 +309,14 @@ class PPOEngine:
             # another batch they would differ by rounding, and the ratio would not be 1.
             on_policy = self.policy_version == part.policy_version
             rollout, weights = part.rollout, part.is_weights
+            share = rollout.mask.sum() / tokens
             with span("policy"):
                 loss, stats = self.policy.policy_loss(
                     rollout.token_rows(),
                     None if on_policy else rollout.tokens(part.logprobs),
                     rollout.tokens(part.advantages),
                     self.config.generation.temperature,
+                    share=share,
                     cu_seqlens=pad(rollout.lengths.cumsum(0), (1, 0)),
                     objective=settings.objective,
                     ratio_level=settings.ratio_level,
@@ -331,7 +333,6 @@ class PPOEngine:
                 )
             with span("backward"):
                 loss.backward()
-            share = rollout.mask.sum() / tokens
             found["policy/loss"] += loss.detach()
             for name in ("approx_kl", "clip_fraction", "ratio_mean", *["kl"] * penalized):
                 found[f"policy/{name}"] += getattr(stats, name) * share

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_engine.models.architecture import real_tokens_first
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.text.encoding import Prompt
 
@@ -70,14 +71,17 @@ class Rollout:
         return list(zip(*parts, strict=True))
 
     def token_rows(self) -> TokenRows:
-        """Prompts and responses as a language model reads them; the policy's tokens are trained."""
+        """Prompts and responses as a language model reads them, each from the first column on; the
+        policy's tokens are trained."""
         ids, real = self.sequences()
+        trained = torch.cat((torch.zeros_like(self.prompt_mask), self.mask), 1)
         numbers = torch.arange(len(ids), device=ids.device)[:, None]
+        order = real_tokens_first(real)
         return TokenRows(
-            ids=ids,
+            ids=ids.gather(1, order),
             positions=None,
-            trained=torch.cat((torch.zeros_like(self.prompt_mask), self.mask), 1),
-            owners=torch.where(real, numbers, -1),
+            trained=trained.gather(1, order),
+            owners=torch.where(real, numbers, -1).gather(1, order),
         )
 
     @cached_property

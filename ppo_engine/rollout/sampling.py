@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from ppo_engine.models import architecture, precision
+from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.settings.schema import GenerationConfig
 from ppo_engine.text.encoding import pad_left
@@ -43,8 +45,27 @@ def sample(
     """Continue each of the token `rows` by at most `settings.max_new_tokens` tokens.
 
     From softmax(logits / temperature), restricted to top-k and top-p where these are on; `greedy`
-    takes the most likely token instead.
+    takes the most likely token instead. Where the model does not heed padding, rows of the same
+    length go together.
     """
+    together: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        together[0 if policy.heeds_padding else len(row)].append(index)
+    found: dict[int, Continuation] = {}
+    for indices in together.values():
+        part = [rows[i] for i in indices]
+        written = _sample_padded(policy, part, settings, greedy, record_logprobs)
+        found |= dict(zip(indices, written, strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def _sample_padded(
+    policy: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    greedy: bool,
+    record_logprobs: bool,
+) -> list[Continuation]:
     pad = policy.tokenizer.pad_token_id
     padded, mask = pad_left(rows, pad)
     input_ids = torch.tensor(padded, device=policy.device)
@@ -66,11 +87,13 @@ def sample(
                 input_ids=input_ids,
                 attention_mask=torch.tensor(mask, device=policy.device).long(),
                 logits_processor=warpers,
+                **unrouted(of_model),
                 generation_config=transformers.GenerationConfig(
                     do_sample=not greedy,
                     **sampling,
                     max_new_tokens=settings.max_new_tokens,
                     eos_token_id=policy.renderer.end_ids,
+                    use_cache=policy.continues_from_cache,
                     pad_token_id=pad,
                 ),
             )

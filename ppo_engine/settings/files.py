@@ -178,6 +178,8 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
+    except ValueError as error:  # such as the date 2026-13-01
+        raise yaml.YAMLError(str(error)) from None
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> None:

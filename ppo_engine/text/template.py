@@ -27,7 +27,7 @@ Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and ar
 _ANSWER = "An answer whose words every template leaves as they are."
 _STOCK = [{"role": "user", "content": "A question."}]
 # Keys under which data sets and templates have what a model thought before it answered.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # `<think>` or `[THINK]` or `<|START_THINKING|>`, and what closes it.
 _OPENING = re.compile(
     r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
@@ -203,7 +203,7 @@ def answer_after(message: Message, opened: tuple[str, str]) -> str:
     and the rest. An answer without a thought closes it at once."""
     opening, closing = opened
     content = str(message["content"])
-    thought = next((str(message[key]) for key in _THOUGHTS if message.get(key)), None)
+    thought = next((str(message[key]) for key in THOUGHTS if message.get(key)), None)
     if thought is None and closing in content:
         return content.lstrip().removeprefix(opening.strip()).lstrip("\n")
     return f"{(thought or '').strip()}\n{closing}\n\n{content.lstrip()}"
@@ -211,17 +211,17 @@ def answer_after(message: Message, opened: tuple[str, str]) -> str:
 
 def _prepared(message: Message, source: str) -> Message:
     """The message under the keys that the template `source` looks at."""
-    found = {key: value for key, value in message.items() if key not in (*_THOUGHTS, "train")}
-    thought = next((message[key] for key in _THOUGHTS if message.get(key)), None)
+    found = {key: value for key, value in message.items() if key not in (*THOUGHTS, "train")}
+    thought = next((message[key] for key in THOUGHTS if message.get(key)), None)
     if thought is None:
         return found
-    key = next((key for key in _THOUGHTS if key in _looked_at(source)), None)
+    key = next((key for key in THOUGHTS if key in _looked_at(source)), None)
     if key is not None:
         return {**found, key: thought}
     if "</think>" not in source:
         raise TemplateError(
             "the model's chat template renders no thoughts (a message's "
-            f"{' or '.join(map(repr, _THOUGHTS))}), so they would be lost: put them into 'content'"
+            f"{' or '.join(map(repr, THOUGHTS))}), so they would be lost: put them into 'content'"
         )
     return {**found, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
 

@@ -27,6 +27,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.memory import peak_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import loading
+from ppo_engine.models.notes import sampling_notes, training_notes
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.estimators import TITLES
 from ppo_engine.rewards.sources import with_rewards
@@ -109,8 +110,7 @@ class PPOTrainer:
             held_out = self._limited(held_out)
             self.notes += overlap(self.examples, held_out)
         self.evaluator = Evaluator(self.engine, held_out)
-        if self.engine.policy.logits_note:
-            self.notes.append(self.engine.policy.logits_note)
+        self.notes += training_notes(self.engine.policy) + sampling_notes(self.engine.policy)
         self.step = 0
         self._closing = ExitStack()
 

@@ -20,6 +20,7 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
 from ppo_engine.models import architecture, freezing, loading, precision, value_model
+from ppo_engine.models.experts import asks_for_balance
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
 from ppo_engine.text.encoding import pad_left
@@ -122,6 +123,11 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 device=self.device,
                 seed=seed,
                 options=loading.load_options(config, self.device, self.dtype),
+            )
+        if asks_for_balance(model):
+            self.notes.append(
+                "The experts' balance loss is not part of a reward model's loss, as transformers "
+                "has none for its sequence classifiers."
             )
         return freezing.prepare_for_training(model, config, "SEQ_CLS")
 

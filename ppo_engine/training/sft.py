@@ -25,6 +25,7 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.notes import training_notes
 from ppo_engine.models.packing import TokenRows, can_pack, plan, stack_rows
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import SFTConfig, SFTSettings
@@ -96,8 +97,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             template_arguments=self.config.data.chat_template_kwargs,
             date=self.config.run.date,
         )
-        if self.policy.logits_note:
-            self.notes.append(self.policy.logits_note)
+        self.notes += training_notes(self.policy)
         self.packed = can_pack(architecture.unwrap(self.policy.model), self.tokenizer)
         if not self.packed:
             self.notes.append(

@@ -61,6 +61,8 @@ def said(**message: Any) -> dict[str, Any]:
         ({"from": "function_call", "value": json.dumps(AS_TEXT)}, CALLS),
         ({"from": "function_call", "value": json.dumps([CALL])}, CALLS),
         ({"role": "model", "content": "Blue."}, said()),
+        ({"from": "Assistant", "value": "Blue."}, said()),
+        ({"role": "ipython", "content": "3"}, {"role": "ipython", "content": "3"}),
         # What is learned.
         (said(weight=0), said(train=False)),
         (said(weight=1, loss=True), said(train=True)),

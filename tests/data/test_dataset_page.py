@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny import tiny_tokenizer
 
+from ppo_engine.data import forms
 from ppo_engine.data.demonstrations import load_demonstrations
 from ppo_engine.data.preferences import load_preferences
 from ppo_engine.data.prompts import prompts_from_sequence
@@ -55,6 +56,12 @@ def test_a_row_of_the_page(section: str, row: str, said: str) -> None:
         with pytest.raises(UserError) as caught:
             read(section, json.loads(row))
         assert said in str(caught.value)
+
+
+def test_the_page_names_every_column() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    names = {*forms.ASKING, *forms.RESPONSES, *(name for pair in forms.PAIRS for name in pair)}
+    assert {name for name in names if f"`{name}`" not in page} == set()
 
 
 def test_the_page_has_rows_of_every_kind() -> None:

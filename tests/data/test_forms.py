@@ -152,6 +152,7 @@ def test_text_as_a_chat() -> None:
     ("row", "expected"),
     [
         ({"chosen_response": "chat", "rejected_response": "chien"}, ("chat", "chien")),
+        ({"response": "chat", "rejected_response": "chien"}, ("chat", "chien")),
         ({"response_chosen": "chat", "response_rejected": "chien"}, ("chat", "chien")),
         ({"preferred": "chat", "dispreferred": "chien"}, ("chat", "chien")),
         ({"accepted": "chat", "rejected": "chien"}, ("chat", "chien")),

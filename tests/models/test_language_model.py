@@ -310,7 +310,7 @@ def test_dropout_is_off_whatever_a_family_calls_it():
     model = opt()
     ids = torch.arange(20)[None]
     assert not torch.equal(model.train()(ids).logits, model(ids).logits)
-    architecture.disable_dropout(model)
+    architecture.make_repeatable(model)
     expected = model.eval()(ids).logits
     model.train()
     for _ in range(8):  # a dropped layer shows in some passes only

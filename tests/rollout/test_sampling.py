@@ -186,6 +186,7 @@ def test_no_token_is_sampled_after_the_last_end():
     model = sharp_model()
     model.generation_config.eos_token_id = [token for token in range(259) if token != PAD]
     engine = moved_engine(model=model)
+    assert engine.policy.continues_from_cache  # by passes of its own
     passes = []
     hook = engine.policy.model.register_forward_hook(lambda *_: passes.append(1))
     rollout = engine.generate(["Hi"])

@@ -228,6 +228,7 @@ def test_broken_file_names_file_and_line(tmp_path: Path) -> None:
         ("steps: 1\nsteps: 2\n", r"settings\.yaml:2: .*'steps' is given twice"),
         ("steps: !!python/object/apply:os.system [id]\n", r"settings\.yaml:1"),
         ("[" * 5000, "nested too deeply"),
+        ("run: {date: 2026-13-01}", "month must be in 1..12"),
     ],
 )
 def test_other_bad_files(tmp_path: Path, text: str, message: str) -> None:

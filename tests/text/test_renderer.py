@@ -196,6 +196,11 @@ def test_the_policys_own_tokens_are_read_where_they_spell_the_same() -> None:
     asked = renderer.prompt(CHAT)
     ids = renderer.scored(CHAT, "xyz", max_tokens=999, written=(asked, letters), finished=False)
     assert ids == [*asked, *letters]
+    # Without the policy's end: the template's takes its place.
+    finished = (asked, [*letters, renderer.tokenizer.eos_token_id])
+    ids = renderer.scored(CHAT, "xyz", max_tokens=999, written=finished)
+    assert shown(renderer, ids[: len(asked) + 4]).endswith("xyz<end_of_turn>")
+    assert ids[: len(asked) + 3] == [*asked, *letters]
     ids = renderer.scored(CHAT, "xyz", max_tokens=999, finished=False)
     assert ids == [*asked, renderer.tokenizer.convert_tokens_to_ids("xyz")]
     spaced = renderer.tokenizer(" xyz ")["input_ids"][1:]
@@ -215,6 +220,14 @@ def test_a_template_without_an_end_is_ended_by_eos() -> None:
     renderer = Renderer(tokenizer)
     assert shown(renderer, renderer.scored(CHAT, "x", max_tokens=99)) == f"abc\nx\n{END}"
     assert learned(renderer, CHAT, says("x")) == [f"abc\n[x\n{END}]"]
+
+
+def test_a_template_that_refuses_everything_ends_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    assert Renderer(tokenizer).end_ids == [tokenizer.eos_token_id]
+    with pytest.raises(TemplateError, match="never"):
+        Renderer(tokenizer).prompt(CHAT)
 
 
 def test_a_call_of_a_tool_may_end_otherwise() -> None:

@@ -1,0 +1,101 @@
+"""What a model does with the same tokens in another place, in another mode, or twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_engine.errors import UserError
+from ppo_engine.models import architecture
+from ppo_engine.models.experts import unrouted
+
+_TOKENS = 12  # of the probe's text, where the model's context has room for it and its padding
+# Relative to what the padding does where it is not masked. Rounding is far below; what convolutions
+# of a few tokens read of it, without the layers above, is 0.3.
+_HEEDED = 0.05
+_CONTINUED = 3  # tokens, all but the first of them from the cache
+
+
+@torch.no_grad()
+def heeds_padding(model: Any) -> bool:
+    """Whether padding before a text changes nothing in it, as its mask asks for."""
+    ids = _probe_ids(model)
+    text, padding = ids[:, ids.shape[1] // 3 :], ids[:, : ids.shape[1] // 3]
+    padded = torch.cat((padding, text), 1)
+    masked = torch.cat((torch.zeros_like(padding), torch.ones_like(text)), 1)
+    alone = _read(model, text, torch.ones_like(text))
+
+    def change(mask: Tensor) -> float:
+        found = _read(model, padded, mask)[:, padding.shape[1] :]
+        return (found - alone).norm().item()
+
+    return change(masked) <= _HEEDED * change(torch.ones_like(masked))
+
+
+@torch.no_grad()
+def continues_from_cache(model: Any) -> bool:
+    """Whether what the model keeps of the tokens that it has read stands for them where it writes:
+    not in every family (RWKV's mixes the rows of a batch, xLSTM's may have another shape)."""
+    ids = _probe_ids(model)[:, :-_CONTINUED]
+    ids = torch.cat((ids, ids.flip(1)))
+    of_model = architecture.unwrap(model)
+    try:
+        written = of_model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=_CONTINUED,
+            max_new_tokens=_CONTINUED,
+            do_sample=False,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **unrouted(of_model),
+        )
+    except (ValueError, RuntimeError, IndexError):  # the library's own, of states that do not fit
+        return False
+    found = torch.stack(written.logits, 1)
+    sequences = written.sequences[:, :-1]
+    expected = of_model(input_ids=sequences, use_cache=False).logits[:, ids.shape[1] - 1 :]
+    return bool((found - expected).norm() <= _half_the_digits(expected))
+
+
+@torch.no_grad()
+def check_repeatable(model: Any) -> None:
+    """Raise a UserError unless two passes in training mode, and one in evaluation, give the same:
+    the ratio of PPO would not start at 1. Leaves the model in evaluation mode."""
+    ids = _probe_ids(model)
+    mask = torch.ones_like(ids)
+    model.train()
+    first, second = _read(model, ids, mask), _read(model, ids, mask)
+    model.eval()
+    expected = _read(model, ids, mask)
+    limit = _half_the_digits(expected)
+    for found, what in ((second, "again in training mode"), (expected, "in evaluation mode")):
+        if (found - first).norm() > limit:
+            raise UserError(
+                f"{type(architecture.unwrap(model)).__name__} cannot be trained: the same tokens "
+                f"give other hidden states {what}. It has noise that could not be switched off; "
+                "look for a rate of dropout or jitter in its config.json, and set it to 0."
+            )
+
+
+def _half_the_digits(x: Tensor) -> Tensor:
+    """How far another way of computing `x`, with rounding of its own, may be from it."""
+    return torch.finfo(x.dtype).eps ** 0.5 * x.norm()
+
+
+def _probe_ids(model: Any) -> Tensor:
+    """Tokens `[1, L]` that differ from each other, where there are as many."""
+    embedding = architecture.unwrap(model).get_input_embeddings()
+    count = max(_CONTINUED + 2, min(_TOKENS * 3 // 2, architecture.context_length(model)))
+    return torch.arange(count, device=embedding.weight.device)[None] % embedding.num_embeddings
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The base model's last hidden states; its logits, where it gives no hidden states."""
+    base = architecture.unwrap(model).base_model
+    output = base(**architecture.base_inputs(base, ids, mask))
+    found: Tensor = output.last_hidden_state if "last_hidden_state" in output else output.logits
+    return found
