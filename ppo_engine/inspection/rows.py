@@ -28,7 +28,6 @@ from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
 from ppo_engine.text.encoding import Prompt
 from ppo_engine.text.renderer import Renderer, row_options
-from ppo_engine.text.tokenizer import load_tokenizer
 
 _NAME = "inspected"  # of these rows, in notes
 
@@ -89,8 +88,8 @@ class Inspection:
 def open_model(path: str) -> Model:
     """A UserError where there is no model, or no usable tokenizer, at `path`."""
     folder = loading.resolve(path)
+    tokenizer = loading.open_tokenizer(path, path, None)
     config = loading.load_model_config(folder)
-    tokenizer = load_tokenizer(folder)
     ends = eos_ids(loading.read_generation_config(folder, config), tokenizer)
     return Model(path, tokenizer, config, ends)
 
