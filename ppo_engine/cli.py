@@ -40,17 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted; if run.checkpoint_every was set, resume with run.resume=true",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as error:
+        print("\n".join(["interrupted", *_notes(error)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was kept of the work, and how to go on, as it was added to the exception."""
+    return list(getattr(error, "__notes__", ()))
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
             Flag("--prompt", "prompt", "one prompt, instead of --data", "TEXT"),
             Flag("--out", "output", "file to write; default: standard output", "FILE"),
         ],
+    )
+    generate.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the rows that a failure left: FILE.partial",
     )
     generate.add_argument("--n", metavar="K", help="responses to each prompt")
     _add_reward(generate, "score the responses, and show best-of-n scores")
@@ -343,6 +350,8 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> None:
         options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
         options.output_dir = None
     overrides = _reward_overrides(options) + _overrides(options, rest, seed="seed")
+    if options.resume:
+        overrides.insert(0, "resume=true")
     if options.n is not None:
         overrides.insert(0, f"responses={options.n}")
     config = _load(GenerateConfig, options, overrides)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
+import datetime
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.prompts import (
     PromptExample,
+    column_names,
     columns_of,
     limit_prompts,
     load_prompts,
@@ -28,21 +28,37 @@ from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards
 from ppo_engine.rollout import generation
+from ppo_engine.run.checkpoint import seeded
 from ppo_engine.run.progress import Progress
+from ppo_engine.run.row_file import RowFile, as_line
+from ppo_engine.settings.files import as_dict
 from ppo_engine.settings.schema import GenerateConfig, ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer
+
+# What the rows do not depend on.
+_FREE_KEYS = ("output", "resume", "device", "reward.http.timeout")
 
 
 def generate(config: GenerateConfig) -> None:
     """Write `{"prompt", "responses", "finished"}` for each prompt, its other columns kept.
 
     `finished` says whether each response ended with EOS; with a reward, `scores` has their scores,
-    and the best-of-n scores are shown. The file appears only when it is complete.
+    and the best-of-n scores are shown.
+
+    The file appears only when it is complete: until then its rows are in `OUTPUT.partial`, where a
+    failure leaves them, and `config.resume` goes on from there to the same rows. Each batch has
+    random numbers of its own for that.
     """
     if bool(config.prompt) == bool(config.data.path):
         raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
-    if config.output and Path(config.output).expanduser().exists():
-        raise UserError(f"{config.output} exists; remove it or choose another --out.")
+    if config.resume and not config.output:
+        raise UserError("--resume needs --out: the file that is to be completed.")
+    file, date = None, config.date or datetime.date.today()
+    if config.output:
+        free = (*_FREE_KEYS, "date") if config.date is None else _FREE_KEYS
+        settings = as_dict(replace(config, date=date))
+        file = RowFile(config.output, settings, free, resume=config.resume)
+        date = datetime.date.fromisoformat(file.settings["date"])
     device = precision.choose_device(config.device)
     loading.load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -67,7 +83,7 @@ def generate(config: GenerateConfig) -> None:
         dtype=dtype,
         tokenizer=tokenizer,
         template_arguments=data.chat_template_kwargs,
-        date=config.date,
+        date=date,
     )
     rewards = None
     if configured_sources(config.reward):
@@ -79,28 +95,30 @@ def generate(config: GenerateConfig) -> None:
         room=generation.room_for_prompts(policy.model, config.generation),
         on_bad_line=data.on_bad_line,
     )
-    torch.manual_seed(config.seed)
+    if rewards is not None:
+        rewards.check_columns(column_names(examples))
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     console = Console(stderr=True, highlight=False)
-    scores: list[list[float]] = []
-    with (
-        _output(config.output) as out,
-        Progress(len(batches), "generate", console=console) as progress,
-    ):
-        for note in (*notes, *too_long.notes("Prompts")):
-            progress.note(note)
-        for step, batch in enumerate(batches, start=1):
-            rows = _respond(policy, rewards, batch, config, progress)
-            scores += [row["scores"] for row in rows if rewards is not None]
-            out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            out.flush()
-            progress.step(step, {})
-        if config.output:
-            progress.note(
-                f"{len(examples)} prompts, with {config.responses} of the model's responses to "
-                f"each, are in {config.output}"
-            )
+    output = file.open(describe_rows(examples), size) if file else nullcontext(_print)
+    with output as write:
+        there = file.rows if file else []
+        scores = [row["scores"] for row in there if rewards is not None]
+        done = len(there) // size
+        with Progress(len(batches), "generate", start=done, console=console) as progress:
+            for note in (*notes, *too_long.notes("Prompts")):
+                progress.note(note)
+            for step, batch in enumerate(batches[done:], start=done + 1):
+                with seeded(f"{config.seed}/generate/{step}"):
+                    rows = _respond(policy, rewards, batch, config, progress)
+                write(rows)
+                scores += [row["scores"] for row in rows if rewards is not None]
+                progress.step(step, {})
+            if config.output:
+                progress.note(
+                    f"{len(examples)} prompts, with {config.responses} of the model's responses to "
+                    f"each, are in {config.output}"
+                )
     if scores:
         console.print(best_of_n_table(torch.tensor(scores)))
 
@@ -134,21 +152,6 @@ def _respond(
     return rows
 
 
-@contextmanager
-def _output(name: str) -> Iterator[TextIO]:
-    if not name:
-        yield sys.stdout
-        return
-    path = Path(name).expanduser()
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _print(rows: list[dict[str, Any]]) -> None:
+    sys.stdout.writelines(as_line(row) for row in rows)
+    sys.stdout.flush()

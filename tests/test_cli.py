@@ -215,13 +215,17 @@ def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> 
 def test_interruption_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    error = KeyboardInterrupt()
+
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr("ppo_engine.settings.files.load_config", interrupted)
     assert cli.main(["ppo"]) == 130
-    shown = capsys.readouterr().err
-    assert shown.startswith("interrupted; ") and shown.count("\n") == 1
+    assert capsys.readouterr().err == "interrupted\n"
+    error.add_note("Step 3 is kept.")
+    assert cli.main(["ppo"]) == 130
+    assert capsys.readouterr().err == "interrupted\nStep 3 is kept.\n"
 
 
 def test_help_and_settings_load_no_torch() -> None:
@@ -328,6 +332,96 @@ def test_generate_scores_and_shows_the_best_of_n(
     shown = capsys.readouterr()
     assert "±" not in shown.err.split("Scores of 1 prompt, 1 response each")[1]
     assert json.loads(shown.out)["prompt"] == [{"role": "user", "content": "One"}]  # a chat model
+
+
+# Its third call fails, where there is a file "broken".
+BREAKS = """
+import os, random
+calls = []
+def reward(prompts, responses):
+    calls.append(responses)
+    if len(calls) == 3 and os.path.exists("broken"):
+        os.remove("broken")
+        raise {error}
+    return [len(response) + random.random() for response in responses]
+"""
+
+
+@pytest.mark.parametrize(("error", "status"), [("ValueError", 2), ("KeyboardInterrupt", 130)])
+def test_generate_goes_on_where_it_failed(
+    model: str, error: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("prompts.jsonl", *({"prompt": f"Prompt {n}", "n": n} for n in range(5)))
+    flags = ["generate", "--model", model, "--data", data, "--n", "2", "batch_size=4"]
+    flags += ["generation.max_new_tokens=4"]
+    write("whole.py", BREAKS.format(error=error))
+    write("reward.py", BREAKS.format(error=error))
+    assert cli.main([*flags, "--reward", "whole.py:reward", "--out", "whole.jsonl"]) == 0
+    table = capsys.readouterr().err.partition("Scores of")[2]
+    flags += ["--reward", "reward.py:reward", "--out", "o/out.jsonl"]
+    write("broken", "")
+    assert cli.main(flags) == status
+    note = "4 rows in o/out.jsonl.partial: the same command with --resume goes on from there."
+    assert capsys.readouterr().err.endswith(f"\n{note}\n")
+    assert read("o/out.jsonl.partial") == read("whole.jsonl")[:4]
+
+    assert cli.main(flags) == 2  # what was made is not written over
+    assert "o/out.jsonl.partial has rows of a command that failed" in capsys.readouterr().err
+    assert cli.main([*flags, "--resume", "seed=1"]) == 2
+    assert "seed: 0 then, 1 now" in capsys.readouterr().err
+    rows = [{"prompt": f"Prompt {n}", "n": n} for n in range(5)]
+    write("prompts.jsonl", *rows[:4], rows[4] | {"n": 5})
+    assert cli.main([*flags, "--resume"]) == 2
+    assert "was made of other prompts (5 rows, digest " in capsys.readouterr().err
+
+    write("prompts.jsonl", *rows)
+    assert cli.main([*flags, "--resume"]) == 0
+    assert Path("o/out.jsonl").read_text() == Path("whole.jsonl").read_text()
+    assert [file.name for file in Path("o").iterdir()] == ["out.jsonl"]
+    assert capsys.readouterr().err.partition("Scores of")[2] == table
+
+
+def test_generate_without_anything_to_go_on_with(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("prompts.jsonl", {"prompt": "One"})
+    write("reward.py", "def reward(prompts, responses): raise ValueError('none')")
+    flags = ["generate", "--model", model, "--data", data, "--reward", "reward.py:reward"]
+    assert cli.main([*flags, "--resume"]) == 2
+    assert "--resume needs --out" in capsys.readouterr().err
+    assert cli.main([*flags, "--out", "o/out.jsonl", "--resume"]) == 2
+    assert "There is nothing to go on with" in capsys.readouterr().err
+    assert cli.main([*flags, "--out", "o/out.jsonl", "generation.max_new_tokens=2"]) == 2
+    assert "--resume" not in capsys.readouterr().err and not list(Path("o").iterdir())
+
+
+@pytest.mark.parametrize(("error", "status"), [("ValueError", 2), ("KeyboardInterrupt", 130)])
+def test_ppo_goes_on_where_it_failed(
+    model: str, error: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write("prompts.jsonl", *({"prompt": f"Prompt {n}"} for n in range(4)))
+    write("reward.py", BREAKS.format(error=error))
+    flags = ["ppo", "--model", model, "--data", data, "--reward", "reward.py:reward", "steps=4"]
+    flags += ["generation.max_new_tokens=2", "ppo.rollout_batch_size=2", "--output-dir", "run"]
+    write("broken", "")
+    assert cli.main(flags) == status
+    shown = capsys.readouterr().err
+    assert "Step 2 is kept in run/checkpoints/step-000002: the same run with " in shown
+    again = shown.partition("the same run with ")[2].partition(" goes on")[0].split()
+    assert again == ["run.output_dir=run", "run.resume=true"]
+    assert cli.main([*flags, *again]) == 0
+    assert [row["step"] for row in read("run/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_generate_looks_at_a_rewards_parameters_before_it_samples(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ppo_engine.generate._respond", lambda *_: pytest.fail("it samples"))
+    data = write("prompts.jsonl", {"prompt": "One", "answer": "x"})
+    write("reward.py", "def score(prompts, answer): return [0.0] * len(prompts)")
+    flags = ["generate", "--model", model, "--data", data, "--reward", "reward.py:score"]
+    assert cli.main([*flags, "--out", "out.jsonl"]) == 2
+    assert "takes the column 'answer' in place of the responses" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

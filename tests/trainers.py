@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from ppo_engine import (
     GenerationConfig,
@@ -42,6 +47,24 @@ def config(
 
 def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def untimed(file: Path) -> list[dict[str, Any]]:
+    timing = ("time/", "tokens_per_second", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in rows(file)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def as_if_killed(run: Path) -> None:
+    """Without the checkpoint that a run writes when it fails: a kill leaves no time for one."""
+    shutil.rmtree(max((run / "checkpoints").iterdir()))
 
 
 def planted_pairs(count: int) -> list[dict[str, str]]:

@@ -116,8 +116,13 @@ def limit_prompts(
 
 def columns_of(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
     """The other columns of the data as lists; None where a row lacks one."""
-    names = {name for example in examples for name in example.columns}
-    return {name: [example.columns.get(name) for example in examples] for name in sorted(names)}
+    names = column_names(examples)
+    return {name: [example.columns.get(name) for example in examples] for name in names}
+
+
+def column_names(examples: Iterable[PromptExample]) -> list[str]:
+    """The names of the other columns of the data, in order."""
+    return sorted({name for example in examples for name in example.columns})
 
 
 def _prompts(

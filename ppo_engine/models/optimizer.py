@@ -28,6 +28,7 @@ class Learner:
         self.name = name
         self.optimizer = make_optimizer(model, config)
         self.scheduler = make_scheduler(self.optimizer, config, updates)
+        self.begun = 0  # steps that may have changed weights, the one that failed included
 
     @property
     def learning_rate(self) -> float:
@@ -40,12 +41,14 @@ class Learner:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         where = f"{self.name}, step {self.scheduler.last_epoch + 1}"
         norm = clip_gradients(parameters, self.config.max_grad_norm, where)
+        self.begun += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return norm
 
     def state_dict(self) -> dict[str, Any]:
+        """What to resume from: tensors are the model's and the optimizer's own, not copies."""
         return {
             "weights": trainable_state(self.model),
             "optimizer": self.optimizer.state_dict(),

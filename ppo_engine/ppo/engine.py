@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -47,9 +47,9 @@ class PPOEngine:
         policy: a causal language model: Hugging Face name, folder, or a loaded model (then with
             `tokenizer`). Empty: `config.policy.path`.
         reward: a reward model's name or folder, `"file.py:function"`, the URL of an endpoint, or
-            a function `(prompts, responses, **columns) -> list[float]`, sync or async; a list of
-            these, or a mapping of names to these. `config.reward` has their weights, and names the
-            rewards where None is given.
+            a function `(prompts, responses, **columns) -> list[float]`, sync or async (see
+            `rewards.function`); a list of these, or a mapping of names to these. `config.reward`
+            has their weights, and names the rewards where None is given.
         config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
             updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
             does, or the schedule to "constant".
@@ -157,6 +157,13 @@ class PPOEngine:
         )
         return replace(rollout, greedy=greedy)
 
+    def check_columns(self, columns: Collection[str]) -> None:
+        """A UserError where a reward function or the environment cannot be called on prompts with
+        these `columns`; a loop of your own finds out at the first batch."""
+        self.rewards.check_columns(columns, several_turns=self.environment is not None)
+        if self.environment is not None:
+            self.environment.check_columns(columns)
+
     def score(self, rollout: Rollout) -> Tensor:
         """The weighted sum of `score_each`, [B] fp32; neither normalized nor penalized."""
         return self.rewards.total(self.score_each(rollout))
@@ -167,8 +174,17 @@ class PPOEngine:
         return self.rewards.score_each(rollout)
 
     @span("advantages")
-    def estimate_advantages(self, rollout: Rollout, scores: Tensor | Sequence[float]) -> Experience:
+    def estimate_advantages(
+        self,
+        rollout: Rollout,
+        scores: Tensor | Sequence[float],
+        rounding: Tensor | None = None,
+    ) -> Experience:
         """KL to the reference, values, and advantages; `scores` are B numbers.
+
+        `rounding` [B] is by how much rounding alone may change each of them: of several rewards,
+        or a model's in bf16, `rewards.rounding(score_each(rollout))`. Without it, they are taken
+        for numbers computed in fp32.
 
         Raises ValueError unless there is one finite score for each response, in complete groups.
         """
@@ -180,7 +196,11 @@ class PPOEngine:
             )
         if self.config.ppo.compares_groups:
             check_groups(rollout.prompts, self.config.ppo)
+        if rounding is None:
+            rounding = precision.rounding(torch.float32) * scores.abs()
         scores = self.shaped_scores(rollout, scores, learn=True)
+        if self.normalizer is not None:
+            rounding = rounding / self.normalizer.scale
         greedy_scores = self._greedy_scores(rollout)
 
         settings = self.config.ppo
@@ -195,6 +215,7 @@ class PPOEngine:
                     ref_logprobs,
                     rollout.mask,
                     kl_coef=self.kl.coef if in_reward else torch.zeros_like(self.kl.coef),
+                    rounding=rounding,
                     values=values,
                     greedy_scores=greedy_scores,
                 ),
@@ -214,6 +235,7 @@ class PPOEngine:
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             entropy=entropy,
+            rounding=rounding,
             values=values,
             returns=None if values is None else shaped.returns,
             is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
@@ -249,7 +271,9 @@ class PPOEngine:
         metrics = objective_metrics(experience)
         metrics["policy/learning_rate"] = self.learner.learning_rate
         if settings.compares_groups:
-            metrics["objective/equal_groups"] = equal_groups(experience.scores, settings)
+            metrics["objective/equal_groups"] = equal_groups(
+                experience.scores, settings, experience.rounding
+            )
         kl_coef = float(experience.kl_coef)  # once: it synchronizes with the GPU
         records: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(settings.epochs):
@@ -269,13 +293,16 @@ class PPOEngine:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, for `load_state_dict` with the same settings."""
+        """Everything that training changes, for `load_state_dict` with the same settings.
+
+        Weights and what optimizers keep are their own tensors; all else is copied.
+        """
         return {
             "policy": self.learner.state_dict(),
             "critic": self.critic.learner.state_dict() if self.critic else None,
             "steps_done": self.steps_done,
             "policy_version": self.policy_version,
-            "kl_coef": self.kl.coef,
+            "kl_coef": self.kl.coef.clone(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
             "shuffle": self.shuffle.get_state(),
         }
@@ -290,6 +317,11 @@ class PPOEngine:
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
         self.shuffle.set_state(state["shuffle"].cpu())
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Those of the policy, and of the critic where there is one."""
+        return [self.learner, *([self.critic.learner] if self.critic else [])]
 
     @property
     def _warms_up(self) -> bool:

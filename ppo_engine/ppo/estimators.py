@@ -11,6 +11,10 @@ There are two kinds:
   all its tokens have the advantage that comes from comparing it to the others of its group.
 
 The penalty is 0 in both where it is a part of the loss (`ppo.kl_in=loss`).
+
+Scores that differ by no more than rounding (`Evidence.rounding`) are equal, in a group, or in the
+whole batch where no groups are compared: standardized, whitened, or in the eyes of AdamW, noise
+would be as large a signal as any.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_engine.models import precision
 from ppo_engine.settings.schema import PPOSettings
 from ppo_engine.text.encoding import Prompt
 from ppo_kernels import gae, kl_shaped_gae
 from ppo_kernels.reference import ShapedGAE
 
-_STD_EPS = 1e-6  # keeps the advantages of equal scores at 0
+_STD_EPS = 1e-6  # keeps the advantages of equal rewards at 0
 
 
 class Evidence(NamedTuple):
@@ -37,34 +42,39 @@ class Evidence(NamedTuple):
     ref_logprobs: Tensor  # [B, T] fp32
     mask: Tensor  # [B, T] bool, True is a token of the policy's
     kl_coef: Tensor  # 0-dim, of the penalty in the rewards
+    # [B], by how much rounding alone may change a score; None: that of numbers in fp32.
+    rounding: Tensor | None = None
     values: Tensor | None = None  # [B, T] fp32, of the critic
     greedy_scores: Tensor | None = None  # [B] fp32, of the greedy responses to the same prompts
 
 
 def generalized(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
     """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16)."""
-    return _of_tokens(evidence, settings, evidence.scores, settings.lam)
+    return _of_tokens(evidence, settings, _of_batch(evidence), settings.lam)
 
 
 def monte_carlo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
     """Rewards-to-go minus the value (the same, eq. 18: lambda = 1)."""
-    return _of_tokens(evidence, settings, evidence.scores, 1.0)
+    return _of_tokens(evidence, settings, _of_batch(evidence), 1.0)
 
 
 def td(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
     """One-step temporal difference (the same, eq. 17: lambda = 0)."""
-    return _of_tokens(evidence, settings, evidence.scores, 0.0)
+    return _of_tokens(evidence, settings, _of_batch(evidence), 0.0)
 
 
 def reinforce_pp(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
     """Rewards-to-go, whitened over the whole batch (REINFORCE++, Hu 2025, arXiv:2501.03262)."""
-    return _of_tokens(evidence, settings, evidence.scores, 1.0)
+    return _of_tokens(evidence, settings, _of_batch(evidence), 1.0)
 
 
 def remax(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
     """Minus the score of the greedy response (ReMax, Li et al. 2023, arXiv:2310.10505, eq. 4)."""
     assert evidence.greedy_scores is not None
-    return _of_tokens(evidence, settings, evidence.scores - evidence.greedy_scores, 1.0)
+    slack = _rounding_of(evidence.scores, evidence.rounding)
+    better = evidence.scores - evidence.greedy_scores
+    better = torch.where(better.abs() <= slack, 0.0, better)
+    return _of_tokens(evidence, settings, better, 1.0)
 
 
 def grpo(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
@@ -131,10 +141,29 @@ def check_groups(prompts: Sequence[Prompt], settings: PPOSettings) -> None:
         )
 
 
-def equal_groups(scores: Tensor, settings: PPOSettings) -> float:
-    """The share of groups whose scores `[B]` are all equal: they carry no signal."""
-    groups = scores.view(-1, settings.group_size)
+def equal_groups(scores: Tensor, settings: PPOSettings, rounding: Tensor | None = None) -> float:
+    """The share of groups whose scores `[B]` are equal, but for rounding: they carry no signal."""
+    groups = _leveled(scores, _rounding_of(scores, rounding), settings.group_size)
     return float((groups == groups[:, :1]).all(1).float().mean())
+
+
+def _rounding_of(scores: Tensor, rounding: Tensor | None) -> Tensor:
+    return precision.rounding(torch.float32) * scores.abs() if rounding is None else rounding
+
+
+def _leveled(x: Tensor, rounding: Tensor, size: int) -> Tensor:
+    """Numbers `[B]` in groups, `[B / size, size]`; those of a group that differ by no more than
+    `rounding` [B], the largest of the group's, all become its first."""
+    groups = x.view(-1, size)
+    slack = rounding.view(-1, size).amax(1, keepdim=True)
+    spread = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)
+    return torch.where(spread <= slack, groups[:, :1], groups)
+
+
+def _of_batch(evidence: Evidence) -> Tensor:
+    """The scores `[B]`, equal where all of them are but for rounding."""
+    scores = evidence.scores
+    return _leveled(scores, _rounding_of(scores, evidence.rounding), len(scores)).flatten()
 
 
 def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: float) -> ShapedGAE:
@@ -158,12 +187,16 @@ def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: f
 
 def _of_groups(evidence: Evidence, settings: PPOSettings) -> Tensor:
     """The reward of each response, `[B / G, G]` in float64, which keeps equal ones equal."""
-    rewards = evidence.scores.double()
+    rewards, rounding = evidence.scores.double(), _rounding_of(evidence.scores, evidence.rounding)
     if settings.kl_in == "reward":
         none = torch.zeros_like(evidence.logprobs)
         kl = _shaped(evidence, settings, evidence.scores, none, evidence.kl_coef, 1.0, 1.0).kl
         rewards = rewards - evidence.kl_coef * kl.double()
-    return rewards.view(-1, settings.group_size)
+        # The penalty's own: it is the difference of two sums of log-probs.
+        sizes = evidence.logprobs.abs() + evidence.ref_logprobs.abs()
+        sums = torch.where(evidence.mask, sizes, 0.0).sum(1)
+        rounding = rounding + evidence.kl_coef * torch.finfo(torch.float32).eps * sums
+    return _leveled(rewards, rounding, settings.group_size)
 
 
 def _of_sequences(evidence: Evidence, settings: PPOSettings, advantages: Tensor) -> ShapedGAE:

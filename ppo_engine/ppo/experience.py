@@ -28,6 +28,7 @@ class Experience:
     moments: Tensor  # [3] (count, mean, M2) of the advantages
     entropy: Tensor  # of the policy at each token
     policy_version: int  # optimizer steps the policy had taken when it was measured
+    rounding: Tensor | None = None  # [B] of the scores, as `estimators.Evidence` has it
     values: Tensor | None = None  # of the critic, where there is one
     returns: Tensor | None = None  # what the critic learns
     is_weights: Tensor | None = None  # truncated importance weights of the sampler's tokens

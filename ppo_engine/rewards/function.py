@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,31 @@ from torch import Tensor
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
-from ppo_engine.text.encoding import Prompt
-from ppo_engine.user_functions import UserFunction
+from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.user_functions.function import UserFunction
+from ppo_engine.user_functions.signature import Lists
+
+# What functions for TRL call what the policy wrote; its documentation has both of the latter.
+_TRL = ("completions", "completion_ids", "completions_ids")
+_NAMES = ("prompts", "responses", "finished", *_TRL)
 
 
 class RewardFunction(UserFunction):
     """A user's `(prompts, responses, **columns) -> list[float]`, sync or async, its result checked.
 
-    `prompts` are as the data has them: text, or lists of chat messages.
+    It is given what it names, as lists with an item for each response: `prompts` as the data has
+    them (text, or lists of chat messages), `responses` (text), `finished` (whether each ended with
+    EOS), `turns` where there is an environment (see `rollout.environment`), the data's columns; and
+    what functions for TRL name: `completions` (after a text prompt text, in a chat the messages
+    after its prompt, `[{"role": "assistant", "content": …}]`) and `completion_ids` (token ids).
     """
 
     kind = "reward function"
+    lists = Lists("prompts", "responses", ("responses", *_TRL, "turns"))
+
+    def check_columns(self, columns: Collection[str], *, several_turns: bool) -> None:
+        """A UserError where the function cannot be called on data with these `columns`."""
+        self.check((*_NAMES, "turns") if several_turns else _NAMES, columns)
 
     def __call__(
         self,
@@ -29,9 +43,31 @@ class RewardFunction(UserFunction):
         responses: Sequence[str],
         finished: Sequence[bool],
         columns: Mapping[str, Sequence[Any]],
+        *,
+        turns: Sequence[list[Message]] | None = None,
+        token_ids: Sequence[list[int]] | None = None,
     ) -> Tensor:
-        """Scores `[B]`, fp32, on the CPU; a UserError where the function fails or misbehaves."""
-        return checked_scores(self.call(prompts, responses, columns), len(responses), str(self))
+        """Scores `[B]`, fp32, on the CPU; a UserError where the function fails or misbehaves.
+
+        `turns` of several, and the responses' `token_ids`, where they are known.
+        """
+        said = turns or [[{"role": "assistant", "content": response}] for response in responses]
+        completions = [
+            response if isinstance(prompt, str) else messages
+            for prompt, response, messages in zip(prompts, responses, said, strict=True)
+        ]
+        told: dict[str, Any] = {
+            "prompts": prompts,
+            "responses": responses,
+            "completions": completions,
+            "finished": finished,
+        }
+        if token_ids is not None:
+            told |= dict.fromkeys(_TRL[1:], token_ids)
+        if turns is not None:
+            told["turns"] = turns
+            columns = {name: column for name, column in columns.items() if name != "turns"}
+        return checked_scores(self.call(told, columns), len(responses), str(self))
 
 
 def checked_scores(result: Any, count: int, source: str) -> Tensor:
@@ -52,6 +88,11 @@ def checked_scores(result: Any, count: int, source: str) -> Tensor:
 
 def _number(value: Any, index: int, source: str) -> float:
     number = value.item() if getattr(value, "ndim", None) == 0 else value  # torch, numpy
+    if number is None:
+        raise UserError(
+            f"{source} returned {shown(value)} for response {index} (counted from 0): where a "
+            "reward does not apply return 0, which leaves the sum of several as it is."
+        )
     valid = isinstance(number, int | float) and math.isfinite(number)
     if not valid or abs(number) > torch.finfo(torch.float32).max:
         raise UserError(

@@ -12,6 +12,7 @@ Prompts are text, or lists of chat messages; `finished` says whether a response 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,9 @@ class HTTPReward:
         self.url = url
         self.host = parts.netloc.rpartition("@")[2]
         self.settings = settings
+        # A proxy would look for this machine's server on itself. `no_proxy` of a request goes
+        # before the environment's.
+        self._proxies = {"no_proxy": "*"} if _is_here(parts.hostname or "") else None
         self._shown = f"The reward endpoint {shown_url(url)}"
         retry = Retry(
             total=_ATTEMPTS - 1,
@@ -118,6 +122,7 @@ class HTTPReward:
                 data=body,
                 headers={"Content-Type": "application/json"},
                 timeout=self.settings.timeout,
+                proxies=self._proxies,
                 allow_redirects=False,  # they would turn the POST into a GET
             )
         except requests.RequestException as error:
@@ -129,9 +134,28 @@ class HTTPReward:
                     "retries. Raise reward.http.timeout, or send fewer responses at a time "
                     "(reward.http.batch_size)."
                 ) from error
+            if isinstance(error, requests.exceptions.ProxyError):
+                raise UserError(
+                    f"{self._shown} cannot be reached through the proxy that the environment sets "
+                    f"(HTTP_PROXY, HTTPS_PROXY or ALL_PROXY): {reason}. If it needs none, set "
+                    f"NO_PROXY={urlsplit(self.url).hostname}."
+                ) from error
             raise UserError(
                 f"{self._shown} cannot be reached: {reason}. Is the server running?"
             ) from error
+
+
+def _is_here(host: str) -> bool:
+    """Whether connections to `host` stay on this machine."""
+    name = host.rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:  # a name
+        return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)
 
 
 def _first_line(response: requests.Response) -> str:

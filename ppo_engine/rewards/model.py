@@ -78,8 +78,15 @@ class RewardModel:
             rows.append(ids)
         return self._score(rows)
 
-    @torch.no_grad()
     def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Equal rows are read once: in two batches of different shape they would get scores that
+        differ by rounding, which a group's advantages would take for a difference."""
+        different = list(dict.fromkeys(map(tuple, rows)))
+        places = {row: place for place, row in enumerate(different)}
+        return self._score_each(different)[[places[tuple(row)] for row in rows]]
+
+    @torch.no_grad()
+    def _score_each(self, rows: Sequence[Sequence[int]]) -> Tensor:
         scores = torch.zeros(len(rows), device=self.device)
         # By length, so that short rows are not padded to the longest of all.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

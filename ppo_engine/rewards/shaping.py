@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ppo_engine.models import precision
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import RewardConfig
 
@@ -62,9 +63,14 @@ class ScoreNormalizer:
         """Normalized scores, shaped like `scores`; an evaluation does not `learn` from them."""
         if learn and self.count < self.responses:
             self._add(scores.double())
+        return (scores - self.mean) / self.scale
+
+    @property
+    def scale(self) -> float:
+        """What scores are divided by: their deviation; 1 where that is rounding, as of scores that
+        are all equal, which have no scale."""
         std = math.sqrt(self.m2 / max(self.count, 1))
-        # Scores that are all equal have no scale to divide by.
-        return (scores - self.mean) / (std if std > 1e-6 else 1.0)
+        return std if std > max(1e-6, precision.rounding(torch.float32) * abs(self.mean)) else 1.0
 
     def _add(self, scores: Tensor) -> None:
         """Merge count, mean and sum of squared deviations (Chan et al. 1979)."""

@@ -2,12 +2,13 @@
 
 A reward is called with (prompts, responses, finished, columns), B of each, and returns scores [B].
 It is a reward model (`model`), a Python function (`function`) or an HTTP endpoint
-(`http`). What becomes of the scores is in `shaping`.
+(`http`). A model reads equal responses to one prompt once; functions and endpoints, which may draw
+random numbers, are asked for each. What becomes of the scores is in `shaping`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
+from ppo_engine.models import precision
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
 from ppo_engine.rewards.model import RewardModel, load_reward_model
@@ -31,7 +33,7 @@ from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import RewardEndpointConfig, RewardSource, ScoringConfig
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import same_tokenizer
-from ppo_engine.user_functions import import_function
+from ppo_engine.user_functions.importing import import_function
 
 Reward = RewardModel | RewardFunction | HTTPReward
 # As users give them: the name of one, a function, or a reward object.
@@ -75,6 +77,13 @@ class Rewards:
             for reward in self.by_name.values()
         )
 
+    def check_columns(self, columns: Collection[str], *, several_turns: bool = False) -> None:
+        """A UserError where a reward function cannot be called on data with these `columns`: a run
+        finds out before it samples."""
+        for reward in self.by_name.values():
+            if isinstance(reward, RewardFunction):
+                reward.check_columns(columns, several_turns=several_turns)
+
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by name."""
         return {name: self._score(name, rollout) for name in self.by_name}
@@ -83,11 +92,33 @@ class Rewards:
         """The weighted sum of `score_each`: [B] fp32."""
         return torch.stack([self.weights[name] * scores for name, scores in each.items()]).sum(0)
 
+    def rounding(self, each: Mapping[str, Tensor]) -> Tensor:
+        """By how much rounding alone may change the `total` of `score_each`: [B] fp32.
+
+        Of a reward model this is a share of the batch's largest score, as its products are no
+        smaller where they cancel; of all else a share of each score.
+        """
+        parts = []
+        for name, scores in each.items():
+            reward, size = self.by_name[name], scores.abs()
+            dtype = torch.float32
+            if isinstance(reward, RewardModel):
+                dtype, size = reward.dtype, size.max().expand_as(size)
+            parts.append(abs(self.weights[name]) * precision.rounding(dtype) * size)
+        return torch.stack(parts).sum(0)
+
     def _score(self, name: str, rollout: Rollout) -> Tensor:
-        inputs = rollout.prompts, rollout.responses, rollout.finished.tolist(), rollout.columns
-        if name in self.by_tokens:
-            return self.by_tokens[name](*inputs, rollout.written())
-        scores = self.by_name[name](*inputs)
+        reward, columns, written = self.by_name[name], rollout.columns, rollout.written()
+        told = rollout.prompts, rollout.responses, rollout.finished.tolist()
+        if isinstance(reward, RewardModel):
+            if rollout.turns is None:  # a column of the data's own
+                columns = {key: column for key, column in columns.items() if key != "turns"}
+            scores = reward(*told, columns, written if name in self.by_tokens else None)
+        elif isinstance(reward, RewardFunction):
+            answers = [answer for _, answer in written]
+            scores = reward(*told, columns, turns=rollout.turns, token_ids=answers)
+        else:
+            scores = reward(*told, columns)
         return scores.to(rollout.mask.device)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppo_engine.models.architecture import real_tokens_first
 from ppo_engine.models.token_rows import TokenRows
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.encoding import Message, Prompt
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Rollout:
     def response_mask(self) -> Tensor:
         """[B, T] bool, True is a real token, whoever wrote it."""
         return self.mask if self.environment_mask is None else self.mask | self.environment_mask
+
+    @property
+    def turns(self) -> Sequence[list[Message]] | None:
+        """The messages of each conversation after its prompt, where there is an environment."""
+        return None if self.environment_mask is None else self.columns["turns"]
 
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Prompt and response joined: ids [B, P+T] long and attention mask [B, P+T] bool."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.settings.schema import EnvironmentConfig
 from ppo_engine.text.encoding import Message, Prompt
-from ppo_engine.user_functions import UserFunction, import_function
+from ppo_engine.user_functions.function import UserFunction
+from ppo_engine.user_functions.importing import import_function
+from ppo_engine.user_functions.signature import Lists
 
 Answer = str | Message | None
 
@@ -25,12 +27,17 @@ class Environment(UserFunction):
     """
 
     kind = "environment"
+    lists = Lists("prompts", "turns", ("turns",))
 
     def __init__(
         self, function: Callable[..., Any], max_turns: int, name: str | None = None
     ) -> None:
         super().__init__(function, name)
         self.max_turns = max_turns
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """A UserError where the function cannot be called on data with these `columns`."""
+        self.check(("prompts", "turns"), columns)
 
     def __call__(
         self,
@@ -39,7 +46,8 @@ class Environment(UserFunction):
         columns: Mapping[str, Sequence[Any]],
     ) -> list[Answer]:
         """The answers, one for each; a UserError where the function fails or misbehaves."""
-        result = self.call(prompts, [list(messages) for messages in turns], columns)
+        told = {"prompts": prompts, "turns": [list(messages) for messages in turns]}
+        result = self.call(told, columns)
         if not isinstance(result, list | tuple) or len(result) != len(prompts):
             raise UserError(
                 f"{self} returned {shown(result)}; it must return a list of {len(prompts)}, an "

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
-from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config, shown_settings
+from ppo_engine.settings.files import as_dict, changed_settings, dump_config, load_config
 
 Config = TypeVar("Config", bound=Any)
 
@@ -40,6 +40,11 @@ _FREE_KEYS = {
     "run.sample_every",
     "run.trackers",
     "evaluation.patience",
+    # What one changes after a run that was out of memory, or whose endpoint was too slow.
+    "ppo.micro_batch_size",
+    "reward.micro_batch_size",
+    "sft.micro_batch_size",
+    "reward.http.timeout",
 }
 
 
@@ -107,14 +112,8 @@ class RunDirectory:
                 f"{self.path} has no run to resume ({file.name} is missing): fix "
                 "run.output_dir, or start a new run with run.resume=false."
             )
-        both = [as_dict(load_config(type(config), str(file))), as_dict(config)]
-        before, now = map(flatten, both)
-        then, today = map(flatten, map(shown_settings, both))
-        changed = [
-            f"{key}: {then.get(key)!r} then, {today.get(key)!r} now"
-            for key in sorted({*before, *now} - _FREE_KEYS)
-            if before.get(key) != now.get(key)
-        ]
+        then, now = as_dict(load_config(type(config), str(file))), as_dict(config)
+        changed = changed_settings(then, now, _FREE_KEYS)
         if changed:
             raise UserError(
                 f"The run in {self.path} was made with other settings; resume it with the same "

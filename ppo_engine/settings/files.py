@@ -11,9 +11,9 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import yaml
@@ -64,8 +64,22 @@ def dump_config(config: Any) -> str:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Settings as nested dictionaries of plain values."""
-    return dataclasses.asdict(config)
+    """Settings as nested dictionaries of values that JSON has."""
+    return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
+
+
+def changed_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str]
+) -> list[str]:
+    """A line, without secrets, for each key in which two settings (`as_dict`) differ; not for
+    those that are `free`."""
+    before, after = (flatten(dict(tree)) for tree in (then, now))
+    old, new = (flatten(shown_settings(dict(tree))) for tree in (then, now))
+    return [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted({*before, *after} - set(free))
+        if before.get(key) != after.get(key)
+    ]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

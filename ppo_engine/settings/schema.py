@@ -261,7 +261,7 @@ class RunConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for compute; weights in training: fp32
     resume: bool = False  # continue from the newest checkpoint in output_dir
-    checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one
+    checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one, or a failure's
     sample_every: NonNegativeInt = 5  # steps between printed sample responses
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
@@ -363,6 +363,7 @@ class GenerateConfig:
     batch_size: PositiveInt = 16  # responses sampled at a time
     reward: ScoringConfig = Field(default_factory=ScoringConfig)  # none: responses get no scores
     output: str = ""  # a file; empty writes to standard output
+    resume: bool = False  # go on with the rows in output.partial, which a failure left there
     seed: int = 0
     date: datetime.date | None = None  # today, for chat templates that show it
     device: str = "auto"

@@ -129,16 +129,16 @@ class Renderer:
         is longer, at its end. Raises `TemplateError`.
         """
         if written is not None:
-            question, said = written
-            words = said[:-1] if said and said[-1] in self.end_ids else said
-            written = question, words
+            read, said = written
+            written = read, said[:-1] if said and said[-1] in self.end_ids else said
         if isinstance(prompt, str):
             assert isinstance(answer, str)
-            question, words = written or self._apart(prompt, answer, self._text_prompt(prompt))
-            ending = [self.tokenizer.eos_token_id]
+            pair = written or self._apart(prompt, answer, self._text_prompt(prompt))
+            parts = *pair, [self.tokenizer.eos_token_id]
         else:
-            question, words, ending = self._scored_chat(prompt, answer, options, written)
-        response = [*words, *ending * finished][:max_tokens]
+            parts = self._scored_chat(prompt, answer, options, written)
+        question, words, ending = parts
+        response = [*words, *(ending if finished else ())][:max_tokens]
         room = max_tokens - len(response)
         return [*question[len(question) - min(room, len(question)) :], *response]
 

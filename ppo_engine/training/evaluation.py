@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import set_seed
 
 from ppo_engine.data.prompts import PromptExample, columns_of
 from ppo_engine.errors import UserError
@@ -25,7 +24,7 @@ from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.best_of_n import expected_best
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.generation import generate
-from ppo_engine.run.checkpoint import random_states, restore_random_states
+from ppo_engine.run.checkpoint import seeded
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.progress import Progress
 
@@ -92,7 +91,8 @@ class Evaluator:
         if not self.engine.config.reward.normalize:
             score = metrics.get("eval/shaped_scores", score)
         self.since_best += 1
-        if score <= self.best_score:
+        repeated = step == self.best_step and score == self.best_score  # by a resumed run
+        if score <= self.best_score and not repeated:
             return
         self.best_score, self.best_step, self.since_best = score, step, 0
         if self.config.keep_best and step > 0:  # the policy as it came is where it came from
@@ -143,7 +143,7 @@ class Evaluator:
         numbers: list[dict[str, Tensor]] = []
         # Different random numbers for each of the two: a win rate needs independent responses. A
         # reward function that draws random numbers also gets the same in every evaluation.
-        with _seeded(f"{settings.run.seed}/evaluation/{whose}"):
+        with seeded(f"{settings.run.seed}/evaluation/{whose}"):
             for batch in progress.track(batches, f"held-out responses of the {whose}, batch"):
                 rollout = self._respond(batch, by_reference)
                 scores = self.engine.score(rollout)
@@ -311,14 +311,3 @@ def _varies(x: Tensor) -> bool:
 
 def _short(x: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in x.tolist()]
-
-
-@contextmanager
-def _seeded(name: str) -> Iterator[None]:
-    """Seed all global generators from `name`, and restore their states afterwards."""
-    states = random_states()
-    set_seed(random.Random(name).getrandbits(32))
-    try:
-        yield
-    finally:
-        restore_random_states(states)

@@ -14,9 +14,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.prompts import (
     PromptExample,
+    column_names,
     columns_of,
     limit_prompts,
     load_prompts,
@@ -35,13 +37,9 @@ from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.generation import room_for_prompts
-from ppo_engine.run.checkpoint import (
-    load_training_state,
-    random_states,
-    restore_random_states,
-    save_training_state,
-)
+from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output, dated
+from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
@@ -109,9 +107,16 @@ class PPOTrainer:
         elif held_out:
             held_out = self._limited(held_out)
             self.notes += overlap(self.examples, held_out)
+        for examples in filter(None, (self.examples, held_out)):
+            self.engine.check_columns(column_names(examples))
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + sampling_notes(self.engine.policy)
         self.step = 0
+        # Metrics and samples of a step that has trained and is not yet evaluated and logged.
+        self._unreported: dict[str, Any] | None = None
+        data = {"training": describe_rows(self.examples), "held out": describe_rows(held_out)}
+        self.checkpoints = Checkpoints(self._state, self.engine.learners, data, "prompts")
+        self._trackers: Trackers | None = None
         self._closing = ExitStack()
 
     def train(self) -> dict[str, float]:
@@ -120,21 +125,21 @@ class PPOTrainer:
         Writes the run's folder: the policy in `policy/`, the critic in `critic/`, both in Hugging
         Face format, with curves in `report.png`. With `config.profile`, the second step from here,
         or the only one, is profiled (the first warms up): see `anatomy`. With held-out prompts
-        (`config.evaluation`) it may stop early, and `best/` holds the best policy.
+        (`config.evaluation`) it may stop early, and `best/` holds the best policy. Where it fails,
+        the last finished step is kept in a checkpoint, if its weights are still there, and the
+        exception's notes say so.
         """
-        with self._closing:  # trackers, whatever happens
+        with self._closing, self.checkpoints.kept():  # trackers are closed, whatever happens
             return self._train()
 
     def _train(self) -> dict[str, float]:
         config = self.config.run
-        run: RunDirectory | None = None
-        trackers: Trackers | None = None
         metrics: dict[str, float] = {}
+        self.checkpoints.run = self._trackers = None
         if config.resume:
-            run = self._open_run()
-            self._restore(run)
+            self._restore(self._open_run())
         if self.step == 0 and self.evaluator.due(0):
-            run, trackers = self._evaluate_untrained(run)
+            self._evaluate_untrained()
         profiled = min(self.step + 2, self.config.steps) if self.config.profile else None
         held_out = len(self.evaluator.examples)
         title = f"{self.title}, {counted(len(self.examples), 'prompt')}"
@@ -142,40 +147,16 @@ class PPOTrainer:
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in self.notes:
                 progress.note(note)
-            while not self._done():
-                started = time.perf_counter()
-                recording = self.step + 1 == profiled
-                with anatomy.recording(self.engine) if recording else nullcontext() as profile:
-                    rollout, rewards = self._sample(progress)
-                    scores = self.engine.rewards.total(rewards)
-                    # Only now: a reward that fails on its first responses leaves nothing behind.
-                    run = run or self._open_run()
-                    trackers = trackers or self._open_trackers(run)
-                    with progress.phase("advantages"):
-                        experience = self.engine.estimate_advantages(rollout, scores)
-                    with progress.phase("update"):
-                        metrics = self.engine.update(experience)
-                self.step += 1
-                tokens = int(rollout.mask.sum())
-                metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
-                if profile is not None:
-                    self._write_profile(profile, run, progress)
-                samples = self._samples(rollout, rewards)
-                if self.evaluator.due(self.step):
-                    evaluation = self.evaluator.evaluate(progress)
-                    self.evaluator.keep(self.step, evaluation, run)
-                    metrics |= evaluation.metrics
-                    samples += evaluation.samples
-                metrics["memory/peak"] = peak_memory(self.engine.device)
-                metrics |= reward_metrics(rewards) | progress.times
-                run.log_metrics(self.step, metrics)
-                trackers.log(self.step, metrics)
-                progress.step(self.step, metrics)
-                self._show_samples(run, trackers, progress, samples)
+            self.checkpoints.mark()
+            while self._unreported is not None or not self._done():
+                if self._unreported is None:
+                    self._take_step(progress, profile=self.step + 1 == profiled)
+                metrics = self._report(progress)
+                self.checkpoints.mark()
                 every = config.checkpoint_every
                 if self._done() or (every and self.step % every == 0):
-                    self._save_checkpoint(run)
-            run = run or self._open_run()
+                    self.checkpoints.save()
+            run = self._open_run()
             self._save_models(run)
             progress.note(f"The policy is in {run.path / 'policy'}")
             for note in self.evaluator.notes():
@@ -200,6 +181,51 @@ class PPOTrainer:
         }
         return [self.examples[orders[place // total][place % total]] for place in places]
 
+    def _take_step(self, progress: Progress, profile: bool) -> None:
+        """Sample, score and learn; what there is to report of it waits in `_unreported`."""
+        started = time.perf_counter()
+        with ExitStack() as updating:
+            with anatomy.recording(self.engine) if profile else nullcontext() as recorded:
+                rollout, rewards = self._sample(progress)
+                scores = self.engine.rewards.total(rewards)
+                rounding = self.engine.rewards.rounding(rewards)
+                # Only now: a reward that fails on its first responses leaves nothing behind.
+                run = self._open_run()
+                self._open_trackers(run)
+                with progress.phase("advantages"):
+                    experience = self.engine.estimate_advantages(rollout, scores, rounding)
+                updating.enter_context(interrupted_after())
+                with progress.phase("update"):
+                    metrics = self.engine.update(experience)
+            self.step += 1
+            tokens = int(rollout.mask.sum())
+            metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+            metrics |= reward_metrics(rewards) | progress.times
+            self._unreported = {"metrics": metrics, "samples": self._samples(rollout, rewards)}
+            self.checkpoints.mark()
+        if recorded is not None:
+            self._write_profile(recorded, run, progress)
+
+    def _report(self, progress: Progress) -> dict[str, float]:
+        """Evaluate, log and show the step that was taken; returns its metrics."""
+        assert self._unreported is not None
+        run = self._open_run()
+        trackers = self._open_trackers(run)
+        metrics, samples = dict(self._unreported["metrics"]), list(self._unreported["samples"])
+        if self.evaluator.due(self.step):
+            evaluation = self.evaluator.evaluate(progress)
+            self.evaluator.keep(self.step, evaluation, run)
+            metrics |= evaluation.metrics
+            samples += evaluation.samples
+        metrics["memory/peak"] = peak_memory(self.engine.device)
+        metrics |= progress.times
+        run.log_metrics(self.step, metrics)
+        trackers.log(self.step, metrics)
+        progress.step(self.step, metrics)
+        self._show_samples(run, trackers, progress, samples)
+        self._unreported = None
+        return metrics
+
     def _sample(self, progress: Progress) -> tuple[Rollout, dict[str, Tensor]]:
         """The step's responses, and each reward's scores of them."""
         examples = self.batch(self.step)
@@ -211,20 +237,19 @@ class PPOTrainer:
     def _done(self) -> bool:
         return self.step >= self.config.steps or self.evaluator.out_of_patience
 
-    def _evaluate_untrained(self, run: RunDirectory | None) -> tuple[RunDirectory, Trackers]:
+    def _evaluate_untrained(self) -> None:
         """Evaluate before the first step, with a progress of its own: the training's estimate of
         the time left stays right."""
         title = "Held-out prompts before training"
         with Progress(1, title, console=self.console) as progress:
             evaluation = self.evaluator.evaluate(progress)
-            run = run or self._open_run()
+            run = self._open_run()
             trackers = self._open_trackers(run)
             self.evaluator.keep(0, evaluation, run)
             run.log_metrics(0, evaluation.metrics)
             trackers.log(0, evaluation.metrics)
             progress.step(1, evaluation.metrics)
             self._show_samples(run, trackers, progress, evaluation.samples)
-        return run, trackers
 
     def _samples(self, rollout: Rollout, rewards: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Rows for samples.jsonl, in the steps that log some."""
@@ -264,28 +289,29 @@ class PPOTrainer:
             trackers.log_samples(self.step, tracked)
 
     def _open_run(self) -> RunDirectory:
+        """The run's folder, created or opened where it has not been."""
         config = self.config.run
-        return RunDirectory(
+        self.checkpoints.run = self.checkpoints.run or RunDirectory(
             config.output_dir, self.config, config.resume, command=self.title.lower()
         )
+        return self.checkpoints.run
 
     def _open_trackers(self, run: RunDirectory) -> Trackers:
+        if self._trackers is not None:
+            return self._trackers
         settings = flatten(shown_settings(as_dict(self.config)))
-        trackers = Trackers(self.config.run.trackers, run.path, settings, self.step)
-        self._closing.callback(trackers.close)
-        return trackers
+        logged = self.step - (self._unreported is not None)
+        self._trackers = Trackers(self.config.run.trackers, run.path, settings, logged)
+        self._closing.callback(self._trackers.close)
+        return self._trackers
 
-    def _save_checkpoint(self, run: RunDirectory) -> None:
-        with atomic_folder(run.checkpoint(self.step)) as folder:
-            save_training_state(
-                folder,
-                {
-                    "step": self.step,  # the data's position too: see `batch`
-                    "engine": self.engine.state_dict(),
-                    "evaluator": self.evaluator.state_dict(),
-                    "random": random_states(),
-                },
-            )
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,  # the data's position too: see `batch`
+            "engine": self.engine.state_dict(),
+            "evaluator": self.evaluator.state_dict(),
+            "unreported": self._unreported,
+        }
 
     def _write_profile(self, profile: Any, run: RunDirectory, progress: Progress) -> None:
         folder = run.path / "profile"
@@ -295,17 +321,16 @@ class PPOTrainer:
         progress.note(f"Trace and table are in {folder}; the trace opens in ui.perfetto.dev.")
 
     def _restore(self, run: RunDirectory) -> None:
-        newest = run.newest_checkpoint()
-        if newest is None:
+        state = self.checkpoints.load(self.engine.device)
+        if state is None:
             self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)
             return
-        state = load_training_state(newest[1], self.engine.device)
         self.engine.load_state_dict(state["engine"])
         self.evaluator.load_state_dict(state["evaluator"], run)
         restore_random_states(state["random"])
-        self.step = state["step"]
-        run.rewind(self.step)
+        self.step, self._unreported = state["step"], state["unreported"]
+        run.rewind(self.step - (self._unreported is not None))
 
     def _save_models(self, run: RunDirectory) -> None:
         with atomic_folder(run.path / "policy") as folder:

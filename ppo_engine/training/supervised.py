@@ -7,7 +7,6 @@ A trainer says what an example is, what its loss is and what is measured on held
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import time
@@ -22,19 +21,15 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
-from ppo_engine.errors import UserError
 from ppo_engine.models import loading, precision
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.run.checkpoint import (
-    load_training_state,
-    random_states,
-    restore_random_states,
-    save_training_state,
-)
+from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
+from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
@@ -92,6 +87,14 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.learner = Learner(self.model, config.model.optimizer, self.total_steps, "the model")
         self.step = 0
         self.before: dict[str, float] = {}  # held-out metrics of the untrained model
+        # Of a step that has trained and is not yet evaluated and logged.
+        self._unreported: dict[str, float] | None = None
+        data = {
+            "training": describe_rows(training),
+            "held out": describe_rows(held_out),
+            "examples made of the training rows": str(len(self.training)),  # their order's length
+        }
+        self.checkpoints = Checkpoints(self._state, [self.learner], data, self.unit)
 
     @property
     @abstractmethod
@@ -132,17 +135,21 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
     def train(self) -> dict[str, float]:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
 
-        Writes the run's folder, with the model in Hugging Face format. Held-out metrics are
-        `eval/…` after training and `eval_before/…` before it.
+        Where it fails, the last finished step is kept in a checkpoint, if its weights are still
+        there, and the exception's notes say so. Writes the run's folder, with the model in Hugging
+        Face format. Held-out metrics are `eval/…` after training and `eval_before/…` before it.
         """
         config = self.config.run
         run = RunDirectory(config.output_dir, self.config, config.resume, command=self.command)
+        self.checkpoints.run = run
         if config.resume:
             self._restore(run)
         settings = flatten(as_dict(self.config))
-        trackers = Trackers(config.trackers, run.path, settings, self.step)
+        logged = self.step - (self._unreported is not None)
+        trackers = Trackers(config.trackers, run.path, settings, logged)
         try:
-            metrics = self._train(run, trackers)
+            with self.checkpoints.kept():
+                metrics = self._train(run, trackers)
         finally:
             trackers.close()
         write_curves(run.path, run.path / "report.png", self.title)
@@ -165,9 +172,15 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
             for note in self.notes:
                 progress.note(note)
-            while self.step < self.total_steps:
-                with progress.phase("update"):
-                    metrics = self.train_step(self.mini_batch(self.step))
+            self.checkpoints.mark()
+            while self._unreported is not None or self.step < self.total_steps:
+                if self._unreported is None:
+                    with interrupted_after():
+                        with progress.phase("update"):
+                            metrics = self.train_step(self.mini_batch(self.step))
+                        self._unreported = metrics | progress.times
+                        self.checkpoints.mark()
+                metrics = dict(self._unreported)
                 last = self.step == self.total_steps
                 if last and self.held_out:
                     with progress.phase("evaluate"):
@@ -176,9 +189,11 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
+                self._unreported = None
+                self.checkpoints.mark()
                 every = self.config.run.checkpoint_every
                 if last or (every and self.step % every == 0):
-                    self._save_checkpoint(run)
+                    self.checkpoints.save()
             if not metrics and self.held_out:  # resumed at its end
                 metrics = self.evaluate(progress)
             with atomic_folder(run.path / self.result) as folder:
@@ -212,43 +227,25 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         size = self.settings.batch_size
         return [self.training[i] for i in order[place * size : (place + 1) * size]]
 
-    def _save_checkpoint(self, run: RunDirectory) -> None:
-        with atomic_folder(run.checkpoint(self.step)) as folder:
-            save_training_state(
-                folder,
-                {
-                    "step": self.step,  # the data's position too: see `mini_batch`
-                    "examples": self._digest(),
-                    "before": self.before,
-                    "model": self.learner.state_dict(),
-                    "random": random_states(),
-                },
-            )
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,  # the data's position too: see `mini_batch`
+            "before": self.before,
+            "unreported": self._unreported,
+            "model": self.learner.state_dict(),
+        }
 
     def _restore(self, run: RunDirectory) -> None:
-        newest = run.newest_checkpoint()
-        if newest is None:
+        state = self.checkpoints.load(self.device)
+        if state is None:
+            self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)
             return
-        state = load_training_state(newest[1], self.device)
-        if state["examples"] != self._digest():
-            raise UserError(
-                f"The {self.unit} are not those of the run in {run.path}, so held-out ones may "
-                "have been trained on: resume it with the same data, or start a new run."
-            )
         self.learner.load_state_dict(state["model"])
         restore_random_states(state["random"])
         self.step, self.before = state["step"], state["before"]
-        run.rewind(self.step)
-
-    def _digest(self) -> str:
-        """Hash of all examples, and of which are held out."""
-        digest = hashlib.sha256()
-        for examples in (self.training, self.held_out):
-            digest.update(f"{len(examples)} examples".encode())
-            for example in examples:
-                digest.update(repr(example).encode())
-        return digest.hexdigest()
+        self._unreported = state["unreported"]
+        run.rewind(self.step - (self._unreported is not None))
 
     def _split(self, source: Any) -> tuple[list[Row], list[Row]]:
         """The rows to train on, and those held out."""

@@ -11,6 +11,7 @@ from engines import PROMPTS, experience_of, make_engine
 
 from ppo_engine.errors import UserError
 from ppo_engine.ppo.estimators import ESTIMATORS, Evidence, equal_groups
+from ppo_engine.rewards.shaping import ScoreNormalizer
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import AdaptiveKLConfig, GenerationConfig, PPOConfig, PPOSettings
 
@@ -169,6 +170,58 @@ def test_equal_scores_have_no_advantage(name):
     x = evidence(kl_coef=0.0, dtype=torch.float32)._replace(scores=torch.full((B,), 7.3))
     shaped = ESTIMATORS[name](x, settings_of(name))
     assert shaped.advantages.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scores", "rounding", "counts"),
+    [
+        ([0.7, 0.700001, 0.699999], None, False),
+        ([-300.0, -300.0005, -300.0], None, False),
+        ([0.001, 0.002, 0.001], None, True),
+        ([1000.0, 1000.01, 1000.0], None, True),
+        ([0.0, 1e-6, 0.0], None, True),  # nothing here is rounded to 1e-6
+        ([1.0, 1.01, 0.995], 0.016, False),  # as of a reward model in bf16
+        ([1.0, 1.05, 0.95], 0.016, True),
+    ],
+)
+@pytest.mark.parametrize("name", [n for n in ESTIMATORS if not PPOSettings(estimator=n).has_critic])
+def test_a_spread_of_rounding_is_none(name, scores, rounding, counts):
+    x = evidence(kl_coef=0.0, dtype=torch.float32)
+    given = torch.tensor([*scores, *scores])
+    of_each = None if rounding is None else torch.full((B,), rounding)
+    x = x._replace(scores=given, greedy_scores=given[:1].expand(B), values=None, rounding=of_each)
+    settings = dataclasses.replace(settings_of(name, kl_in="loss"), gamma=1.0)
+    shaped = ESTIMATORS[name](x, settings)
+    _, mean, m2 = shaped.moments
+    found = shaped.advantages[x.mask] - (mean if settings.whiten_advantages else 0.0)
+    assert bool(found.any()) == counts and (counts or m2 == 0)
+    if settings.compares_groups:
+        assert equal_groups(given, settings, of_each) == (not counts)
+
+
+@pytest.mark.parametrize(("relative", "counts"), [(1e-7, False), (1e-3, True)])
+def test_a_penalty_of_rounding_is_none(relative, counts):
+    """Of equal scores, beside a reference that computes in another order."""
+    x = evidence(dtype=torch.float32)._replace(scores=torch.ones(B))
+    noise = torch.randn(B, T, generator=torch.Generator().manual_seed(0))
+    x = x._replace(ref_logprobs=x.logprobs * (1 + relative * noise))
+    shaped = ESTIMATORS["grpo"](x, settings_of("grpo"))
+    assert bool(shaped.advantages[x.mask].abs().max() > 0.1) == counts
+    assert counts or not shaped.advantages[x.mask].any()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rounding_is_that_of_the_rewards(normalize):
+    """Normalized, scores are as far apart as their noise on the scale that they come to."""
+    engine = make_engine(ppo={"estimator": "grpo", "group_size": 2, "kl_in": "loss"})
+    engine.normalizer = ScoreNormalizer() if normalize else None
+    rollout = engine.generate(PROMPTS[:4])
+    scores = [7.0, 7.05, 7.0, 7.00001, 9.0, 7.0, 7.0, 7.0]
+    for rounding, equal in ((None, 0.5), (torch.full((8,), 0.1), 0.75)):
+        experience = engine.estimate_advantages(rollout, scores, rounding)
+        signal = experience.advantages[:, 0].view(4, 2).abs().amax(1) > 0
+        assert signal.tolist() == [rounding is None, False, True, False]
+        assert engine.update(experience)["objective/equal_groups"] == equal
 
 
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS if not PPOSettings(estimator=n).has_critic])

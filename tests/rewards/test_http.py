@@ -163,6 +163,72 @@ def test_an_endpoint_that_starts_late_is_waited_for(
     assert server.score() == [1, 8, 3]
 
 
+def set_proxy(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A proxy that the environment names for everything; it answers like a reward."""
+    found = Server()
+    set_proxy(monkeypatch, found.url.removesuffix("/score"))
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "0.0.0.0"])
+def test_this_machine_is_not_asked_through_a_proxy(
+    server: Server, proxy: Server, host: str
+) -> None:
+    server.url = server.url.replace("127.0.0.1", host)
+    assert server.score() == [1, 8, 3]
+    assert len(server.requests) == 1 and not proxy.requests
+
+
+def test_others_are_asked_through_the_proxy(
+    server: Server, proxy: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.url = "http://judge.invalid/score"
+    assert server.score() == [1, 8, 3]
+    assert len(proxy.requests) == 1
+    monkeypatch.setenv("no_proxy", "judge.invalid")
+    with pytest.raises(UserError, match=r"cannot be reached: .* server running"):
+        server.score()
+    assert len(proxy.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("::", True),
+        ("::ffff:127.0.0.1", True),
+        ("judge.localhost", True),
+        ("localhost.", True),
+        ("10.0.0.5", False),
+        ("localhost.example.com", False),
+        ("notlocalhost", False),
+        ("::2", False),
+    ],
+)
+def test_which_hosts_are_this_machine(host: str, here: bool) -> None:
+    assert http_reward._is_here(host) == here
+
+
+def test_a_proxy_that_fails_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        set_proxy(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
+    server.url = "http://judge.invalid/score"
+    with pytest.raises(UserError, match=r"through the proxy .* set NO_PROXY=judge\.invalid"):
+        server.score()
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -50,6 +50,22 @@ def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_mode
     assert len(set(by_text.tolist())) == 3 and not by_text.requires_grad
 
 
+def test_the_same_response_has_the_same_score(reward_model, monkeypatch):
+    """Whatever the shape of the batch that it stands in does to the products."""
+    read = []
+
+    def noisy(model, ids, mask):
+        read.extend(map(len, ids))
+        return torch.randn(len(ids), generator=torch.Generator().manual_seed(len(read)))
+
+    monkeypatch.setattr("ppo_engine.rewards.model.sequence_scores", noisy)
+    prompts = [PROMPTS[i] for i in (0, 1, 0, 2, 1, 0)]
+    responses = ["same", "other", "same", "third", "other", "different"]
+    found = reward_model(prompts, responses, [True] * 6)
+    assert found[0] == found[2] and found[1] == found[4]
+    assert len(read) == len(set(found.tolist())) == 4
+
+
 def test_each_response_has_its_own_score_in_its_place(reward_model):
     """As plain transformers scores each alone."""
     expected = []

@@ -58,6 +58,12 @@ def test_equal_scores_stay_finite():
     assert normalizer(torch.tensor([3.0])).tolist() == [1.0]  # they have no scale to divide by
 
 
+@pytest.mark.parametrize(("apart", "counts"), [(1e-3, False), (1e-1, True)])
+def test_nor_is_their_rounding_one(apart, counts):
+    found = ScoreNormalizer()(torch.tensor([1000.0, 1000 + apart, 1000.0, 1000 + apart]))
+    assert bool(found.abs().max() > 0.9) == counts
+
+
 def test_the_length_penalty_is_of_what_the_policy_wrote():
     said = rollout([6, 4], [True, True])
     heard = torch.zeros_like(said.mask)

@@ -203,6 +203,15 @@ def test_the_total_is_the_weighted_sum():
     torch.testing.assert_close(plain.score(rollout), each["vowels"] + each["length"])
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 4e-6), (torch.bfloat16, 0.0156)])
+def test_rounding_is_that_of_each_reward_with_its_weight(reward_folders, dtype, share):
+    model = load_reward_model(reward_folders[0], device=CPU, dtype=dtype)
+    rewards = Rewards({"m": model, "f": RewardFunction(length)}, [0.5, -2.0], tiny_tokenizer())
+    each = {"m": torch.tensor([1.0, -4.0]), "f": torch.tensor([1000.0, 0.0])}
+    expected = [0.5 * share * 4 + 2 * 4e-6 * 1000, 0.5 * share * 4]
+    assert rewards.rounding(each).tolist() == pytest.approx(expected, rel=0.03)
+
+
 def test_a_reward_is_told_all_that_is_known_of_the_responses():
     seen: list[Any] = []
 
@@ -237,7 +246,7 @@ def test_each_model_of_the_policys_tokenizer_reads_tokens(reward_folders, monkey
     original = RewardModel.__call__
 
     def spy(self: RewardModel, *args: Any) -> torch.Tensor:
-        if len(args) < 5:  # without the tokens that the policy wrote
+        if args[4] is None:  # without the tokens that the policy wrote
             by_text.append(self)
         return original(self, *args)
 
@@ -258,6 +267,17 @@ def test_each_model_of_the_policys_tokenizer_reads_tokens(reward_folders, monkey
     assert engine.critic is not None
     assert torch.equal(engine.critic.model.state_dict()["score.weight"], head)
     assert not torch.equal(other.model.state_dict()["score.weight"], head)
+
+
+def test_a_data_column_is_not_taken_for_the_turns(reward_folders):
+    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    own = load_reward_model(reward_folders[0], device=CPU, dtype=FP32)
+    own.tokenizer.add_tokens(["never written"])  # so that it reads text
+    engine = make_engine({"model": own, "function": lambda responses, turns: turns})
+    rollout = engine.generate(prompts, {"turns": [3, 1, 2]})
+    found = engine.score_each(rollout)
+    assert found["function"].tolist() == [3, 1, 2]
+    assert torch.equal(found["model"], own(prompts, rollout.responses, rollout.finished.tolist()))
 
 
 def test_a_model_without_its_tokenizer_is_no_reward() -> None:

@@ -77,6 +77,14 @@ def test_a_damaged_checkpoint_says_what_to_do(
         load_training_state(tmp_path, CPU)
 
 
+def test_nobody_is_told_to_run_what_a_file_holds(tmp_path: Path) -> None:
+    """As torch's own message does."""
+    torch.save({"code": small_model()}, tmp_path / "training_state.pt")
+    with pytest.raises(UserError, match="cut short, damaged, or not written by a run") as caught:
+        load_training_state(tmp_path, CPU)
+    assert "weights_only" not in str(caught.value)
+
+
 def test_random_states_go_through_a_file(tmp_path: Path) -> None:
     def drawn() -> list[float]:
         return [random.random(), float(numpy.random.rand()), float(torch.rand(()))]

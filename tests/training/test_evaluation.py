@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from tiny import tiny_model_folder
+from trainers import as_if_killed, rows, same, untimed, weights
 
 from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
@@ -83,23 +83,6 @@ def train_noisy(model: str, settings: PPOConfig, reward: Any = noisy) -> None:
     random.seed(1)
     np.random.seed(1)
     PPOTrainer(model, reward, PROMPTS, config=settings).train()
-
-
-def rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def untimed(file: Path) -> list[dict[str, Any]]:
-    timing = ("time/", "tokens_per_second", "memory/")
-    return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in rows(file)]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +357,7 @@ def test_a_resumed_run_evaluates_the_same(model, tmp_path, held_out_file):
     once = config(halves, run={"checkpoint_every": 3, **run}, **settings)
     with pytest.raises(UserError, match="power"):
         train_noisy(model, once, {"noisy": failing})
+    as_if_killed(halves)
     assert len(rows(halves / "metrics.jsonl")) == 5  # steps 0 to 4, one more than the checkpoint
     torch.manual_seed(99)  # what happens in between must not matter
     random.seed(99)
@@ -505,6 +489,7 @@ def test_a_best_from_after_the_checkpoint_stays_the_one_to_beat(model, tmp_path,
     monkeypatch.setattr(Evaluator, "evaluate", evaluate)
     with pytest.raises(RuntimeError, match="power"):
         PPOTrainer(model, letters, PROMPTS, config=settings).train()
+    as_if_killed(run)
     scripted[3] = 2.4
     again = replace(settings, run=replace(settings.run, resume=True))
     trainer = PPOTrainer(model, letters, PROMPTS, config=again)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
+from trainers import as_if_killed
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -293,6 +294,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(folder: str, tmp_path: Pa
     killed.train_step = dies_at_step_4  # type: ignore[method-assign]
     with pytest.raises(Killed):
         killed.train()
+    as_if_killed(tmp_path / "cut")
     assert not (tmp_path / "cut/policy").exists()
     torch.manual_seed(123)  # another process would stand elsewhere
     resumed = trainer(folder, tmp_path / "cut", sft={"epochs": 2}, checkpoint_every=2, resume=True)

@@ -1,0 +1,1 @@
+"""Functions that people write: found by their names, given what they ask for, sync or async."""

@@ -1,0 +1,247 @@
+"""A run that fails keeps its last finished step, and goes on from there as if it had not failed."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_model_folder
+from trainers import PROMPTS, config, length_reward, planted_pairs, rows, same, untimed, weights
+
+from ppo_engine.errors import UserError
+from ppo_engine.settings.schema import (
+    DemonstrationDataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PreferenceDataConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RunConfig,
+    SFTConfig,
+    SFTSettings,
+)
+from ppo_engine.training.ppo import PPOTrainer
+from ppo_engine.training.reward import RewardModelTrainer
+from ppo_engine.training.sft import SFTTrainer
+
+STEPS = 4
+Trainer = PPOTrainer | SFTTrainer | RewardModelTrainer
+
+
+class Failing:
+    """What `function` does, until its call of number `at` (from 1) raises `error`."""
+
+    def __init__(self, function: Callable[..., Any], at: int, error: type[BaseException]) -> None:
+        self.function, self.left, self.error = function, at, error
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            random.random(), torch.rand(3)  # what a step draws before it fails
+            raise self.error("failed")
+        return self.function(*given, **named)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ppo", "supervised"):
+        monkeypatch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
+
+
+def noisy(prompts: list[str], responses: list[str]) -> list[float]:
+    return [x + random.random() for x in length_reward(prompts, responses)]
+
+
+def ppo(model: str, folder: Path, *, reward: Any = noisy, **run: Any) -> PPOTrainer:
+    random.seed(1)
+    settings = config(folder, steps=STEPS, sample_every=1, **run)
+    policy = ModelConfig(optimizer=OptimizerConfig(learning_rate=3e-2))
+    held_out = EvaluationConfig(prompts=2, every=2)
+    settings = replace(settings, policy=policy, evaluation=held_out)
+    return PPOTrainer(model, reward, PROMPTS, config=settings, console=Console(file=io.StringIO()))
+
+
+def sft(model: str, folder: Path, **run: Any) -> SFTTrainer:
+    settings = SFTConfig(
+        data=DemonstrationDataConfig(eval_fraction=0.2),
+        sft=SFTSettings(batch_size=2),
+        run=RunConfig(output_dir=str(folder), dtype="float32", **run),
+    )
+    data = [{"prompt": f"Q{n}", "response": "yes" * n} for n in range(1, 11)]
+    return SFTTrainer(model, data, settings, console=Console(file=io.StringIO()))
+
+
+def reward_model(model: str, folder: Path, **run: Any) -> RewardModelTrainer:
+    settings = RewardModelConfig(
+        data=PreferenceDataConfig(eval_fraction=0.2),
+        reward=RewardModelSettings(batch_size=2),
+        run=RunConfig(output_dir=str(folder), dtype="float32", **run),
+    )
+    quiet = Console(file=io.StringIO())
+    return RewardModelTrainer(model, planted_pairs(10), settings, console=quiet)
+
+
+def fails(trainer: Any, path: str, at: int, error: type[BaseException]) -> Failing:
+    """Call number `at` of the function at `path` within the trainer raises `error`."""
+    *owners, name = path.split(".")
+    for owner in owners:
+        trainer = getattr(trainer, owner)
+    failing = Failing(getattr(trainer, name), at, error)
+    setattr(trainer, name, failing)
+    return failing
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "at", "error", "kept"),
+    [
+        (ppo, "engine.score_each", 6, UserError, 2),
+        (ppo, "engine.generate", 4, KeyboardInterrupt, 3),
+        (ppo, "engine.policy.policy_loss", 5, OUT_OF_MEMORY, 2),  # of two passes in a step
+        (ppo, "engine.compare_with_reference", 4, OUT_OF_MEMORY, 2),  # of the evaluation of step 2
+        (ppo, "evaluator.evaluate", 3, UserError, STEPS),  # after the last step
+        (ppo, "evaluator.keep", 2, OSError, 2),
+        (ppo, "_show_samples", 3, OSError, 2),  # when step 2 is logged, and the best is kept
+        (sft, "policy.nll_loss", 3, OUT_OF_MEMORY, 2),
+        (sft, "evaluate", 2, OUT_OF_MEMORY, STEPS),
+        (reward_model, "learner.step", 2, UserError, 1),
+        (reward_model, "evaluate", 2, KeyboardInterrupt, STEPS),
+    ],
+)
+def test_the_last_step_is_kept_and_goes_on_to_the_same_bits(
+    model: str, tmp_path: Path, make: Any, path: str, at: int, error: type[BaseException], kept: int
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = make(model, whole)
+    expected.train()
+    failing = make(model, cut)
+    fails(failing, path, at, error)
+    with pytest.raises(error) as caught:
+        failing.train()
+    [note] = caught.value.__notes__
+    assert f"Step {kept} is kept in {cut}/checkpoints/step-{kept:06d}: " in note
+    assert f"run.output_dir={cut} run.resume=true" in note
+    torch.manual_seed(99)  # another process would stand elsewhere
+    resumed = make(model, cut, resume=True)
+    resumed.train()
+    assert untimed(cut / "metrics.jsonl") == untimed(whole / "metrics.jsonl")
+    for name in {file.name for file in whole.iterdir()} & {"policy", "critic", "reward_model"}:
+        assert same(weights(cut / name), weights(whole / name))
+    for name in ("samples.jsonl", "critic.jsonl", "best/best.json") if make is ppo else ():
+        assert (cut / name).read_text() == (whole / name).read_text()
+        assert resumed.evaluator.state_dict() == expected.evaluator.state_dict()
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 2])
+def test_half_an_update_is_not_kept(model: str, tmp_path: Path, checkpoint_every: int) -> None:
+    trainer = ppo(model, tmp_path / "run", checkpoint_every=checkpoint_every)
+    fails(trainer, "engine.learner.step", 6, OUT_OF_MEMORY)  # of two in a step, in the third
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    [note] = caught.value.__notes__
+    assert note.startswith("Step 3 had begun to change the weights, which cannot be undone. ")
+    ending = "Step 2 is kept in " if checkpoint_every else "Nothing is kept; with run.checkpoint_"
+    assert note.partition("undone. ")[2].startswith(ending)
+    kept = ["step-000002"] * bool(checkpoint_every)
+    assert [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()] == kept
+
+
+def test_nothing_is_said_before_there_is_a_step(model: str, tmp_path: Path) -> None:
+    trainer = ppo(model, tmp_path / "run")
+    fails(trainer, "engine.generate", 1, UserError)
+    with pytest.raises(UserError) as caught:
+        trainer.train()
+    assert not hasattr(caught.value, "__notes__")
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer = sft(model, tmp_path / "run")
+    fails(trainer, "policy.nll_loss", 3, OUT_OF_MEMORY)
+    monkeypatch.setattr("ppo_engine.run.checkpoint.save_training_state", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    assert "Step 2 could not be kept ([Errno 28] No space left" in caught.value.__notes__[0]
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "at"),
+    [(ppo, "engine.critic.learner.step", 4), (sft, "learner.step", 2)],
+)
+def test_ctrl_c_waits_for_the_weights(
+    model: str, tmp_path: Path, make: Any, path: str, at: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Between two mini-batches of step 2."""
+    trainer = make(model, tmp_path / "run")
+    calls = []
+    *owners, name = path.split(".")
+    owner: Any = trainer
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    step = getattr(owner, name)
+
+    def interrupted() -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    setattr(owner, name, interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert "Step 2 is kept" in caught.value.__notes__[0]
+    assert "this step is finished first" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_does_not_wait(model: str, tmp_path: Path) -> None:
+    trainer = ppo(model, tmp_path / "run")
+    step = trainer.engine.learner.step
+
+    def interrupted() -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    trainer.engine.learner.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.step == 0 and [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [
+        0
+    ]
+
+
+def test_a_run_goes_on_with_smaller_micro_batches(model: str, tmp_path: Path) -> None:
+    """After one that was out of memory."""
+    trainer = sft(model, tmp_path / "run")
+    fails(trainer, "policy.nll_loss", 2, OUT_OF_MEMORY)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    again = sft(model, tmp_path / "run", resume=True)
+    again.config = replace(again.config, sft=replace(again.config.sft, micro_batch_size=1))
+    again.train()
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == list(range(STEPS + 1))
