@@ -1,4 +1,4 @@
-"""The command line: `ppo-engine demo | sft | reward | ppo | grpo | generate | doctor`.
+"""The command line: `ppo-engine demo | sft | reward | ppo | grpo | generate | inspect | doctor`.
 
 Settings come from --config, then from the flags, then from `key=value`. torch and transformers are
 imported by the commands that need them, so that help and errors in settings are instant.
@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,25 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--n", metavar="K", help="responses to each prompt")
     _add_reward(generate, "score the responses, and show best-of-n scores")
 
+    inspects = _add(
+        commands,
+        "inspect",
+        _inspect,
+        "show rows of data token by token, exactly as a command will give them to a model",
+        [
+            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--data", "data.path", "any data: JSONL, parquet, a saved data set"),
+        ],
+        writes=False,
+    )
+    inspects.add_argument(
+        "--as",
+        dest="kind",
+        choices=("sft", "preferences", "prompts"),
+        help="what the rows are: for sft, reward, or ppo and grpo; default: guessed",
+    )
+    inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
+
     doctor = commands.add_parser(
         "doctor", help="check what is installed, what runs, what is missing and what that costs"
     )
@@ -153,25 +173,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Any, name: str, run: Callable[..., Any], summary: str, flags: Sequence[Flag]
+    commands: Any,
+    name: str,
+    run: Callable[..., Any],
+    summary: str,
+    flags: Sequence[Flag],
+    *,
+    writes: bool = True,
 ) -> argparse.ArgumentParser:
-    """A command that trains or writes, with the options that all of them share."""
+    """A command with settings, and the options that all of these share."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"Any setting can be given as key=value; see them all: ppo-engine {name} --dry-run",
+        epilog="Any setting can be given as key=value; see them all: "
+        f"ppo-engine {name if writes else 'sft'} --dry-run",
         usage=f"ppo-engine {name} [options] [key=value ...]",
         allow_abbrev=False,
     )
     for flag in flags:
         parser.add_argument(flag.name, metavar=flag.metavar, help=flag.help)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings")
-    parser.add_argument("--output-dir", metavar="DIR", help="folder for the results; must be new")
+    parser.set_defaults(output_dir=None)
+    if writes:
+        parser.add_argument(
+            "--output-dir", metavar="DIR", help="folder for the results; must be new"
+        )
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the resolved settings and stop"
+        )
     parser.add_argument("--seed", metavar="N", help="random seed")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved settings and stop"
-    )
     parser.set_defaults(run=run, parser=parser, flags=flags)
     return parser
 
@@ -274,10 +305,14 @@ def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], dat
         raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
     _quiet_libraries()
     if not config.model.path:
-        from ppo_engine.demo.model import model_path
-
-        config = replace(config, model=replace(config.model, path=model_path()))
+        config = replace(config, model=replace(config.model, path=_demo_model()))
     return config
+
+
+def _demo_model() -> str:
+    from ppo_engine.demo.model import model_path
+
+    return model_path()
 
 
 def _ppo(options: argparse.Namespace, rest: list[str]) -> None:
@@ -328,6 +363,42 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.generate import generate
 
     generate(config)
+
+
+def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
+    """With the settings of each command whose rows these may be: where the kind is not given, it is
+    guessed among those that have all the settings that are."""
+    from ppo_engine.settings.files import load_config
+    from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
+
+    if options.rows < 0:
+        raise UserError(f"--rows must be 0 or more, not {options.rows}.")
+    classes: dict[str, Any] = {
+        "preferences": RewardModelConfig,
+        "sft": SFTConfig,
+        "prompts": PPOConfig,
+    }
+    configs: dict[str, Any] = {}
+    problems = []
+    for kind in [options.kind] if options.kind else classes:
+        model = "policy.path" if kind == "prompts" else "model.path"
+        options.flags = [Flag("--model", model, ""), Flag("--data", "data.path", "")]
+        try:
+            configs[kind] = load_config(classes[kind], options.config, _overrides(options, rest))
+        except UserError as problem:
+            problems.append(problem)
+    if not configs:
+        raise problems[0]
+    config = next(iter(configs.values()))
+    if not config.data.path:
+        raise UserError("No data were given: --data FILE.jsonl, or data.path=FILE.")
+    _quiet_libraries()
+    from ppo_engine.inspection.page import inspect
+
+    if isinstance(sys.stdout, TextIOWrapper):  # data holds any character, an encoding perhaps not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    trained = config.policy if isinstance(config, PPOConfig) else config.model
+    inspect(configs, trained.path or _demo_model(), options.rows, options.kind)
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> int:

@@ -92,7 +92,7 @@ def generate(config: GenerateConfig) -> None:
         examples,
         policy.renderer,
         data.max_prompt_tokens,
-        room=generation.room_for_prompts(policy, config.generation),
+        room=generation.room_for_prompts(policy.model, config.generation),
         on_bad_line=data.on_bad_line,
     )
     if rewards is not None:

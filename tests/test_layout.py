@@ -27,7 +27,7 @@ ORDER = (
     ("ppo",),
     ("training",),
     ("demo",),
-    ("generate", "doctor"),
+    ("generate", "inspection", "doctor"),
     ("cli",),
     ("__main__", "__init__"),
 )

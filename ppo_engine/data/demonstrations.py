@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ppo_engine.data.forms import (
     take_prompt,
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
+from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
 from ppo_engine.text.encoding import Message, Prompt
 from ppo_engine.text.renderer import Renderer
@@ -48,6 +49,8 @@ class EncodedExample:
     ids: list[int]
     trained: list[bool]
     group: int = 0  # index of its prompt
+    place: str = field(default="", repr=False)  # its row's in the data
+    truncated: tuple[int, int] = field(default=(0, 0), repr=False)  # tokens: at the start, the end
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,6 +91,45 @@ def load_demonstrations(
     return found, bad_lines.skipped
 
 
+def encode_demonstrations(
+    renderer: Renderer,
+    rows: Sequence[Demonstration],
+    limit: int,
+    *,
+    name: str,
+    on_bad_line: OnBadLine = "error",
+) -> tuple[list[EncodedExample], SkippedLines, list[str]]:
+    """The token ids of `rows`, truncated to `limit`; what was left out; and notes on what became
+    of the others. `name` says which rows these are."""
+    bad_lines = BadLines(on_bad_line)
+    encoded: list[EncodedExample] = []
+    apart = 0
+    groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
+    for index, row in enumerate(rows):
+        try:
+            found = encode_demonstration(renderer, row)
+        except BadLineError as error:
+            bad_lines.add(row.place, error.reason, error.detail)
+            continue
+        apart += len(found) > 1
+        encoded += [replace(one, group=groups[index], place=row.place) for one in found]
+    if rows and not encoded:
+        raise UserError(f"No {name} example is left: {bad_lines.skipped}.")
+    notes = []
+    if apart:
+        notes.append(
+            f"{apart} {name} conversations become one example per answer: the chat template "
+            "rewrites earlier answers."
+        )
+    long = sum(len(example) > limit for example in encoded)
+    if long:
+        notes.append(
+            f"{long} of {len(encoded)} {name} examples were truncated to {limit} tokens "
+            "(data.max_tokens, or the model's context)."
+        )
+    return [cut(example, limit) for example in encoded], bad_lines.skipped, notes
+
+
 def encode_demonstration(renderer: Renderer, example: Demonstration) -> list[EncodedExample]:
     """An example as token ids; learned are the tokens of its responses and of what ends them. One
     for each answer where the chat template rewrites earlier ones.
@@ -107,7 +149,12 @@ def cut(example: EncodedExample, limit: int) -> EncodedExample:
     excess = max(0, len(example) - limit)
     start = min(excess, max(0, example.trained.index(True) - limit // 2))
     kept = slice(start, start + limit)
-    return replace(example, ids=example.ids[kept], trained=[False, *example.trained[kept][1:]])
+    return replace(
+        example,
+        ids=example.ids[kept],
+        trained=[False, *example.trained[kept][1:]],
+        truncated=(start, excess - start),
+    )
 
 
 def _demonstration_of(columns: Columns, rules: ChatRules) -> Demonstration:

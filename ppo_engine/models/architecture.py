@@ -33,8 +33,10 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 
 def context_length(model: Any) -> int:
-    """The context length of a model; `sys.maxsize` where its family has no limit."""
-    text = unwrap(model).config.get_text_config()
+    """The context length of a model, or of the one that a Hugging Face configuration describes;
+    `sys.maxsize` where its family has no limit."""
+    unwrapped = unwrap(model)
+    text = getattr(unwrapped, "config", unwrapped).get_text_config()
     return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 

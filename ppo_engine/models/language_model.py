@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, loading, precision, probes
@@ -56,7 +56,7 @@ class LanguageModel:
         loading.resize_embeddings(model, tokenizer)
         self.renderer = Renderer(
             tokenizer,
-            end_ids=_eos_ids(model, tokenizer),
+            end_ids=eos_ids(model.generation_config, tokenizer),
             arguments=template_arguments,
             date=date,
         )
@@ -289,8 +289,8 @@ class LanguageModel:
         return states if self._head is None else self._head.logits(self._output_layer, states)
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every EOS token: the tokenizer's, and those of the checkpoint's generation config."""
-    named = getattr(model.generation_config, "eos_token_id", None)
+    named = getattr(generation_config, "eos_token_id", None)
     extra = named if isinstance(named, list) else [] if named is None else [named]
     return sorted({tokenizer.eos_token_id, *extra} - {tokenizer.pad_token_id})

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -54,6 +55,15 @@ def load_model_config(path: str) -> Any:
         raise UserError(
             f"Could not load a model from {path!r}{nowhere}: {first_line(error)}"
         ) from error
+
+
+def read_generation_config(path: str, config: Any) -> GenerationConfig:
+    """What the model at `path` would have as its generation config, without loading it: that of
+    its folder, else what its configuration says."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return GenerationConfig.from_model_config(config)
 
 
 def open_tokenizer(

@@ -57,9 +57,10 @@ def generate(
     )
 
 
-def room_for_prompts(policy: LanguageModel, settings: GenerationConfig) -> int:
-    """Tokens that the model's context leaves for a prompt; a UserError where there are none."""
-    positions = architecture.context_length(policy.model)
+def room_for_prompts(model: Any, settings: GenerationConfig) -> int:
+    """Tokens that the context of a model (or of its configuration) leaves for a prompt; a UserError
+    where there are none."""
+    positions = architecture.context_length(model)
     room = positions - settings.max_new_tokens
     if room < 1:
         raise UserError(

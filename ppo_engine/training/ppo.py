@@ -361,7 +361,7 @@ class PPOTrainer:
             examples,
             self.engine.policy.renderer,
             self.config.data.max_prompt_tokens,
-            room=room_for_prompts(self.engine.policy, self.config.generation),
+            room=room_for_prompts(self.engine.policy.model, self.config.generation),
             on_bad_line=self.config.data.on_bad_line,
         )
         self.notes += skipped.notes("Prompts")

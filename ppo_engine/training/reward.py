@@ -5,9 +5,7 @@ All ordered pairs of a prompt come from one forward pass of its K responses.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
 from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, sample_rankings
-from ppo_engine.data.rows import BadLines, SkippedLines
-from ppo_engine.data.split import prompt_groups
+from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
 from ppo_engine.models import architecture, freezing, loading, precision, value_model
@@ -27,24 +25,9 @@ from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
 from ppo_engine.text.encoding import pad_left
 from ppo_engine.text.renderer import Renderer
-from ppo_engine.text.template import TemplateError
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_kernels import pairwise_loss, ranking_loss
 from ppo_kernels.reference import PairwiseStats
-
-
-@dataclass(frozen=True)
-class EncodedRanking:
-    """A `Ranking` as token sequences, prompt and response each, the best first."""
-
-    rows: list[list[int]]
-    ranks: list[int]
-    margin: float | None
-    group: int  # index of its prompt
-
-    def __len__(self) -> int:
-        """Tokens of the longest row, which is what a micro-batch is padded to."""
-        return max(map(len, self.rows))
 
 
 class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
@@ -149,58 +132,13 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         return freezing.prepare_for_training(model, config, "SEQ_CLS")
 
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
-        """Token ids. Of responses that are equal once truncated only the best is kept; a ranking
-        left without a pair is dropped. Both are noted."""
         limit = min(self.config.data.max_tokens, architecture.context_length(self.model))
-        bad_lines = BadLines(self.config.data.on_bad_line)
-        encoded, cut, same = [], 0, 0
-        groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
-        for index, ranking in enumerate(rows):
-            try:
-                full = self._dialogues(ranking, sys.maxsize)
-            except TemplateError as error:  # such as "roles must alternate"
-                bad_lines.add(ranking.place, error.reason, error.detail)
-                continue
-            long = max(map(len, full)) > limit
-            cut += long
-            ids = self._dialogues(ranking, limit) if long else full
-            kept = [i for i, row in enumerate(ids) if row not in ids[:i]]
-            same += len(kept) < len(ids)
-            kept_ids, ranks = [ids[i] for i in kept], [ranking.ranks[i] for i in kept]
-            if count_pairs(ranks):
-                encoded.append(EncodedRanking(kept_ids, ranks, ranking.margin, groups[index]))
-        if bad_lines.skipped.total:
-            self.notes.append(f"Preferences: {bad_lines.skipped}.")
-        if cut:
-            self.notes.append(
-                f"{cut} of {len(rows)} {name} preferences were truncated to {limit} tokens "
-                "(data.max_tokens, or the model's context)."
-            )
-        if same:
-            self.notes.append(
-                f"{same} {name} preferences have responses with the same tokens: of these, "
-                "only the best is kept."
-            )
-        if rows and not encoded:
-            refused = f"; {bad_lines.skipped}" if bad_lines.skipped.total else ""
-            raise UserError(
-                f"No {name} preference is left: within {limit} tokens (data.max_tokens, or the "
-                f"model's context), the responses of {same} are the same{refused}."
-            )
+        on_bad_line = self.config.data.on_bad_line
+        encoded, skipped, notes = encode_rankings(
+            self.renderer, rows, limit, name=name, on_bad_line=on_bad_line
+        )
+        self.notes += [*skipped.notes("Preferences"), *notes]
         return encoded
-
-    def _dialogues(self, ranking: Ranking, limit: int) -> list[list[int]]:
-        ended = ranking.finished or [True] * len(ranking.responses)
-        return [
-            self.renderer.scored(
-                ranking.prompt,
-                response if isinstance(response, str) else [response],
-                finished=finished,
-                max_tokens=limit,
-                options=ranking.options,
-            )
-            for response, finished in zip(ranking.responses, ended, strict=True)
-        ]
 
     def _refuse_settings_of_pairs(self, rankings: Sequence[EncodedRanking]) -> None:
         """Margins and centering are defined for pairs; nothing is ignored silently."""

@@ -7,7 +7,6 @@ excluded. It comes from hidden states before these tokens; the logits of all nev
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine.data.demonstrations import (
     Demonstration,
     EncodedExample,
-    cut,
-    encode_demonstration,
+    encode_demonstrations,
     load_demonstrations,
 )
-from ppo_engine.data.rows import BadLineError, BadLines, SkippedLines
-from ppo_engine.data.split import prompt_groups
+from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture
 from ppo_engine.models.language_model import LanguageModel
@@ -110,34 +107,15 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return self.policy.model.train()
 
     def _encode(self, rows: Sequence[Demonstration], name: str) -> list[EncodedExample]:
-        limit = self._limit_of_tokens()
-        bad_lines = BadLines(self.config.data.on_bad_line)
-        encoded, apart = [], 0
-        groups = {i: group for group, found in enumerate(prompt_groups(rows)) for i in found}
-        for index, row in enumerate(rows):
-            try:
-                found = encode_demonstration(self.policy.renderer, row)
-            except BadLineError as error:
-                bad_lines.add(row.place, error.reason, error.detail)
-                continue
-            apart += len(found) > 1
-            encoded += [replace(example, group=groups[index]) for example in found]
-        long = sum(len(example) > limit for example in encoded)
-        if bad_lines.skipped.total:
-            self.notes.append(f"Examples: {bad_lines.skipped}.")
-        if apart:
-            self.notes.append(
-                f"{apart} {name} conversations become one example per answer: the chat template "
-                "rewrites earlier answers."
-            )
-        if long:
-            self.notes.append(
-                f"{long} of {len(encoded)} {name} examples were truncated to {limit} tokens "
-                "(data.max_tokens, or the model's context)."
-            )
-        if rows and not encoded:
-            raise UserError(f"No {name} example is left: {bad_lines.skipped}.")
-        return [cut(example, limit) for example in encoded]
+        encoded, skipped, notes = encode_demonstrations(
+            self.policy.renderer,
+            rows,
+            self._limit_of_tokens(),
+            name=name,
+            on_bad_line=self.config.data.on_bad_line,
+        )
+        self.notes += [*skipped.notes("Examples"), *notes]
+        return encoded
 
     def _limit_of_tokens(self) -> int:
         return min(self.config.data.max_tokens, architecture.context_length(self.policy.model))
