@@ -66,8 +66,11 @@ def test_padding_changes_no_value_and_no_score(family, side):
 
 @pytest.mark.parametrize(("family", "right"), [("rwkv", False), ("xlstm", False), ("llama", True)])
 def test_a_cache_that_gives_other_logits_is_not_used(family, right):
-    policy = open_policy(of_family(family))
+    model = of_family(family)
+    model.generation_config.num_beams = 3  # which is not looked at
+    policy = open_policy(model)
     assert policy.continues_from_cache == right
+    assert policy.model.generation_config.num_beams == 3
     assert any("without a cache" in note for note in sampling_notes(policy)) != right
 
 

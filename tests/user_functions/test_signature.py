@@ -92,9 +92,8 @@ def test_completions_of_several_turns_are_all_messages_after_the_prompt():
         environment=EnvironmentConfig(max_turns=2),
         generation=GenerationConfig(max_new_tokens=3),
     )
-    engine.policy.renderer.end_ids = list(
-        range(engine.policy.tokenizer.vocab_size + 3)
-    )  # every turn ends
+    every = range(engine.policy.tokenizer.vocab_size + 3)
+    engine.policy.renderer.end_ids = list(every)  # every turn ends
     assert engine.score(engine.generate([CHAT])).tolist() == [4]
 
 
