@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
+from ppo_engine.models.adapter_folder import unstack
 from ppo_engine.models.adapters import merged
+from ppo_engine.models.storage import as_stored, in_fp32, named_dtype
 from ppo_engine.settings.schema import ModelConfig
 
 
@@ -42,12 +45,33 @@ def load_model_config(path: str) -> Any:
         raise UserError(
             f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
         )
+    failure: Exception | None = None
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
+        failure = error
+    # Where nothing can be reached, adapters would be waited for as long again.
+    unreachable = "couldn't connect" in str(failure)
+    base, adapters = (path, []) if unreachable else unstack(path)
+    if adapters:
+        config = _config_of_base(base, path)
+        for adapter in adapters:
+            adapter.describe(config)
+    elif failure is not None:
         nowhere = "" if Path(path).is_dir() else f" (and there is no folder {path!r} here)"
         raise UserError(
-            f"Could not load a model from {path!r}{nowhere}: {first_line(error)}"
+            f"Could not load a model from {path!r}{nowhere}: {first_line(failure)}"
+        ) from failure
+    return config
+
+
+def _config_of_base(base: str, path: str) -> Any:
+    try:
+        return load_model_config(base)
+    except UserError as error:
+        raise UserError(
+            f"The base of the adapters in {path!r} cannot be had: {error} Its place is "
+            "base_model_name_or_path in adapter_config.json."
         ) from error
 
 
@@ -97,10 +121,36 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return options | {"quantization_config": settings, "device_map": {"": device}}
 
 
+def read_pretrained(auto_class: Any, path: str, options: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """A model from `path` (folder or name; adapters are merged into their base), in fp32 or as
+    `options` say, and the names of weights that its checkpoint lacks.
+
+    Raises what `from_pretrained` does.
+    """
+    base, adapters = unstack(path)
+    if "quantization_config" in options:
+        if adapters:
+            raise UserError(
+                f"{path!r} holds adapters, which cannot be merged into a quantized base: leave "
+                "quantization unset, or merge them first (peft: `merge_and_unload`)."
+            )
+        model, info = auto_class.from_pretrained(base, output_loading_info=True, **options)
+        return model, set(info["missing_keys"])
+    dtype = named_dtype(AutoConfig.from_pretrained(base))
+    wanted = "auto" if dtype is None else torch.float32  # auto: that of the weights
+    model, info = auto_class.from_pretrained(
+        base, output_loading_info=True, **{**options, "dtype": wanted}
+    )
+    model, missing = in_fp32(model, dtype), set(info["missing_keys"])
+    for adapter in adapters:
+        missing -= adapter.merge_into(model)
+    return model, missing
+
+
 def read_language_model(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """A causal language model from `path` (folder or name); a UserError says why not."""
     try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, **options))
+        return cast(PreTrainedModel, read_pretrained(AutoModelForCausalLM, path, options)[0])
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"Could not load a language model from {path!r}: {first_line(error)}"
@@ -115,10 +165,18 @@ def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str = "auto"
+) -> None:
+    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere.
+
+    In the dtype that the model came in, or in `dtype` (`run.save_dtype`); what was the merged base
+    of quantized layers is in fp32.
+    """
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "left"  # as the engine generates, whatever a given one does
     with quiet_transformers():
-        merged(model).save_pretrained(folder)
+        as_stored(merged(model), dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
-from ppo_engine.models import adapters, architecture, freezing, loading
+from ppo_engine.models import adapters, architecture, freezing, loading, storage
 from ppo_engine.settings.schema import ModelConfig
 
 _HEAD_NAMES = ("score", "classifier")
@@ -69,21 +69,20 @@ def read_value_model(
         )
     try:
         with loading.quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, lacking = loading.read_pretrained(
+                AutoModelForSequenceClassification,
                 path,
-                num_labels=1,
-                output_loading_info=True,
-                **(options or {"dtype": torch.float32}),
+                {"num_labels": 1, **(options or {"dtype": torch.float32})},
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise UserError(f"Could not load a value model from {path!r}: {reason}") from error
 
     head_name, head = _find_head(model)
-    missing = {name for name in info["missing_keys"] if not name.startswith(f"{head_name}.")}
+    missing = {name for name in lacking if not name.startswith(f"{head_name}.")}
     if missing:
         raise UserError(f"The checkpoint {path!r} lacks the weights {_some(missing)}.")
-    if info["missing_keys"]:
+    if lacking:
         if require_head:
             raise UserError(
                 f"{path!r} has no score head, so it cannot score responses: train a reward model "
@@ -124,7 +123,7 @@ def make_critic(
         options = loading.load_options(config, device, dtype)
         critic = load_value_model(config.path, tokenizer, device=device, seed=seed, options=options)
     elif reward_model is not None:
-        critic = copy.deepcopy(reward_model).float().requires_grad_(True)
+        critic = storage.in_fp32(copy.deepcopy(reward_model)).requires_grad_(True)
     else:
         critic = value_model_from_policy(policy, tokenizer, seed)
     return freezing.prepare_for_training(critic, config, "SEQ_CLS")
@@ -139,6 +138,7 @@ def value_model_from_policy(
     config.num_labels = 1
     with loading.quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model = storage.in_fp32(model, storage.stored_dtype(policy))
     model.base_model.load_state_dict(policy.base_model.state_dict())
     init_head(_find_head(model)[1], seed)
     return ready_value_model(model, tokenizer, device)

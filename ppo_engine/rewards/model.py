@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.models import architecture, loading, precision
+from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
 from ppo_engine.text.encoding import Prompt, encode_dialogue, pad_left
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
@@ -87,7 +88,7 @@ def load_reward_model(
     """The reward model at `path`, a folder or name; a UserError where it has no score head."""
     path = loading.resolve(path)
     loading.load_model_config(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(tokenizer_source(path))
     model = read_value_model(path, require_head=True)
     return RewardModel(
         model, tokenizer, device=device, dtype=dtype, micro_batch_size=micro_batch_size

@@ -26,6 +26,7 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import UserError
 from ppo_engine.models import loading, precision
+from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.run.checkpoint import (
     load_training_state,
@@ -83,8 +84,9 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         if tokenizer is None:
             if isinstance(model, PreTrainedModel):
                 raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
-            loading.load_model_config(loading.resolve(config.model.path))
-            tokenizer = load_tokenizer(loading.resolve(config.model.path))
+            path = loading.resolve(config.model.path)
+            loading.load_model_config(path)
+            tokenizer = load_tokenizer(tokenizer_source(path))
         separate_pad_from_eos(tokenizer)  # of a model object
         self.tokenizer = tokenizer
         self.notes: list[str] = []
