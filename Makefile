@@ -3,12 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MINIMUM := .venv-minimum
+ROOMS := $(addprefix tests/,settings text data models rollout rewards run ppo training)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 
-.PHONY: demo smoke test mutants fuzz sanitize valgrind lint bench build clean
+.PHONY: demo smoke test test-minimum mutants fuzz sanitize valgrind lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -18,6 +20,10 @@ smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute
 
 test: $(VENV)/dev.stamp  ## everything that runs without a GPU
 	$(BIN)/python -m pytest -q -n 2
+
+# The rooms of the engine; the ops do not depend on the versions of these packages.
+test-minimum: $(MINIMUM)/stamp  ## the engine under the oldest versions declared; installs 6 GB
+	PYTHONPATH=kernels:. $(MINIMUM)/bin/python -m pytest -q -n 2 $(ROOMS)
 
 mutants: $(VENV)/dev.stamp  ## bugs planted in ppo_engine, one at a time: which do the tests see?
 	$(BIN)/python tests/mutants.py
@@ -44,7 +50,7 @@ build: $(VENV)/dev.stamp  ## the compiled kernels, in place, after a change in c
 	$(BIN)/python setup.py build_ext --inplace
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/ppo_kernels/_c*.so kernels/ppo_kernels/_build_info.json
+	rm -rf $(VENV) $(MINIMUM) build dist *.egg-info kernels/ppo_kernels/_c*.so kernels/ppo_kernels/_build_info.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +64,13 @@ $(VENV)/demo.stamp: $(SOURCES) | $(BIN)/python
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,lora,tensorboard]'
+	touch $@
+
+# With the kernels that are compiled in place.
+$(MINIMUM)/stamp: tests/minimum.txt $(VENV)/dev.stamp
+	$(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --upgrade pip
+	$(MINIMUM)/bin/python -m pip install --quiet -r tests/minimum.txt
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/demo.stamp

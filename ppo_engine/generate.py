@@ -23,6 +23,7 @@ from ppo_engine.data.prompts import (
 )
 from ppo_engine.errors import UserError
 from ppo_engine.models import loading, precision
+from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
@@ -60,8 +61,9 @@ def generate(config: GenerateConfig) -> None:
         file = RowFile(config.output, settings, free, resume=config.resume)
         date = datetime.date.fromisoformat(file.settings["date"])
     device = precision.choose_device(config.device)
-    loading.load_model_config(config.model)
-    tokenizer = load_tokenizer(config.model)
+    path = loading.resolve(config.model)
+    loading.load_model_config(path)
+    tokenizer = load_tokenizer(tokenizer_source(path))
     data = config.data
     if config.prompt:
         text = config.prompt

@@ -96,6 +96,18 @@ def test_constraints_pin_every_dependency_but_torchs_own() -> None:
     assert missing == {"triton"}  # torch's builds for CUDA want one exact version, each its own
 
 
+def test_the_minimum_is_tested_as_it_is_declared() -> None:
+    """`make test-minimum` runs with the first of the versions that each dependency admits."""
+    pinned = dict(
+        line.split("==") for line in (ROOT / "tests/minimum.txt").read_text().splitlines()
+        if "==" in line
+    )  # fmt: skip
+    declared = dict(name.split(">=") for name in PROJECT["dependencies"] if ">=" in name)
+    assert pinned.keys() == declared.keys()
+    for name, version in declared.items():
+        assert pinned[name] == version or pinned[name].startswith(f"{version}.")
+
+
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 

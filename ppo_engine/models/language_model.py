@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture, loading, precision, probes
+from ppo_engine.models import architecture, generation_config, loading, precision, probes
+from ppo_engine.models.adapter_folder import tokenizer_source
+from ppo_engine.models.checkpoint import read_language_model
 from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
 from ppo_engine.models.output_head import find_output_head
+from ppo_engine.models.storage import in_fp32
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.spans import span
@@ -56,10 +59,11 @@ class LanguageModel:
         loading.resize_embeddings(model, tokenizer)
         self.renderer = Renderer(
             tokenizer,
-            end_ids=eos_ids(model.generation_config, tokenizer),
+            end_ids=generation_config.declared_ends(model.generation_config, model.config),
             arguments=template_arguments,
             date=date,
         )
+        generation_config.settle(model, tokenizer, self.renderer.end_ids)
         architecture.make_repeatable(model)
         self.balance = BalanceLoss.of(model)
         self.heeds_padding = probes.heeds_padding(model)
@@ -83,21 +87,21 @@ class LanguageModel:
             path = loading.resolve(model or config.path)
             if loading.is_classifier(loading.load_model_config(path)):
                 raise UserError(f"{path!r} is a classifier: give a causal language model.")
-            tokenizer = tokenizer or load_tokenizer(path)
+            tokenizer = tokenizer or load_tokenizer(tokenizer_source(path))
             options = loading.load_options(config, device, dtype)
-            model = loading.read_language_model(path, options)
+            model = read_language_model(path, options)
         elif tokenizer is None:
             raise UserError("A model object needs its tokenizer: pass tokenizer=….")
         else:
             separate_pad_from_eos(tokenizer)
-            model = model.float()
+            model = in_fp32(model)
         opened = cls(model, tokenizer, device=device, dtype=dtype, **template)
         opened.model = prepare_for_training(model, config, "CAUSAL_LM").eval()
         return opened
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, dtype: str = "auto") -> None:
         """Write weights (adapters merged) and tokenizer, as `loading.save_model`."""
-        loading.save_model(self.model, self.tokenizer, folder)
+        loading.save_model(self.model, self.tokenizer, folder, dtype)
 
     def reference(self) -> LanguageModel | None:
         """A frozen copy; layers that this one never trains are shared with it.
@@ -287,10 +291,3 @@ class LanguageModel:
 
     def _logits(self, states: Tensor) -> Tensor:
         return states if self._head is None else self._head.logits(self._output_layer, states)
-
-
-def eos_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every EOS token: the tokenizer's, and those of the checkpoint's generation config."""
-    named = getattr(generation_config, "eos_token_id", None)
-    extra = named if isinstance(named, list) else [] if named is None else [named]
-    return sorted({tokenizer.eos_token_id, *extra} - {tokenizer.pad_token_id})

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,7 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
+from ppo_engine.models.adapter_folder import tokenizer_source, unstack
 from ppo_engine.models.adapters import merged
+from ppo_engine.models.storage import as_stored
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
@@ -48,22 +47,34 @@ def load_model_config(path: str) -> Any:
         raise UserError(
             f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
         )
+    failure: Exception | None = None
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
+        failure = error
+    # Where nothing can be reached, adapters would be waited for as long again.
+    unreachable = "couldn't connect" in str(failure)
+    base, adapters = (path, []) if unreachable else unstack(path)
+    if adapters:
+        config = _config_of_base(base, path)
+        for adapter in adapters:
+            adapter.describe(config)
+    elif failure is not None:
         nowhere = "" if Path(path).is_dir() else f" (and there is no folder {path!r} here)"
         raise UserError(
-            f"Could not load a model from {path!r}{nowhere}: {first_line(error)}"
-        ) from error
+            f"Could not load a model from {path!r}{nowhere}: {first_line(failure)}"
+        ) from failure
+    return config
 
 
-def read_generation_config(path: str, config: Any) -> GenerationConfig:
-    """What the model at `path` would have as its generation config, without loading it: that of
-    its folder, else what its configuration says."""
+def _config_of_base(base: str, path: str) -> Any:
     try:
-        return GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError):
-        return GenerationConfig.from_model_config(config)
+        return load_model_config(base)
+    except UserError as error:
+        raise UserError(
+            f"The base of the adapters in {path!r} cannot be had: {error} Its place is "
+            "base_model_name_or_path in adapter_config.json."
+        ) from error
 
 
 def open_tokenizer(
@@ -75,7 +86,7 @@ def open_tokenizer(
         if model is not None and not isinstance(model, str):
             raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
         load_model_config(resolve(path))
-        return load_tokenizer(resolve(path))
+        return load_tokenizer(tokenizer_source(resolve(path)))
     separate_pad_from_eos(given)
     return given
 
@@ -126,83 +137,6 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return options | {"quantization_config": settings, "device_map": {"": device}}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model as it was loaded, and how its checkpoint differs from it."""
-
-    model: PreTrainedModel
-    missing: set[str]  # parameters that the checkpoint lacks: they have random values
-    unused: set[str]  # weights of the checkpoint that the model has no place for
-
-
-def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> Checkpoint:
-    """`model_class.from_pretrained` for `path` (folder or name); a UserError says why not.
-
-    Weights of another shape, and weights that belong to the model's own modules but have no place
-    there (a layer more than its configuration counts, biases that this does not mention), are such
-    a reason: without them it would be another model. Those of other modules (the head of another
-    kind of model, a vision tower) are left out.
-    """
-    try:
-        model, info = model_class.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"Could not load a model from {path!r}: {first_line(error)}") from error
-    for name, saved, own in sorted(info["mismatched_keys"]):
-        raise UserError(
-            f"The checkpoint {path!r} has {name} in the shape {list(saved)}, but its config.json "
-            f"describes {list(own)}: they do not belong together."
-        )
-    unused = set(info["unexpected_keys"])
-    if inside := {name for name in unused if _is_part_of(model, name)}:
-        raise UserError(
-            f"The checkpoint {path!r} has weights that its config.json does not describe: "
-            f"{some(inside)}. They do not belong together."
-        )
-    parameters = {name for name, _ in model.named_parameters()}
-    return Checkpoint(model, parameters & set(info["missing_keys"]), unused)
-
-
-def _is_part_of(model: PreTrainedModel, weight: str) -> bool:
-    """Whether a `weight` that a model has no place for would change what it computes: it stands in
-    one of its modules, and is no buffer of an older version, such as a mask."""
-    parts = [part for part in (model, model.base_model) if hasattr(part, weight.split(".")[0])]
-    owner, _, name = weight.rpartition(".")
-    for part in parts:
-        with contextlib.suppress(AttributeError):
-            return name in part.get_submodule(owner)._parameters  # None where it is left out
-    return bool(parts)
-
-
-def refuse_missing(path: str, names: set[str]) -> None:
-    """Raise a UserError where a checkpoint lacks the weights `names`."""
-    if names:
-        raise UserError(
-            f"The checkpoint {path!r} lacks the weights {some(names)}: they would be random. Give "
-            "the whole checkpoint."
-        )
-
-
-def some(names: set[str]) -> str:
-    """A few of them, for a message."""
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def read_language_model(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """A causal language model from `path` (folder or name), every weight from there; a UserError
-    says why not."""
-    checkpoint = read_checkpoint(AutoModelForCausalLM, path, options)
-    if any(name.split(".")[0] in SCORE_HEADS for name in checkpoint.unused):
-        raise UserError(
-            f"{path!r} has a score head: it is a reward model or a critic. Give a causal language "
-            "model."
-        )
-    refuse_missing(path, checkpoint.missing)
-    return checkpoint.model
-
-
 def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make room for tokens that were added to the tokenizer; set the ids the model pads with."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -211,10 +145,18 @@ def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere."""
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str = "auto"
+) -> None:
+    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere.
+
+    In the dtype that the model came in, or in `dtype` (`run.save_dtype`); what was the merged base
+    of quantized layers is in fp32.
+    """
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "left"  # as the engine generates, whatever a given one does
     with quiet_transformers():
-        merged(model).save_pretrained(folder)
+        as_stored(merged(model), dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -92,7 +92,7 @@ def _probe_ids(model: Any) -> Tensor:
     """Tokens `[1, L]` that differ from each other, where there are as many."""
     embedding = architecture.unwrap(model).get_input_embeddings()
     count = max(_CONTINUED + 2, min(_TOKENS * 3 // 2, architecture.context_length(model)))
-    return torch.arange(count, device=embedding.weight.device)[None] % embedding.num_embeddings
+    return torch.arange(count, device=embedding.weight.device)[None] % len(embedding.weight)
 
 
 def _read(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import adapters, architecture, freezing, loading
+from ppo_engine.models import adapters, architecture, freezing, loading, storage
+from ppo_engine.models.checkpoint import SCORE_HEADS, read_checkpoint, refuse_missing
 from ppo_engine.models.score_head import value_model_class
 from ppo_engine.settings.schema import ModelConfig
 
@@ -63,7 +64,7 @@ def read_value_model(
             "has exactly one (num_labels=1)."
         )
     with loading.quiet_transformers():
-        checkpoint = loading.read_checkpoint(
+        checkpoint = read_checkpoint(
             value_model_class(config),
             path,
             {"num_labels": 1, **(options or {"dtype": torch.float32})},
@@ -72,7 +73,7 @@ def read_value_model(
     of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}
     # Only a language model has none.
     may_lack = set() if loading.is_classifier(config) else of_head
-    loading.refuse_missing(path, checkpoint.missing - may_lack)
+    refuse_missing(path, checkpoint.missing - may_lack)
     if of_head:
         if require_head:
             raise UserError(
@@ -114,7 +115,7 @@ def make_critic(
         options = loading.load_options(config, device, dtype)
         critic = load_value_model(config.path, tokenizer, device=device, seed=seed, options=options)
     elif reward_model is not None:
-        critic = copy.deepcopy(reward_model).float().requires_grad_(True)
+        critic = storage.in_fp32(copy.deepcopy(reward_model)).requires_grad_(True)
     else:
         critic = value_model_from_policy(policy, tokenizer, seed)
     return freezing.prepare_for_training(critic, config, "SEQ_CLS")
@@ -129,6 +130,7 @@ def value_model_from_policy(
     config.num_labels = 1
     with loading.quiet_transformers():
         model = value_model_class(config)._from_config(config, dtype=torch.float32)
+    model = storage.in_fp32(model, storage.stored_dtype(policy))
     model.base_model.load_state_dict(policy.base_model.state_dict())
     init_head(_find_head(model)[1], seed)
     return ready_value_model(model, tokenizer, device)
@@ -214,11 +216,11 @@ def _apply_head(model: Any, hidden: Tensor) -> Tensor:
 
 
 def _find_head(model: PreTrainedModel) -> tuple[str, Any]:
-    for name in loading.SCORE_HEADS:
+    for name in SCORE_HEADS:
         head = getattr(model, name, None)
         if getattr(head, "out_features", None) == 1:
             return name, head
     raise UserError(
         f"Per-token values cannot be made from {type(model).__name__}: it has no linear layer "
-        f"named {' or '.join(loading.SCORE_HEADS)} with one output."
+        f"named {' or '.join(SCORE_HEADS)} with one output."
     )

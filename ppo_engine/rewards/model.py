@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, loading, precision
+from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
 from ppo_engine.text.encoding import Prompt, pad_left
 from ppo_engine.text.renderer import Renderer, row_options
@@ -113,7 +114,7 @@ def load_reward_model(
     """The reward model at `path`, a folder or name; a UserError where it has no score head."""
     path = loading.resolve(path)
     loading.load_model_config(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(tokenizer_source(path))
     model = read_value_model(path, require_head=True)
     return RewardModel(
         model,

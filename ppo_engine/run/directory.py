@@ -36,6 +36,7 @@ _FREE_KEYS = {
     "run.resume",
     "run.output_dir",
     "run.device",
+    "run.save_dtype",
     "run.checkpoint_every",
     "run.sample_every",
     "run.trackers",

@@ -260,6 +260,8 @@ class RunConfig:
     date: datetime.date | None = None  # for chat templates that show it; None: the day it began
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for compute; weights in training: fp32
+    # Of saved models; auto: the dtype they came in. Checkpoints to resume from keep fp32.
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: bool = False  # continue from the newest checkpoint in output_dir
     checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one, or a failure's
     sample_every: NonNegativeInt = 5  # steps between printed sample responses

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -109,15 +110,12 @@ class ChatTemplate:
         try:
             source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
             arguments = self._known({**self.arguments, **options}, source)
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    [_prepared(message, source) for message in messages],
-                    tokenize=False,
-                    add_generation_prompt=ask,
-                    chat_template=_DATE.sub(self._strftime, source),
-                    **arguments,
-                )
-            )
+            prepared = [_prepared(message, source) for message in messages]
+            dated = _DATE.sub(self._strftime, source)
+            try:
+                text = self._apply(prepared, ask, dated, arguments)
+            except TypeError:  # some families' write the arguments of a call as they come: as text
+                text = self._apply(_with_text_arguments(prepared), ask, dated, arguments)
         except TemplateError:
             raise
         except Exception as error:
@@ -127,6 +125,17 @@ class ChatTemplate:
         if not sampled:
             _check_words(text, messages)
         return text
+
+    def _apply(self, messages: list[Message], ask: bool, source: str, arguments: Options) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=ask,
+                chat_template=source,
+                **arguments,
+            )
+        )
 
     @cached_property
     def ending(self) -> str:
@@ -224,6 +233,22 @@ def _prepared(message: Message, source: str) -> Message:
             f"{' or '.join(map(repr, THOUGHTS))}), so they would be lost: put them into 'content'"
         )
     return {**found, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
+
+
+def _with_text_arguments(messages: list[Message]) -> list[Message]:
+    """The same, with the arguments of tool calls as JSON text."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function = dict(call["function"])
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": function}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 def _check_words(text: str, messages: Sequence[Message]) -> None:

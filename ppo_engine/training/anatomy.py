@@ -105,7 +105,8 @@ def recording(engine: PPOEngine) -> Iterator[profile]:
     activities = [ProfilerActivity.CPU]
     if engine.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with _transformer_spans(engine), profile(activities=activities) as found, span("step"):
+    recorder = profile(activities=activities, acc_events=True)  # torch 2.11 warns without
+    with _transformer_spans(engine), recorder as found, span("step"):
         yield found
 
 

@@ -333,11 +333,13 @@ class PPOTrainer:
         run.rewind(self.step - (self._unreported is not None))
 
     def _save_models(self, run: RunDirectory) -> None:
+        dtype = self.config.run.save_dtype
         with atomic_folder(run.path / "policy") as folder:
-            self.engine.policy.save(folder)
+            self.engine.policy.save(folder, dtype)
         if self.engine.critic is not None:
             with atomic_folder(run.path / "critic") as folder:
-                loading.save_model(self.engine.critic.model, self.engine.policy.tokenizer, folder)
+                tokenizer = self.engine.policy.tokenizer
+                loading.save_model(self.engine.critic.model, tokenizer, folder, dtype)
 
     def _read(
         self, source: str | Path | Iterable[Any], tokenizer: PreTrainedTokenizerBase

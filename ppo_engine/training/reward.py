@@ -19,7 +19,7 @@ from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, 
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
-from ppo_engine.models import architecture, freezing, loading, precision, value_model
+from ppo_engine.models import architecture, freezing, loading, precision, storage, value_model
 from ppo_engine.models.experts import asks_for_balance
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
@@ -115,7 +115,9 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         arguments, date = self.config.data.chat_template_kwargs, self.config.run.date
         self.renderer = Renderer(self.tokenizer, arguments=arguments, date=date)
         if isinstance(model, PreTrainedModel):
-            model = value_model.ready_value_model(model.float(), self.tokenizer, self.device)
+            model = value_model.ready_value_model(
+                storage.in_fp32(model), self.tokenizer, self.device
+            )
         else:
             model = value_model.load_value_model(
                 config.path,
@@ -216,7 +218,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         return sum(map(len, example.rows))
 
     def _save_model(self, folder: Path) -> None:
-        loading.save_model(self.model, self.tokenizer, folder)
+        loading.save_model(self.model, self.tokenizer, folder, self.config.run.save_dtype)
 
     def _summary(self, metrics: dict[str, float]) -> str:
         pairs = sum(count_pairs(ranking.ranks) for ranking in self.held_out)

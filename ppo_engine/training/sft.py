@@ -144,7 +144,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return len(example)
 
     def _save_model(self, folder: Path) -> None:
-        self.policy.save(folder)
+        self.policy.save(folder, self.config.run.save_dtype)
 
     def _summary(self, metrics: dict[str, float]) -> str:
         loss = with_error(metrics, "eval/loss", "{:.4f}")

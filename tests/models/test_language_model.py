@@ -257,7 +257,7 @@ def test_a_missing_pad_token_is_added_apart_from_eos():
     assert rollout.mask[:, 0].all()
 
 
-def test_an_added_pad_token_has_a_row_of_its_own():
+def test_an_added_pad_token_has_a_row_of_its_own(tmp_path):
     """Where the vocabulary has no token that could serve."""
     vocabulary = tiny_tokenizer().get_vocab()
     backend = Tokenizer(BPE(vocab={t: i for t, i in vocabulary.items() if i < 256}, merges=[]))
@@ -272,6 +272,10 @@ def test_an_added_pad_token_has_a_row_of_its_own():
     assert policy.model.config.pad_token_id == 257
     rollout = generate(policy, ["Hello", "Hi there"], Sampling(max_new_tokens=4))
     assert rollout.prompt_ids[0, 0] == 257
+    policy.save(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert saved.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "saved")) == 258
+    assert saved.generation_config.pad_token_id == saved.config.pad_token_id == 257
 
 
 def test_the_checkpoints_own_sampling_habits_are_off_and_come_back(tmp_path):
@@ -388,10 +392,30 @@ def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):
     )
 
 
-def test_a_saved_policy_brings_its_tokenizer(tmp_path):
-    policy = open_policy(tiny_model_folder(tmp_path))
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_adapters_on_one_of_two_tied_layers_are_merged_into_that_one(tmp_path, module):
+    pytest.importorskip("peft")
+    from ppo_engine.settings.schema import LoraConfig
+
+    lora = LoraConfig(rank=2, target_modules=[module, "q_proj"])
+    policy = open_policy(tiny_model(), ModelConfig(lora=lora))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    ids = torch.arange(20)[None]
     policy.save(tmp_path / "saved")
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token == "<|pad|>"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(saved(ids).logits, policy.model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_policy_brings_its_tokenizer_which_pads_as_the_engine_does(tmp_path):
+    given = tiny_tokenizer()
+    given.padding_side = "right"
+    open_policy(tiny_model(), tokenizer=given).save(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert (saved.pad_token, saved.padding_side) == ("<|pad|>", "left")
+    assert saved.chat_template == given.chat_template and given.padding_side == "right"
 
 
 def test_a_reward_model_is_no_policy(tmp_path):

@@ -194,10 +194,11 @@ def test_no_token_is_sampled_after_the_last_end():
     assert rollout.finished.all() and len(passes) == 1
 
 
-def test_the_pad_token_ends_no_response():
+def test_a_pad_token_that_is_declared_an_end_ends_a_response():
+    """Padding is known by its place, so the token itself may end one."""
     model = sharp_model()
     model.generation_config.eos_token_id = [EOS, PAD]
-    assert moved_engine(model=model).policy.renderer.end_ids == [EOS]
+    assert moved_engine(model=model).policy.renderer.end_ids == sorted([EOS, PAD])
 
 
 def test_groups_stand_in_a_row_and_each_has_its_own_columns():

@@ -92,7 +92,9 @@ def test_resume_takes_up_the_run(tmp_path: Path) -> None:
     for step in (2, 10):
         with atomic_folder(run.checkpoint(step)) as folder:
             (folder / "state").write_text(str(step))
-    longer = load_config(PPOConfig, None, ["steps=500", "run.resume=true", "run.sample_every=1"])
+    longer = load_config(
+        PPOConfig, None, ["steps=500", "run.resume=true", "run.save_dtype=float32"]
+    )
     again = RunDirectory(run.path, longer, resume=True)
     assert again.newest_checkpoint() == (10, run.path / "checkpoints" / "step-000010")
     assert lines(again.metrics_file) == [{"step": 1, "x": 1.0}]

@@ -42,6 +42,15 @@ def test_tools_and_calls_reach_the_template() -> None:
     assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in text
 
 
+def test_a_template_that_writes_arguments_as_they_come_gets_text() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + ':' + c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    assert ChatTemplate(tokenizer).render([USER, CALLS], ask=False) == 'qadd:{"a": 1}'
+
+
 @pytest.mark.parametrize(
     ("make", "messages", "options", "lost"),
     [

@@ -1,0 +1,220 @@
+"""Folders of adapters without their base, as `peft` saves them: the models that they make of it.
+
+They are merged into the base as it is loaded, and the result is a model like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
+
+from ppo_engine.errors import UserError
+from ppo_engine.messages import first_line
+from ppo_engine.models.adapters import untie, untie_adapted
+
+_TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
+_WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_TOKENIZER = "tokenizer_config.json"
+_PREFIX = "base_model.model."  # in peft's files, before the name that a weight has in the base
+_WRAPPER = re.compile(r"\.(base_layer|modules_to_save)\.")  # around a layer of the base
+_HEADS = ("score.weight", "classifier.weight")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """Adapters at `path`, a folder or name, for the model at `base`."""
+
+    path: str
+    base: str
+    task: str | None  # None: that of the base
+
+    def describe(self, config: Any) -> None:
+        """Make the base's configuration say what its adapters make of it."""
+        if self.task != "SEQ_CLS":
+            return
+        heads = [x for name, x in self._weights().items() if name.endswith(_HEADS)]
+        if heads:
+            config.num_labels = len(heads[0])
+        elif not any("ForSequenceClassification" in name for name in config.architectures or ()):
+            config.num_labels = 1  # of the head that is to be made
+        config.architectures = ["AutoModelForSequenceClassification"]
+
+    def merge_into(self, model: Any) -> set[str]:
+        """Merge the adapters into the base `model`; the names of the weights that they replace
+        whole, such as those of a score head."""
+        import peft
+
+        settings = peft.PeftConfig.from_pretrained(self.path)
+        weights = self._weights()
+        try:
+            whole = _replace_whole(model, weights, settings)
+            # What they were trained for does not matter to a merge, and whole weights are in place.
+            settings.task_type = settings.modules_to_save = None
+            settings.inference_mode = True
+            settings.base_model_name_or_path = model.name_or_path
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of tied layers, which `untie` sees to
+                adapted = peft.get_peft_model(model, settings)
+            found: Any = peft.set_peft_model_state_dict(adapted, weights)
+            untie_adapted(adapted)
+            adapted.merge_and_unload().requires_grad_(True)  # peft froze it
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"The adapters in {self.path!r} ({settings.peft_type}) cannot be merged into their "
+                f"base {self.base!r}: {' '.join(str(error).split())[:300]}"
+            ) from error
+        # A value model has no output layer; what belongs to one is left out with it.
+        inside = f"{_PREFIX}{model.base_model_prefix}."
+        has_output = model.get_output_embeddings() is not None
+        left = [x for x in found.unexpected_keys if has_output or x.startswith(inside)]
+        if left:
+            raise UserError(
+                f"The adapters in {self.path!r} do not fit their base {self.base!r}, which has no "
+                f"place for {left[0]}: correct base_model_name_or_path in its "
+                f"{ADAPTER_CONFIG_NAME}."
+            )
+        if lost := [x for x in found.missing_keys if f".{adapted.base_model.prefix}" in x]:
+            raise UserError(
+                f"The weights of the adapters in {self.path!r} are not all there ({lost[0]} is "
+                f"missing): save them again, or correct target_modules in {ADAPTER_CONFIG_NAME}."
+            )
+        return whole
+
+    def _weights(self) -> dict[str, Tensor]:
+        import peft
+
+        try:
+            weights = peft.load_peft_weights(self.path, device="cpu")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"The weights of the adapters in {self.path!r} could not be read: "
+                f"{first_line(error)}"
+            ) from error
+        return {name: x for name, x in weights.items() if ".original_module." not in name}
+
+
+def unstack(path: str) -> tuple[str, list[AdapterFolder]]:
+    """The model at the bottom of `path`, a folder or name, and the adapters on it, in order."""
+    adapters: list[AdapterFolder] = []
+    while (found := _find(path)) is not None:
+        if found in adapters:
+            raise UserError(
+                f"The adapters in {found.path!r} name themselves as their base: set "
+                f"base_model_name_or_path in its {ADAPTER_CONFIG_NAME} to the model they adapt."
+            )
+        adapters.insert(0, found)
+        path = found.base
+    return path, adapters
+
+
+def tokenizer_source(path: str) -> str:
+    """Where the tokenizer of the model at `path` is: with its adapters, else with their base."""
+    base, adapters = unstack(path)
+    with_one = (adapter.path for adapter in reversed(adapters) if _file(adapter.path, _TOKENIZER))
+    return next(with_one, base)
+
+
+def _find(path: str) -> AdapterFolder | None:
+    """The adapters at `path`; None where there is a whole model, or nothing."""
+    file = _file(path, ADAPTER_CONFIG_NAME)
+    if file is None:
+        return None
+    if Path(path, CONFIG_NAME).exists() and any(Path(path, name).exists() for name in _WHOLE):
+        raise UserError(
+            f"{path!r} holds both a whole model and adapters ({ADAPTER_CONFIG_NAME}), so it is not "
+            "clear whether these are merged into it: move one of them to a folder of its own."
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"{path!r} holds adapters without their base, which need the package peft: "
+            "pip install 'ppo-engine[lora]', or merge them into their base where it is installed "
+            "(`merge_and_unload`, `save_pretrained`) and give the folder of the merged model."
+        )
+    import peft
+
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        kind = peft.PeftConfig.from_pretrained(path)
+        base, task = settings["base_model_name_or_path"], settings.get("task_type")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{path!r} holds adapters, but its {ADAPTER_CONFIG_NAME} could not be read: "
+            f"{first_line(error)}"
+        ) from error
+    if kind.is_prompt_learning or kind.is_adaption_prompt:
+        raise UserError(
+            f"The adapters in {path!r} are of the type {settings['peft_type']}, which cannot be "
+            "merged into the weights of a model: give the model itself, or adapters such as LoRA."
+        )
+    if task not in _TASKS:
+        raise UserError(
+            f"The adapters in {path!r} are for the task {task}: give those of a language model "
+            "(CAUSAL_LM) or of a reward model (SEQ_CLS)."
+        )
+    if not base:
+        raise UserError(
+            f"The adapters in {path!r} do not say which model they adapt: set "
+            f"base_model_name_or_path in its {ADAPTER_CONFIG_NAME} to its folder or name."
+        )
+    base = _locate(base, path)
+    if settings.get("revision") not in (None, "main") and not Path(base).is_dir():
+        raise UserError(
+            f"The adapters in {path!r} are for the revision {settings['revision']} of {base!r}: "
+            f"download that, and set base_model_name_or_path in {ADAPTER_CONFIG_NAME} to its "
+            "folder."
+        )
+    return AdapterFolder(path, base, task)
+
+
+def _locate(base: str, path: str) -> str:
+    """The base's folder: from here, or from the adapters' folder; else its name, as given."""
+    expanded = Path(base).expanduser()
+    places = (expanded, Path(path, expanded))
+    return next((str(place) for place in places if place.is_dir()), base)
+
+
+def _file(path: str, name: str) -> str | None:
+    """The file `name` at `path`, a folder or name, if there is one."""
+    if Path(path).is_dir():
+        file = Path(path, name)
+        return str(file) if file.is_file() else None
+    return _downloaded(path, name)
+
+
+@functools.cache
+def _downloaded(repository: str, name: str) -> str | None:
+    try:
+        return cached_file(repository, name)
+    except (OSError, ValueError):  # no such file, no such repository, no connection
+        return None
+
+
+def _replace_whole(model: Any, weights: dict[str, Tensor], settings: Any) -> set[str]:
+    """Move the weights that are saved whole from `weights` into the model, with room for tokens
+    that were added; their names in the model."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    inner = {name: _WRAPPER.sub(".", name.removeprefix(_PREFIX)) for name in weights}
+    whole = {inner[name]: weights.pop(name) for name in sorted(weights) if inner[name] in own}
+    names = {module: name for name, module in model.named_modules()}
+    ins, outs = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [whole.get(f"{names[layer]}.weight") for layer in (ins, outs) if layer is not None]
+    given = [x for x in ends if x is not None]
+    if given and len(given[0]) != ins.num_embeddings:
+        model.resize_token_embeddings(len(given[0]))
+    apart = len(given) < len(ends) or not all(torch.equal(x, given[0]) for x in given)
+    if given and apart and not getattr(settings, "ensure_weight_tying", False):
+        untie(model)
+    with torch.no_grad():
+        for name, x in whole.items():
+            model.get_parameter(name).copy_(x)
+    return set(whole)

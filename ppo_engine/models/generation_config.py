@@ -1,0 +1,70 @@
+"""The generation config of a language model: which tokens end its texts, and what is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_engine.models.adapter_folder import unstack
+
+# Whether another setting has an effect depends on these.
+_SWITCHES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
+
+
+def read_generation_config(path: str, config: Any) -> GenerationConfig:
+    """What the model at `path` would have as its generation config, without loading it: that of
+    its folder (of adapters, of their base's), else what its configuration says."""
+    try:
+        return GenerationConfig.from_pretrained(unstack(path)[0])
+    except (OSError, ValueError):
+        return GenerationConfig.from_model_config(config)
+
+
+def declared_ends(generation: GenerationConfig, config: Any) -> list[int]:
+    """Every token that a checkpoint declares to end a text: in its generation config, or in its
+    model config where that names none.
+
+    One that is the pad token too (Qwen's) ends a text as any other: padding is known by its place.
+    """
+    named = generation.eos_token_id
+    if named is None:
+        named = getattr(config.get_text_config(), "eos_token_id", None)
+    return named if isinstance(named, list) else [] if named is None else [named]
+
+
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
+    """Write into the model's configs what is used with it, so that what is saved says the same.
+
+    These are the tokens that end, begin and pad a text. How the checkpoint wants to be sampled from
+    stays as it came, save for what has no effect (`_without_idle`).
+    """
+    written: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    if tokenizer.bos_token_id is not None:
+        written["bos_token_id"] = tokenizer.bos_token_id
+    for config in (model.config.get_text_config(), model.config):
+        for name, value in written.items():
+            with contextlib.suppress(StrictDataclassError):  # families with room for one end only
+                setattr(config, name, value)
+    model.generation_config.update(**written, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = _without_idle(model.generation_config)
+
+
+def _without_idle(config: GenerationConfig) -> GenerationConfig:
+    """A copy without the settings that have no effect beside the others, such as the temperature of
+    greedy search: transformers loads them with a warning, but refuses to save them."""
+    found = copy.deepcopy(config)
+    unset = type(config)()
+    given = {name: x for name, x in vars(config).items() if x != getattr(unset, name, None)}
+    for name in given:
+        setattr(found, name, getattr(unset, name, None))
+    for name in sorted(given, key=lambda name: name not in _SWITCHES):
+        setattr(found, name, given[name])
+        try:
+            found.validate(strict=True)
+        except ValueError:
+            setattr(found, name, getattr(unset, name, None))
+    return found
