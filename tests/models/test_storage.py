@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
-from trainers import PROMPTS, config, planted_pairs
+from trainers import PROMPTS, config, length_reward, planted_pairs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import (
@@ -144,10 +144,9 @@ def test_every_folder_of_a_run_has_the_dtype_that_is_set(tmp_path: Path, wanted:
     SFTTrainer(folder, rows, sft, console=QUIET).train()
     reward = RewardModelConfig(data=PreferenceDataConfig(eval_fraction=0), run=runs["reward"])
     RewardModelTrainer(folder, planted_pairs(4), reward, console=QUIET).train()
-    scores = str(tmp_path / "reward" / "reward_model")
     settings = config(tmp_path / "ppo", steps=1, save_dtype=wanted, checkpoint_every=1)
-    PPOTrainer(folder, scores, PROMPTS, config=settings, console=QUIET).train()
-    saved = [tmp_path / "sft" / "policy", Path(scores)]
+    PPOTrainer(folder, length_reward, PROMPTS, config=settings, console=QUIET).train()
+    saved = [tmp_path / "sft" / "policy", tmp_path / "reward" / "reward_model"]
     saved += [tmp_path / "ppo" / "policy", tmp_path / "ppo" / "critic"]
     assert [saved_dtypes(folder) for folder in saved] == [{dtype}] * 4
     states = torch.load(next((tmp_path / "ppo" / "checkpoints").glob("*/*.pt")), weights_only=False)
