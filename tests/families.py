@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 _SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "n_embd": 32, "n_layer": 2,
-    "n_head": 4, "n_positions": 256, "attention_hidden_size": 32, "lru_width": 32, "num_heads": 4,
+    "n_head": 4, "attention_hidden_size": 32, "lru_width": 32, "num_heads": 4,
     "num_blocks": 2, "chunk_size": 16, "num_experts": 4, "num_local_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "state_size": 8,
 }  # fmt: skip

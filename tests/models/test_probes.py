@@ -123,7 +123,8 @@ def test_evaluation_does_not_change_the_weights_that_are_saved(used):
 
 @pytest.mark.parametrize("positions", [16, 40, 64])
 def test_probes_fit_into_short_contexts(positions):
-    model = of_family("gpt2", n_positions=positions)
+    model = of_family("gpt2", max_position_embeddings=positions)
+    assert model.transformer.wpe.num_embeddings == positions
     assert can_pack(open_policy(model).model, tiny_tokenizer())
     value_model_from_policy(model, tiny_tokenizer(), seed=0)
 
