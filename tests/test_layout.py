@@ -125,7 +125,7 @@ def test_a_planted_arrow_is_seen(tmp_path: Path) -> None:
     for name, text in {
         "models/passes.py": "def f():\n    from ppo_engine.rollout import batch\n",
         "rollout/batch.py": "from ppo_engine.models.passes import f\n",
-        "text/encoding.py": "if TYPE_CHECKING:\n    import ppo_engine.data.rows\n",
+        "text/prompt.py": "if TYPE_CHECKING:\n    import ppo_engine.data.rows\n",
         "data/rows.py": "from ppo_engine.errors import UserError\n",
         "rewards/model.py": "from ppo_engine import PPOTrainer\n",
         "run/report.py": "def f():\n    import ppo_engine\n",
@@ -140,6 +140,6 @@ def test_a_planted_arrow_is_seen(tmp_path: Path) -> None:
         "models.passes imports rollout.batch",
         "rewards.model imports __init__",
         "run.report imports __init__",
-        "text.encoding imports data.rows",
+        "text.prompt imports data.rows",
     ]
     assert circle(arrows) == ["models.passes", "rollout.batch"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ppo_engine.data.columns import check_text, kind
 from ppo_engine.data.rows import BadLineError
-from ppo_engine.text.encoding import Message
+from ppo_engine.text.prompt import Message
 from ppo_engine.text.template import THOUGHTS
 
 # What ShareGPT and others call the speakers for whom templates have one name.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ppo_engine.data.rows import BadLineError
-from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.prompt import Message, Prompt
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ASSISTANT = "\n\nAssistant:"

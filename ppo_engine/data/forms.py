@@ -21,7 +21,7 @@ from ppo_engine.data.columns import Columns, check_text, is_blank
 from ppo_engine.data.dialogues import chat_if_dialogue
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.prompt import Message, Prompt
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "request", "input")
 INPUTS = ("input", "context")  # what an instruction is about: Alpaca's name, Dolly's

@@ -30,7 +30,7 @@ from ppo_engine.data.forms import (
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.text.template import ChatTemplate
 
 

@@ -25,7 +25,7 @@ from ppo_engine.data.forms import (
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.prompt import Prompt
 from ppo_engine.text.renderer import Renderer, row_options
 from ppo_engine.text.template import TemplateError
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.prompt import Prompt
 
 
 class _HasPrompt(Protocol):

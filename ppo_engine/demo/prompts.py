@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.prompt import Prompt
 
 _TRAINING = """
 rain; a chair; the city bus; breakfast; the moon; a door; winter; the library; a bicycle; the office

@@ -48,7 +48,7 @@ from ppo_engine.settings.schema import (
     RewardModelSettings,
     RunConfig,
 )
-from ppo_engine.text.encoding import Prompt, show_prompt
+from ppo_engine.text.prompt import Prompt, show_prompt
 from ppo_engine.training.evaluation import mean_and_error
 from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.training.reward import RewardModelTrainer

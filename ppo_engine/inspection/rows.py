@@ -26,7 +26,7 @@ from ppo_engine.models import architecture, loading
 from ppo_engine.models.generation_config import declared_ends, read_generation_config
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.prompt import Prompt
 from ppo_engine.text.renderer import Renderer, row_options
 
 _NAME = "inspected"  # of these rows, in notes

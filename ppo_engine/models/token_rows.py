@@ -1,7 +1,8 @@
-"""What a language model reads in one forward pass, and which of it is trained."""
+"""Rows of tokens: what a model reads in one forward pass, and which of it is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,3 +33,11 @@ class TokenRows:
     def targets(self) -> Tensor:
         """The trained tokens, row by row: `[tokens]`."""
         return self.ids[self.indices]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[list[list[int]], list[list[bool]]]:
+    """Rows of one length, padded on the left, and the mask of real tokens."""
+    width = max((len(row) for row in rows), default=0)
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
+    return ids, mask

@@ -37,7 +37,7 @@ from ppo_engine.rollout.generation import generate
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.spans import span
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.prompt import Prompt
 
 
 class PPOEngine:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ppo_engine.models import precision
 from ppo_engine.settings.schema import PPOSettings
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.prompt import Prompt
 from ppo_kernels import gae, kl_shaped_gae
 from ppo_kernels.reference import ShapedGAE
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
-from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.user_functions.function import UserFunction
 from ppo_engine.user_functions.signature import Lists
 

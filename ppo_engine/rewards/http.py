@@ -29,7 +29,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.rewards.function import checked_scores
 from ppo_engine.settings.files import shown_url
 from ppo_engine.settings.schema import RewardEndpointConfig
-from ppo_engine.text.encoding import Prompt
+from ppo_engine.text.prompt import Prompt
 
 _ATTEMPTS = 6
 _READ_ATTEMPTS = 3  # where the request got through: each may have cost the server its work

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppo_engine.models.architecture import real_tokens_first
 from ppo_engine.models.token_rows import TokenRows
-from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.prompt import Message, Prompt
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.settings.schema import EnvironmentConfig
-from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.user_functions.function import UserFunction
 from ppo_engine.user_functions.importing import import_function
 from ppo_engine.user_functions.signature import Lists

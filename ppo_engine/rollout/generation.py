@@ -13,11 +13,12 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models import architecture
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.token_rows import pad_left
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.sampling import Continuation, sample
 from ppo_engine.settings.schema import GenerationConfig
-from ppo_engine.text.encoding import Message, Prompt, pad_left
+from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.text.renderer import row_options
 from ppo_engine.text.template import TemplateError
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ppo_engine.errors import UserError
 from ppo_engine.settings.files import flatten
-from ppo_engine.text.encoding import show_prompt
+from ppo_engine.text.prompt import show_prompt
 
 _PROJECT = "ppo-engine"
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.text.encoding import Message, Prompt
+from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.text.template import (
     ChatTemplate,
     Options,

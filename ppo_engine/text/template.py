@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
-from ppo_engine.text.encoding import Message
+from ppo_engine.text.prompt import Message
 
 Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and arguments of its own
 

@@ -46,7 +46,7 @@ from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig
-from ppo_engine.text.encoding import show_prompt
+from ppo_engine.text.prompt import show_prompt
 from ppo_engine.training import anatomy
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 

@@ -21,9 +21,9 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
 from ppo_engine.models import architecture, freezing, loading, precision, storage, value_model
 from ppo_engine.models.experts import asks_for_balance
+from ppo_engine.models.token_rows import pad_left
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
-from ppo_engine.text.encoding import pad_left
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_kernels import pairwise_loss, ranking_loss

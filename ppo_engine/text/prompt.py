@@ -1,0 +1,14 @@
+"""What prompts are: text, or chat messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# {"role": …, "content": text}, and whatever else a chat template can render.
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+
+def show_prompt(prompt: Prompt) -> str:
+    """A prompt as a person reads it: its text, or its last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
