@@ -282,6 +282,11 @@ def test_generate_writes_responses(model: str, capsys: pytest.CaptureFixture[str
     assert cli.main(["generate", *flags, "batch_size=2", "--seed", "1", "--output-dir", "d"]) == 0
     assert read("d/responses.jsonl") != rows
 
+    data = write("same.jsonl", {"prompt": "One"}, {"prompt": "One"})  # in a batch of its own each
+    flags = ["--model", model, "--data", data, "generation.max_new_tokens=4", "batch_size=1"]
+    assert cli.main(["generate", *flags, "--out", "same.out"]) == 0
+    assert len({str(row) for row in read("same.out")}) == 2
+
 
 def test_generate_asks_text_as_a_chat_when_told_to(
     model: str, capsys: pytest.CaptureFixture[str]

@@ -201,8 +201,8 @@ def test_a_spread_of_rounding_is_none(name, scores, rounding, counts):
 
 @pytest.mark.parametrize(("relative", "counts"), [(1e-7, False), (1e-3, True)])
 def test_a_penalty_of_rounding_is_none(relative, counts):
-    """Of equal scores, beside a reference that computes in another order."""
-    x = evidence(dtype=torch.float32)._replace(scores=torch.ones(B))
+    """Of equal scores, beside a reference that adds in another order."""
+    x = evidence(dtype=torch.float32)._replace(scores=torch.zeros(B))
     noise = torch.randn(B, T, generator=torch.Generator().manual_seed(0))
     x = x._replace(ref_logprobs=x.logprobs * (1 + relative * noise))
     shaped = ESTIMATORS["grpo"](x, settings_of("grpo"))
