@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 from typing import Any, cast
 
 import torch
@@ -30,14 +30,15 @@ def value_model_class(model: Any) -> type[PreTrainedModel]:
         ppo_engine.value_model_class(folder).from_pretrained(folder)
     """
     config = loading.load_model_config(loading.resolve(model)) if isinstance(model, str) else model
-    family: Any = type(config)
-    own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(family, None)
-    return cast(type[PreTrainedModel], own or _made_class(family))
+    own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if own is None and type(config) not in _made:
+        _made[type(config)] = _make_class(config)
+    return cast(type[PreTrainedModel], own or _made[type(config)])
 
 
 class _ScoredModel(GenericForSequenceClassification):
     """The library's generic classifier with a `forward` for every kind of base model: it hands the
-    base nothing that some do not take, and finds the last token by the mask."""
+    base nothing that some do not take, no padding before a text, and finds its end by the mask."""
 
     base_model: Any
 
@@ -46,27 +47,39 @@ class _ScoredModel(GenericForSequenceClassification):
     ) -> SequenceClassifierOutput:
         """`logits`: the score of each sequence, at its last real token, `[B, labels]`."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        inputs = architecture.base_inputs(self.base_model, input_ids, mask)
-        hidden = self.base_model(**inputs).last_hidden_state
-        last = mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
-        picked = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return SequenceClassifierOutput(logits=self.score(picked))
+        order = architecture.real_tokens_first(mask)
+        ids, real = input_ids.gather(1, order), mask.gather(1, order)
+        hidden = self.base_model(
+            **architecture.base_inputs(self.base_model, ids, real)
+        ).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), real.long().sum(1) - 1]
+        return SequenceClassifierOutput(logits=self.score(last))
 
 
-@functools.cache
-def _made_class(config_class: Any) -> type[PreTrainedModel]:
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
-    base = MODEL_MAPPING.get(config_class, None)
-    if causal is None or not isinstance(base, type):
+_made: dict[type, type[PreTrainedModel]] = {}  # by the class of the configuration
+
+
+def _make_class(config: Any) -> type[PreTrainedModel]:
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if causal is not None and causal.config_class is not type(config):
+        config = config.get_text_config()  # the language model of a larger one, as it is loaded
+    base: Any = MODEL_MAPPING.get(type(config), None)
+    prefix = None
+    if causal is not None and isinstance(base, type):
+        with torch.device("meta"):
+            parts = causal._from_config(copy.deepcopy(config)).named_children()
+        prefix = next((name for name, part in parts if isinstance(part, base)), None)
+    if prefix is None:
         raise UserError(
-            f"{config_class.__name__} describes no causal language model, which a reward model or "
-            "critic is made from."
+            f"A reward model or critic cannot be made from a {config.model_type}: it has no score "
+            "head in transformers, and is no causal language model over a base model of its own."
         )
     family = next(parent for parent in base.__mro__[1:] if issubclass(parent, PreTrainedModel))
     name = base.__name__.removesuffix("Model").removesuffix("Text") + "ForSequenceClassification"
     names = {
-        "base_model_prefix": causal.base_model_prefix,  # so that its checkpoints can be read
-        "config_class": config_class,
+        # As in the language model, whose checkpoints are read; its own prefix is not always it.
+        "base_model_prefix": prefix,
+        "config_class": type(config),
         "__module__": base.__module__,  # whose source the library looks into
     }
     return type(name, (_ScoredModel, family), names)

@@ -131,7 +131,8 @@ def value_model_from_policy(
     with loading.quiet_transformers():
         model = value_model_class(config)._from_config(config, dtype=torch.float32)
     model = storage.in_fp32(model, storage.stored_dtype(policy))
-    model.base_model.load_state_dict(policy.base_model.state_dict())
+    source = getattr(policy, model.base_model_prefix)  # of a few families not their base_model
+    model.base_model.load_state_dict(source.state_dict())
     init_head(_find_head(model)[1], seed)
     return ready_value_model(model, tokenizer, device)
 

@@ -30,7 +30,7 @@ def open_policy(model: Any) -> LanguageModel:
     )
 
 
-@pytest.mark.parametrize("family", [*READ_PADDING, "llama", "mamba", "lfm2", "mixtral"])
+@pytest.mark.parametrize("family", [*READ_PADDING, "llama", "gpt2", "mamba", "lfm2", "mixtral"])
 def test_which_families_read_padding(family):
     assert probes.heeds_padding(of_family(family)) == (family not in READ_PADDING)
 

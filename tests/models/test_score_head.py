@@ -10,7 +10,7 @@ from engines import PROMPTS, vowels
 from families import of_family
 from tiny import tiny_tokenizer
 from trainers import planted_pairs
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, CLIPConfig
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, CLIPConfig, MarianConfig
 
 from ppo_engine import (
     GenerationConfig,
@@ -31,7 +31,8 @@ from ppo_engine.models.value_model import load_value_model, score_head, sequence
 from ppo_engine.rewards.model import load_reward_model
 
 CPU = torch.device("cpu")
-FAMILIES = ["granite", "lfm2", "cohere", "olmoe", "mamba"]
+# The last keeps its base model under another name than its `base_model_prefix` says.
+FAMILIES = ["granite", "lfm2", "cohere", "olmoe", "rwkv", "llama4_text"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -127,6 +128,7 @@ def test_adapters_are_trained_and_merged(family, tmp_path):
     torch.testing.assert_close(scores(again), scores(model), rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_writes_no_text_has_no_score_head():
-    with pytest.raises(UserError, match="CLIPConfig describes no causal language model"):
-        value_model_class(CLIPConfig())
+@pytest.mark.parametrize("config", [CLIPConfig(), MarianConfig()], ids=lambda c: c.model_type)
+def test_what_is_no_decoder_has_no_score_head(config):
+    with pytest.raises(UserError, match=f"cannot be made from a {config.model_type}"):
+        value_model_class(config)
