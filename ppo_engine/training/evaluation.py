@@ -146,8 +146,9 @@ class Evaluator:
         with seeded(f"{settings.run.seed}/evaluation/{whose}"):
             for batch in progress.track(batches, f"held-out responses of the {whose}, batch"):
                 rollout = self._respond(batch, by_reference)
-                scores = self.engine.score(rollout)
-                found = {"scores": scores}
+                rewards = self.engine.score_each(rollout)
+                scores = self.engine.rewards.total(rewards)
+                found = {"scores": scores, "rounding": self.engine.rewards.rounding(rewards)}
                 if not by_reference:
                     found |= self._measure(rollout, scores)
                 responses += rollout.responses
@@ -188,11 +189,12 @@ class Evaluator:
 
     def _compared(self, policy: _Answers, reference: _Answers) -> Evaluation:
         each, numbers = self.config.best_of, policy.numbers
-        scores, ref_scores = (x.numbers["scores"].view(-1, each) for x in (policy, reference))
+        scores, rounding = (numbers[name].view(-1, each) for name in ("scores", "rounding"))
+        ref_scores = reference.numbers["scores"].view(-1, each)
         metrics = mean_and_error("eval/scores", scores.mean(1))
         if each > 1:
             metrics[f"eval/best_of_{each}"] = float(expected_best(scores, each).mean())
-        metrics |= mean_and_error("eval/win_rate", win_shares(scores, ref_scores))
+        metrics |= mean_and_error("eval/win_rate", win_shares(scores, ref_scores, rounding))
         shaped = numbers["shaped_scores"].view(-1, each)
         if not torch.equal(shaped, scores):
             metrics |= mean_and_error("eval/shaped_scores", shaped.mean(1))
@@ -256,11 +258,12 @@ def _key(example: PromptExample) -> str:
     return json.dumps(example.prompt)
 
 
-def win_shares(scores: Tensor, others: Tensor) -> Tensor:
+def win_shares(scores: Tensor, others: Tensor, rounding: Tensor) -> Tensor:
     """How often a score of `scores` [P, N] is above one of `others` [P, M], over all pairs of a
-    prompt: [P], a tie counts 1/2."""
-    ours, theirs = scores[:, :, None], others[:, None, :]
-    return ((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean((1, 2))
+    prompt: [P]. A tie counts 1/2: a difference of no more than `rounding` [P, N]."""
+    ahead = scores[:, :, None] - others[:, None, :]
+    tied = ahead.abs() <= rounding[:, :, None]
+    return (0.5 * tied.double() + ((ahead > 0) & ~tied).double()).mean((1, 2))
 
 
 def mean_and_error(name: str, of_prompts: Tensor) -> dict[str, float]:
