@@ -45,6 +45,15 @@ class SkippedLines:
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(f"{place}: {reason}{detail}")
 
+    def __iadd__(self, other: SkippedLines) -> SkippedLines:
+        """With what was left out of another file of the same run."""
+        self.total += other.total
+        self.reasons += other.reasons
+        self.examples = [*self.examples, *other.examples][:MAX_EXAMPLES]
+        self.remarks += other.remarks
+        self.unread += other.unread
+        return self
+
     def notes(self, name: str, reads: Callable[[str], bool] | None = None) -> list[str]:
         """What a run says of its `name`; `reads` tells of columns that something else reads."""
         found = [f"{name}: {self}."] if self.total else []
