@@ -130,7 +130,9 @@ class Renderer:
         """
         if written is not None:
             read, said = written
-            written = read, said[:-1] if said and said[-1] in self.end_ids else said
+            # What is finished has an end, perhaps one that only the policy's checkpoint declares.
+            ended = finished or (len(said) > 0 and said[-1] in self.end_ids)
+            written = read, said[:-1] if ended else said
         parts: tuple[Sequence[int], Sequence[int], Sequence[int]]
         if isinstance(prompt, str):
             assert isinstance(answer, str)

@@ -208,6 +208,19 @@ def test_the_policys_own_tokens_are_read_where_they_spell_the_same() -> None:
     assert shown(renderer, ids[len(asked) :]) == "xyz"  # the template trims it
 
 
+@pytest.mark.parametrize("prompt", ["Q:", CHAT])
+def test_an_end_that_only_the_policy_declares_is_not_scored(prompt: Any) -> None:
+    tokenizer = gemma()
+    tokenizer.add_tokens(["xyz"])
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "xyz"]
+    declared = tokenizer.convert_tokens_to_ids("a")
+    policy = Renderer(tokenizer, end_ids=[declared])
+    written = policy.prompt(prompt), [*letters, declared]
+    ids = policy.of(tokenizer).scored(prompt, "xyz", max_tokens=999, written=written)
+    assert ids[: len(written[0]) + 3] == [*written[0], *letters]
+    assert shown(policy, ids).count("a") == shown(policy, written[0]).count("a")
+
+
 def test_a_rewritten_chat_that_is_too_long_loses_its_start() -> None:
     renderer = Renderer(r1())
     ids = renderer.scored(CHAT, "<think>\nt</think>xyz", max_tokens=5)
