@@ -25,6 +25,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models import loading, precision
 from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.notes import sampling_notes
 from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards
@@ -87,6 +88,7 @@ def generate(config: GenerateConfig) -> None:
         template_arguments=data.chat_template_kwargs,
         date=date,
     )
+    notes += sampling_notes(policy)
     rewards = None
     if configured_sources(config.reward):
         rewards = load_rewards(None, config.reward, policy.renderer, device=device, dtype=dtype)
