@@ -21,13 +21,13 @@ from ppo_engine.data.demonstrations import (
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.preferences import load_preferences, sample_rankings
-from ppo_engine.data.prompts import PromptExample, columns_of, limit_prompts, load_prompts
+from ppo_engine.data.prompts import PromptExample, limit_prompts, load_prompts
 from ppo_engine.models import architecture, loading
 from ppo_engine.models.generation_config import declared_ends, read_generation_config
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
 from ppo_engine.text.prompt import Prompt
-from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.renderer import Renderer
 
 _NAME = "inspected"  # of these rows, in notes
 
@@ -220,8 +220,7 @@ def inspect_prompts(config: PPOConfig, model: Model, count: int) -> Inspection:
         room=room_for_prompts(model.config, config.generation),
         on_bad_line="skip",
     )
-    columns = columns_of(rows)
-    ids = [renderer.prompt(row.prompt, row_options(columns, n)) for n, row in enumerate(rows)]
+    ids = [renderer.prompt(row.prompt, row.options) for row in rows]
     return Inspection(
         end_ids=renderer.end_ids,
         usable=len(rows),

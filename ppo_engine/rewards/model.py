@@ -15,8 +15,9 @@ from ppo_engine.models import architecture, loading, precision
 from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.token_rows import pad_left
 from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
+from ppo_engine.text.options import row_options
 from ppo_engine.text.prompt import Prompt
-from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 

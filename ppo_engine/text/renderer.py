@@ -8,9 +8,8 @@ what a model is scored on, or learns, is what it reads and writes.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +23,6 @@ from ppo_engine.text.template import (
     opened_thought,
 )
 
-_OPTION_COLUMNS = ("tools", "chat_template_kwargs")
 _OPENING_TOKENS = 32  # of a prompt's end: enough for what opens a thought, byte by byte too
 
 
@@ -270,10 +268,3 @@ class Renderer:
                 list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
-
-
-def row_options(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
-    """What row number `row` of a batch's columns hands to the chat template: its `tools`, and its
-    own `chat_template_kwargs`."""
-    tools, own = (columns[name][row] if name in columns else None for name in _OPTION_COLUMNS)
-    return {**({"tools": tools} if tools else {}), **(own or {})}

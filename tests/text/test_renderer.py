@@ -21,7 +21,7 @@ from templates import (
 )
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
 
 END = "<|im_end|>"
@@ -82,12 +82,6 @@ def test_a_chat_prompt_is_what_plain_transformers_renders(name) -> None:
     tokenizer = TEMPLATES[name]()
     plain = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
     assert Renderer(tokenizer).prompt(CHAT) == plain
-
-
-def test_a_rows_columns_reach_the_template() -> None:
-    columns = {"tools": [None, ["t"]], "chat_template_kwargs": [{"a": 1}, None], "other": [1, 2]}
-    assert [row_options(columns, row) for row in range(2)] == [{"a": 1}, {"tools": ["t"]}]
-    assert row_options({}, 0) == {}
 
 
 # Ends
