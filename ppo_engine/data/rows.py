@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import counted
+from ppo_engine.messages import counted, first_line
 
 OnBadLine = Literal["error", "skip"]
 Row = dict[str, Any]
@@ -330,8 +330,7 @@ def _open_data_set(path: Path) -> Iterable[Any]:
         else:
             loaded = datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # pyarrow and datasets have no common class of their own
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be read as a data set: {first}") from error
+        raise UserError(f"{path} cannot be read as a data set: {first_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
             raise UserError(

@@ -87,8 +87,8 @@ class Inspection:
 
 def open_model(path: str) -> Model:
     """A UserError where there is no model, or no usable tokenizer, at `path`."""
+    tokenizer = loading.tokenizer_at(path)
     folder = loading.resolve(path)
-    tokenizer = loading.open_tokenizer(path, path, None)
     config = loading.load_model_config(folder)
     ends = declared_ends(read_generation_config(folder, config), config)
     return Model(path, tokenizer, config, ends)
