@@ -43,9 +43,11 @@ class Model:
 
     def renderer(self, config: SFTConfig | RewardModelConfig | PPOConfig) -> Renderer:
         """What renders for it under these settings."""
+        # A reward model is read, not sampled from: its training asks for no declared ends.
+        sampled = not isinstance(config, RewardModelConfig)
         return Renderer(
             self.tokenizer,
-            end_ids=self.declared_ends,
+            end_ids=self.declared_ends if sampled else (),
             arguments=config.data.chat_template_kwargs,
             date=config.run.date,
         )
