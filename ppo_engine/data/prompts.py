@@ -96,11 +96,10 @@ def limit_prompts(
             bad_lines.add(example.place, error.reason, error.detail)
             continue
         if tokens > min(max_prompt_tokens, room):
-            whose = "data.max_prompt_tokens" if max_prompt_tokens <= room else "the context left"
-            remedy = (
-                "Raise data.max_prompt_tokens"
+            whose, remedy = (
+                ("data.max_prompt_tokens", "Raise data.max_prompt_tokens")
                 if max_prompt_tokens <= room
-                else ("Lower generation.max_new_tokens")
+                else ("the context left", "Lower generation.max_new_tokens")
             )
             bad_lines.add(
                 example.place,

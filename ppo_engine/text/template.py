@@ -78,7 +78,11 @@ class ChatTemplate:
         self.lenient = lenient
         self.arguments = dict(arguments or {})
         if self.arguments and not lenient:
-            self.require()
+            if not self:
+                raise UserError(
+                    "data.chat_template_kwargs needs a chat template, which the tokenizer of "
+                    f"{tokenizer.name_or_path!r} lacks: leave it unset, or use a chat model."
+                )
             if wrong := sorted(self.arguments.keys() & RESERVED):
                 raise UserError(f"data.chat_template_kwargs must not set {wrong[0]!r}.")
             try:

@@ -101,7 +101,7 @@ def test_arguments_are_handed_over_and_unknown_ones_refused() -> None:
             ChatTemplate(qwen3(), {name: []})
     plain = chatml()
     plain.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match="chat_template_kwargs needs a chat template"):
         ChatTemplate(plain, {"enable_thinking": False})
     # A reward model's template need not know what the policy's does.
     lenient = ChatTemplate(chatml(), {"enable_thinking": False}, lenient=True)
