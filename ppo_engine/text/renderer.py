@@ -22,6 +22,7 @@ from ppo_engine.text.template import (
     answer_after,
     opened_thought,
 )
+from ppo_engine.text.tokenizer import decoded, spelled
 
 _OPENING_TOKENS = 32  # of a prompt's end: enough for what opens a thought, byte by byte too
 
@@ -81,9 +82,10 @@ class Renderer:
         with special tokens that mean something, such as `<think>`, also where the prompt's chat
         template has opened it already."""
         end = len(answer) - (len(answer) > 0 and answer[-1] in self.end_ids)
-        words = self._decode([t for t in answer[:end] if t != self.tokenizer.pad_token_id])
+        tokens = [t for t in answer[:end] if t != self.tokenizer.pad_token_id]
         if isinstance(prompt, str):
-            return words
+            return self._spelled(before, tokens)
+        words = self._decode(tokens)
         opened = opened_thought(self._decode(before[-_OPENING_TOKENS:]))
         return opened[0] + words if opened else words
 
@@ -167,7 +169,7 @@ class Renderer:
         if not whole.startswith(before):
             return self._tokens(whole), (), ending
         shown = whole.removeprefix(before)
-        if written is not None and self._decode(written[1]) == shown:
+        if written is not None and self._spelled(*written) == shown:
             return *written, ending
         return *self._apart(before, shown), ending
 
@@ -262,9 +264,8 @@ class Renderer:
         """Without BOS or the like: a template has written every special token already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _spelled(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        return spelled(self.tokenizer, before[-1:], ids)
+
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        return decoded(self.tokenizer, ids)

@@ -330,6 +330,11 @@ def test_answers_stand_behind_the_tokens_that_inference_reads() -> None:
     [(ids, trained)] = renderer.learned("Q:", " x")
     assert tokenizer.convert_ids_to_tokens(ids[4:]) == ["▁", "x", "</s>"]
     assert shown(renderer, renderer.scored("Q:", "x", max_tokens=9)) == "<s> Q:x</s>"
+    # And is said with its space: a reward, or a file of responses, has the two as one text.
+    read, wrote = ids[:4], ids[4:]
+    assert renderer.said("Q:", read, wrote) == " x"
+    assert renderer.scored("Q:", " x", max_tokens=9, written=(read, wrote)) == ids
+    assert renderer.scored("Q:", renderer.said("Q:", read, wrote), max_tokens=9) == ids
 
 
 def test_an_answer_that_cannot_be_asked_for_is_an_error() -> None:
