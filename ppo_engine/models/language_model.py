@@ -84,7 +84,7 @@ class LanguageModel:
         constructor takes it."""
         if isinstance(model, str):
             path = loading.resolve(model or config.path)
-            if loading.is_classifier(loading.load_model_config(path)):
+            if architecture.is_classifier(loading.load_model_config(path)):
                 raise UserError(f"{path!r} is a classifier: give a causal language model.")
             tokenizer = tokenizer or loading.tokenizer_at(path)
             options = loading.load_options(config, device, dtype)

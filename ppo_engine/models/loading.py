@@ -95,11 +95,6 @@ def tokenizer_at(path: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(tokenizer_source(path))
 
 
-def is_classifier(config: Any) -> bool:
-    """Whether a model's configuration says that its checkpoint has a classification head."""
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
-
-
 def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained`: weights in fp32, the base quantized where configured.
 
