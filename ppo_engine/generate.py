@@ -23,8 +23,8 @@ from ppo_engine.data.prompts import (
 )
 from ppo_engine.errors import UserError
 from ppo_engine.models import loading, precision
-from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.notes import sampling_notes
 from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards
@@ -34,7 +34,6 @@ from ppo_engine.run.progress import Progress
 from ppo_engine.run.row_file import RowFile, as_line
 from ppo_engine.settings.files import as_dict
 from ppo_engine.settings.schema import GenerateConfig, ModelConfig
-from ppo_engine.text.tokenizer import load_tokenizer
 
 # What the rows do not depend on.
 _FREE_KEYS = ("output", "resume", "device", "reward.http.timeout")
@@ -61,9 +60,7 @@ def generate(config: GenerateConfig) -> None:
         file = RowFile(config.output, settings, free, resume=config.resume)
         date = datetime.date.fromisoformat(file.settings["date"])
     device = precision.choose_device(config.device)
-    path = loading.resolve(config.model)
-    loading.load_model_config(path)
-    tokenizer = load_tokenizer(tokenizer_source(path))
+    tokenizer = loading.tokenizer_at(config.model)
     data = config.data
     if config.prompt:
         text = config.prompt
@@ -87,6 +84,7 @@ def generate(config: GenerateConfig) -> None:
         template_arguments=data.chat_template_kwargs,
         date=date,
     )
+    notes += sampling_notes(policy)
     rewards = None
     if configured_sources(config.reward):
         rewards = load_rewards(None, config.reward, policy.renderer, device=device, dtype=dtype)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from data_files import BLUE, USER
-from tiny import tiny_model_folder
+from families import of_family
+from tiny import tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
@@ -300,6 +301,15 @@ def test_generate_asks_text_as_a_chat_when_told_to(
     assert rows[0]["question"] == "One" and rows[1]["messages"] == [USER, BLUE]
     noted = " ".join(shown.err.split())
     assert "plain text" not in noted and "answer at a conversation's end is cut" in noted
+
+
+def test_generate_says_why_it_is_slow(capsys: pytest.CaptureFixture[str]) -> None:
+    of_family("rwkv").save_pretrained("rwkv")
+    tiny_tokenizer().save_pretrained("rwkv")
+    flags = ["--model", "rwkv", "--prompt", "One", "generation.max_new_tokens=2"]
+    assert cli.main(["generate", *flags]) == 0
+    noted = " ".join(capsys.readouterr().err.split())
+    assert "Only prompts of the same length" in noted and "without a cache" in noted
 
 
 def test_generate_scores_and_shows_the_best_of_n(

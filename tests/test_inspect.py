@@ -286,9 +286,10 @@ def test_ends_that_the_checkpoint_declares(shown, tmp_path, folders) -> None:
         file = Path(folders["gemma"], name)
         before = file.read_text()
         file.write_text(json.dumps({**json.loads(before), "eos_token_id": [261]}))
-        text = shown(CHAT, model="gemma")
+        text, scored = shown(CHAT, model="gemma"), shown(PAIR, model="gemma")
         file.write_text(before)
         assert "answers end with <eos>, <start_of_turn>, <end_of_turn>" in text
+        assert "answers end with <eos>, <end_of_turn>" in scored  # the trainer does not ask
         Path(folders["gemma"], "generation_config.json").unlink(missing_ok=True)
 
 

@@ -5,9 +5,9 @@ Where several columns could be the same thing, the order of the names decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +21,9 @@ from ppo_engine.data.columns import Columns, check_text, is_blank
 from ppo_engine.data.dialogues import chat_if_dialogue
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
-from ppo_engine.text.prompt import Message, Prompt
+from ppo_engine.text.options import TEMPLATE_ARGUMENTS, as_columns
+from ppo_engine.text.prompt import HasPrompt, Message, Prompt
+from ppo_engine.text.template import RESERVED
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "request", "input")
 INPUTS = ("input", "context")  # what an instruction is about: Alpaca's name, Dolly's
@@ -29,8 +31,6 @@ CHATS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialo
 SYSTEMS = ("system", "system_prompt")
 HISTORY = "history"  # turns before the prompt
 TOOLS = ("tools", "functions")
-TEMPLATE_ARGUMENTS = "chat_template_kwargs"
-OPTIONS = ("tools", TEMPLATE_ARGUMENTS)  # what a prompt's columns tell the chat template
 RESPONSES = (
     "response", "completion", "output", "solution", "answer", "reply", "target", "generation",
 )  # fmt: skip
@@ -52,11 +52,6 @@ _PROMPT_HINT = f"; a prompt is named {', '.join(PROMPTS)}, a conversation {', '.
 _PAIR_HINT = (
     "; name two responses to a prompt 'chosen' and 'rejected', or give 'responses' with 'ranks'"
 )
-# What the rendering sets itself, or takes from elsewhere.
-_SET_BY_US = {
-    "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
-    "tokenize",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,20 +150,8 @@ def names_of_pair(columns: Columns) -> tuple[str, str]:
     return names
 
 
-def as_columns(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's options again as its columns."""
-    arguments = {name: value for name, value in options.items() if name != "tools"}
-    tools = {"tools": options["tools"]} if "tools" in options else {}
-    return {**tools, **({TEMPLATE_ARGUMENTS: arguments} if arguments else {})}
-
-
-class _HasPrompt(Protocol):
-    @property
-    def prompt(self) -> Prompt: ...
-
-
 def text_note(
-    examples: Sequence[_HasPrompt], tokenizer: PreTrainedTokenizerBase, unit: str
+    examples: Sequence[HasPrompt], tokenizer: PreTrainedTokenizerBase, unit: str
 ) -> list[str]:
     """A note where a chat model is to read text as it is: people seldom mean that."""
     count = sum(isinstance(example.prompt, str) for example in examples)
@@ -205,7 +188,7 @@ def _options(columns: Columns) -> dict[str, Any]:
         options = {"tools": tools} if tools else {}
     if columns.find([TEMPLATE_ARGUMENTS]):
         arguments = check_template_arguments(columns.take(TEMPLATE_ARGUMENTS), TEMPLATE_ARGUMENTS)
-        wrong = sorted(arguments.keys() & _SET_BY_US)
+        wrong = sorted(arguments.keys() & RESERVED)
         if wrong:
             raise BadLineError(f"{TEMPLATE_ARGUMENTS!r} must not set {wrong[0]!r}")
         options |= arguments

@@ -16,17 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.data.columns import Columns, name_of
 from ppo_engine.data.forms import (
-    OPTIONS,
     ChatRules,
-    as_columns,
     check_prompt,
     complete_prompt,
     take_prompt,
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
+from ppo_engine.text.options import OPTION_COLUMNS, as_columns, from_columns
 from ppo_engine.text.prompt import Prompt
-from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
 
 
@@ -37,6 +36,11 @@ class PromptExample:
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
     place: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its columns hand to the chat template."""
+        return from_columns(self.columns)
 
 
 def load_prompts(
@@ -87,17 +91,15 @@ def limit_prompts(
     kept = []
     for example in examples:
         try:
-            options = row_options({k: [v] for k, v in example.columns.items()}, 0)
-            tokens = len(renderer.prompt(example.prompt, options))
+            tokens = len(renderer.prompt(example.prompt, example.options))
         except TemplateError as error:  # such as "roles must alternate"
             bad_lines.add(example.place, error.reason, error.detail)
             continue
         if tokens > min(max_prompt_tokens, room):
-            whose = "data.max_prompt_tokens" if max_prompt_tokens <= room else "the context left"
-            remedy = (
-                "Raise data.max_prompt_tokens"
+            whose, remedy = (
+                ("data.max_prompt_tokens", "Raise data.max_prompt_tokens")
                 if max_prompt_tokens <= room
-                else ("Lower generation.max_new_tokens")
+                else ("the context left", "Lower generation.max_new_tokens")
             )
             bad_lines.add(
                 example.place,
@@ -146,7 +148,7 @@ def _prompts(
         if asked != whole:
             bad_lines.skipped.remarks["the assistant's answer at a conversation's end is cut"] += 1
         bad_lines.skipped.unread.update(columns.left)
-        kept = {key: value for key, value in row.items() if key not in ("prompt", *OPTIONS)}
+        kept = {key: value for key, value in row.items() if key not in ("prompt", *OPTION_COLUMNS)}
         examples.append(PromptExample(prompt, kept | as_columns(options), place))
     if not examples:
         raise UserError(f"No usable prompt in {name_of(source)}: {bad_lines.skipped}.")

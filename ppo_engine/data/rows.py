@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import counted
+from ppo_engine.messages import counted, first_line
 
 OnBadLine = Literal["error", "skip"]
 Row = dict[str, Any]
@@ -44,6 +44,15 @@ class SkippedLines:
         self.reasons[reason] += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(f"{place}: {reason}{detail}")
+
+    def __iadd__(self, other: SkippedLines) -> SkippedLines:
+        """With what was left out of another file of the same run."""
+        self.total += other.total
+        self.reasons += other.reasons
+        self.examples = [*self.examples, *other.examples][:MAX_EXAMPLES]
+        self.remarks += other.remarks
+        self.unread += other.unread
+        return self
 
     def notes(self, name: str, reads: Callable[[str], bool] | None = None) -> list[str]:
         """What a run says of its `name`; `reads` tells of columns that something else reads."""
@@ -321,8 +330,7 @@ def _open_data_set(path: Path) -> Iterable[Any]:
         else:
             loaded = datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # pyarrow and datasets have no common class of their own
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be read as a data set: {first}") from error
+        raise UserError(f"{path} cannot be read as a data set: {first_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
             raise UserError(

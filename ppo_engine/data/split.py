@@ -5,21 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ppo_engine.errors import UserError
-from ppo_engine.text.prompt import Prompt
+from ppo_engine.text.prompt import HasPrompt
+
+Example = TypeVar("Example", bound=HasPrompt)
 
 
-class _HasPrompt(Protocol):
-    @property
-    def prompt(self) -> Prompt: ...
-
-
-Example = TypeVar("Example", bound=_HasPrompt)
-
-
-def prompt_groups(examples: Sequence[_HasPrompt]) -> list[list[int]]:
+def prompt_groups(examples: Sequence[HasPrompt]) -> list[list[int]]:
     """The indices of each prompt's examples; one without a prompt is a group of its own."""
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):

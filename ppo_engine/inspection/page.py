@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_engine.inspection.kinds import KINDS, guess
 from ppo_engine.inspection.rows import Inspection, Model, Part, Shown, open_model
 from ppo_engine.messages import counted
+from ppo_engine.text.tokenizer import spelled
 
 _SHOWN = 400  # tokens of a part; of longer ones the first half and the last
 _FACT = 200  # characters
@@ -138,7 +139,7 @@ def _append_tokens(
 ) -> None:
     special = set(tokenizer.added_tokens_decoder)
     inside = False
-    for tokens, spelled in _spelled(tokenizer, part, window):
+    for tokens, written in _spelled(tokenizer, part, window):
         marked = part.marked[tokens.start]
         if inside and not marked:
             _append_to_line(text, _CLOSE, "marked")
@@ -148,7 +149,7 @@ def _append_tokens(
             text.append(_OPEN, style=_STYLES["marked"])
         inside = marked
         style = "special" if part.ids[tokens.start] in special else "marked" if marked else ""
-        text.append(_visible(spelled), style=_STYLES.get(style, ""))
+        text.append(_visible(written), style=_STYLES.get(style, ""))
     if inside:
         _append_to_line(text, _CLOSE, "marked")
 
@@ -169,23 +170,14 @@ def _spelled(
     """`(tokens, text)`: one token each, or those that spell a character together."""
     start = window.start
     for stop in range(window.start + 1, window.stop + 1):
-        spelled = _words(tokenizer, part.ids, start, stop)
+        # The first is spelled as behind itself.
+        before = part.ids[max(0, start - 1) : start] or part.ids[:1]
+        text = spelled(tokenizer, before, part.ids[start:stop])
         last = stop == window.stop or stop - start == _SPLIT
-        if spelled.endswith("\ufffd") and not last and part.marked[stop] == part.marked[start]:
+        if text.endswith("\ufffd") and not last and part.marked[stop] == part.marked[start]:
             continue
-        yield range(start, stop), spelled
+        yield range(start, stop), text
         start = stop
-
-
-def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, stop: int) -> str:
-    """What the tokens from `start` to `stop` add to the text before them. The first one is spelled
-    as behind itself: alone it would lose the space that a SentencePiece token begins with."""
-    before = ids[max(0, start - 1) : start] or ids[:1]
-    known, longer = (
-        str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-        for tokens in (before, before + ids[start:stop])
-    )
-    return longer[len(known) :]
 
 
 def _visible(text: str) -> str:

@@ -21,13 +21,13 @@ from ppo_engine.data.demonstrations import (
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.preferences import load_preferences, sample_rankings
-from ppo_engine.data.prompts import PromptExample, columns_of, limit_prompts, load_prompts
+from ppo_engine.data.prompts import PromptExample, limit_prompts, load_prompts
 from ppo_engine.models import architecture, loading
 from ppo_engine.models.generation_config import declared_ends, read_generation_config
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
 from ppo_engine.text.prompt import Prompt
-from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.renderer import Renderer
 
 _NAME = "inspected"  # of these rows, in notes
 
@@ -43,9 +43,11 @@ class Model:
 
     def renderer(self, config: SFTConfig | RewardModelConfig | PPOConfig) -> Renderer:
         """What renders for it under these settings."""
+        # A reward model is read, not sampled from: its training asks for no declared ends.
+        sampled = not isinstance(config, RewardModelConfig)
         return Renderer(
             self.tokenizer,
-            end_ids=self.declared_ends,
+            end_ids=self.declared_ends if sampled else (),
             arguments=config.data.chat_template_kwargs,
             date=config.run.date,
         )
@@ -87,8 +89,8 @@ class Inspection:
 
 def open_model(path: str) -> Model:
     """A UserError where there is no model, or no usable tokenizer, at `path`."""
+    tokenizer = loading.tokenizer_at(path)
     folder = loading.resolve(path)
-    tokenizer = loading.open_tokenizer(path, path, None)
     config = loading.load_model_config(folder)
     ends = declared_ends(read_generation_config(folder, config), config)
     return Model(path, tokenizer, config, ends)
@@ -220,8 +222,7 @@ def inspect_prompts(config: PPOConfig, model: Model, count: int) -> Inspection:
         room=room_for_prompts(model.config, config.generation),
         on_bad_line="skip",
     )
-    columns = columns_of(rows)
-    ids = [renderer.prompt(row.prompt, row_options(columns, n)) for n, row in enumerate(rows)]
+    ids = [renderer.prompt(row.prompt, row.options) for row in rows]
     return Inspection(
         end_ids=renderer.end_ids,
         usable=len(rows),

@@ -21,6 +21,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.models.adapters import untie, untie_adapted
+from ppo_engine.models.architecture import is_classifier
 
 _TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -45,7 +46,7 @@ class AdapterFolder:
         heads = [x for name, x in self._weights().items() if name.endswith(_HEADS)]
         if heads:
             config.num_labels = len(heads[0])
-        elif not any("ForSequenceClassification" in name for name in config.architectures or ()):
+        elif not is_classifier(config):
             config.num_labels = 1  # of the head that is to be made
         config.architectures = ["AutoModelForSequenceClassification"]
 

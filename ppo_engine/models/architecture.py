@@ -17,6 +17,11 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_classifier(config: Any) -> bool:
+    """Whether a model's configuration says that its checkpoint has a classification head."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a Hugging Face model, whatever its family calls it."""
     for module in model.base_model.modules():

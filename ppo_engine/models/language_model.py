@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, generation_config, loading, precision, probes
-from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.checkpoint import read_language_model
 from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
@@ -30,7 +29,7 @@ from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.spans import span
 from ppo_engine.text.renderer import Renderer
-from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
+from ppo_engine.text.tokenizer import separate_pad_from_eos
 from ppo_kernels import linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs
 from ppo_kernels.reference import PolicyStats
 
@@ -85,9 +84,9 @@ class LanguageModel:
         constructor takes it."""
         if isinstance(model, str):
             path = loading.resolve(model or config.path)
-            if loading.is_classifier(loading.load_model_config(path)):
+            if architecture.is_classifier(loading.load_model_config(path)):
                 raise UserError(f"{path!r} is a classifier: give a causal language model.")
-            tokenizer = tokenizer or load_tokenizer(tokenizer_source(path))
+            tokenizer = tokenizer or loading.tokenizer_at(path)
             options = loading.load_options(config, device, dtype)
             model = read_language_model(path, options)
         elif tokenizer is None:

@@ -28,8 +28,6 @@ from ppo_engine.models.storage import as_stored
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
-SCORE_HEADS = ("score", "classifier")  # what families call the head of a sequence classifier
-
 
 def resolve(path: str) -> str:
     """`path` with a leading `~` expanded, which no library does."""
@@ -85,15 +83,16 @@ def open_tokenizer(
     if given is None:
         if model is not None and not isinstance(model, str):
             raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
-        load_model_config(resolve(path))
-        return load_tokenizer(tokenizer_source(resolve(path)))
+        return tokenizer_at(path)
     separate_pad_from_eos(given)
     return given
 
 
-def is_classifier(config: Any) -> bool:
-    """Whether a model's configuration says that its checkpoint has a classification head."""
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
+def tokenizer_at(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model at `path`, a folder or name; a UserError where there is none."""
+    path = resolve(path)
+    load_model_config(path)
+    return load_tokenizer(tokenizer_source(path))
 
 
 def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

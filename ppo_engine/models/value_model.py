@@ -58,7 +58,7 @@ def read_value_model(
     """What `load_value_model` loads, for `ready_value_model`, which checks it."""
     path = loading.resolve(path)
     config = loading.load_model_config(path)
-    if loading.is_classifier(config) and config.num_labels != 1:
+    if architecture.is_classifier(config) and config.num_labels != 1:
         raise UserError(
             f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
             "has exactly one (num_labels=1)."
@@ -72,7 +72,7 @@ def read_value_model(
     head_name, head = _find_head(checkpoint.model)
     of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}
     # Only a language model has none.
-    may_lack = set() if loading.is_classifier(config) else of_head
+    may_lack = set() if architecture.is_classifier(config) else of_head
     refuse_missing(path, checkpoint.missing - may_lack)
     if of_head:
         if require_head:

@@ -26,7 +26,13 @@ from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.ppo.critic import Critic
-from ppo_engine.ppo.estimators import ESTIMATORS, Evidence, check_groups, equal_groups
+from ppo_engine.ppo.estimators import (
+    ESTIMATORS,
+    Evidence,
+    check_groups,
+    equal_groups,
+    rounding_of,
+)
 from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
 from ppo_engine.ppo.kl_control import KLController
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
@@ -196,8 +202,7 @@ class PPOEngine:
             )
         if self.config.ppo.compares_groups:
             check_groups(rollout.prompts, self.config.ppo)
-        if rounding is None:
-            rounding = precision.rounding(torch.float32) * scores.abs()
+        rounding = rounding_of(scores, rounding)
         scores = self.shaped_scores(rollout, scores, learn=True)
         if self.normalizer is not None:
             rounding = rounding / self.normalizer.scale

@@ -71,7 +71,7 @@ def reinforce_pp(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
 def remax(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
     """Minus the score of the greedy response (ReMax, Li et al. 2023, arXiv:2310.10505, eq. 4)."""
     assert evidence.greedy_scores is not None
-    slack = _rounding_of(evidence.scores, evidence.rounding)
+    slack = rounding_of(evidence.scores, evidence.rounding)
     better = evidence.scores - evidence.greedy_scores
     better = torch.where(better.abs() <= slack, 0.0, better)
     return _of_tokens(evidence, settings, better, 1.0)
@@ -143,11 +143,13 @@ def check_groups(prompts: Sequence[Prompt], settings: PPOSettings) -> None:
 
 def equal_groups(scores: Tensor, settings: PPOSettings, rounding: Tensor | None = None) -> float:
     """The share of groups whose scores `[B]` are equal, but for rounding: they carry no signal."""
-    groups = _leveled(scores, _rounding_of(scores, rounding), settings.group_size)
+    groups = _leveled(scores, rounding_of(scores, rounding), settings.group_size)
     return float((groups == groups[:, :1]).all(1).float().mean())
 
 
-def _rounding_of(scores: Tensor, rounding: Tensor | None) -> Tensor:
+def rounding_of(scores: Tensor, rounding: Tensor | None) -> Tensor:
+    """By how much rounding alone may change each of the scores `[B]`: as given, or as of numbers
+    computed in fp32."""
     return precision.rounding(torch.float32) * scores.abs() if rounding is None else rounding
 
 
@@ -163,7 +165,7 @@ def _leveled(x: Tensor, rounding: Tensor, size: int) -> Tensor:
 def _of_batch(evidence: Evidence) -> Tensor:
     """The scores `[B]`, equal where all of them are but for rounding."""
     scores = evidence.scores
-    return _leveled(scores, _rounding_of(scores, evidence.rounding), len(scores)).flatten()
+    return _leveled(scores, rounding_of(scores, evidence.rounding), len(scores)).flatten()
 
 
 def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: float) -> ShapedGAE:
@@ -187,7 +189,7 @@ def _of_tokens(evidence: Evidence, settings: PPOSettings, scores: Tensor, lam: f
 
 def _of_groups(evidence: Evidence, settings: PPOSettings) -> Tensor:
     """The reward of each response, `[B / G, G]` in float64, which keeps equal ones equal."""
-    rewards, rounding = evidence.scores.double(), _rounding_of(evidence.scores, evidence.rounding)
+    rewards, rounding = evidence.scores.double(), rounding_of(evidence.scores, evidence.rounding)
     if settings.kl_in == "reward":
         none = torch.zeros_like(evidence.logprobs)
         kl = _shaped(evidence, settings, evidence.scores, none, evidence.kl_coef, 1.0, 1.0).kl

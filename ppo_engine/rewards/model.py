@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import architecture, loading, precision
-from ppo_engine.models.adapter_folder import tokenizer_source
 from ppo_engine.models.token_rows import pad_left
 from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
+from ppo_engine.text.options import row_options
 from ppo_engine.text.prompt import Prompt
-from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
-from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
+from ppo_engine.text.tokenizer import separate_pad_from_eos
 
 
 class RewardModel:
@@ -113,9 +113,7 @@ def load_reward_model(
     renderer: Renderer | None = None,
 ) -> RewardModel:
     """The reward model at `path`, a folder or name; a UserError where it has no score head."""
-    path = loading.resolve(path)
-    loading.load_model_config(path)
-    tokenizer = load_tokenizer(tokenizer_source(path))
+    tokenizer = loading.tokenizer_at(path)
     model = read_value_model(path, require_head=True)
     return RewardModel(
         model,

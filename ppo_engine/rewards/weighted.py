@@ -108,14 +108,15 @@ class Rewards:
         return torch.stack(parts).sum(0)
 
     def _score(self, name: str, rollout: Rollout) -> Tensor:
-        reward, columns, written = self.by_name[name], rollout.columns, rollout.written()
+        reward, columns = self.by_name[name], rollout.columns
         told = rollout.prompts, rollout.responses, rollout.finished.tolist()
         if isinstance(reward, RewardModel):
             if rollout.turns is None:  # a column of the data's own
                 columns = {key: column for key, column in columns.items() if key != "turns"}
-            scores = reward(*told, columns, written if name in self.by_tokens else None)
+            written = rollout.written if name in self.by_tokens else None
+            scores = reward(*told, columns, written)
         elif isinstance(reward, RewardFunction):
-            answers = [answer for _, answer in written]
+            answers = [answer for _, answer in rollout.written]
             scores = reward(*told, columns, turns=rollout.turns, token_ids=answers)
         else:
             scores = reward(*told, columns)

@@ -64,6 +64,7 @@ class Rollout:
             torch.cat((self.prompt_mask, self.response_mask), 1),
         )
 
+    @cached_property
     def written(self) -> list[tuple[list[int], list[int]]]:
         """The token ids of each prompt and of the response to it, without padding."""
         parts = [

@@ -18,8 +18,8 @@ from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.sampling import Continuation, sample
 from ppo_engine.settings.schema import GenerationConfig
+from ppo_engine.text.options import row_options
 from ppo_engine.text.prompt import Message, Prompt
-from ppo_engine.text.renderer import row_options
 from ppo_engine.text.template import TemplateError
 
 

@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
+from ppo_engine.run.row_file import as_line
 from ppo_engine.settings.files import as_dict, changed_settings, dump_config, load_config
 
 Config = TypeVar("Config", bound=Any)
+
+_CONFIG = "config.yaml"
 
 # A resumed run may differ in these: how long it runs, where it is, and what it shows.
 _FREE_KEYS = {
@@ -71,7 +74,7 @@ class RunDirectory:
             _check_free(self.path)
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.path / "config.yaml", dump_config(config))
+            _write_atomically(self.path / _CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
                 f"Run folder {self.path} cannot be written: {error.strerror}."
@@ -107,7 +110,7 @@ class RunDirectory:
                 _write_atomically(file, "".join(_lines_until(file, step)))
 
     def _check_resumable(self, config: Any) -> None:
-        file = self._config_file()
+        file = self.path / _CONFIG
         if not file.is_file():
             raise UserError(
                 f"{self.path} has no run to resume ({file.name} is missing): fix "
@@ -121,9 +124,6 @@ class RunDirectory:
                 "ones, or start a new run:\n" + "\n".join(f"  - {line}" for line in changed)
             )
 
-    def _config_file(self) -> Path:
-        return self.path / "config.yaml"
-
 
 def dated(config: Config) -> Config:
     """`config` with the date of its run in `run.date`: the day on which it began, in a resumed run
@@ -132,7 +132,7 @@ def dated(config: Config) -> Config:
     if run.date is not None:
         return config
     date = datetime.date.today()
-    began = Path(run.output_dir).expanduser() / "config.yaml"
+    began = Path(run.output_dir).expanduser() / _CONFIG
     if run.resume and run.output_dir and began.is_file():
         date = load_config(type(config), str(began)).run.date or date
     return replace(config, run=replace(run, date=date))
@@ -155,7 +155,7 @@ def _check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
     if path.is_dir() and any(path.iterdir()):
-        is_run = (path / "config.yaml").exists()
+        is_run = (path / _CONFIG).exists()
         hint = "resume that run (run.resume=true), " if is_run else ""
         raise UserError(
             f"Run folder {path} is not empty: {hint}choose another run.output_dir, or remove the "
@@ -196,9 +196,8 @@ def _default_path(command: str) -> Path:
 
 
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     with open(file, "a", encoding="utf-8", newline="\n") as out:
-        out.write("".join(lines))
+        out.write("".join(map(as_line, rows)))
 
 
 def _lines_until(file: Path, step: int) -> Iterator[str]:

@@ -16,7 +16,7 @@ from ppo_engine.settings.files import changed_settings
 Row = dict[str, Any]
 
 
-def as_line(row: Row) -> str:
+def as_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import first_line
 from ppo_engine.settings.files import flatten
 from ppo_engine.text.prompt import show_prompt
 
@@ -164,7 +165,7 @@ class Trackers:
 
 
 def _warn(name: str, error: Exception) -> None:
-    reason = str(error).strip().split("\n")[0] or "no reason given"
+    reason = first_line(error) or "no reason given"
     _log.warning(
         "The tracker %r failed (%s: %s) and is off for the rest of this run. Nothing is lost: "
         "metrics.jsonl and samples.jsonl are complete.",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 # {"role": …, "content": text}, and whatever else a chat template can render.
 Message = dict[str, Any]
 Prompt = str | list[Message]
+
+
+class HasPrompt(Protocol):
+    """An example of any kind."""
+
+    @property
+    def prompt(self) -> Prompt: ...
 
 
 def show_prompt(prompt: Prompt) -> str:

@@ -8,9 +8,8 @@ what a model is scored on, or learns, is what it reads and writes.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,8 +22,8 @@ from ppo_engine.text.template import (
     answer_after,
     opened_thought,
 )
+from ppo_engine.text.tokenizer import decoded, spelled
 
-_OPTION_COLUMNS = ("tools", "chat_template_kwargs")
 _OPENING_TOKENS = 32  # of a prompt's end: enough for what opens a thought, byte by byte too
 
 
@@ -83,9 +82,10 @@ class Renderer:
         with special tokens that mean something, such as `<think>`, also where the prompt's chat
         template has opened it already."""
         end = len(answer) - (len(answer) > 0 and answer[-1] in self.end_ids)
-        words = self._decode([t for t in answer[:end] if t != self.tokenizer.pad_token_id])
+        tokens = [t for t in answer[:end] if t != self.tokenizer.pad_token_id]
         if isinstance(prompt, str):
-            return words
+            return self._spelled(before, tokens)
+        words = self._decode(tokens)
         opened = opened_thought(self._decode(before[-_OPENING_TOKENS:]))
         return opened[0] + words if opened else words
 
@@ -130,7 +130,9 @@ class Renderer:
         """
         if written is not None:
             read, said = written
-            written = read, said[:-1] if said and said[-1] in self.end_ids else said
+            # What is finished has an end, perhaps one that only the policy's checkpoint declares.
+            ended = finished or (len(said) > 0 and said[-1] in self.end_ids)
+            written = read, said[:-1] if ended else said
         parts: tuple[Sequence[int], Sequence[int], Sequence[int]]
         if isinstance(prompt, str):
             assert isinstance(answer, str)
@@ -167,7 +169,7 @@ class Renderer:
         if not whole.startswith(before):
             return self._tokens(whole), (), ending
         shown = whole.removeprefix(before)
-        if written is not None and self._decode(written[1]) == shown:
+        if written is not None and self._spelled(*written) == shown:
             return *written, ending
         return *self._apart(before, shown), ending
 
@@ -262,16 +264,8 @@ class Renderer:
         """Without BOS or the like: a template has written every special token already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _spelled(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        return spelled(self.tokenizer, before[-1:], ids)
+
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
-
-
-def row_options(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
-    """What row number `row` of a batch's columns hands to the chat template: its `tools`, and its
-    own `chat_template_kwargs`."""
-    tools, own = (columns[name][row] if name in columns else None for name in _OPTION_COLUMNS)
-    return {**({"tools": tools} if tools else {}), **(own or {})}
+        return decoded(self.tokenizer, ids)

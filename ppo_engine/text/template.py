@@ -27,6 +27,11 @@ Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and ar
 
 _ANSWER = "An answer whose words every template leaves as they are."
 _STOCK = [{"role": "user", "content": "A question."}]
+# Arguments that the rendering sets itself, or takes from elsewhere.
+RESERVED = {
+    "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
+    "tokenize",
+}  # fmt: skip
 # Keys under which data sets and templates have what a model thought before it answered.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # `<think>` or `[THINK]` or `<|START_THINKING|>`, and what closes it.
@@ -73,7 +78,13 @@ class ChatTemplate:
         self.lenient = lenient
         self.arguments = dict(arguments or {})
         if self.arguments and not lenient:
-            self.require()
+            if not self:
+                raise UserError(
+                    "data.chat_template_kwargs needs a chat template, which the tokenizer of "
+                    f"{tokenizer.name_or_path!r} lacks: leave it unset, or use a chat model."
+                )
+            if wrong := sorted(self.arguments.keys() & RESERVED):
+                raise UserError(f"data.chat_template_kwargs must not set {wrong[0]!r}.")
             try:
                 self._known(self.arguments, str(tokenizer.get_chat_template()))
             except TemplateError as error:

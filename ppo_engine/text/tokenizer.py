@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
@@ -42,6 +44,21 @@ def separate_pad_from_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     known = [token for token in _PAD_CANDIDATES if token in vocabulary]
     unknown = [tokenizer.unk_token] if tokenizer.unk_token_id not in taken | {None} else []
     tokenizer.add_special_tokens({"pad_token": (known + unknown + ["<|pad|>"])[0]})
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens, special ones included."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """What `ids` add to the text of the tokens `before`: by themselves they would lose the space
+    that a token of the SentencePiece kind begins with."""
+    known, longer = decoded(tokenizer, before), decoded(tokenizer, [*before, *ids])
+    # `before` may end within a character.
+    return longer.removeprefix(known) if longer.startswith(known) else decoded(tokenizer, ids)
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

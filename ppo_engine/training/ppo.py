@@ -93,7 +93,7 @@ class PPOTrainer:
         held_out: list[PromptExample] = []
         if config.evaluation.path:
             held_out, of_held_out = self._read(config.evaluation.path, tokenizer)
-            left_out.unread += of_held_out.unread
+            left_out += of_held_out
         self.notes += text_note([*examples, *held_out], tokenizer, "prompts")
         self.engine = PPOEngine(
             policy, reward, config=config, tokenizer=tokenizer, environment=environment

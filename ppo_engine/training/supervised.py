@@ -250,18 +250,19 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
     def _split(self, source: Any) -> tuple[list[Row], list[Row]]:
         """The rows to train on, and those held out."""
         data = self.config.data
-        rows = self._limit(self._read_noting(source))
-        if data.eval_path is not None:
-            return rows, self._read_noting(data.eval_path)
-        return split_by_prompt(rows, data.eval_fraction, self.config.run.seed, self.unit)
+        rows, left_out = self._read(source)
+        rows = self._limit(rows)
+        if data.eval_path is None:
+            seed = self.config.run.seed
+            rows, held_out = split_by_prompt(rows, data.eval_fraction, seed, self.unit)
+        else:
+            held_out, of_held_out = self._read(data.eval_path)
+            left_out += of_held_out
+        self.notes += left_out.notes(self.unit.capitalize())
+        return rows, held_out
 
     def _limit(self, rows: list[Row]) -> list[Row]:
         """As many of the rows as the settings ask for."""
-        return rows
-
-    def _read_noting(self, source: Any) -> list[Row]:
-        rows, skipped = self._read(source)
-        self.notes += skipped.notes(self.unit.capitalize())
         return rows
 
 

@@ -184,9 +184,7 @@ def test_a_reward_model_of_its_own_tokenizer_reads_the_turns(scripted):
     scripted([say("five")], [say("4")])
     rollout = engine.generate([CHAT])
     by_text = reward(rollout.prompts, rollout.responses, [True], rollout.columns)
-    by_tokens = reward(
-        rollout.prompts, rollout.responses, [True], rollout.columns, rollout.written()
-    )
+    by_tokens = reward(rollout.prompts, rollout.responses, [True], rollout.columns, rollout.written)
     torch.testing.assert_close(by_text, by_tokens)
     chat = [*CHAT, *messages("five", "no", "4")]
     plain = torch.tensor([tokenizer.apply_chat_template(chat)["input_ids"]])

@@ -21,7 +21,7 @@ from templates import (
 )
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-from ppo_engine.text.renderer import Renderer, row_options
+from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
 
 END = "<|im_end|>"
@@ -82,12 +82,6 @@ def test_a_chat_prompt_is_what_plain_transformers_renders(name) -> None:
     tokenizer = TEMPLATES[name]()
     plain = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
     assert Renderer(tokenizer).prompt(CHAT) == plain
-
-
-def test_a_rows_columns_reach_the_template() -> None:
-    columns = {"tools": [None, ["t"]], "chat_template_kwargs": [{"a": 1}, None], "other": [1, 2]}
-    assert [row_options(columns, row) for row in range(2)] == [{"a": 1}, {"tools": ["t"]}]
-    assert row_options({}, 0) == {}
 
 
 # Ends
@@ -208,6 +202,19 @@ def test_the_policys_own_tokens_are_read_where_they_spell_the_same() -> None:
     assert shown(renderer, ids[len(asked) :]) == "xyz"  # the template trims it
 
 
+@pytest.mark.parametrize("prompt", ["Q:", CHAT])
+def test_an_end_that_only_the_policy_declares_is_not_scored(prompt: Any) -> None:
+    tokenizer = gemma()
+    tokenizer.add_tokens(["xyz"])
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "xyz"]
+    declared = tokenizer.convert_tokens_to_ids("a")
+    policy = Renderer(tokenizer, end_ids=[declared])
+    written = policy.prompt(prompt), [*letters, declared]
+    ids = policy.of(tokenizer).scored(prompt, "xyz", max_tokens=999, written=written)
+    assert ids[: len(written[0]) + 3] == [*written[0], *letters]
+    assert shown(policy, ids).count("a") == shown(policy, written[0]).count("a")
+
+
 def test_a_rewritten_chat_that_is_too_long_loses_its_start() -> None:
     renderer = Renderer(r1())
     ids = renderer.scored(CHAT, "<think>\nt</think>xyz", max_tokens=5)
@@ -323,6 +330,11 @@ def test_answers_stand_behind_the_tokens_that_inference_reads() -> None:
     [(ids, trained)] = renderer.learned("Q:", " x")
     assert tokenizer.convert_ids_to_tokens(ids[4:]) == ["▁", "x", "</s>"]
     assert shown(renderer, renderer.scored("Q:", "x", max_tokens=9)) == "<s> Q:x</s>"
+    # And is said with its space: a reward, or a file of responses, has the two as one text.
+    read, wrote = ids[:4], ids[4:]
+    assert renderer.said("Q:", read, wrote) == " x"
+    assert renderer.scored("Q:", " x", max_tokens=9, written=(read, wrote)) == ids
+    assert renderer.scored("Q:", renderer.said("Q:", read, wrote), max_tokens=9) == ids
 
 
 def test_an_answer_that_cannot_be_asked_for_is_an_error() -> None:

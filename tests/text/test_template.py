@@ -96,9 +96,12 @@ def test_arguments_are_handed_over_and_unknown_ones_refused() -> None:
     assert not asked({"enable_thinking": False}, {"enable_thinking": True}).endswith(empty)
     with pytest.raises(UserError, match=r"chat_template_kwargs: .* no variable 'think'"):
         ChatTemplate(qwen3(), {"think": False})
+    for name in ("add_generation_prompt", "tools"):  # which the template does look at
+        with pytest.raises(UserError, match=f"chat_template_kwargs must not set '{name}'"):
+            ChatTemplate(qwen3(), {name: []})
     plain = chatml()
     plain.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match="chat_template_kwargs needs a chat template"):
         ChatTemplate(plain, {"enable_thinking": False})
     # A reward model's template need not know what the policy's does.
     lenient = ChatTemplate(chatml(), {"enable_thinking": False}, lenient=True)

@@ -104,9 +104,20 @@ def test_columns_that_no_reward_and_no_environment_asks_for(model: str) -> None:
 
 
 def test_notes_count_the_evaluation_file_too(model: str, tmp_path: Path) -> None:
-    file = write(tmp_path, {"prompt": "Held out", "k": 1, "a": 2})
+    file = write(tmp_path, {"prompt": "Held out", "k": 1, "a": 2}, {"prompt": ""})
     settings = replace(config(Path("absent")), evaluation=EvaluationConfig(path=str(file)))
+    settings = replace(settings, data=PromptDataConfig(on_bad_line="skip"))
     rows = [{"prompt": prompt, "k": 1} for prompt in PROMPTS]
     made = PPOTrainer(model, length_reward, rows, config=settings, tokenizer=tiny_tokenizer())
     assert noted(made, RAW)[0].startswith("7 of 7 prompts")
     assert noted(made, UNREAD) == [f"Prompts: {UNREAD}: 'k' (7 rows), 'a' (1 row)."]
+    [skipped] = noted(made, "skipped")
+    assert skipped.startswith("Prompts: 1 skipped (1 empty prompt)") and f"{file}:2" in skipped
+
+
+def test_notes_name_a_column_once_for_both_files(model: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "response": "Yes?", "k": 1}] * 2
+    held_out = write(tmp_path, *rows, {"prompt": "Hi"})
+    made = sft(model, rows, tiny_tokenizer(), eval_path=str(held_out), on_bad_line="skip")
+    assert noted(made, UNREAD) == [f"Examples: {UNREAD}: 'k' (4 rows)."]
+    assert noted(made, "Examples: 1 skipped")
