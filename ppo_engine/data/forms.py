@@ -26,7 +26,7 @@ from ppo_engine.text.prompt import Message, Prompt
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "request", "input")
 INPUTS = ("input", "context")  # what an instruction is about: Alpaca's name, Dolly's
 CHATS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORY = "history"  # turns before the prompt
 TOOLS = ("tools", "functions")
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
