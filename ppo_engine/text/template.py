@@ -34,8 +34,7 @@ _OPENING = re.compile(
     r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
     r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)\s*\Z"
 )
-# transformers lets no function of ours into a template.
-_DATE = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
+_DATE_CODES = "aAbBcdeFGHIjmMpSTuUVwWxXyY"  # of `strftime`
 _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # a tag of transformers' own
 _CLOSING = re.compile(r"</think>|\[/THINK\]|<\|END_THINKING\|>")
 _WORDS = re.compile(r"\w+")
@@ -111,7 +110,7 @@ class ChatTemplate:
             source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
             arguments = self._known({**self.arguments, **options}, source)
             prepared = [_prepared(message, source) for message in messages]
-            dated = _DATE.sub(self._strftime, source)
+            dated = self._clock + source if "strftime_now" in source else source
             try:
                 text = self._apply(prepared, ask, dated, arguments)
             except TypeError:  # some families' write the arguments of a call as they come: as text
@@ -189,9 +188,14 @@ class ChatTemplate:
             raise TemplateError(f"the model's chat template has no variable {unknown[0]!r}")
         return known
 
-    def _strftime(self, call: re.Match[str]) -> str:
-        """The date as the text that a call of `strftime_now` in a template gives."""
-        return repr(datetime.datetime.combine(self.date, datetime.time()).strftime(call["form"]))
+    @cached_property
+    def _clock(self) -> str:
+        """`strftime_now` that shows the date. A macro: transformers lets no function of ours in."""
+        moment = datetime.datetime.combine(self.date, datetime.time())
+        codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DATE_CODES]
+        filters = "".join(f"|replace({code!r}, {moment.strftime(code)!r})" for code in codes)
+        macro = f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"
+        return macro + "{{ '' }}"  # keeps a newline behind it, which the end of a block would take
 
 
 def opened_thought(text: str) -> tuple[str, str] | None:
