@@ -22,6 +22,7 @@ from ppo_engine.data.dialogues import chat_if_dialogue
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
 from ppo_engine.text.prompt import Message, Prompt
+from ppo_engine.text.template import SET_BY_US
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "request", "input")
 INPUTS = ("input", "context")  # what an instruction is about: Alpaca's name, Dolly's
@@ -52,11 +53,6 @@ _PROMPT_HINT = f"; a prompt is named {', '.join(PROMPTS)}, a conversation {', '.
 _PAIR_HINT = (
     "; name two responses to a prompt 'chosen' and 'rejected', or give 'responses' with 'ranks'"
 )
-# What the rendering sets itself, or takes from elsewhere.
-_SET_BY_US = {
-    "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
-    "tokenize",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,7 @@ def _options(columns: Columns) -> dict[str, Any]:
         options = {"tools": tools} if tools else {}
     if columns.find([TEMPLATE_ARGUMENTS]):
         arguments = check_template_arguments(columns.take(TEMPLATE_ARGUMENTS), TEMPLATE_ARGUMENTS)
-        wrong = sorted(arguments.keys() & _SET_BY_US)
+        wrong = sorted(arguments.keys() & SET_BY_US)
         if wrong:
             raise BadLineError(f"{TEMPLATE_ARGUMENTS!r} must not set {wrong[0]!r}")
         options |= arguments

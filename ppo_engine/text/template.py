@@ -34,6 +34,11 @@ _OPENING = re.compile(
     r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
     r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)\s*\Z"
 )
+# What the rendering sets itself, or takes from elsewhere.
+SET_BY_US = {
+    "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message",
+    "tokenize",
+}  # fmt: skip
 _DATE_CODES = "aAbBcdeFGHIjmMpSTuUVwWxXyY"  # of `strftime`
 _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # a tag of transformers' own
 _CLOSING = re.compile(r"</think>|\[/THINK\]|<\|END_THINKING\|>")
@@ -73,6 +78,8 @@ class ChatTemplate:
         self.arguments = dict(arguments or {})
         if self.arguments and not lenient:
             self.require()
+            for name in sorted(self.arguments.keys() & SET_BY_US):
+                raise UserError(f"data.chat_template_kwargs must not set {name!r}.")
             try:
                 self._known(self.arguments, str(tokenizer.get_chat_template()))
             except TemplateError as error:

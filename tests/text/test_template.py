@@ -96,6 +96,9 @@ def test_arguments_are_handed_over_and_unknown_ones_refused() -> None:
     assert not asked({"enable_thinking": False}, {"enable_thinking": True}).endswith(empty)
     with pytest.raises(UserError, match=r"chat_template_kwargs: .* no variable 'think'"):
         ChatTemplate(qwen3(), {"think": False})
+    for name in ("add_generation_prompt", "messages", "tools"):
+        with pytest.raises(UserError, match=rf"chat_template_kwargs must not set '{name}'"):
+            ChatTemplate(qwen3(), {name: []})
     plain = chatml()
     plain.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
