@@ -220,10 +220,12 @@ def opened_thought(text: str) -> tuple[str, str] | None:
 
 def answer_after(message: Message, opened: tuple[str, str]) -> str:
     """The words of an answer to a prompt that has opened a thought: the thought, what closes it,
-    and the rest. An answer without a thought closes it at once."""
+    and the rest. An answer without a thought closes it at once. Raises `TemplateError`."""
     opening, closing = opened
     content = str(message["content"])
     thought = next((str(message[key]) for key in THOUGHTS if message.get(key)), None)
+    if thought is None and closing not in content and content.lstrip().startswith(opening.strip()):
+        raise TemplateError(f"the answer has a thought that no {closing!r} closes")
     if thought is None and closing in content:
         return content.lstrip().removeprefix(opening.strip()).lstrip("\n")
     return f"{(thought or '').strip()}\n{closing}\n\n{content.lstrip()}"
