@@ -103,6 +103,13 @@ class Signature:
                 raise self._error(f"takes {p.name!r}, and {_FOREIGN[p.name]}")
         taken = {p.name: p.name for p in self._named if p.name in {*offered, *columns}}
         taken |= self._by_position(offered, columns)
+        named = {_bare(name): name for name in columns if name not in taken}
+        for p in self._named:
+            if p.name not in taken and p.default is not p.empty and _bare(p.name) in named:
+                raise UserError(
+                    f"{self._subject} takes {p.name!r}, and the prompts have a column "
+                    f"{named[_bare(p.name)]!r}: it would get its default. Give both one name."
+                )
         if self._any_name:
             # TRL's functions find there whatever they do not name; ours name the responses.
             rest = columns if lists.second in taken.values() else (*columns, *offered)
@@ -195,6 +202,11 @@ def _parameters(function: Callable[..., Any]) -> list[Parameter]:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         return [Parameter("args", Parameter.VAR_POSITIONAL)]
+
+
+def _bare(name: str) -> str:
+    """The same for names that differ in case, underscores and number only."""
+    return name.lower().replace("_", "").rstrip("s")
 
 
 def _words(name: str) -> set[str]:

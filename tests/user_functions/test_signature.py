@@ -221,6 +221,8 @@ def anything(*args, **kwargs):
         (lambda x: [0, 0], "does not take the responses"),
         (lambda prompts, finished: [0, 0], "does not take the responses"),
         (lambda prompts, answers: [0, 0], "takes 'answers', almost the name of a column"),
+        (lambda responses, answers=None: [0, 0], "'answers', and the prompts have a column 'ans"),
+        (lambda completions, Solution=None, **_: [0, 0], "'Solution', .* it would get its default"),
         (lambda prompt, response: [0, 0], "takes 'prompt', and is called for one response at a"),
         (lambda completion, answer: 0, "takes 'completion', and is called for one response at a"),
         (lambda completions, trainer_state: [0, 0], "'trainer_state', and needs a default: only"),
