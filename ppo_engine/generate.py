@@ -97,6 +97,7 @@ def generate(config: GenerateConfig) -> None:
     )
     if rewards is not None:
         rewards.check_columns(column_names(examples))
+        rewards.check_prompts(examples)
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     console = Console(stderr=True, highlight=False)

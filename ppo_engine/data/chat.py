@@ -33,6 +33,8 @@ _SPEAKERS = {"system", "developer", "user", "assistant", "tool", *_ROLES}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # Whether a message is learned: of Axolotl, ms-swift, …; `weight` is OpenAI's, 0 or 1.
 _FLAGS = ("train", "training", "trainable", "loss", "weight")
+# Others' flags, of which some mean the opposite, and weights of more than two values.
+_FOREIGN_FLAGS = ("mask", "masked", "loss_mask", "loss_scale", "loss_weight")
 
 
 def check_messages(messages: Any, name: str) -> list[Message]:
@@ -176,6 +178,12 @@ def _take_flag(message: dict[str, Any], name: str, where: str) -> bool | None:
     """Takes the flags out of `message`: whether it is learned, None where it does not say."""
     if "train_detail" in message:
         raise BadLineError(f"{name!r} has 'train_detail'", f"{where}: a message is learned whole")
+    foreign = next((flag for flag in _FOREIGN_FLAGS if flag in message), None)
+    if foreign is not None:
+        raise BadLineError(
+            f"{name!r} has {foreign!r}",
+            f"{where}: say with 'train', true or false, what is learned",
+        )
     given = {flag: message.pop(flag) for flag in _FLAGS if flag in message}
     for flag, value in given.items():
         if not (value in (0, 1) if flag == "weight" else isinstance(value, bool)):

@@ -28,7 +28,7 @@ from ppo_engine.text.template import RESERVED
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "request", "input")
 INPUTS = ("input", "context")  # what an instruction is about: Alpaca's name, Dolly's
 CHATS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORY = "history"  # turns before the prompt
 TOOLS = ("tools", "functions")
 RESPONSES = (

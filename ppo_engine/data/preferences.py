@@ -158,6 +158,8 @@ def _ranking_of(columns: Columns, rules: ChatRules) -> Ranking:
     prompt, options = complete_prompt(prompt, columns, rules)
     if not (given or isinstance(prompt, str)):
         raise BadLineError("no prompt", ": whole texts cannot be chat messages; add their prompt")
+    if not given and isinstance(prompt, str):
+        _check_no_prompt(columns, prompt)
     pair = (chosen, rejected)
     return Ranking(prompt, pair, (0, 1), margin, prompt_given=given, options=options)
 
@@ -272,6 +274,20 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     shared = chosen[: next(unequal, min(len(chosen), len(rejected)))]
     shared = shared[: max((space.start() for space in re.finditer(r"\s", shared)), default=0)]
     return shared, chosen[len(shared) :], rejected[len(shared) :]
+
+
+def _check_no_prompt(columns: Columns, shared: str) -> None:
+    """Raises where a column that nobody reads may be the prompt of two whole texts."""
+    for name in columns.left:
+        text = columns.row.get(name)
+        if not isinstance(text, str) or text.strip() in shared:
+            continue
+        if len(text.split()) > 1 or name.strip().lower() in PROMPTS:
+            raise BadLineError(
+                f"no prompt, but a column {name!r}",
+                ", whose text chosen and rejected do not begin with: name it 'prompt' if that is "
+                "what it is, or leave it out",
+            )
 
 
 def _check_margin(margin: Any) -> float | None:

@@ -80,6 +80,10 @@ class RewardModel:
             rows.append(ids)
         return self._score(rows)
 
+    def check_prompt(self, prompt: Prompt, options: Mapping[str, Any]) -> None:
+        """Raises a `TemplateError` for a prompt that this model's chat template cannot render."""
+        self.renderer.scored(prompt, "Yes.", options=options, max_tokens=sys.maxsize)
+
     def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Equal rows are read once: in two batches of different shape they would get scores that
         differ by rounding, which a group's advantages would take for a difference."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models import precision
@@ -31,7 +32,9 @@ from ppo_engine.rewards.sources import (
 )
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import RewardEndpointConfig, RewardSource, ScoringConfig
+from ppo_engine.text.options import from_columns
 from ppo_engine.text.renderer import Renderer
+from ppo_engine.text.template import TemplateError
 from ppo_engine.text.tokenizer import same_tokenizer
 from ppo_engine.user_functions.importing import import_function
 
@@ -83,6 +86,21 @@ class Rewards:
         for reward in self.by_name.values():
             if isinstance(reward, RewardFunction):
                 reward.check_columns(columns, several_turns=several_turns)
+
+    def check_prompts(self, examples: Sequence[PromptExample]) -> None:
+        """A UserError for a prompt that a reward model cannot read, for which the policy's chat
+        template may well have had a place."""
+        for name, reward in self.by_name.items():
+            if not isinstance(reward, RewardModel) or name in self.by_tokens:
+                continue
+            for example in examples:
+                try:
+                    reward.check_prompt(example.prompt, from_columns(example.columns))
+                except TemplateError as error:
+                    raise UserError(
+                        f"{example.place}: the reward model {name!r} cannot read this prompt: "
+                        f"{error}. Leave such prompts out, or take another reward model."
+                    ) from error
 
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by name."""

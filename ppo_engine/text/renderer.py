@@ -216,6 +216,8 @@ class Renderer:
         opened = opened_thought(before)
         if after.startswith(before):
             answer = after.removeprefix(before)
+            if opened and opened[1] not in answer:
+                raise TemplateError(f"the answer has a thought that no {opened[1]!r} closes")
         elif opened and not messages[-1].get("tool_calls"):
             answer = answer_after(messages[-1], opened) + self.template.ending
         else:

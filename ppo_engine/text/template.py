@@ -39,8 +39,7 @@ _OPENING = re.compile(
     r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
     r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)\s*\Z"
 )
-# transformers lets no function of ours into a template.
-_DATE = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
+_DATE_CODES = "aAbBcdeFGHIjmMpSTuUVwWxXyY"  # of `strftime`
 _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # a tag of transformers' own
 _CLOSING = re.compile(r"</think>|\[/THINK\]|<\|END_THINKING\|>")
 _WORDS = re.compile(r"\w+")
@@ -122,7 +121,7 @@ class ChatTemplate:
             source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
             arguments = self._known({**self.arguments, **options}, source)
             prepared = [_prepared(message, source) for message in messages]
-            dated = _DATE.sub(self._strftime, source)
+            dated = self._clock + source if "strftime_now" in source else source
             try:
                 text = self._apply(prepared, ask, dated, arguments)
             except TypeError:  # some families' write the arguments of a call as they come: as text
@@ -200,9 +199,14 @@ class ChatTemplate:
             raise TemplateError(f"the model's chat template has no variable {unknown[0]!r}")
         return known
 
-    def _strftime(self, call: re.Match[str]) -> str:
-        """The date as the text that a call of `strftime_now` in a template gives."""
-        return repr(datetime.datetime.combine(self.date, datetime.time()).strftime(call["form"]))
+    @cached_property
+    def _clock(self) -> str:
+        """`strftime_now` that shows the date. A macro: transformers lets no function of ours in."""
+        moment = datetime.datetime.combine(self.date, datetime.time())
+        codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DATE_CODES]
+        filters = "".join(f"|replace({code!r}, {moment.strftime(code)!r})" for code in codes)
+        macro = f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"
+        return macro + "{{ '' }}"  # keeps a newline behind it, which the end of a block would take
 
 
 def opened_thought(text: str) -> tuple[str, str] | None:
@@ -220,10 +224,12 @@ def opened_thought(text: str) -> tuple[str, str] | None:
 
 def answer_after(message: Message, opened: tuple[str, str]) -> str:
     """The words of an answer to a prompt that has opened a thought: the thought, what closes it,
-    and the rest. An answer without a thought closes it at once."""
+    and the rest. An answer without a thought closes it at once. Raises `TemplateError`."""
     opening, closing = opened
     content = str(message["content"])
     thought = next((str(message[key]) for key in THOUGHTS if message.get(key)), None)
+    if thought is None and closing not in content and content.lstrip().startswith(opening.strip()):
+        raise TemplateError(f"the answer has a thought that no {closing!r} closes")
     if thought is None and closing in content:
         return content.lstrip().removeprefix(opening.strip()).lstrip("\n")
     return f"{(thought or '').strip()}\n{closing}\n\n{content.lstrip()}"

@@ -109,6 +109,7 @@ class PPOTrainer:
             self.notes += overlap(self.examples, held_out)
         for examples in filter(None, (self.examples, held_out)):
             self.engine.check_columns(column_names(examples))
+            self.engine.rewards.check_prompts(examples)
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + sampling_notes(self.engine.policy)
         self.step = 0

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
@@ -32,9 +33,21 @@ _FOREIGN = {
 # No word for prompts, responses or turns: they get these lists by their names or not at all.
 _NEVER_BY_POSITION = {
     *("prompts", "responses", "completions", "completion_ids", "completions_ids", "finished"),
-    *("turns", "ground_truth", "ground_truths", "solution", "solutions", "label", "labels"),
-    *("target", "targets", "reference", "references", "expected", "gold", *_FOREIGN),
+    *("turns", *_FOREIGN),
 }
+# Words in a parameter's name, in the singular, that speak of something else than it would get at
+# the first and the second place.
+_REFERENCES = {
+    *("truth", "gt", "solution", "label", "target", "reference", "ref", "expected", "gold"),
+    *("golden", "correct"),
+}
+_SPEAKS_OF_OTHERS = (
+    {
+        *("response", "completion", "output", "answer", "generation", "generated", "prediction"),
+        *("pred", "reply", "replie", "sample", *_REFERENCES),
+    },
+    {"prompt", "question", "query", "querie", "input", "instruction", "problem", *_REFERENCES},
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,13 @@ class Signature:
                 raise self._error(f"takes {p.name!r}, and {_FOREIGN[p.name]}")
         taken = {p.name: p.name for p in self._named if p.name in {*offered, *columns}}
         taken |= self._by_position(offered, columns)
+        named = {_bare(name): name for name in columns if name not in taken}
+        for p in self._named:
+            if p.name not in taken and p.default is not p.empty and _bare(p.name) in named:
+                raise UserError(
+                    f"{self._subject} takes {p.name!r}, and the prompts have a column "
+                    f"{named[_bare(p.name)]!r}: it would get its default. Give both one name."
+                )
         if self._any_name:
             # TRL's functions find there whatever they do not name; ours name the responses.
             rest = columns if lists.second in taken.values() else (*columns, *offered)
@@ -118,7 +138,11 @@ class Signature:
         stands beside the other's right name."""
         lists = self._lists
         known = {*offered, *columns, *_NEVER_BY_POSITION}
-        blank = [p for p in self._first_two if p.name not in known and p.default is p.empty]
+        blank = [
+            p
+            for p, others in zip(self._first_two, _SPEAKS_OF_OTHERS, strict=False)
+            if p.name not in known and p.default is p.empty and not others & _words(p.name)
+        ]
         right = ({lists.first}, {*lists.answers} & {*offered})
         pairs = list(zip(self._first_two, right, strict=False))
         if len(pairs) < 2 or not all(p in blank or p.name in names for p, names in pairs):
@@ -178,6 +202,15 @@ def _parameters(function: Callable[..., Any]) -> list[Parameter]:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         return [Parameter("args", Parameter.VAR_POSITIONAL)]
+
+
+def _bare(name: str) -> str:
+    """The same for names that differ in case, underscores and number only."""
+    return name.lower().replace("_", "").rstrip("s")
+
+
+def _words(name: str) -> set[str]:
+    return {word.rstrip("s") for word in re.findall("[a-z]+", name.lower())}
 
 
 def _quoted(names: Iterable[str]) -> str:

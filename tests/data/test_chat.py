@@ -101,6 +101,8 @@ def test_forms_of_messages(message: dict[str, Any], expected: dict[str, Any]) ->
         (said(train="no"), "'messages.train' must be true or false, not 'no'"),
         (said(weight=1, train=False), "flags that contradict each other"),
         (said(train_detail=[]), "'train_detail' .*: a message is learned whole"),
+        (said(masked=True), "'masked' .*: say with 'train'"),
+        (said(loss_scale=0.5), "'loss_scale' .*: say with 'train'"),
         ({"role": "user", "content": "Hi", "train": True}, "asks to learn .* not the assistant's"),
     ],
 )

@@ -61,6 +61,7 @@ KWARGS = "chat_template_kwargs"
         ({"prompt": USER}, [USER]),
         ({"prompt": "Name a color.", "system": "Be brief."}, [SYSTEM, USER]),
         ({"prompt": [USER], "system_prompt": "Be brief."}, [SYSTEM, USER]),
+        ({"prompt": [USER], "system_message": "Be brief."}, [SYSTEM, USER]),
         ({"prompt": [SYSTEM, USER], "system": "Be brief."}, [SYSTEM, USER]),  # said twice
         ({"prompt": [USER], "system": ""}, [USER]),
         ({"prompt": DIALOGUE}, [USER]),

@@ -172,6 +172,9 @@ def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
         ({"prompt": "Q", **PAIR, "margin": True}, "'margin' must be a finite number"),
         ({"chosen": [USER, BLUE], "rejected": [USER]}, "'rejected' is not the assistant's"),
         ({"chosen": [BLUE], "rejected": [RED]}, "no prompt"),
+        ({"title": "A color?", "chosen": "Blue.", "rejected": "Red."}, "but a column 'title'"),
+        ({"title": "A color?", "chosen": "I say blue.", "rejected": "I say red."}, "'title'"),
+        ({"Question ": "Color?", "chosen": "Blue.", "rejected": "Red."}, "a column 'Question '"),
         (
             {"chosen": [USER, BLUE], "rejected": [{**USER, "content": "?"}, RED]},
             "every message but the last",
@@ -247,6 +250,13 @@ def test_every_real_hh_pair_loads(tokenizer: Any) -> None:
         else:
             roles = [message["role"] for message in pair.prompt]
             assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+
+
+def test_whole_texts_may_have_columns_beside_them() -> None:
+    rows = [{"chosen": "A color? Blue.", "rejected": "A color? Red."}]
+    for more in ({"text": "A color?"}, {"source": "humans"}, {"Question": " "}, {"n": 3}):
+        [ranking], _ = load_preferences([rows[0] | more], tokenizer=tiny_tokenizer())
+        assert ranking.prompt == "A color?"
 
 
 def test_split_keeps_prompts_apart_and_repeats() -> None:

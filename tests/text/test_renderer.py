@@ -221,6 +221,13 @@ def test_a_rewritten_chat_that_is_too_long_loses_its_start() -> None:
     assert shown(renderer, ids).endswith("xyz<|end_of_sentence|>") and len(ids) == 5
 
 
+def test_an_answer_that_leaves_its_thought_open_is_not_learned() -> None:
+    renderer = Renderer(r1())
+    for content in ("<think>\nhm", " <think>hm, 4"):
+        with pytest.raises(TemplateError, match="has a thought that no '</think>' closes"):
+            renderer.learned(CHAT, says(content))
+
+
 def test_a_template_without_an_end_is_ended_by_eos() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"

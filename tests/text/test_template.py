@@ -116,6 +116,24 @@ def test_a_template_that_shows_the_date_shows_the_runs(make, shown) -> None:
     assert ChatTemplate(make()).date == today
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "strftime_now('%d %B %Y')",
+        'strftime_now(format="%d %B %Y")',
+        "strftime_now(date_format or '%d %B %Y')",
+        "'%02d ' % (strftime_now('%-d') | int) + strftime_now('%B ' + '%Y')",
+    ],
+)
+def test_however_a_template_asks_for_the_date(call: str) -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "\n{% macro now() %}{{ " + call + " }}{% endmacro %}{{ now() }}"
+    tokenizer.chat_template += "{{ messages[0].content }}"
+    date = datetime.date(2025, 2, 9)
+    text = ChatTemplate(tokenizer, date=date).render([USER], ask=True)
+    assert text == f"\n09 February 2025{USER['content']}"
+
+
 def test_a_tokenizer_with_several_templates() -> None:
     several = qwen3()
     several.chat_template = {"default": chatml().chat_template, "tool_use": several.chat_template}

@@ -27,6 +27,7 @@ from ppo_engine import (
     RunConfig,
     SFTConfig,
     SFTTrainer,
+    UserError,
 )
 from ppo_engine.generate import generate
 from ppo_engine.models.loading import save_model
@@ -108,6 +109,17 @@ def test_an_answer_has_one_score(make, said, end, reward_folder, tmp_path, monke
     )
     [score] = json.loads((tmp_path / "out.jsonl").read_text())["scores"]
     assert score == pytest.approx(in_ppo, abs=1e-5)
+
+
+@pytest.mark.parametrize("make", [gemma])
+def test_what_a_reward_model_cannot_read_is_found_first(make, reward_folder) -> None:
+    """Its template has no place for a system message; the policy's has."""
+    prompts = [CHAT, [{"role": "system", "content": "Be brief."}, *CHAT]]
+    message = r"\[1\]: the reward model 'reward' cannot read this prompt: refused .*System role"
+    config = PPOConfig(ppo=SMALL, run=RUN)
+    with pytest.raises(UserError, match=message):
+        PPOTrainer(tiny_model(), reward_folder, prompts, config=config, tokenizer=chatml())
+    PPOTrainer(tiny_model(), reward_folder, prompts[:1], config=config, tokenizer=chatml())
 
 
 @pytest.mark.parametrize(
