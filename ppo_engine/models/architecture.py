@@ -17,6 +17,13 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def find_base(model: PreTrainedModel) -> None:
+    """Let `base_model` be the base of a language model where its family names it otherwise than it
+    calls it (Llama-4, Mllama): it would be the whole model."""
+    if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        model.base_model_prefix = "model"
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a Hugging Face model, whatever its family calls it."""
     for module in model.base_model.modules():

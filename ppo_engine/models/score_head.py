@@ -65,7 +65,7 @@ def _made_class(config_class: Any) -> type[PreTrainedModel]:
     family = next(parent for parent in base.__mro__[1:] if issubclass(parent, PreTrainedModel))
     name = base.__name__.removesuffix("Model").removesuffix("Text") + "ForSequenceClassification"
     names = {
-        "base_model_prefix": causal.base_model_prefix,  # so that its checkpoints can be read
+        "base_model_prefix": base.base_model_prefix,  # so that its checkpoints can be read
         "config_class": config_class,
         "__module__": base.__module__,  # whose source the library looks into
     }

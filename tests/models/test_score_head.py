@@ -31,7 +31,7 @@ from ppo_engine.models.value_model import load_value_model, score_head, sequence
 from ppo_engine.rewards.model import load_reward_model
 
 CPU = torch.device("cpu")
-FAMILIES = ["granite", "lfm2", "cohere", "olmoe", "mamba"]
+FAMILIES = ["granite", "lfm2", "cohere", "olmoe", "mamba", "llama4_text"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -130,3 +130,9 @@ def test_adapters_are_trained_and_merged(family, tmp_path):
 def test_a_model_that_writes_no_text_has_no_score_head():
     with pytest.raises(UserError, match="CLIPConfig describes no causal language model"):
         value_model_class(CLIPConfig())
+
+
+@pytest.mark.parametrize("family", ["bart", "bert"])
+def test_a_critic_that_lacks_weights_is_refused(family):
+    with pytest.raises(UserError, match=r"No critic can be made from B.*an estimator without"):
+        PPOEngine(of_family(family), vowels, config=PPOConfig(), tokenizer=tiny_tokenizer())
