@@ -22,6 +22,13 @@ def is_classifier(config: Any) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
+def find_base(model: PreTrainedModel) -> None:
+    """Let `base_model` be the base of a language model where its family names it otherwise than it
+    calls it (Llama-4, Mllama): it would be the whole model."""
+    if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        model.base_model_prefix = "model"
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a Hugging Face model, whatever its family calls it."""
     for module in model.base_model.modules():

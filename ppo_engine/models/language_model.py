@@ -51,6 +51,7 @@ class LanguageModel:
         date: datetime.date | None = None,
     ) -> None:
         """`template_arguments` and `date` go to the chat template, see `text.template`."""
+        architecture.find_base(model)
         self.model = model.to(device)
         self.tokenizer = tokenizer
         self.device = device

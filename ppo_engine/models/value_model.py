@@ -132,7 +132,14 @@ def value_model_from_policy(
         model = value_model_class(config)._from_config(config, dtype=torch.float32)
     model = storage.in_fp32(model, storage.stored_dtype(policy))
     source = getattr(policy, model.base_model_prefix)  # of a few families not their base_model
-    model.base_model.load_state_dict(source.state_dict())
+    try:
+        model.base_model.load_state_dict(source.state_dict())
+    except RuntimeError as error:  # Bart's reads with an encoder, Bert's has a pooler
+        raise UserError(
+            f"No critic can be made from {type(policy).__name__}: {type(model).__name__} has other "
+            "weights. Give another model, or choose an estimator without a critic, such as "
+            "ppo.estimator=grpo or reinforce_pp."
+        ) from error
     init_head(_find_head(model)[1], seed)
     return ready_value_model(model, tokenizer, device)
 

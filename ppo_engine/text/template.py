@@ -189,6 +189,9 @@ class ChatTemplate:
 
     def _known(self, arguments: Options, source: str) -> dict[str, Any]:
         """Those of the arguments that the template `source` looks at; raises for others."""
+        taken = [name for name in ("messages", "add_generation_prompt") if name in arguments]
+        if taken:
+            raise TemplateError(f"the model's chat template is given {taken[0]!r} already")
         known = {
             name: value
             for name, value in arguments.items()

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import itertools
 import site
 import sys
 import sysconfig
@@ -70,11 +71,19 @@ def _run_file(path: Path, changed: int) -> ModuleType:
         sys.modules.pop(name, None)
         hint = ""
         if isinstance(error, ImportError) and "relative import" in str(error):
-            hint = f" Name it as a module of its package: {path.parent.name}.{name}:FUNCTION."
+            hint = f" Name it as a module of its package: {_dotted(path)}:FUNCTION."
         raise UserError(
             f"{str(path)!r} could not be imported: {type(error).__name__}: {error}.{hint}"
         ) from error
     return module
+
+
+def _dotted(path: Path) -> str:
+    """The name of a file as a module of its outermost package."""
+    parts = [path.stem, path.parent.name]
+    for folder in itertools.takewhile(lambda f: (f / "__init__.py").exists(), path.parent.parents):
+        parts.append(folder.name)
+    return ".".join(reversed(parts))
 
 
 def _import_module(source: str) -> ModuleType:

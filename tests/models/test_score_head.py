@@ -132,3 +132,9 @@ def test_adapters_are_trained_and_merged(family, tmp_path):
 def test_what_is_no_decoder_has_no_score_head(config):
     with pytest.raises(UserError, match=f"cannot be made from a {config.model_type}"):
         value_model_class(config)
+
+
+@pytest.mark.parametrize("family", ["bart", "bert"])
+def test_a_critic_that_lacks_weights_is_refused(family):
+    with pytest.raises(UserError, match=r"No critic can be made from B.*an estimator without"):
+        PPOEngine(of_family(family), vowels, config=PPOConfig(), tokenizer=tiny_tokenizer())

@@ -64,6 +64,7 @@ def test_a_template_that_writes_arguments_as_they_come_gets_text() -> None:
         (mistral, [USER, USER], {}, "roles must alternate"),
         (llama3, [USER, {**CALLS, "tool_calls": [CALL, CALL]}], {}, "single tool-calls"),
         (qwen3, [USER], {"enable_thinkin": False}, "no variable 'enable_thinkin'"),
+        (qwen3, [USER], {"add_generation_prompt": True}, "given 'add_generation_prompt' already"),
         (gptoss, [USER, {"role": "assistant", "content": 3, "thinking": "x"}], {}, "refused"),
     ],
 )

@@ -92,6 +92,11 @@ def test_a_module_is_found_in_the_working_folder():
         UserError, match=r"relative import.* module of its package: pkg\.rewards:FUN"
     ):
         import_function("pkg/rewards.py:judge")
+    write("pkg/__init__.py", "")
+    write("pkg/maths/rewards.py", JUDGE.replace("from helpers", "from ..helpers"))
+    with pytest.raises(UserError, match=r"its package: pkg\.maths\.rewards:FUN"):
+        import_function("pkg/maths/rewards.py:judge")
+    assert scores("pkg.maths.rewards:judge") == [1, 2]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
