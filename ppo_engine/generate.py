@@ -66,7 +66,9 @@ def generate(config: GenerateConfig) -> None:
         text = config.prompt
         chat = [{"role": "user", "content": text}]
         asked = chat if tokenizer.chat_template else text
-        examples, skipped = prompts_from_sequence([asked], tokenizer=tokenizer)
+        examples, skipped = prompts_from_sequence(
+            [asked], tokenizer=tokenizer, as_chat=data.as_chat
+        )
     else:
         examples, skipped = load_prompts(
             data.path, tokenizer=tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat

@@ -301,6 +301,10 @@ def test_generate_asks_text_as_a_chat_when_told_to(
     assert rows[0]["question"] == "One" and rows[1]["messages"] == [USER, BLUE]
     noted = " ".join(shown.err.split())
     assert "plain text" not in noted and "answer at a conversation's end is cut" in noted
+    # Also where the one prompt that is given could not be a chat.
+    raw = tiny_model_folder(Path("raw"), chat_template=False)
+    assert cli.main(["generate", "--model", raw, "--prompt", "One", "data.as_chat=true"]) == 2
+    assert "data.as_chat=true needs a chat template" in capsys.readouterr().err
 
 
 def test_generate_says_why_it_is_slow(capsys: pytest.CaptureFixture[str]) -> None:

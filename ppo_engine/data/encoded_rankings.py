@@ -11,7 +11,7 @@ from ppo_engine.data.rows import BadLines, OnBadLine, SkippedLines
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.errors import UserError
 from ppo_engine.text.renderer import Renderer
-from ppo_engine.text.template import TemplateError
+from ppo_engine.text.template import TemplateError, thought_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def encode_rankings(
     is dropped.
     """
     bad_lines = BadLines(on_bad_line)
-    encoded, cut, same = [], 0, 0
+    encoded, cut, same, thoughtless = [], 0, 0, 0
     groups = {i: group for group, found in enumerate(prompt_groups(rankings)) for i in found}
     for index, ranking in enumerate(rankings):
         try:
@@ -53,6 +53,7 @@ def encode_rankings(
         except TemplateError as error:  # such as "roles must alternate"
             bad_lines.add(ranking.place, error.reason, error.detail)
             continue
+        thoughtless += _lose_thoughts(renderer, ranking, full)
         long = max(map(len, full)) > limit
         cut += long
         ids = _dialogues(renderer, ranking, limit) if long else full
@@ -70,13 +71,17 @@ def encode_rankings(
                     tuple(len(full[i]) - len(ids[i]) for i in kept),
                 )
             )
+    lost = f"the chat template leaves out the thoughts in the responses of {thoughtless}"
     if rankings and not encoded:
         refused = f"; {bad_lines.skipped}" if bad_lines.skipped.total else ""
+        refused = f"; {lost}{refused}" if thoughtless else refused
         raise UserError(
             f"No {name} preference is left: within {limit} tokens (data.max_tokens, or the "
             f"model's context), the responses of {same} are the same{refused}."
         )
     notes = []
+    if thoughtless:
+        notes.append(f"Of {len(rankings)} {name} preferences {lost}: the model does not read them.")
     if cut:
         notes.append(
             f"{cut} of {len(rankings)} {name} preferences were truncated to {limit} tokens "
@@ -88,6 +93,16 @@ def encode_rankings(
             "only the best is kept."
         )
     return encoded, bad_lines.skipped, notes
+
+
+def _lose_thoughts(renderer: Renderer, ranking: Ranking, rows: list[list[int]]) -> bool:
+    """Whether a response has a thought that is not among the tokens of its row."""
+    for response, ids in zip(ranking.responses, rows, strict=True):
+        message = {"content": response} if isinstance(response, str) else response
+        thought = "".join(thought_of(message).split())
+        if thought and thought not in "".join(str(renderer.tokenizer.decode(ids)).split()):
+            return True
+    return False
 
 
 def _dialogues(renderer: Renderer, ranking: Ranking, limit: int) -> list[list[int]]:

@@ -238,6 +238,14 @@ def answer_after(message: Message, opened: tuple[str, str]) -> str:
     return f"{(thought or '').strip()}\n{closing}\n\n{content.lstrip()}"
 
 
+def thought_of(message: Message) -> str:
+    """What was thought before a message's answer, also where its content has it; "" if nothing."""
+    thought = next((str(message[key]) for key in THOUGHTS if message.get(key)), None)
+    before, *rest = _CLOSING.split(str(message["content"]), maxsplit=1)
+    inside = re.split(r"<think>|\[THINK\]|<\|START_THINKING\|>", before)[-1] if rest else ""
+    return inside if thought is None else thought
+
+
 def _prepared(message: Message, source: str) -> Message:
     """The message under the keys that the template `source` looks at."""
     found = {key: value for key, value in message.items() if key not in (*THOUGHTS, "train")}

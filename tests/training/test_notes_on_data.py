@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from data_files import BLUE, RED, USER, write
+from templates import qwen3, r1
 from tiny import tiny_model_folder, tiny_tokenizer
 from trainers import PROMPTS, config, length_reward
 
@@ -76,6 +77,23 @@ def test_text_for_a_chat_model(
     assert len({str(x) for x in shown}) == 1  # the text became the chat
     [note] = noted(wrapped, UNREAD)
     assert note.endswith("'source' (2 rows).")
+
+
+@pytest.mark.parametrize("make", [qwen3, r1])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        [{**answer, "reasoning_content": "I see."} for answer in (BLUE, RED)],
+        [f"<think>\nI see.\n</think>\n\n{answer['content']}" for answer in (BLUE, RED)],
+    ],
+)
+def test_thoughts_that_a_reward_model_does_not_read(tmp_path: Path, make: Any, pair: Any) -> None:
+    folder = tiny_model_folder(tmp_path, tokenizer=make())
+    rows = [{"prompt": [USER], "chosen": pair[0], "rejected": pair[1]}]
+    rows += [{"prompt": [USER], "chosen": "Blue", "rejected": "</think>"}]
+    found = noted(reward(folder, rows, make()), "leaves out the thoughts")
+    assert len(found) == (make is r1)
+    assert all(note.startswith("Of 2 training preferences ") for note in found)
 
 
 def test_columns_that_no_reward_and_no_environment_asks_for(model: str) -> None:
