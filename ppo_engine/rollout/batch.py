@@ -54,8 +54,8 @@ class Rollout:
 
     @property
     def turns(self) -> Sequence[list[Message]] | None:
-        """The messages of each conversation after its prompt, where there is an environment."""
-        return None if self.environment_mask is None else self.columns["turns"]
+        """The messages of each conversation after its prompt, where an environment's are known."""
+        return None if self.environment_mask is None else self.columns.get("turns")
 
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Prompt and response joined: ids [B, P+T] long and attention mask [B, P+T] bool."""
