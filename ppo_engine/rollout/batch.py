@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_engine.models.architecture import real_tokens_first
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.pretrained.architecture import real_tokens_first
 from ppo_engine.text.prompt import Message, Prompt
 
 
