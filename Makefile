@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINIMUM := .venv-minimum
-ROOMS := $(addprefix tests/,user_functions settings text data models rollout rewards run ppo training)
+ROOMS := $(addprefix tests/,user_functions user_functions settings text data pretrained models rollout rewards run ppo training)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 FUZZ_CASES ?= 2000

@@ -23,7 +23,7 @@ from bench.e2e_worker import Work
 from ppo_engine.demo.model import model_path
 from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
 from ppo_engine.errors import UserError
-from ppo_engine.models.loading import quiet_transformers
+from ppo_engine.pretrained.loading import quiet_transformers
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import load_tokenizer
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppo_engine.errors import UserError
-    from ppo_engine.models.score_head import value_model_class
     from ppo_engine.ppo.engine import PPOEngine
     from ppo_engine.ppo.experience import Experience
+    from ppo_engine.pretrained.classifier import value_model_class
     from ppo_engine.rollout.batch import Rollout
     from ppo_engine.settings.schema import (
         AdaptiveKLConfig,
@@ -75,7 +75,7 @@ _HOMES = {
     "Rollout": "rollout.batch",
     "SFTTrainer": "training.sft",
     "UserError": "errors",
-    "value_model_class": "models.score_head",
+    "value_model_class": "pretrained.classifier",
     **dict.fromkeys(_SETTINGS, "settings.schema"),
 }
 

@@ -414,7 +414,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
-    from ppo_engine.models.loading import hide_loading_bars
+    from ppo_engine.pretrained.loading import hide_loading_bars
 
     hide_loading_bars()
     logging.set_verbosity_error()

@@ -22,9 +22,10 @@ from ppo_engine.data.prompts import (
     prompts_from_sequence,
 )
 from ppo_engine.errors import UserError
-from ppo_engine.models import loading, precision
+from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import sampling_notes
+from ppo_engine.pretrained import loading
 from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards

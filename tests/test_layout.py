@@ -20,6 +20,7 @@ ORDER = (
     ("settings",),
     ("text",),
     ("data",),
+    ("pretrained",),
     ("models",),
     ("rollout",),
     ("rewards",),

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ppo_engine.errors import UserError
-from ppo_engine.models.architecture import decoder_layers
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.loading import quiet_transformers
+from ppo_engine.pretrained.architecture import decoder_layers
+from ppo_engine.pretrained.loading import quiet_transformers
 from ppo_engine.run.directory import atomic_folder
 from ppo_engine.settings.schema import ModelConfig
 

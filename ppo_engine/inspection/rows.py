@@ -22,8 +22,8 @@ from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.preferences import load_preferences, sample_rankings
 from ppo_engine.data.prompts import PromptExample, limit_prompts, load_prompts
-from ppo_engine.models import architecture, loading
-from ppo_engine.models.generation_config import declared_ends, read_generation_config
+from ppo_engine.pretrained import architecture, loading
+from ppo_engine.pretrained.generation_config import declared_ends, read_generation_config
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
 from ppo_engine.text.prompt import Prompt

@@ -1,1 +1,1 @@
-"""Models: loading, precision, freezing, passes, log-probs and losses, the optimizer."""
+"""Models at work: passes, log-probs, losses and scores, what is trained, the optimizer."""

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppo_engine.errors import UserError
-from ppo_engine.models.adapters import add_lora, is_quantized
-from ppo_engine.models.architecture import decoder_layers, unwrap
 from ppo_engine.models.probes import check_repeatable
+from ppo_engine.pretrained.adapters import add_lora, is_quantized
+from ppo_engine.pretrained.architecture import decoder_layers, unwrap
 from ppo_engine.settings.schema import ModelConfig
 
 

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture, generation_config, loading, precision, probes
-from ppo_engine.models.checkpoint import read_language_model
+from ppo_engine.models import precision, probes
 from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
 from ppo_engine.models.output_head import find_output_head
-from ppo_engine.models.storage import in_fp32
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.pretrained import architecture, generation_config, loading
+from ppo_engine.pretrained.storage import in_fp32
+from ppo_engine.pretrained.weights import read_language_model
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.spans import span
 from ppo_engine.text.renderer import Renderer

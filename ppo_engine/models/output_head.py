@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine.models import architecture
+from ppo_engine.pretrained import architecture
 
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice."
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.data.demonstrations import EncodedExample
-from ppo_engine.models import architecture
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.pretrained import architecture
 
 _PROBE = ("The quick brown fox jumps over the lazy dog.", "Another text, in the same row.")
 # Relative to how far one text affects another when they are joined: products whose shapes depend

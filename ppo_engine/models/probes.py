@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture
 from ppo_engine.models.experts import unrouted
+from ppo_engine.pretrained import architecture
 
 _TOKENS = 12  # of the probe's text, where the model's context has room for it and its padding
 # A smaller share is rounding, also that of half precision and of experts whose products have other

@@ -1,7 +1,7 @@
 """Models that score text: the reward model (one score for a sequence) and the critic (a value
 at each of its tokens).
 
-Both are sequence classifiers with one label (`score_head.value_model_class`). They pool their
+Both are sequence classifiers with one label (`pretrained.classifier`). They pool their
 logits at the last token that is not padding; here the head is applied to the base model's hidden
 states directly, at every token that is asked for. `check_value_head` proves on a probe batch that
 the two agree, and whatever is saved loads elsewhere with `from_pretrained`.
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import adapters, architecture, freezing, loading, storage
-from ppo_engine.models.checkpoint import SCORE_HEADS, read_checkpoint, refuse_missing
-from ppo_engine.models.score_head import value_model_class
+from ppo_engine.models import freezing
+from ppo_engine.pretrained import adapters, architecture, loading, storage
+from ppo_engine.pretrained.classifier import value_model_class
+from ppo_engine.pretrained.weights import SCORE_HEADS, read_checkpoint, refuse_missing
 from ppo_engine.settings.schema import ModelConfig
 
 _PROBE = ("A short one.", "A longer text, so that the two are not equally long.")

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture, loading, precision
+from ppo_engine.models import precision
 from ppo_engine.models.token_rows import pad_left
 from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
+from ppo_engine.pretrained import architecture, loading
 from ppo_engine.text.options import row_options
 from ppo_engine.text.prompt import Prompt
 from ppo_engine.text.renderer import Renderer

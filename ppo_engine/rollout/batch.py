@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_engine.models.architecture import real_tokens_first
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.pretrained.architecture import real_tokens_first
 from ppo_engine.text.prompt import Message, Prompt
 
 
@@ -54,7 +54,7 @@ class Rollout:
 
     @property
     def turns(self) -> Sequence[list[Message]] | None:
-        """The messages of each conversation after its prompt, where there is an environment."""
+        """The messages of each conversation after its prompt, where an environment's are known."""
         return None if self.environment_mask is None else self.columns.get("turns")
 
     def sequences(self) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
-from ppo_engine.models import architecture
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import pad_left
+from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.sampling import Continuation, sample

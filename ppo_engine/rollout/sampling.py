@@ -17,10 +17,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ppo_engine.models import architecture, precision
+from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import pad_left
+from ppo_engine.pretrained import architecture
 from ppo_engine.settings.schema import GenerationConfig
 from ppo_kernels import token_logprobs
 

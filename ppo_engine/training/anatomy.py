@@ -53,7 +53,8 @@ from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ppo_engine.models import architecture, value_model
+from ppo_engine.models import value_model
+from ppo_engine.pretrained import architecture
 from ppo_engine.run.directory import atomic_folder
 from ppo_engine.spans import PREFIX, span
 

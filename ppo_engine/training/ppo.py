@@ -28,10 +28,10 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.memory import peak_memory
 from ppo_engine.messages import counted
-from ppo_engine.models import loading
 from ppo_engine.models.notes import sampling_notes, training_notes
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.estimators import TITLES
+from ppo_engine.pretrained import loading
 from ppo_engine.rewards.sources import with_rewards
 from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
 from ppo_engine.rollout.batch import Rollout

@@ -19,9 +19,10 @@ from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, 
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
-from ppo_engine.models import architecture, freezing, loading, precision, storage, value_model
+from ppo_engine.models import freezing, precision, value_model
 from ppo_engine.models.experts import asks_for_balance
 from ppo_engine.models.token_rows import pad_left
+from ppo_engine.pretrained import architecture, loading, storage
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
 from ppo_engine.text.renderer import Renderer

@@ -23,11 +23,11 @@ from ppo_engine.data.demonstrations import (
 )
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
 from ppo_engine.models.packing import can_pack, plan, stack_rows
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.pretrained import architecture
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import SFTConfig, SFTSettings
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster

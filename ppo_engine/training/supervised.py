@@ -25,8 +25,9 @@ from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
-from ppo_engine.models import loading, precision
+from ppo_engine.models import precision
 from ppo_engine.models.optimizer import Learner
+from ppo_engine.pretrained import loading
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
 from ppo_engine.run.interrupts import interrupted_after

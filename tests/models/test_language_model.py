@@ -28,11 +28,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture, freezing, loading, precision
+from ppo_engine.models import freezing, precision
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.output_head import OutputHead
 from ppo_engine.models.value_model import load_value_model
+from ppo_engine.pretrained import architecture, loading
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rollout.generation import generate
 from ppo_engine.settings.schema import GenerationConfig as Sampling
 from ppo_engine.settings.schema import ModelConfig

@@ -11,11 +11,12 @@ from tiny import tiny_model, tiny_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture, probes
+from ppo_engine.models import probes
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import sampling_notes
 from ppo_engine.models.packing import can_pack
 from ppo_engine.models.value_model import sequence_scores, token_values, value_model_from_policy
+from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.generation import generate
 from ppo_engine.settings.schema import GenerationConfig, ModelConfig
 

@@ -17,7 +17,6 @@ from transformers import (
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.freezing import prepare_for_training
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import (
     init_head,
     load_value_model,
@@ -26,6 +25,7 @@ from ppo_engine.models.value_model import (
     sequence_scores,
     token_values,
 )
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.settings.schema import LoraConfig, ModelConfig
 
 CPU = torch.device("cpu")

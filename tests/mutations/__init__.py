@@ -50,6 +50,7 @@ def read_mutations(text: str) -> Iterator[Mutation]:
         if parts["@"]:
             found = replace(found, tests=tuple(" ".join(parts["@"]).split()))
         if parts["="]:
+            assert not parts[""], f"a blank line is missing before === {parts['='][0]}"
             of_file = replace(found, file=parts["="][0])
         elif parts[""]:
             old, new = "\n".join(parts["-"]), "\n".join(parts["+"])

@@ -8,8 +8,8 @@ from tiny import tiny_model_folder, tiny_tokenizer
 from tokenizers import pre_tokenizers
 
 from ppo_engine.errors import UserError
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import load_value_model
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import RewardModel, load_reward_model
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import same_tokenizer

@@ -18,9 +18,10 @@ import torch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 from ppo_engine import PPOEngine, cli, spans
-from ppo_engine.models import architecture, language_model, optimizer
+from ppo_engine.models import language_model, optimizer
 from ppo_engine.models.value_model import value_model_from_policy
 from ppo_engine.ppo import critic, engine, estimators
+from ppo_engine.pretrained import architecture
 from ppo_engine.rewards.model import RewardModel
 from ppo_engine.settings.schema import (
     GenerationConfig,

@@ -30,8 +30,8 @@ from ppo_engine import (
     UserError,
 )
 from ppo_engine.generate import generate
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import value_model_from_policy
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rollout import generation
 from ppo_engine.rollout.sampling import Continuation
 from ppo_engine.settings.schema import GenerateConfig, ScoringConfig

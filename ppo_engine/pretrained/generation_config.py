@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_engine.models.adapter_folder import unstack
+from ppo_engine.pretrained.adapter_folder import unstack
 
 # Whether another setting has an effect depends on these.
 _SWITCHES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")

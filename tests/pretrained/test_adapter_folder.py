@@ -27,11 +27,11 @@ from ppo_engine import (
 )
 from ppo_engine.errors import UserError
 from ppo_engine.generate import generate
-from ppo_engine.models import loading
-from ppo_engine.models.adapter_folder import tokenizer_source
-from ppo_engine.models.checkpoint import read_language_model
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.value_model import load_value_model, sequence_scores
+from ppo_engine.pretrained import loading
+from ppo_engine.pretrained.adapter_folder import tokenizer_source
+from ppo_engine.pretrained.weights import read_language_model
 from ppo_engine.rewards.model import load_reward_model
 from ppo_engine.settings.schema import GenerateConfig, GenerationConfig, ScoringConfig
 

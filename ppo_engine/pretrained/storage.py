@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ppo_engine.models.adapters import copy_on_cpu
+from ppo_engine.pretrained.adapters import copy_on_cpu
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -26,8 +26,8 @@ from ppo_engine import (
     value_model_class,
 )
 from ppo_engine.models.freezing import prepare_for_training
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import load_value_model, score_head, sequence_scores
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import load_reward_model
 
 CPU = torch.device("cpu")

@@ -27,10 +27,10 @@ from transformers import (
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import score_head, token_values
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.experience import Experience
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rollout.generation import generate
 from ppo_engine.settings.schema import (
     GenerationConfig,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import load_value_model
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import load_reward_model
 from ppo_engine.settings.schema import ModelConfig
 

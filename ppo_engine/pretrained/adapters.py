@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
-from ppo_engine.models.architecture import unwrap
+from ppo_engine.pretrained.architecture import unwrap
 from ppo_engine.settings.schema import LoraConfig
 
 

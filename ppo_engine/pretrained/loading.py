@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
-from ppo_engine.models.adapter_folder import tokenizer_source, unstack
-from ppo_engine.models.adapters import merged
-from ppo_engine.models.storage import as_stored
+from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
+from ppo_engine.pretrained.adapters import merged
+from ppo_engine.pretrained.storage import as_stored
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 

@@ -31,8 +31,8 @@ from ppo_engine import (
     SFTTrainer,
 )
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.loading import save_model
 from ppo_engine.models.value_model import load_value_model, value_model_from_policy
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import RewardModel
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import architecture, loading
+from ppo_engine.pretrained import architecture, loading
 
 
 def value_model_class(model: Any) -> type[PreTrainedModel]:

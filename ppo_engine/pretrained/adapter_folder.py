@@ -20,8 +20,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
-from ppo_engine.models.adapters import untie, untie_adapted
-from ppo_engine.models.architecture import is_classifier
+from ppo_engine.pretrained.adapters import untie, untie_adapted
+from ppo_engine.pretrained.architecture import is_classifier
 
 _TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
