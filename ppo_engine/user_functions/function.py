@@ -51,8 +51,8 @@ class UserFunction:
         columns = {**columns, **absent}
         arguments = self._signature.arguments(lists, columns)
         told = {**columns, **lists}
-        positional = [list(told[name]) for name in arguments.positional]
-        by_name = {key: list(told[name]) for key, name in arguments.by_name.items()}
+        positional = [_copied(told[name]) for name in arguments.positional]
+        by_name = {key: _copied(told[name]) for key, name in arguments.by_name.items()}
         try:
             result = self.function(*positional, **by_name)
             return awaited(result) if inspect.isawaitable(result) else result
@@ -61,6 +61,18 @@ class UserFunction:
             raise UserError(
                 f"{self} failed{_origin(error, self.function)}: {type(error).__name__}: {error}"
             ) from error
+
+
+def _copied(items: Sequence[Any]) -> list[Any]:
+    """Messages and the like anew for each row: what a function appends to them (judges do that to a
+    prompt) stays its own."""
+
+    def anew(value: Any) -> Any:
+        if type(value) is dict:
+            return {key: anew(item) for key, item in value.items()}
+        return [anew(item) for item in value] if type(value) is list else value
+
+    return [anew(item) for item in items]
 
 
 def _name(function: Callable[..., Any]) -> str:

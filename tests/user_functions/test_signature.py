@@ -190,6 +190,18 @@ def test_what_stands_behind_a_gap_is_not_moved_into_it():
         score(judge)
 
 
+def test_what_a_function_changes_stays_its_own():
+    def judge(prompts, completions, hint):
+        for prompt, completion, h in zip(prompts, completions, hint, strict=True):
+            prompt.append(completion[0])
+            h["seen"] = True
+        return [len(prompt) for prompt in prompts]
+
+    columns = {"hint": [{}] * 2}  # a group's rows are the same objects
+    assert score(judge, columns, [CHAT, CHAT]) == score(judge, columns, [CHAT, CHAT]) == [2, 2]
+    assert len(CHAT) == 1 and columns == {"hint": [{}] * 2}
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
