@@ -135,4 +135,5 @@ def test_a_model_that_writes_no_text_has_no_score_head():
 @pytest.mark.parametrize("family", ["bart", "bert"])
 def test_a_critic_that_lacks_weights_is_refused(family):
     with pytest.raises(UserError, match=r"No critic can be made from B.*an estimator without"):
-        PPOEngine(of_family(family), vowels, config=PPOConfig(), tokenizer=tiny_tokenizer())
+        model = of_family(family, is_decoder=True)
+        PPOEngine(model, vowels, config=PPOConfig(), tokenizer=tiny_tokenizer())
