@@ -67,6 +67,7 @@ class LanguageModel:
         generation_config.settle(model, tokenizer, self.renderer.end_ids)
         architecture.make_repeatable(model)
         self.balance = BalanceLoss.of(model)
+        probes.check_causal(model)
         self.heeds_padding = probes.heeds_padding(model)
         self._head = find_output_head(model, tokenizer, device)
 

@@ -37,6 +37,28 @@ def heeds_padding(model: Any) -> bool:
 
 
 @torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Raise a UserError unless later tokens change nothing in earlier ones: log-probs would be
+    those of tokens that the model has already read, and padding behind a text would count."""
+    ids = _probe_ids(model)
+    third = ids.shape[1] // 3
+    past, text = ids[:, :third], ids[:, third : 2 * third]
+    other = ids.flip(1)[:, :third]
+
+    def read(before: Tensor, *behind: Tensor) -> Tensor:
+        found = torch.cat((before, text, *behind), 1)
+        return _read(model, found, torch.ones_like(found))[:, third : 2 * third]
+
+    found = read(past)
+    if (read(past, other) - found).norm() > _ROUNDING * (read(other) - found).norm():
+        raise UserError(
+            f"{type(architecture.unwrap(model)).__name__} is no causal language model: what it "
+            "makes of a token depends on those behind it. Give a decoder; families of encoders "
+            "need is_decoder: true in config.json."
+        )
+
+
+@torch.no_grad()
 def continues_from_cache(model: Any) -> bool:
     """Whether what the model keeps of the tokens that it has read stands for them where it writes:
     not in every family (RWKV's mixes the rows of a batch, xLSTM's may have another shape)."""

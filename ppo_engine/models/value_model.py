@@ -74,7 +74,7 @@ def read_value_model(
     of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}
     # Only a language model has none.
     may_lack = set() if architecture.is_classifier(config) else of_head
-    refuse_missing(path, checkpoint.missing - may_lack)
+    refuse_missing(path, checkpoint.missing - may_lack, checkpoint.unused)
     if of_head:
         if require_head:
             raise UserError(

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ppo_engine.errors import UserError
@@ -63,11 +65,20 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             f"The checkpoint {path!r} has weights that its config.json does not describe: "
             f"{some(inside)}. They do not belong together."
         )
+    if broken := {name for name, x in model.named_parameters() if not _is_finite(x)}:
+        raise UserError(
+            f"The checkpoint {path!r} has weights that are not finite: {some(broken)}. It was "
+            "saved after its training had failed, or in a dtype of too small a range."
+        )
     missing = {name for name, _ in model.named_parameters()} & set(info["missing_keys"])
     model = model if quantized else in_fp32(model, dtype)
     for adapter in adapters:
         missing -= adapter.merge_into(model)
     return Checkpoint(model, missing, unused)
+
+
+def _is_finite(x: Tensor) -> bool:
+    return not x.is_floating_point() or bool(x.detach().sum(dtype=torch.float64).isfinite())
 
 
 def _is_part_of(model: PreTrainedModel, weight: str) -> bool:
@@ -81,12 +92,14 @@ def _is_part_of(model: PreTrainedModel, weight: str) -> bool:
     return bool(parts)
 
 
-def refuse_missing(path: str, names: set[str]) -> None:
-    """Raise a UserError where a checkpoint lacks the weights `names`."""
+def refuse_missing(path: str, names: set[str], unused: set[str]) -> None:
+    """Raise a UserError where a checkpoint lacks the weights `names`. Those that are `unused` may
+    be the same under names that a wrapper gave them."""
     if names:
+        others = f" It has others: {some(unused)}." if unused else ""
         raise UserError(
             f"The checkpoint {path!r} lacks the weights {some(names)}: they would be random. Give "
-            "the whole checkpoint."
+            f"the whole checkpoint.{others}"
         )
 
 
@@ -105,5 +118,5 @@ def read_language_model(path: str, options: Mapping[str, Any]) -> PreTrainedMode
             f"{path!r} has a score head: it is a reward model or a critic. Give a causal language "
             "model."
         )
-    refuse_missing(path, checkpoint.missing)
+    refuse_missing(path, checkpoint.missing, checkpoint.unused)
     return checkpoint.model

@@ -11,6 +11,7 @@ from families import of_family
 from tiny import tiny_tokenizer
 
 from ppo_engine import GenerationConfig, PPOConfig, PPOEngine, PPOSettings, RunConfig
+from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
 from ppo_engine.models.token_rows import TokenRows
@@ -127,15 +128,22 @@ def test_the_notes_say_what_is_trained():
     assert training_notes(silent) == []
 
 
-def test_a_balance_loss_that_is_not_known_is_noted():
-    """Doge's has an argument of its own."""
+@pytest.mark.parametrize(
+    ("family", "settings", "name"),
+    # Doge's has an argument of its own; a part of its router's logits are those of other tokens.
+    [("doge", {"is_moe": True, "num_experts": 16}, "Doge"), ("glm4_moe", {}, "Glm4Moe")],
+)
+def test_a_balance_loss_that_is_not_known_is_noted(family, settings, name):
+    model = of_family(family, output_router_logits=True, **settings)
+    balance = BalanceLoss.of(model)
+    assert f"without the experts' balance loss: how {name}ForCausalLM" in balance.note
+    assert balance((), torch.ones(1, 1)) == 0
+    if family == "doge":
+        return
     policy = LanguageModel.open(
-        of_family("doge", is_moe=True, num_experts=16, output_router_logits=True),
-        ModelConfig(), device=CPU, dtype=torch.float32, tokenizer=tiny_tokenizer(),
-    )  # fmt: skip
-    [note] = [note for note in training_notes(policy) if "balance loss" in note]
-    assert "without the experts' balance loss: how DogeForCausalLM" in note
-    assert policy.balance((), torch.ones(1, 1)) == 0
+        model, ModelConfig(), device=CPU, dtype=torch.float32, tokenizer=tiny_tokenizer()
+    )
+    assert balance.note in training_notes(policy)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 8])

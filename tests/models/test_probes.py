@@ -110,6 +110,15 @@ def test_a_model_that_is_another_in_training_is_refused():
         open_policy(model)
 
 
+@pytest.mark.parametrize("family", ["bert", "rembert", "cpmant"])
+def test_a_model_that_reads_later_tokens_is_refused(family):
+    settings = {"output_embedding_size": 32} if family == "rembert" else {}
+    with pytest.raises(UserError, match="is no causal language model"):
+        open_policy(of_family(family, **settings))
+    if family != "cpmant":
+        open_policy(of_family(family, is_decoder=True, **settings))
+
+
 @pytest.mark.parametrize("used", [False, True])
 def test_evaluation_does_not_change_the_weights_that_are_saved(used):
     """RWKV halves those of its upper layers; also before it is given to us."""

@@ -137,4 +137,5 @@ def test_what_is_no_decoder_has_no_score_head(config):
 @pytest.mark.parametrize("family", ["bart", "bert"])
 def test_a_critic_that_lacks_weights_is_refused(family):
     with pytest.raises(UserError, match=r"No critic can be made from B.*an estimator without"):
-        PPOEngine(of_family(family), vowels, config=PPOConfig(), tokenizer=tiny_tokenizer())
+        model = of_family(family, is_decoder=True)
+        PPOEngine(model, vowels, config=PPOConfig(), tokenizer=tiny_tokenizer())

@@ -68,8 +68,23 @@ def without(part: str) -> Callable[[Weights], Any]:
             lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(64, 32)}),
             r"does not describe: model\.layers\.2\.mlp",
         ),
+        (
+            lambda w: [w.update({f"module.{name}": w.pop(name)}) for name in [*w]],
+            r"lacks the weights .* It has others: module\.model\.embed_tokens",
+        ),
+        (
+            lambda w: w["model.norm.weight"][3:4].fill_(float("nan")),
+            r"weights that are not finite: model\.norm\.weight\.",
+        ),
+        (
+            lambda w: w["model.layers.1.mlp.up_proj.weight"][:1, :1].fill_(float("-inf")),
+            r"weights that are not finite: model\.layers\.1\.mlp\.up_proj",
+        ),
     ],
-    ids=["no embedding", "no layer", "another shape", "a bias", "another layer"],
+    ids=[
+        *("no embedding", "no layer", "another shape", "a bias", "another layer"),
+        *("names of a wrapper", "nan", "infinity"),
+    ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, read, change, message):
     folder = save_changed(tmp_path / "model", change, tiny_model())
