@@ -20,7 +20,11 @@ from ppo_engine.user_functions.importing import import_function
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The path as the console script has it: without the working folder."""
+    """The path as the console script has it: without the working folder, and nothing of what other
+    tests have imported."""
+    for name, module in list(sys.modules.items()):
+        if importing._home(module) in importing._folders:
+            monkeypatch.delitem(sys.modules, name)
     modules = set(sys.modules)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", os.getcwd())])
     monkeypatch.setattr(importing, "_folders", set())
