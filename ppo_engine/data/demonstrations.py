@@ -22,6 +22,7 @@ from ppo_engine.data.forms import (
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.data.split import prompt_groups
+from ppo_engine.data.unseen import remark_unseen
 from ppo_engine.errors import UserError
 from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.text.renderer import Renderer
@@ -108,7 +109,10 @@ def encode_demonstrations(
     for index, row in enumerate(rows):
         try:
             found = encode_demonstration(renderer, row)
-        except BadLineError as error:
+            if not isinstance(row.response, str):
+                chat = [*row.prompt, *row.response]
+                remark_unseen(bad_lines, renderer.template, chat, row.options)
+        except (BadLineError, TemplateError) as error:
             bad_lines.add(row.place, error.reason, error.detail)
             continue
         apart += len(found) > 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ppo_engine.data.preferences import Ranking, count_pairs
 from ppo_engine.data.rows import BadLines, OnBadLine, SkippedLines
 from ppo_engine.data.split import prompt_groups
+from ppo_engine.data.unseen import remark_unseen
 from ppo_engine.errors import UserError
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError, thought_of
@@ -50,6 +51,7 @@ def encode_rankings(
     for index, ranking in enumerate(rankings):
         try:
             full = _dialogues(renderer, ranking, sys.maxsize)
+            remark_unseen(bad_lines, renderer.template, ranking.prompt, ranking.options)
         except TemplateError as error:  # such as "roles must alternate"
             bad_lines.add(ranking.place, error.reason, error.detail)
             continue

@@ -22,6 +22,7 @@ from ppo_engine.data.forms import (
     take_prompt,
 )
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
+from ppo_engine.data.unseen import remark_unseen
 from ppo_engine.errors import UserError
 from ppo_engine.text.options import OPTION_COLUMNS, as_columns, from_columns
 from ppo_engine.text.prompt import Prompt
@@ -92,6 +93,7 @@ def limit_prompts(
     for example in examples:
         try:
             tokens = len(renderer.prompt(example.prompt, example.options))
+            remark_unseen(bad_lines, renderer.template, example.prompt, example.options)
         except TemplateError as error:  # such as "roles must alternate"
             bad_lines.add(example.place, error.reason, error.detail)
             continue

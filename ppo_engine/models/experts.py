@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ppo_engine.errors import UserError
+
 # What the library's `load_balancing_loss_func` of nearly every family takes.
 _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
@@ -66,6 +68,12 @@ class BalanceLoss:
         the real tokens of `mask` `[B, L]`."""
         if self.function is None:
             return 0.0
+        if not router_logits:  # the library's function would return 0
+            raise UserError(
+                "The experts' balance loss cannot be computed: this version of transformers gives "
+                "no router logits for the model. Upgrade it, or set output_router_logits to false "
+                "in config.json."
+            )
         found: Tensor = self.function(router_logits, self.experts, self.chosen, mask)
         return self.coefficient * found
 

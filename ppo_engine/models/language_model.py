@@ -27,7 +27,7 @@ from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.pretrained import architecture, generation_config, loading
 from ppo_engine.pretrained.storage import in_fp32
 from ppo_engine.pretrained.weights import read_language_model
-from ppo_engine.settings.schema import ModelConfig
+from ppo_engine.settings.schema import GenerationConfig, ModelConfig
 from ppo_engine.spans import span
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import separate_pad_from_eos
@@ -101,9 +101,15 @@ class LanguageModel:
         opened.model = prepare_for_training(model, config, "CAUSAL_LM").eval()
         return opened
 
-    def save(self, folder: str | Path, dtype: str = "auto") -> None:
-        """Write weights (adapters merged) and tokenizer, as `loading.save_model`."""
+    def save(
+        self, folder: str | Path, dtype: str = "auto", sampling: GenerationConfig | None = None
+    ) -> None:
+        """Write weights (adapters merged) and tokenizer, as `loading.save_model`; with `sampling`,
+        that by which it was trained takes the place of the checkpoint's."""
         loading.save_model(self.model, self.tokenizer, folder, dtype)
+        if sampling is not None:
+            model = architecture.unwrap(self.model)
+            generation_config.as_sampled(model, sampling).save_pretrained(folder)
 
     def reference(self) -> LanguageModel | None:
         """A frozen copy; layers that this one never trains are shared with it.

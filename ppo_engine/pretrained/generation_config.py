@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.pretrained.adapter_folder import unstack
+from ppo_engine.settings.schema import GenerationConfig as Sampling
 
 # Whether another setting has an effect depends on these.
 _SWITCHES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
@@ -51,6 +52,22 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: lis
                 setattr(config, name, value)
     model.generation_config.update(**written, pad_token_id=tokenizer.pad_token_id)
     model.generation_config = _without_idle(model.generation_config)
+
+
+def as_sampled(model: PreTrainedModel, settings: Sampling) -> GenerationConfig:
+    """The generation config with which plain transformers samples as the engine did: from the
+    model's distribution as it is, with none of the checkpoint's habits (repetition penalty, …)."""
+    shipped = model.generation_config
+    return GenerationConfig(
+        eos_token_id=shipped.eos_token_id,
+        bos_token_id=shipped.bos_token_id,
+        pad_token_id=shipped.pad_token_id,
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+    )
 
 
 def _without_idle(config: GenerationConfig) -> GenerationConfig:

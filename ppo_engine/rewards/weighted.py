@@ -203,6 +203,8 @@ def load_reward(
     """One reward: a source, what `parse_source` takes for one, a function, or a reward object."""
     if isinstance(given, str):
         given = parse_source(given)
+    if isinstance(given, RewardModel) and renderer is not None:
+        given.renderer = renderer.of(given.tokenizer)  # with what this run hands to templates
     if isinstance(given, Reward):
         return given
     if isinstance(given, nn.Module):

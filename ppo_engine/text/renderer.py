@@ -85,9 +85,13 @@ class Renderer:
         tokens = [t for t in answer[:end] if t != self.tokenizer.pad_token_id]
         if isinstance(prompt, str):
             return self._spelled(before, tokens)
-        words = self._decode(tokens)
-        opened = opened_thought(self._decode(before[-_OPENING_TOKENS:]))
-        return opened[0] + words if opened else words
+        words, tail = self._decode(tokens), self._decode(before[-_OPENING_TOKENS:])
+        if opened := opened_thought(tail):
+            return opened[0] + words
+        opening = self.template.opening
+        # Not what it has closed as well, such as the empty thought of a model told not to think.
+        goes_on = opening and tail.endswith(opening) and "</" not in opening
+        return opening + words if goes_on else words
 
     def reply(
         self, prompt: Prompt, reply: str | Message, end: int, options: Options | None = None

@@ -39,6 +39,8 @@ _OPENING = re.compile(
     r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
     r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)\s*\Z"
 )
+_ALWAYS_SEEN = {"role", "content", "train", "tool_calls", *THOUGHTS}  # or an error
+_FOR_PROGRAMS = {("tool", "name"), ("tool", "tool_call_id")}
 _DATE_CODES = "aAbBcdeFGHIjmMpSTuUVwWxXyY"  # of `strftime`
 _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # a tag of transformers' own
 _CLOSING = re.compile(r"</think>|\[/THINK\]|<\|END_THINKING\|>")
@@ -73,6 +75,7 @@ class ChatTemplate:
         """`lenient`: arguments that the template does not know are left out. Otherwise they are
         mistakes: a `UserError` here, a `TemplateError` in a row's options."""
         self.tokenizer = tokenizer
+        self._shows: dict[tuple[str, str], bool] = {}  # a role's keys
         self.date = date or datetime.date.today()
         self.lenient = lenient
         self.arguments = dict(arguments or {})
@@ -136,6 +139,25 @@ class ChatTemplate:
             _check_words(text, messages)
         return text
 
+    def unseen(self, messages: Sequence[Message], options: Options | None = None) -> set[str]:
+        """The keys of messages of which the template shows nothing: without them the text is the
+        same. Not those by which programs tell the answers of tools apart."""
+        found = set()
+        for index, message in enumerate(messages):
+            for key in message.keys() - _ALWAYS_SEEN:
+                role = message["role"]
+                if (role, key) not in self._shows:
+                    bare = {name: value for name, value in message.items() if name != key}
+                    with_key, without = (
+                        self.render([*messages[:index], m, *messages[index + 1 :]], ask=False,
+                                    options=options)
+                        for m in (message, bare)
+                    )  # fmt: skip
+                    self._shows[role, key] = with_key != without
+                if not self._shows[role, key] and (role, key) not in _FOR_PROGRAMS:
+                    found.add(key)
+        return found
+
     def _apply(self, messages: list[Message], ask: bool, source: str, arguments: Options) -> str:
         return str(
             self.tokenizer.apply_chat_template(
@@ -172,6 +194,14 @@ class ChatTemplate:
             return "", ""
         return before, behind
 
+    @cached_property
+    def opening(self) -> str:
+        """What it writes where an answer is asked for and not before the words of one that is
+        there: what it has opened for the model to go on with."""
+        given = self._around_answer[0]
+        asked = self.render(_STOCK, ask=True) if given else ""
+        return asked.removeprefix(given) if asked.startswith(given) else ""
+
     def words(self, sampled: str) -> str:
         """The words of a sampled answer, which has what the template writes before them, too."""
         if self._lead.strip():
@@ -189,7 +219,7 @@ class ChatTemplate:
 
     def _known(self, arguments: Options, source: str) -> dict[str, Any]:
         """Those of the arguments that the template `source` looks at; raises for others."""
-        taken = [name for name in ("messages", "add_generation_prompt") if name in arguments]
+        taken = sorted((arguments.keys() & RESERVED) - {"tools"})
         if taken:
             raise TemplateError(f"the model's chat template is given {taken[0]!r} already")
         known = {

@@ -97,7 +97,8 @@ class Evaluator:
         self.best_score, self.best_step, self.since_best = score, step, 0
         if self.config.keep_best and step > 0:  # the policy as it came is where it came from
             with atomic_folder(run.path / "best") as folder:
-                self.engine.policy.save(folder, self.engine.config.run.save_dtype)
+                config = self.engine.config
+                self.engine.policy.save(folder, config.run.save_dtype, config.generation)
                 facts = json.dumps({"step": step, "score": score})
                 (folder / "best.json").write_text(facts + "\n", encoding="utf-8")
 

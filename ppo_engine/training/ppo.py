@@ -336,7 +336,7 @@ class PPOTrainer:
     def _save_models(self, run: RunDirectory) -> None:
         dtype = self.config.run.save_dtype
         with atomic_folder(run.path / "policy") as folder:
-            self.engine.policy.save(folder, dtype)
+            self.engine.policy.save(folder, dtype, self.config.generation)
         if self.engine.critic is not None:
             with atomic_folder(run.path / "critic") as folder:
                 tokenizer = self.engine.policy.tokenizer

@@ -14,6 +14,7 @@ from ppo_engine.data.demonstrations import (
     EncodedExample,
     cut,
     encode_demonstration,
+    encode_demonstrations,
     load_demonstrations,
 )
 from ppo_engine.data.rows import BadLineError
@@ -95,6 +96,20 @@ def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     assert len(found) == 1 and skipped.total == 1
     with pytest.raises(UserError, match="No usable example"):
         load_demonstrations([row], tokenizer=CHAT, on_bad_line="skip")
+
+
+def test_keys_of_messages_that_are_not_shown_are_told() -> None:
+    def read(**keys: str) -> list[str]:
+        rows, _ = load_demonstrations([{"messages": [{**USER, **keys}, BLUE]}], tokenizer=CHAT)
+        _, skipped, _ = encode_demonstrations(Renderer(CHAT), rows, 99, name="training")
+        return skipped.notes("Examples")
+
+    assert read(language="en") == [
+        "Examples: the chat template does not show 'language' of messages (1 row)."
+    ]
+    assert read() == []
+    with pytest.raises(UserError, match="does not show the 'name' of messages"):
+        read(name="Al")
 
 
 def test_messages_without_a_chat_template() -> None:

@@ -75,6 +75,21 @@ def test_every_declared_end_ends_a_response_and_so_it_does_once_saved(
     assert written[:, batch["input_ids"].shape[1] :].tolist() == [text, text]
 
 
+def test_a_policy_that_was_trained_generates_as_it_was_sampled_from(tmp_path: Path) -> None:
+    """Without the habits that its checkpoint came with: a penalty would forbid the second a."""
+    policy = open_policy(writes(A, A, EOS, repetition_penalty=50.0, top_k=1))
+    sampling = Sampling(max_new_tokens=4, temperature=0.7, top_p=0.9)
+    policy.save(tmp_path / "saved", sampling=sampling)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    found = model.generation_config
+    assert (found.do_sample, found.temperature, found.top_k, found.top_p) == (True, 0.7, 0, 0.9)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "saved")("a", return_tensors="pt")
+    rollout = generate(policy, ["a"], sampling, greedy=True)
+    written = model.generate(**ids, do_sample=False)
+    assert written[0, 1:].tolist() == rollout.response_ids[0].tolist()
+    assert policy.model.generation_config.repetition_penalty == 50.0  # as it was given
+
+
 def test_a_model_config_names_the_ends_where_no_generation_config_does() -> None:
     model = writes(B, OTHER, A)
     model.config.eos_token_id = [EOS, OTHER]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from templates import qwen3
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.errors import UserError
@@ -278,6 +280,15 @@ def test_a_data_column_is_not_taken_for_the_turns(reward_folders):
     found = engine.score_each(rollout)
     assert found["function"].tolist() == [3, 1, 2]
     assert torch.equal(found["model"], own(prompts, rollout.responses, rollout.finished.tolist()))
+
+
+def test_a_reward_model_from_python_renders_with_the_runs_arguments(reward_folders) -> None:
+    own = load_reward_model(reward_folders[0], device=CPU, dtype=FP32)
+    day = datetime.date(2025, 2, 9)
+    run = Renderer(qwen3(), arguments={"enable_thinking": False}, date=day)
+    load_rewards(own, RewardConfig(), run, device=CPU, dtype=FP32)
+    assert own.renderer.template.arguments == {"enable_thinking": False}
+    assert own.renderer.template.date == day and own.renderer.tokenizer is own.tokenizer
 
 
 def test_a_model_without_its_tokenizer_is_no_reward() -> None:

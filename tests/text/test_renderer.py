@@ -131,6 +131,19 @@ def test_words_keep_what_means_something_and_what_the_prompt_opened(make, answer
     assert plain == expected.removeprefix("<think>\n" if make is r1 else "")
 
 
+@pytest.mark.parametrize(
+    ("opening", "said"),
+    [("<scratchpad>\n", "<scratchpad>\nx"), ("Okay, ", "Okay, x"), ("<t>\n</t>\n", "x")],
+)
+def test_words_have_whatever_the_prompt_opened(opening, said) -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n{% endif", f"assistant\n{opening}"
+        "{{ '' }}{% endif")  # fmt: skip
+    renderer = Renderer(tokenizer)
+    ids = tokenizer("x<|im_end|>")["input_ids"]
+    assert renderer.said(CHAT, renderer.prompt(CHAT), ids) == said
+
+
 def test_a_sentence_piece_reply_has_no_space_of_its_own() -> None:
     renderer = Renderer(sentencepiece_tokenizer())
     ids = renderer.reply("Q", "ab c", renderer.tokenizer.eos_token_id)

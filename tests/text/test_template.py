@@ -42,6 +42,16 @@ def test_tools_and_calls_reach_the_template() -> None:
     assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in text
 
 
+def test_keys_that_the_template_does_not_show() -> None:
+    shows = chatml()
+    shows.chat_template = "{% for m in messages %}{{ m.name }}:{{ m.content }}{% endfor %}"
+    named = {**USER, "name": "Al", "language": "en", "train": False}
+    assert ChatTemplate(shows).unseen([named]) == {"language"}
+    assert ChatTemplate(qwen3()).unseen([named, CALLS, {**RESULT, "name": "add"}]) == {
+        "language", "name",
+    }  # fmt: skip
+
+
 def test_a_template_that_writes_arguments_as_they_come_gets_text() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = (

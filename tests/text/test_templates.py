@@ -124,11 +124,18 @@ def test_what_a_family_refuses(name, messages) -> None:
 
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def thought(text: str) -> dict[str, str]:
+    """Under the keys of both families that have one."""
+    return {"reasoning_content": text, "thinking": text}
+
+
 CALLED = [
     {"role": "user", "content": "q"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "t"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], **thought("t")},
     {"role": "tool", "content": "3"},
-    {"role": "assistant", "content": "a", "reasoning_content": "u"},
+    {"role": "assistant", "content": "a", **thought("u")},
 ]
 TOOL = '{"type": "function", "function": {"name": "add"}}'
 
