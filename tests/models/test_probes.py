@@ -115,7 +115,7 @@ def test_a_model_that_reads_later_tokens_is_refused(family):
     settings = {"output_embedding_size": 32} if family == "rembert" else {}
     with pytest.raises(UserError, match="is no causal language model"):
         open_policy(of_family(family, **settings))
-    if family != "cpmant":
+    if family == "bert":  # RemBERT heeds it in newer versions of transformers only
         open_policy(of_family(family, is_decoder=True, **settings))
 
 
