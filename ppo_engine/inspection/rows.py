@@ -92,7 +92,7 @@ def open_model(path: str) -> Model:
     tokenizer = loading.tokenizer_at(path)
     folder = loading.resolve(path)
     config = loading.load_model_config(folder)
-    ends = declared_ends(read_generation_config(folder, config), config)
+    ends = declared_ends(read_generation_config(folder), config)
     return Model(path, tokenizer, config, ends)
 
 

@@ -16,13 +16,13 @@ from ppo_engine.settings.schema import GenerationConfig as Sampling
 _SWITCHES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
 
 
-def read_generation_config(path: str, config: Any) -> GenerationConfig:
-    """What the model at `path` would have as its generation config, without loading it: that of
-    its folder (of adapters, of their base's), else what its configuration says."""
+def read_generation_config(path: str) -> GenerationConfig:
+    """The generation config of the folder `path` (of adapters, of their base's), without loading
+    the model; one that says nothing where there is none."""
     try:
         return GenerationConfig.from_pretrained(unstack(path)[0])
     except (OSError, ValueError):
-        return GenerationConfig.from_model_config(config)
+        return GenerationConfig()
 
 
 def declared_ends(generation: GenerationConfig, config: Any) -> list[int]:

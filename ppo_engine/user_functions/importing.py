@@ -132,9 +132,10 @@ def _offers(folder: Path, name: str) -> bool:
 
 def _home(module: ModuleType) -> Path | None:
     """The folder in which a top-level module, or a package's folder, stands."""
-    file = getattr(module, "__file__", None)
+    known = vars(module)  # not its attributes: a lazy module may import something to have them
+    file = known.get("__file__")
     if file is not None:
         path = Path(file).resolve()
         return path.parent.parent if path.name == "__init__.py" else path.parent
-    places = list(getattr(module, "__path__", ()))  # a package without __init__.py
+    places = list(known.get("__path__", ()))  # a package without __init__.py
     return Path(places[0]).resolve().parent if places else None
