@@ -24,12 +24,12 @@ from ppo_engine.data.prompts import (
 from ppo_engine.errors import UserError
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.notes import sampling_notes
 from ppo_engine.pretrained import loading
 from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards
 from ppo_engine.rollout import generation
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.run.checkpoint import seeded
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.row_file import RowFile, as_line
@@ -87,7 +87,8 @@ def generate(config: GenerateConfig) -> None:
         template_arguments=data.chat_template_kwargs,
         date=date,
     )
-    notes += sampling_notes(policy)
+    sampler = Sampler(policy)
+    notes += sampler.notes
     rewards = None
     if configured_sources(config.reward):
         rewards = load_rewards(None, config.reward, policy.renderer, device=device, dtype=dtype)
@@ -114,7 +115,7 @@ def generate(config: GenerateConfig) -> None:
                 progress.note(note)
             for step, batch in enumerate(batches[done:], start=done + 1):
                 with seeded(f"{config.seed}/generate/{step}"):
-                    rows = _respond(policy, rewards, batch, config, progress)
+                    rows = _respond(sampler, rewards, batch, config, progress)
                 write(rows)
                 scores += [row["scores"] for row in rows if rewards is not None]
                 progress.step(step, {})
@@ -128,7 +129,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _respond(
-    policy: LanguageModel,
+    sampler: Sampler,
     rewards: Rewards | None,
     batch: list[PromptExample],
     config: GenerateConfig,
@@ -141,7 +142,7 @@ def _respond(
         part = asked[start : start + config.batch_size]
         with progress.phase("generate"):
             prompts = [example.prompt for example in part]
-            rollout = generation.generate(policy, prompts, config.generation, columns_of(part))
+            rollout = generation.generate(sampler, prompts, config.generation, columns_of(part))
         found["responses"] += rollout.responses
         found["finished"] += rollout.finished.tolist()
         if rewards is not None:

@@ -1,4 +1,4 @@
-"""The memory of this process: its peak, and the reuse of what is freed."""
+"""The memory of this process: its peak, what is free, and the reuse of what is freed."""
 
 from __future__ import annotations
 
@@ -37,3 +37,15 @@ def peak_memory(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that could be allocated: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil
+
+    return float(psutil.virtual_memory().available)

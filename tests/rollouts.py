@@ -9,19 +9,24 @@ ops, masks or batches has a part in what a test expects.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.weighted import RewardsLike
 from ppo_engine.rollout.batch import Rollout
+from ppo_engine.rollout.sampling import Sampler
+from ppo_engine.rollout.schedule import Request, Response
 from ppo_engine.settings.schema import (
     GenerationConfig,
     ModelConfig,
@@ -98,6 +103,27 @@ def rollout_of(rows: Sequence[Row] = ROWS, **more: Any) -> Rollout:
         environment_mask=heard,
         **more,
     )
+
+
+Say = Callable[[LanguageModel, list[list[int]]], list[tuple[list[int], bool]]]
+
+
+def script(monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    """Let any policy write, behind rows of tokens, what `say` gives for it and them: tokens of
+    each, and whether it is finished."""
+
+    @contextmanager
+    def session(self: Sampler, *_: Any, **__: Any) -> Iterator[Any]:
+        def write(requests: Sequence[Request]) -> list[Response]:
+            said = say(self.policy, [request.tokens for request in requests])
+            return [
+                Response(request, tokens, [-1.0] * len(tokens), finished, done=True)
+                for request, (tokens, finished) in zip(requests, said, strict=True)
+            ]
+
+        yield write
+
+    monkeypatch.setattr(Sampler, "session", session)
 
 
 def sharp_model(seed: int = 0) -> Any:

@@ -9,6 +9,7 @@ from ppo_engine.demo.prompts import prompt_about
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.rollout.generation import generate
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import GenerationConfig
 
@@ -42,6 +43,7 @@ def rank_candidates(
 
     Each batch of topics is a step of `progress`.
     """
+    sampler = Sampler(policy)
     chat = bool(policy.tokenizer.chat_template)
     generation = GenerationConfig(max_new_tokens=new_tokens)
     rankings: list[dict[str, Any]] = []
@@ -49,7 +51,7 @@ def rank_candidates(
         batch = topics[start : start + TOPICS_PER_BATCH]
         with progress.phase("generate"):
             asked = [prompt_about(topic, tone, chat) for topic in batch for tone in TONES]
-            rollout = generate(policy, asked, generation)
+            rollout = generate(sampler, asked, generation)
         for index, topic in enumerate(batch):
             of_topic = slice(index * len(TONES), (index + 1) * len(TONES))
             candidates = list(rollout.responses[of_topic])

@@ -23,7 +23,7 @@ _CONTINUED = 3  # tokens, all but the first of them from the cache
 @torch.no_grad()
 def heeds_padding(model: Any) -> bool:
     """Whether padding before a text changes nothing in it, as its mask asks for."""
-    ids = _probe_ids(model)
+    ids = probe_ids(model)
     text, padding = ids[:, ids.shape[1] // 3 :], ids[:, : ids.shape[1] // 3]
     padded = torch.cat((padding, text), 1)
     masked = torch.cat((torch.zeros_like(padding), torch.ones_like(text)), 1)
@@ -40,7 +40,7 @@ def heeds_padding(model: Any) -> bool:
 def check_causal(model: Any) -> None:
     """Raise a UserError unless later tokens change nothing in earlier ones: log-probs would be
     those of tokens that the model has already read, and padding behind a text would count."""
-    ids = _probe_ids(model)
+    ids = probe_ids(model)
     third = ids.shape[1] // 3
     past, text = ids[:, :third], ids[:, third : 2 * third]
     other = ids.flip(1)[:, :third]
@@ -62,7 +62,7 @@ def check_causal(model: Any) -> None:
 def continues_from_cache(model: Any) -> bool:
     """Whether what the model keeps of the tokens that it has read stands for them where it writes:
     not in every family (RWKV's mixes the rows of a batch, xLSTM's may have another shape)."""
-    ids = _probe_ids(model)[:, :-_CONTINUED]
+    ids = probe_ids(model)[:, :-_CONTINUED]
     ids = torch.cat((ids, ids.flip(1)))
     of_model = architecture.unwrap(model)
     shipped, of_model.generation_config = of_model.generation_config, GenerationConfig()
@@ -93,7 +93,7 @@ def continues_from_cache(model: Any) -> bool:
 def check_repeatable(model: Any) -> None:
     """Raise a UserError unless two passes in training mode, and one in evaluation, give the same:
     the ratio of PPO would not start at 1. Leaves the model in evaluation mode."""
-    ids = _probe_ids(model)
+    ids = probe_ids(model)
     mask = torch.ones_like(ids)
     model.train()
     first, second = _read(model, ids, mask), _read(model, ids, mask)
@@ -110,7 +110,7 @@ def check_repeatable(model: Any) -> None:
             )
 
 
-def _probe_ids(model: Any) -> Tensor:
+def probe_ids(model: Any) -> Tensor:
     """Tokens `[1, L]` that differ from each other, where there are as many."""
     embedding = architecture.unwrap(model).get_input_embeddings()
     count = max(_CONTINUED + 2, min(_TOKENS * 3 // 2, architecture.context_length(model)))

@@ -40,6 +40,7 @@ from ppo_engine.rewards.weighted import RewardsLike, load_rewards
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment, load_environment
 from ppo_engine.rollout.generation import generate
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.spans import span
@@ -92,6 +93,7 @@ class PPOEngine:
             template_arguments=config.data.chat_template_kwargs,
             date=config.run.date,
         )
+        self.sampler = Sampler(self.policy)
         self.reference = self.policy.reference()
         self.rewards = load_rewards(
             reward,
@@ -144,17 +146,16 @@ class PPOEngine:
         size = config.ppo.group_size if group_size is None else group_size
         columns = columns or {}
         rollout = generate(
-            self.policy,
+            self.sampler,
             _each(prompts, size),
             config.generation,
             {name: _each(column, size) for name, column in columns.items()},
             environment=self.environment,
-            record_logprobs=config.ppo.importance_cap is not None,
         )
         if not config.ppo.needs_greedy:
             return rollout
         greedy = generate(
-            self.policy,
+            self.sampler,
             prompts,
             config.generation,
             columns,

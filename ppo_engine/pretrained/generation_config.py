@@ -37,6 +37,12 @@ def declared_ends(generation: GenerationConfig, config: Any) -> list[int]:
     return named if isinstance(named, list) else [] if named is None else [named]
 
 
+def declared_stops(generation: GenerationConfig) -> list[str]:
+    """Every string that a checkpoint declares to end a text."""
+    strings = generation.stop_strings
+    return [strings] if isinstance(strings, str) else list(strings or ())
+
+
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
     """Write into the model's configs what is used with it, so that what is saved says the same.
 

@@ -36,7 +36,7 @@ class Rollout:
     responses: Sequence[str]  # decoded, without end and padding; of all turns
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions
     environment_mask: Tensor | None = None  # [B, T] bool, True is a token of the environment's
-    logprobs: Tensor | None = None  # [B, T] fp32, of the sampler, where they were recorded
+    logprobs: Tensor | None = None  # [B, T] fp32, of the sampler; None where it is not ours
     greedy: Rollout | None = None  # greedy responses to each distinct prompt, for ReMax
 
     def __len__(self) -> int:

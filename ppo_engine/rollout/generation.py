@@ -16,7 +16,8 @@ from ppo_engine.models.token_rows import pad_left
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
-from ppo_engine.rollout.sampling import Continuation, sample
+from ppo_engine.rollout.sampling import Sampler
+from ppo_engine.rollout.schedule import Request, Response
 from ppo_engine.settings.schema import GenerationConfig
 from ppo_engine.text.options import row_options
 from ppo_engine.text.prompt import Message, Prompt
@@ -24,31 +25,25 @@ from ppo_engine.text.template import TemplateError
 
 
 def generate(
-    policy: LanguageModel,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     settings: GenerationConfig,
     columns: Mapping[str, Sequence[Any]] | None = None,
     *,
     environment: Environment | None = None,
     greedy: bool = False,
-    record_logprobs: bool = False,
 ) -> Rollout:
     """Sample one response to each prompt from softmax(logits / temperature).
 
-    Top-k and top-p are off unless `settings` says otherwise: with them, the log-probs of the
-    full distribution are not those of the sampler (`record_logprobs` keeps these). With an
-    `environment`, a response has several turns. `greedy` takes the likeliest tokens.
+    Top-k, top-p and a least number of tokens are off unless `settings` says otherwise: with them,
+    the log-probs of the full distribution are not those of the sampler (`Rollout.logprobs`). With
+    an `environment`, a response has several turns. `greedy` takes the likeliest tokens.
     """
     columns = columns or {}
     conversations = _converse(
-        policy,
-        prompts,
-        settings,
-        columns,
-        environment=environment,
-        greedy=greedy,
-        record_logprobs=record_logprobs,
+        sampler, prompts, settings, columns, environment=environment, greedy=greedy
     )
+    policy = sampler.policy
     return _as_rollout(
         conversations,
         policy.tokenizer,
@@ -84,7 +79,7 @@ class _Conversation:
     turns: list[Message] = field(default_factory=list)
     finished: bool = False
 
-    def write(self, new: Continuation, text: str) -> None:
+    def write(self, new: Response, text: str) -> None:
         """Add a turn of the policy."""
         self.tokens += new.tokens
         self.own += [True] * len(new.tokens)
@@ -96,19 +91,18 @@ class _Conversation:
         """Add a turn of the environment."""
         self.tokens += tokens
         self.own += [False] * len(tokens)
-        self.logprobs += [0.0] * len(tokens) if self.logprobs else []
+        self.logprobs += [0.0] * len(tokens)
         self.turns.append(message)
 
 
 def _converse(
-    policy: LanguageModel,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     settings: GenerationConfig,
     columns: Mapping[str, Sequence[Any]],
     *,
-    environment: Environment | None = None,
-    greedy: bool = False,
-    record_logprobs: bool = False,
+    environment: Environment | None,
+    greedy: bool,
 ) -> list[_Conversation]:
     """One conversation from each prompt. It is over after `environment.max_turns` turns of the
     policy, or when the environment has no answer. It is truncated, and not finished, where a turn
@@ -119,22 +113,32 @@ def _converse(
             "The prompts have a column 'turns', the name under which rewards get the turns of a "
             "conversation: rename it."
         )
+    policy = sampler.policy
     found = [
         _Conversation(prompt, _prompt_ids(policy, prompt, columns, row), row)
         for row, prompt in enumerate(prompts)
     ]
     active, max_turns = found, environment.max_turns if environment else 1
-    for turn in range(1, max_turns + 1):
-        if environment is not None and turn > 1:
-            active = _answered(policy, active, environment, columns, settings.max_new_tokens)
-        if not active:
-            break
-        rows = [[*c.prompt_ids, *c.tokens] for c in active]
-        continued = sample(policy, rows, settings, greedy=greedy, record_logprobs=record_logprobs)
-        for conversation, row_ids, new in zip(active, rows, continued, strict=True):
-            said = policy.renderer.said(conversation.prompt, row_ids, new.tokens)
-            conversation.write(new, said)
-        active = [conversation for conversation in active if conversation.finished]
+    with sampler.session(settings, rows=len(found), greedy=greedy, keep=max_turns > 1) as write:
+        for turn in range(1, max_turns + 1):
+            if environment is not None and turn > 1:
+                active = _answered(policy, active, environment, columns, settings.max_new_tokens)
+            if not active:
+                break
+            # Every token of every response has a random number of its own.
+            requests = [
+                Request(
+                    [*c.prompt_ids, *c.tokens],
+                    number=c.row,
+                    counter=c.row * max_turns * settings.max_new_tokens + sum(c.own),
+                )
+                for c in active
+            ]
+            for conversation, new in zip(active, write(requests), strict=True):
+                row_ids = new.request.tokens
+                said = policy.renderer.said(conversation.prompt, row_ids, new.tokens)
+                conversation.write(new, said)
+            active = [conversation for conversation in active if conversation.finished]
     return found
 
 
@@ -201,7 +205,6 @@ def _as_rollout(
     several: bool,
 ) -> Rollout:
     """Their batch; where there may be `several` turns, with these in the column `turns`."""
-    recorded = any(c.logprobs for c in conversations)
     width = max(len(c.tokens) for c in conversations)
 
     def padded(rows: Iterable[list[Any]], value: Any) -> torch.Tensor:
@@ -221,5 +224,5 @@ def _as_rollout(
         responses=[_text(c) for c in conversations],
         columns={**columns, "turns": [c.turns for c in conversations]} if several else columns,
         environment_mask=padded(heard, False) if several else None,
-        logprobs=padded((c.logprobs for c in conversations), 0.0) if recorded else None,
+        logprobs=padded((c.logprobs for c in conversations), 0.0),
     )

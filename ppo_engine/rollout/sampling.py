@@ -1,152 +1,113 @@
-"""Sampling: a batch of token rows in, the policy's continuations out."""
+"""What samples from a policy: sessions in which rows of tokens are continued."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 
 import torch
-import transformers
-from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from ppo_engine.models import precision
-from ppo_engine.models.experts import unrouted
+from ppo_engine.errors import UserError
+from ppo_engine.memory import free_memory
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.token_rows import pad_left
+from ppo_engine.models.notes import sampling_notes
 from ppo_engine.pretrained import architecture
+from ppo_engine.pretrained.generation_config import declared_stops
+from ppo_engine.rollout import by_generate
+from ppo_engine.rollout.decoder import Decoder, Draw
+from ppo_engine.rollout.probe import probed_decoder
+from ppo_engine.rollout.schedule import FindStop, Request, Response, Schedule, row_bucket
+from ppo_engine.rollout.slots import bytes_per_token
+from ppo_engine.rollout.stops import StopStrings
 from ppo_engine.settings.schema import GenerationConfig
-from ppo_kernels import token_logprobs
+
+_SHARE_OF_FREE = 0.5  # of the memory, for slots, where no budget is set
+_ALIGNED = 64  # a slot has a multiple of so many tokens
+
+Write = Callable[[Sequence[Request]], list[Response]]
 
 
-class Continuation(NamedTuple):
-    """What the policy wrote after one row."""
+class Sampler:
+    """Samples from a policy whose weights may change, in place, between two sessions.
 
-    tokens: list[int]  # up to and including the first EOS
-    finished: bool  # it ends with EOS
-    logprobs: list[float]  # of the tokens in the distribution they were drawn from, if recorded
-
-
-@torch.no_grad()
-def sample(
-    policy: LanguageModel,
-    rows: Sequence[Sequence[int]],
-    settings: GenerationConfig,
-    *,
-    greedy: bool = False,
-    record_logprobs: bool = False,
-) -> list[Continuation]:
-    """Continue each of the token `rows` by at most `settings.max_new_tokens` tokens.
-
-    From softmax(logits / temperature), restricted to top-k and top-p where these are on; `greedy`
-    takes the most likely token instead. Where the model does not heed padding, rows of the same
-    length go together.
+    By the decode loop over key/value slots; by transformers' own `generate` where a probe shows
+    that the loop would not give what the model gives.
     """
-    together: dict[int, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        together[0 if policy.heeds_padding else len(row)].append(index)
-    found: dict[int, Continuation] = {}
-    for indices in together.values():
-        part = [rows[i] for i in indices]
-        written = _sample_padded(policy, part, settings, greedy, record_logprobs)
-        found |= dict(zip(indices, written, strict=True))
-    return [found[index] for index in range(len(rows))]
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.policy = policy
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know: where a family of models cannot be sampled from as others are."""
+        decoder, note = self._probed
+        return ([note] if note else []) + (sampling_notes(self.policy) if decoder is None else [])
+
+    @contextmanager
+    def session(
+        self, settings: GenerationConfig, *, rows: int, greedy: bool = False, keep: bool = False
+    ) -> Iterator[Write]:
+        """Inside, what continues each of some rows, about `rows`, by a turn of at most
+        `settings.max_new_tokens` tokens.
+
+        From softmax(logits / temperature), restricted to top-k and top-p where these are on;
+        `greedy` takes the most likely token instead. All draws have one key, of torch's global
+        generator. With `keep`, there will be later turns of the same responses.
+        """
+        decoder, _ = self._probed
+        seed = int(torch.randint(2**62, ()))
+        find_stop = self._stop_strings(settings)
+        arguments = settings.max_new_tokens, self._draw(settings, greedy), find_stop
+        if decoder is None:
+            yield lambda requests: by_generate.write(self.policy, requests, *arguments)
+            return
+        schedule = Schedule(decoder, keep=keep)
+
+        def write(requests: Sequence[Request]) -> list[Response]:
+            longest = max(len(request.tokens) for request in requests) + settings.max_new_tokens
+            schedule.lengthen(*_size(decoder, len(requests), longest, settings.kv_cache_gib))
+            return schedule.write(requests, *arguments)
+
+        with decoder.session(seed, rows):
+            yield write
+
+    @cached_property
+    def _probed(self) -> tuple[Decoder | None, str]:
+        return probed_decoder(self.policy)
+
+    def _draw(self, settings: GenerationConfig, greedy: bool) -> Draw:
+        stops = [stop for stop in settings.stop if isinstance(stop, int)]
+        return Draw(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            greedy=greedy,
+            ends=tuple(sorted({*self.policy.renderer.end_ids, *stops})),
+            min_new_tokens=settings.min_new_tokens,
+        )
+
+    def _stop_strings(self, settings: GenerationConfig) -> FindStop | None:
+        strings = [stop for stop in settings.stop if isinstance(stop, str)]
+        model = architecture.unwrap(self.policy.model)
+        strings += declared_stops(model.generation_config)
+        return StopStrings(self.policy.tokenizer, strings) if strings else None
 
 
-def _sample_padded(
-    policy: LanguageModel,
-    rows: Sequence[Sequence[int]],
-    settings: GenerationConfig,
-    greedy: bool,
-    record_logprobs: bool,
-) -> list[Continuation]:
-    pad = policy.tokenizer.pad_token_id
-    padded, mask = pad_left(rows, pad)
-    input_ids = torch.tensor(padded, device=policy.device)
-    of_model = architecture.unwrap(policy.model)
-    shipped = of_model.generation_config
-    # With the checkpoint's own generation config (repetition penalty, top-k) the sampled
-    # distribution would not be the one whose log-probs are taken; it is restored, to be saved.
-    plain = transformers.GenerationConfig(eos_token_id=policy.renderer.end_ids, pad_token_id=pad)
-    # The warpers are passed, not configured, so that the recorder comes after them.
-    warpers = LogitsProcessorList([] if greedy else _warpers(settings))
-    sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    recorder = _Recorder()
-    if record_logprobs:
-        warpers.append(recorder)
-    of_model.generation_config = plain
-    try:
-        with precision.compute(policy.device, policy.dtype):
-            output = policy.model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.tensor(mask, device=policy.device).long(),
-                logits_processor=warpers,
-                **unrouted(of_model),
-                generation_config=transformers.GenerationConfig(
-                    do_sample=not greedy,
-                    **sampling,
-                    max_new_tokens=settings.max_new_tokens,
-                    eos_token_id=policy.renderer.end_ids,
-                    use_cache=policy.continues_from_cache,
-                    pad_token_id=pad,
-                ),
-            )
-    finally:
-        of_model.generation_config = shipped
-    written = output[:, input_ids.shape[1] :]
-    logprobs = recorder.logprobs(written).tolist() if record_logprobs else [[]] * len(rows)
-    return [
-        _until_eos(tokens, set(policy.renderer.end_ids), of_tokens)
-        for tokens, of_tokens in zip(written.tolist(), logprobs, strict=True)
-    ]
-
-
-def _until_eos(tokens: list[int], eos_ids: set[int], logprobs: list[float]) -> Continuation:
-    """Up to the first EOS, by position and never by comparing with the pad id."""
-    end = next((place for place, token in enumerate(tokens) if token in eos_ids), None)
-    count = len(tokens) if end is None else end + 1
-    return Continuation(tokens[:count], end is not None, logprobs[:count])
-
-
-def _warpers(settings: GenerationConfig) -> list[LogitsProcessor]:
-    """Temperature, top-k and top-p, those that change anything, in the library's order."""
-    found: list[LogitsProcessor] = []
-    if settings.temperature != 1.0:
-        found.append(TemperatureLogitsWarper(settings.temperature))
-    if settings.top_k:
-        found.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1.0:
-        found.append(TopPLogitsWarper(settings.top_p))
-    return found
-
-
-class _Recorder(LogitsProcessor):
-    """Keeps the log-prob of each token that is drawn, which it sees one step later."""
-
-    def __init__(self) -> None:
-        self._found: list[Tensor] = []
-        self._scores: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._scores is not None:
-            self._take(input_ids[:, -1])
-        self._scores = scores
-        return scores
-
-    def logprobs(self, written: Tensor) -> Tensor:
-        """Those of the tokens `written`, [B, T]: fp32. There may have been more steps than these:
-        on a GPU, EOS is checked for only now and then."""
-        if len(self._found) < written.shape[1]:
-            self._take(written[:, -1])
-        return torch.stack(self._found[: written.shape[1]], 1)
-
-    def _take(self, tokens: Tensor) -> None:
-        assert self._scores is not None
-        self._found.append(token_logprobs(self._scores, tokens))
+def _size(decoder: Decoder, rows: int, length: int, budget: float | None) -> tuple[int, int]:
+    """How many slots, and of how many tokens: for `rows` rows of `length` tokens, or as many as
+    the `budget` (GiB) has room for. Raises a UserError where it has room for none."""
+    aligned = -(-length // _ALIGNED) * _ALIGNED
+    each = aligned * bytes_per_token(decoder.heads, decoder.dtype)
+    if budget is None:
+        room = _SHARE_OF_FREE * (free_memory(decoder.device) + decoder.nbytes)
+    else:
+        room = budget * 2**30
+    if each > room:
+        raise UserError(
+            f"The keys and values of one response of {length} tokens, its prompt included, take "
+            f"{each / 2**30:.2g} GiB, and there are {room / 2**30:.2g}: "
+            + ("free memory" if budget is None else "raise generation.kv_cache_gib")
+            + ", or lower generation.max_new_tokens."
+        )
+    return row_bucket(rows, int(room / each), decoder.device), aligned

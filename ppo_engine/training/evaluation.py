@@ -24,6 +24,7 @@ from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.best_of_n import expected_best
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.generation import generate
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.run.checkpoint import seeded
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.progress import Progress
@@ -63,6 +64,7 @@ class Evaluator:
         self.best_step = -1
         self.since_best = 0  # evaluations
         self._reference: _Answers | None = None
+        self._of_reference: Sampler | None = None
 
     def due(self, step: int) -> bool:
         """Whether to evaluate when `step` steps are done; never without held-out prompts."""
@@ -154,6 +156,7 @@ class Evaluator:
                     found |= self._measure(rollout, scores)
                 responses += rollout.responses
                 numbers.append({name: x.cpu().double() for name, x in found.items()})
+        self._of_reference = None  # it answers once, and what samples from it takes memory
         return _Answers(
             responses, {name: torch.cat([part[name] for part in numbers]) for name in numbers[0]}
         )
@@ -164,8 +167,11 @@ class Evaluator:
         author = engine.reference if by_reference and engine.reference else engine.policy
         unadapted = by_reference and author is engine.policy
         with author.without_adapter() if unadapted else nullcontext():
+            sampler = engine.sampler
+            if by_reference:
+                sampler = self._of_reference = self._of_reference or Sampler(author)
             return generate(
-                author,
+                sampler,
                 [example.prompt for example in batch],
                 engine.config.generation,
                 columns_of(batch),

@@ -28,7 +28,7 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.memory import peak_memory
 from ppo_engine.messages import counted
-from ppo_engine.models.notes import sampling_notes, training_notes
+from ppo_engine.models.notes import training_notes
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.estimators import TITLES
 from ppo_engine.pretrained import loading
@@ -111,7 +111,7 @@ class PPOTrainer:
             self.engine.check_columns(column_names(examples))
             self.engine.rewards.check_prompts(examples)
         self.evaluator = Evaluator(self.engine, held_out)
-        self.notes += training_notes(self.engine.policy) + sampling_notes(self.engine.policy)
+        self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self.step = 0
         # Metrics and samples of a step that has trained and is not yet evaluated and logged.
         self._unreported: dict[str, Any] | None = None

@@ -35,6 +35,7 @@ from ppo_engine.models.value_model import load_value_model
 from ppo_engine.pretrained import architecture, loading
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rollout.generation import generate
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.settings.schema import GenerationConfig as Sampling
 from ppo_engine.settings.schema import ModelConfig
 from ppo_kernels import ppo_policy_loss, token_logprobs
@@ -113,7 +114,7 @@ def model_with_a_bias() -> PhiForCausalLM:
 def test_logprobs_equal_those_of_the_models_own_logits(make):
     policy = open_policy(make())
     assert not policy.uses_own_logits and not policy.makes_logits
-    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
 
@@ -130,7 +131,7 @@ def test_adapters_on_the_head_are_not_passed_over():
             if "lora_B" in name:
                 parameter.normal_()
     assert policy.makes_logits and not policy.uses_own_logits
-    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
     loss, stats = policy.policy_loss(
@@ -147,7 +148,7 @@ def test_adapters_on_the_head_are_not_passed_over():
 def test_the_loss_is_that_of_the_models_own_logits(make):
     """Values and the gradients of every weight."""
     policy = open_policy(make())
-    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=7))
+    rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=7))
     advantages = torch.randn(rollout.mask.shape)
     old = own_logprobs(policy, rollout).detach() + 0.1 * torch.randn(rollout.mask.shape)
     found = []
@@ -170,7 +171,7 @@ def test_a_head_that_scales_and_caps():
     """Both at once, as no family here does: c tanh(s z / c)."""
     policy = open_policy(model_with_a_bias())
     policy._head = OutputHead(scale=0.3, softcap=0.8)
-    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     with torch.no_grad():
         states = policy.states(rollout.token_rows())
         logits = policy._head.logits(policy.model.lm_head, states)
@@ -222,7 +223,7 @@ def test_states_under_one_head_are_compared_at_once():
     assert policy.shares_head(reference) and not open_policy(tiny_model()).shares_head(reference)
     with torch.no_grad():
         policy.model.model.layers[1].mlp.up_proj.weight.mul_(2)
-    rollout = generate(policy, ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     rows = rollout.token_rows()
     states = [p.states(rows) for p in (policy, reference)]
     both = policy.stacked_logprobs(states, rows.targets, 0.7)
@@ -243,7 +244,7 @@ def test_a_head_that_cannot_be_reproduced_uses_the_models_own_logits():
     model.forward = shifted
     policy = open_policy(model)
     assert policy.uses_own_logits
-    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello"], Sampling(max_new_tokens=5))
     found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
 
@@ -254,7 +255,7 @@ def test_a_missing_pad_token_is_added_apart_from_eos():
     policy = open_policy(gpt2(), tokenizer=tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert policy.model.get_input_embeddings().num_embeddings >= len(tokenizer)
-    rollout = generate(policy, ["Hello", "Hi there"], Sampling(max_new_tokens=4))
+    rollout = generate(Sampler(policy), ["Hello", "Hi there"], Sampling(max_new_tokens=4))
     assert rollout.mask[:, 0].all()
 
 
@@ -271,7 +272,7 @@ def test_an_added_pad_token_has_a_row_of_its_own(tmp_path):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257)
     assert policy.model.get_input_embeddings().num_embeddings == 258
     assert policy.model.config.pad_token_id == 257
-    rollout = generate(policy, ["Hello", "Hi there"], Sampling(max_new_tokens=4))
+    rollout = generate(Sampler(policy), ["Hello", "Hi there"], Sampling(max_new_tokens=4))
     assert rollout.prompt_ids[0, 0] == 257
     policy.save(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -285,7 +286,7 @@ def test_the_checkpoints_own_sampling_habits_are_off_and_come_back(tmp_path):
         do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=258
     )
     policy = open_policy(model)
-    rollout = generate(policy, ["Hello"] * 64, Sampling(max_new_tokens=1))
+    rollout = generate(Sampler(policy), ["Hello"] * 64, Sampling(max_new_tokens=1))
     assert len(set(rollout.response_ids[:, 0].tolist())) > 20  # top_k=1 would give one
     policy.save(tmp_path / "saved")
     assert GenerationConfig.from_pretrained(tmp_path / "saved").top_k == 1
@@ -293,7 +294,7 @@ def test_the_checkpoints_own_sampling_habits_are_off_and_come_back(tmp_path):
 
 def test_dropout_is_off_in_every_model():
     policy = open_policy(gpt2())  # its configuration has dropout 0.1
-    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello"], Sampling(max_new_tokens=5))
     policy.model.train()
     first, _ = response_logprobs(policy, rollout, 1.0)
     second, _ = response_logprobs(policy, rollout, 1.0)
@@ -334,7 +335,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
         torch.manual_seed(0)
-        rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+        rollout = generate(Sampler(policy), ["Hello"], Sampling(max_new_tokens=5))
         policy.model.train()
         response_logprobs(policy, rollout, 1.0)[0].sum().backward()
         gradients.append([p.grad.clone() for p in policy.model.parameters()])
@@ -345,7 +346,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_checkpointed_layers_run_again_in_the_backward_pass(checkpointing):
     policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
-    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello"], Sampling(max_new_tokens=5))
     policy.model.train()
     runs = []
     policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -384,7 +385,7 @@ def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    rollout = generate(policy, ["Hello"], Sampling(max_new_tokens=5))
+    rollout = generate(Sampler(policy), ["Hello"], Sampling(max_new_tokens=5))
     found, _ = response_logprobs(policy, rollout, 1.0)
     policy.save(tmp_path / "saved")
     again = open_policy(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))

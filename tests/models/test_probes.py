@@ -18,6 +18,7 @@ from ppo_engine.models.packing import can_pack
 from ppo_engine.models.value_model import sequence_scores, token_values, value_model_from_policy
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.generation import generate
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.settings.schema import GenerationConfig, ModelConfig
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_which_families_read_padding(family):
 def test_the_sampler_draws_from_the_distribution_whose_logprobs_are_taken(family):
     """Beside rows of other lengths as alone."""
     policy = open_policy(of_family(family))
-    rollout = generate(policy, PROMPTS, GenerationConfig(max_new_tokens=8), record_logprobs=True)
+    rollout = generate(Sampler(policy), PROMPTS, GenerationConfig(max_new_tokens=8))
     with torch.no_grad():
         together = rollout.padded(policy.logprobs(rollout.token_rows())[0])
         for row, length in enumerate(rollout.lengths):
@@ -127,7 +128,7 @@ def test_evaluation_does_not_change_the_weights_that_are_saved(used):
     if used:
         model.eval()(torch.arange(5)[None])
     policy = open_policy(model)
-    generate(policy, PROMPTS, GenerationConfig(max_new_tokens=2))
+    generate(Sampler(policy), PROMPTS, GenerationConfig(max_new_tokens=2))
     assert all(torch.equal(p, expected[name]) for name, p in policy.model.named_parameters())
 
 

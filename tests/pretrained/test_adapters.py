@@ -32,6 +32,7 @@ from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.experience import Experience
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rollout.generation import generate
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.settings.schema import (
     GenerationConfig,
     LoraConfig,
@@ -212,7 +213,7 @@ def test_checkpointing_gives_the_same_gradients(folder: str, bits: Bits | None) 
         for name, parameter in policy.model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        rollout = generate(policy, PROMPTS, GenerationConfig(max_new_tokens=5))
+        rollout = generate(Sampler(policy), PROMPTS, GenerationConfig(max_new_tokens=5))
         policy.model.train()
         response_logprobs(policy, rollout, 1.0)[0].sum().backward()
         gradients.append([p.grad for p in policy.model.parameters() if p.requires_grad])

@@ -19,6 +19,7 @@ from transformers import (
 
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.rollout.generation import generate
+from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.settings.schema import GenerationConfig as Sampling
 from ppo_engine.settings.schema import ModelConfig
 
@@ -62,7 +63,7 @@ def test_every_declared_end_ends_a_response_and_so_it_does_once_saved(
     tmp_path: Path, text: list[int], declared: dict[str, Any]
 ) -> None:
     policy = open_policy(writes(*text, **declared))
-    rollout = generate(policy, ["a", "longer, b"], Sampling(max_new_tokens=6, temperature=1e-3))
+    rollout = generate(Sampler(policy), ["a", "longer, b"], Sampling(max_new_tokens=6, temperature=1e-3))
     assert rollout.response_ids[0][rollout.mask[0]].tolist() == text and rollout.finished[0]
 
     policy.save(tmp_path / "saved")
@@ -84,7 +85,7 @@ def test_a_policy_that_was_trained_generates_as_it_was_sampled_from(tmp_path: Pa
     found = model.generation_config
     assert (found.do_sample, found.temperature, found.top_k, found.top_p) == (True, 0.7, 0, 0.9)
     ids = AutoTokenizer.from_pretrained(tmp_path / "saved")("a", return_tensors="pt")
-    rollout = generate(policy, ["a"], sampling, greedy=True)
+    rollout = generate(Sampler(policy), ["a"], sampling, greedy=True)
     written = model.generate(**ids, do_sample=False)
     assert written[0, 1:].tolist() == rollout.response_ids[0].tolist()
     assert policy.model.generation_config.repetition_penalty == 50.0  # as it was given

@@ -7,15 +7,14 @@ import dataclasses
 import pytest
 import torch
 from engines import make_engine, response_logprobs
+from rollouts import script
 from tiny import tiny_model, tiny_tokenizer
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.value_model import value_model_from_policy
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.model import RewardModel
-from ppo_engine.rollout import generation
 from ppo_engine.rollout.environment import Environment
-from ppo_engine.rollout.sampling import Continuation
 from ppo_engine.settings.schema import EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig
 from ppo_kernels import gae
 
@@ -24,9 +23,9 @@ TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
 
 
-def say(text: str, finished: bool = True) -> Continuation:
+def say(text: str, finished: bool = True) -> tuple[list[int], bool]:
     ids = TOKENIZER(text)["input_ids"]
-    return Continuation([*ids, EOS] if finished else ids, finished, [])
+    return [*ids, EOS] if finished else ids, finished
 
 
 def messages(*texts: str) -> list[dict[str, str]]:
@@ -39,17 +38,11 @@ def messages(*texts: str) -> list[dict[str, str]]:
 def scripted(monkeypatch):
     """Lets the policy say what a test wants: turn by turn, a text for each row that continues."""
 
-    def script(*turns: list[Continuation]) -> None:
+    def turn_by_turn(*turns: list[tuple[list[int], bool]]) -> None:
         left = list(turns)
+        script(monkeypatch, lambda policy, rows: left.pop(0))
 
-        def sample(policy, rows, *args, **kwargs):
-            said = left.pop(0)
-            assert len(said) == len(rows)
-            return said
-
-        monkeypatch.setattr(generation, "sample", sample)
-
-    return script
+    return turn_by_turn
 
 
 def engine_with(environment, max_turns: int = 3, **settings) -> PPOEngine:
@@ -124,11 +117,11 @@ def test_an_answer_leaves_room_for_a_whole_turn(scripted, tokens, goes_on):
 def test_each_turn_is_written_behind_all_that_was_said(monkeypatch):
     asked = []
 
-    def sample(policy, rows, *args, **kwargs):
+    def answer(policy, rows):
         asked.append([TOKENIZER.decode(row) for row in rows])
         return [say("yes") for _ in rows]
 
-    monkeypatch.setattr(generation, "sample", sample)
+    script(monkeypatch, answer)
     engine = engine_with(lambda prompts, turns: [f" {len(turns[0])}"] * len(turns))
     engine.generate(["Q"])
     assert asked == [["Q"], ["Qyes<|im_end|> 1"], ["Qyes<|im_end|> 1yes<|im_end|> 3"]]

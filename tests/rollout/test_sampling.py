@@ -186,7 +186,7 @@ def test_no_token_is_sampled_after_the_last_end():
     model = sharp_model()
     model.generation_config.eos_token_id = [token for token in range(259) if token != PAD]
     engine = moved_engine(model=model)
-    assert engine.policy.continues_from_cache  # by passes of its own
+    assert engine.sampler.notes == []  # by passes of its own
     passes = []
     hook = engine.policy.model.register_forward_hook(lambda *_: passes.append(1))
     rollout = engine.generate(["Hi"])
@@ -224,9 +224,8 @@ def test_groups_stand_in_a_row_and_each_has_its_own_columns():
             assert rollout.responses[row] == TOKENIZER.decode(said)
 
 
-def test_log_probs_are_recorded_only_where_they_are_used():
-    assert moved_engine().generate(PROMPTS).logprobs is None
-    rollout = moved_engine(ppo={"importance_cap": 2.0}).generate(PROMPTS)
+def test_log_probs_of_the_sampler_are_always_recorded():
+    rollout = moved_engine().generate(PROMPTS)
     assert rollout.logprobs.shape == rollout.mask.shape
     assert (rollout.logprobs[rollout.mask] < 0).all() and not rollout.logprobs[~rollout.mask].any()
     assert math.isfinite(rollout.logprobs.sum())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rollouts import script
 from templates import chatml, gemma, llama3, phi3, qwen3, r1
 from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -32,8 +33,6 @@ from ppo_engine import (
 from ppo_engine.generate import generate
 from ppo_engine.models.value_model import value_model_from_policy
 from ppo_engine.pretrained.loading import save_model
-from ppo_engine.rollout import generation
-from ppo_engine.rollout.sampling import Continuation
 from ppo_engine.settings.schema import GenerateConfig, ScoringConfig
 
 CHAT = [{"role": "user", "content": "abc"}]
@@ -50,11 +49,7 @@ def engine_for(tokenizer: PreTrainedTokenizerFast, reward: Any, **settings: Any)
 def says(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     """Lets every policy say `text`, its end included."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(
-        generation,
-        "sample",
-        lambda policy, rows, *a, **k: [Continuation(ids, True, [])] * len(rows),
-    )
+    script(monkeypatch, lambda policy, rows: [(ids, True)] * len(rows))
 
 
 @pytest.fixture

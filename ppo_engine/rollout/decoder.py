@@ -1,0 +1,315 @@
+"""What a decode loop runs on the device: prompts into slots, and one token more for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ppo_engine.models import precision
+from ppo_engine.models.experts import unrouted
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.pretrained import architecture
+from ppo_engine.rollout.graphs import Graphs
+from ppo_engine.rollout.products import Products
+from ppo_engine.rollout.slots import (
+    Heads,
+    MoreTokens,
+    NewRows,
+    OneToken,
+    Slots,
+    Unsupported,
+    Windows,
+    attending,
+    bytes_per_token,
+)
+from ppo_engine.spans import span
+from ppo_kernels import sample, token_logprobs
+
+STEPS = {"cuda": 16, "cpu": 1}  # between two looks of the host at what was written
+_PASS = {"cuda": 8192, "cpu": 2048}  # tokens that are read together
+_FIELDS = 6  # of `_Rows`
+
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the next token is chosen."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    greedy: bool
+    ends: tuple[int, ...]  # tokens that end a turn
+    min_new_tokens: int  # of a turn; until then no end is drawn
+
+
+class Seat(NamedTuple):
+    """Where a row begins to write."""
+
+    row: int
+    token: int  # the last of what it continues, which the model reads first
+    length: int  # tokens before that one, which its slot has
+    counter: int  # of its first random number
+    limit: int  # tokens that it may write
+
+
+class Written(NamedTuple):
+    """What some steps wrote, as the host reads it."""
+
+    tokens: Tensor  # [steps, rows] long; -1 where a row wrote nothing
+    logprobs: Tensor  # [steps, rows] fp32
+    done: Tensor  # [rows] bool, after these steps
+    ready: torch.cuda.Event | None
+
+    def on_host(self) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+        """Tokens and log-probs of each row, and whether it is done; waits for the steps."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.tokens.T.tolist(), self.logprobs.T.tolist(), self.done.tolist()
+
+
+class _Rows:
+    """Where each row stands. One tensor `[fields, rows]` long, which one copy sets."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.all = torch.zeros(_FIELDS, rows, dtype=torch.long, device=device)
+        self.token, self.length, self.counter, self.written, self.limit, self.done = self.all
+        self.done.fill_(1)
+
+
+class Decoder:
+    """A policy that writes over slots.
+
+    Weights may change between two `session`s, in place.
+    """
+
+    def __init__(self, policy: LanguageModel, graphs: Graphs | None) -> None:
+        """Raises `Unsupported`, or whatever a model raises that cannot be run so."""
+        self._model = architecture.unwrap(policy.model)
+        self._extra = unrouted(self._model)
+        self._takes_positions = architecture.takes_positions(self._model.base_model)
+        self.device = policy.device
+        self.dtype = policy.dtype
+        self._windows = Windows.of(self._model.config)
+        self.heads = _heads(self._model, self.device)
+        self._products = Products(policy.model, device=self.device, dtype=self.dtype)
+        self._graphs = graphs
+        self._ends: dict[tuple[int, ...], Tensor] = {}  # on the device, where graphs read them
+        self._place = torch.zeros((), dtype=torch.long, device=self.device)
+        self._seed = torch.zeros((), dtype=torch.long, device=self.device)
+        self.slots: Slots | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.slots.rows if self.slots else 0
+
+    @property
+    def length(self) -> int:
+        return self.slots.length if self.slots else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the slots."""
+        return self.rows * self.length * bytes_per_token(self.heads, self.dtype)
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Slots for `rows` rows of `length` tokens; what the old ones had is lost."""
+        self.release()
+        self.slots = Slots(
+            self.heads, self._windows, rows, length, device=self.device, dtype=self.dtype
+        )
+        self._rows = _Rows(rows, self.device)
+        steps = STEPS[self.device.type]
+        self._tokens = torch.zeros(steps, rows, dtype=torch.long, device=self.device)
+        self._logprobs = torch.zeros(steps, rows, device=self.device)
+
+    def lengthen(self, length: int) -> None:
+        """Make room for `length` tokens in each slot; what they have stays."""
+        assert self.slots is not None
+        self.slots.lengthen(length)
+        if self._graphs:
+            self._graphs.clear()
+
+    def release(self) -> None:
+        """Give back the slots."""
+        self.slots = None
+        if self._graphs:
+            self._graphs.clear()
+
+    @contextmanager
+    def session(self, seed: int, rows: int) -> Iterator[None]:
+        """Inside, the weights are what they are at its start. `seed` is of all its draws, and
+        `rows` about what a step will have."""
+        with torch.no_grad(), attending(self._model):
+            self._products.refresh(rows)
+            self._seed.fill_(seed)
+            try:
+                with self._products.active():
+                    yield
+            finally:
+                self._products.release()
+                if self._graphs is None:
+                    self.release()
+
+    def read(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """Tokens that stand at the beginning of the slots, each with the slots they go to."""
+        for part in _passes(rows, lambda row: len(row[0]), _PASS[self.device.type]):
+            width = len(part[0][0])
+            ids = torch.tensor(
+                [[*tokens, *[tokens[-1]] * (width - len(tokens))] for tokens, _ in part],
+                device=self.device,
+            )
+            places = torch.arange(width, device=self.device)[None].expand_as(ids)
+            targets = [target for _, targets in part for target in targets]
+            owners = [owner for owner, (_, targets) in enumerate(part) for _ in targets]
+            access = NewRows(width, *torch.tensor([targets, owners], device=self.device))
+            self._read(ids, places, access)
+
+    def read_more(self, rows: Sequence[tuple[Sequence[int], int, int]]) -> None:
+        """Tokens that stand behind others: they, their slot, and how many tokens it has."""
+        for part in _passes(rows, lambda row: len(row[0]), _PASS[self.device.type]):
+            width = len(part[0][0])
+            ids = torch.tensor(
+                [[*tokens, *[tokens[-1]] * (width - len(tokens))] for tokens, *_ in part],
+                device=self.device,
+            )
+            _, slots, starts = zip(*part, strict=True)
+            counts = [len(tokens) for tokens, *_ in part]
+            access = MoreTokens(slots, starts, counts, self.device)
+            self._read(ids, access.positions, access)
+
+    def seat(self, seats: Sequence[Seat]) -> None:
+        """Let rows begin to write."""
+        if not seats:
+            return
+        rows = [seat.row for seat in seats]
+        fields = [[s.token, s.length, s.counter, 0, s.limit, 0] for s in seats]
+        self._rows.all[:, torch.tensor(rows, device=self.device)] = torch.tensor(
+            fields, device=self.device
+        ).T
+
+    def unseat(self, rows: Sequence[int]) -> None:
+        """Let rows write no more."""
+        if rows:
+            self._rows.done[torch.tensor(rows, device=self.device)] = 1
+
+    def swap(self, rows: Sequence[int], others: Sequence[int]) -> None:
+        """Let rows change places."""
+        assert self.slots is not None
+        source = torch.tensor([*rows, *others], device=self.device)
+        target = torch.tensor([*others, *rows], device=self.device)
+        self.slots.move(source, target)
+        self._rows.all[:, target] = self._rows.all[:, source]
+
+    def write(self, rows: int, steps: int, draw: Draw) -> Written:
+        """Let the first `rows` rows write `steps` tokens, those that are not done before."""
+        if draw.ends not in self._ends:
+            self._ends[draw.ends] = torch.tensor(draw.ends, dtype=torch.long, device=self.device)
+        self._place.zero_()
+        step = partial(self._step, rows, draw)
+        if self._graphs:
+            step = self._graphs.step((rows, draw), step, [self._rows.all, self._place])
+        with span("decode"):
+            for _ in range(steps):
+                step()
+        return self._to_host(
+            self._tokens[:steps, :rows], self._logprobs[:steps, :rows], self._rows.done[:rows] > 0
+        )
+
+    def next_logits(self, rows: int) -> Tensor:
+        """The logits `[rows, V]` behind the token of each of the first `rows` rows."""
+        assert self.slots is not None
+        positions = self._rows.length[:rows]
+        access = OneToken(positions, self.slots.length)
+        ids = self._rows.token[:rows, None]
+        with self._compute(), self.slots.reading(access) as arguments:
+            output = self._model(**self._inputs(ids, positions[:, None]), **arguments)
+        found: Tensor = output.logits[:, 0]
+        return found
+
+    def _step(self, rows: int, draw: Draw) -> None:
+        """The next token of each of the first `rows` rows."""
+        state = self._rows
+        token, length, counter, written, limit, done = state.all[:, :rows]
+        logits = self.next_logits(rows)
+        ends = self._ends[draw.ends]
+        if draw.min_new_tokens and draw.ends:
+            early = written < draw.min_new_tokens
+            logits[:, ends] = logits[:, ends].masked_fill(early[:, None], -torch.inf)
+        if draw.greedy:
+            new = logits.argmax(-1)
+            logprobs = token_logprobs(logits, new)
+        else:
+            new, logprobs = sample(
+                logits, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p,
+                seed=self._seed, offset=counter,
+            )  # fmt: skip
+        writes = done == 0
+        self._tokens[:, :rows].index_copy_(
+            0, self._place[None], torch.where(writes, new, -1)[None]
+        )
+        self._logprobs[:, :rows].index_copy_(0, self._place[None], logprobs.float()[None])
+        self._place += 1
+        token.copy_(torch.where(writes, new, token))
+        for x in (length, counter, written):
+            x += writes
+        done.copy_(done | (writes & ((written >= limit) | torch.isin(new, ends))))
+
+    def _read(self, ids: Tensor, places: Tensor, access: Any) -> None:
+        assert self.slots is not None
+        with span("prefill"), self._compute(), self.slots.reading(access) as arguments:
+            self._model.base_model(**self._inputs(ids, places), **arguments)
+
+    def _inputs(self, ids: Tensor, places: Tensor) -> dict[str, Any]:
+        inputs = {"input_ids": ids, **self._extra}
+        return inputs | ({"position_ids": places} if self._takes_positions else {})
+
+    def _compute(self) -> Any:
+        # A cast that is cached would be part of a graph, and of weights that have changed since.
+        return precision.compute(self.device, self.dtype, cache_casts=False)
+
+    def _to_host(self, *found: Tensor) -> Written:
+        if self.device.type != "cuda":
+            return Written(*(x.clone() for x in found), None)
+        there = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in found]
+        for x, y in zip(there, found, strict=True):
+            x.copy_(y, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Written(*there, ready)
+
+
+def _heads(model: Any, device: torch.device) -> list[Heads]:
+    """What each layer of `model` keeps of a token, by a pass that shows it."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with torch.no_grad():
+        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    found = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.ndim != 4 or values.ndim != 4:
+            raise Unsupported("a layer of it keeps something else than keys and values")
+        found.append(Heads(keys.shape[1], keys.shape[3], values.shape[3]))
+    return found
+
+
+def _passes(rows: Sequence[_Row], length: Callable[[_Row], int], most: int) -> Iterator[list[_Row]]:
+    """The `rows`, longest first, in parts of at most `most` tokens, padding included; a row that is
+    longer is a part of its own."""
+    part: list[_Row] = []
+    for row in sorted(rows, key=length, reverse=True):
+        if part and (len(part) + 1) * length(part[0]) > most:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part

@@ -1,0 +1,347 @@
+"""Key/value slots: what a model has read of each row that is being written, at a place of its own.
+
+A row's keys and values stand in one slot of each layer, from its first token on, so that rows of
+any lengths are written together without padding, finished ones make room for others, and several
+copies of a prompt are read once. transformers' own `Cache` writes all rows at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ppo_engine.pretrained import architecture
+from ppo_kernels import decode_attention
+
+ATTENTION = "ppo_slots"  # the name under which transformers finds `_attend`
+
+
+class Unsupported(Exception):
+    """A model that cannot be run over slots, and why."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a layer keeps of a token."""
+
+    count: int  # of key and value heads
+    key_size: int
+    value_size: int
+
+
+class Slots(Cache):
+    """Keys `[rows, kv_heads, length, key_size]` and values of every layer, in `dtype`.
+
+    Before each pass of the model, `reading` says which slots it writes and what it attends to.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[Heads],
+        windows: Windows,
+        rows: int,
+        length: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(layers=[_Layer(self, x, rows, length, device, dtype) for x in heads])
+        self.windows = windows
+        self.rows = rows
+        self.length = length
+        self.device = device
+        self.access: _Access = _Nothing()
+
+    @contextmanager
+    def reading(self, access: _Access) -> Iterator[dict[str, Any]]:
+        """Arguments of the model's pass inside the block."""
+        self.access = access
+        token = _CURRENT.set(access)
+        try:
+            yield {
+                "past_key_values": self,
+                "use_cache": True,
+                "attention_mask": access.masks(self.windows),
+            }
+        finally:
+            _CURRENT.reset(token)
+            self.access = _Nothing()
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy what the slots `sources` have into `targets`, all at once."""
+        for layer in self.layers:
+            for x in (layer.keys, layer.values):
+                x.index_copy_(0, targets, x[sources])
+
+    def lengthen(self, length: int) -> None:
+        """Make room for `length` tokens in each slot; what they have stays."""
+        for layer in self.layers:
+            layer.keys, layer.values = (
+                pad(x, (0, 0, 0, length - self.length)) for x in (layer.keys, layer.values)
+            )
+        self.length = length
+
+
+def bytes_per_token(heads: Sequence[Heads], dtype: torch.dtype) -> int:
+    return sum(x.count * (x.key_size + x.value_size) for x in heads) * dtype.itemsize
+
+
+class _Layer(CacheLayerMixin):
+    """The slots of one layer, as transformers asks a cache for them."""
+
+    is_sliding = False  # its slots are whole; the mask has the window
+
+    def __init__(
+        self,
+        slots: Slots,
+        heads: Heads,
+        rows: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._slots = slots
+        shape = (rows, heads.count, length)
+        self.keys = torch.zeros(*shape, heads.key_size, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, heads.value_size, device=device, dtype=dtype)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: a layer is made with its slots."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write what a pass made of its tokens; returns what it attends to."""
+        write = self._slots.access.write
+        return write(self.keys, key_states), write(self.values, value_states)
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are given
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0  # masks are given
+
+    def get_max_length(self) -> int:
+        return self._slots.length
+
+
+class _Access:
+    """What one pass of a model writes into the slots, and what its queries attend to."""
+
+    def write(self, slots: Tensor, new: Tensor) -> Tensor:
+        """Write `new` [rows, heads, tokens, size] into `slots`; returns what is attended to."""
+        raise NotImplementedError
+
+    def masks(self, windows: Windows) -> Any:
+        """The attention mask, or that of each kind of layer."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
+        """Attention of `query` [rows, heads, tokens, size], in its shape."""
+        return _attend_masked(query, keys, values, how)
+
+
+class _Nothing(_Access):
+    """Between passes."""
+
+
+class NewRows(_Access):
+    """Rows of `tokens` tokens, padded behind, which have nothing in their slots yet: each attends
+    to itself, and row `owners[i]` is written into the slot `targets[i]`."""
+
+    def __init__(self, tokens: int, targets: Tensor, owners: Tensor) -> None:
+        self._tokens = tokens
+        self._targets = targets
+        self._owners = owners
+
+    def write(self, slots: Tensor, new: Tensor) -> Tensor:
+        new = new.to(slots.dtype)
+        slots[:, :, : self._tokens].index_copy_(0, self._targets, new[self._owners])
+        return new
+
+    def masks(self, windows: Windows) -> Any:
+        positions = torch.arange(self._tokens, device=self._targets.device)
+        return windows.masks(positions[None], self._tokens)
+
+
+class MoreTokens(_Access):
+    """`counts[i]` more tokens of the row in the slot `slots[i]`, behind the `starts[i]` that are
+    there; padded behind, at the place of the last one."""
+
+    def __init__(
+        self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: Any
+    ) -> None:
+        width = max(counts)
+        self._slots = torch.tensor(slots, device=device)
+        self.positions = torch.tensor(
+            [[s + min(i, n - 1) for i in range(width)] for s, n in zip(starts, counts, strict=True)],
+            device=device,
+        )  # [rows, tokens]
+        real = [(row, i) for row, n in enumerate(counts) for i in range(n)]
+        self._rows, self._tokens = torch.tensor(real, device=device).unbind(1)
+        self._length = max(s + n for s, n in zip(starts, counts, strict=True))
+
+    def write(self, slots: Tensor, new: Tensor) -> Tensor:
+        places = self.positions[self._rows, self._tokens]
+        real = new[self._rows, :, self._tokens]
+        slots[self._slots[self._rows], :, places] = real.to(slots.dtype)
+        return slots[self._slots, :, : self._length]
+
+    def masks(self, windows: Windows) -> Any:
+        return windows.masks(self.positions, self._length)
+
+
+class OneToken(_Access):
+    """The next token of each of the first rows, at `positions` [rows]."""
+
+    def __init__(self, positions: Tensor, length: int) -> None:
+        self._positions = positions
+        self._length = length  # of the slots
+        self._rows = torch.arange(len(positions), device=positions.device)
+        self._counts = positions + 1
+        self._widths: list[tuple[Tensor, int | None]] = []
+
+    def write(self, slots: Tensor, new: Tensor) -> Tensor:
+        slots[self._rows, :, self._positions] = new[:, :, 0].to(slots.dtype)
+        return slots[: len(self._rows)]
+
+    def masks(self, windows: Windows) -> Any:
+        found = windows.masks(self._positions[:, None], self._length)
+        each = found if isinstance(found, dict) else {windows.only: found}
+        self._widths = [(mask, windows.width(kind)) for kind, mask in each.items()]
+        return found
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
+        # A layer tells of which kind it is by the mask that it hands on.
+        for mask, width in self._widths:
+            if how.mask is mask:
+                return decode_attention(
+                    query[:, :, 0], keys, values, self._counts,
+                    scale=how.scale, softcap=how.softcap, window=width, sinks=how.sinks,
+                )[:, :, None]  # fmt: skip
+        return super().attend(query, keys, values, how)  # a mask of the model's own making
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How far back the layers of a model look, by their kind."""
+
+    sliding: int | None  # tokens
+    kinds: tuple[str, ...]  # of layers, where there are several
+
+    @classmethod
+    def of(cls, config: Any) -> Windows:
+        """As a model's configuration has it; raises `Unsupported` for other kinds of layers."""
+        text = config.get_text_config()
+        kinds = tuple(sorted(set(getattr(text, "layer_types", None) or ())))
+        other = set(kinds) - {"full_attention", "sliding_attention"}
+        if other:
+            raise Unsupported(f"it has layers of the kind {min(other)!r}")
+        sliding = getattr(text, "sliding_window", None)
+        if getattr(text, "use_sliding_window", True) is False:
+            sliding = None
+        return cls(sliding, kinds)
+
+    @property
+    def only(self) -> str:
+        """The kind of all layers, where the configuration does not tell them apart."""
+        return self.kinds[0] if self.kinds else "sliding_attention"
+
+    def width(self, kind: str) -> int | None:
+        return self.sliding if kind == "sliding_attention" else None
+
+    def masks(self, positions: Tensor, length: int) -> Any:
+        """For queries at `positions` [rows, tokens] and `length` keys, True is what is attended
+        to: `[rows, 1, tokens, length]`, by kind where there are several."""
+        keys = torch.arange(length, device=positions.device)
+        distance = positions[:, None, :, None] - keys
+        causal = distance >= 0
+
+        def mask(kind: str) -> Tensor:
+            width = self.width(kind)
+            return causal if width is None else causal & (distance < width)
+
+        several = len(self.kinds) > 1
+        return {kind: mask(kind) for kind in self.kinds} if several else mask(self.only)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What a layer says of its attention."""
+
+    mask: Tensor
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+_CURRENT: ContextVar[_Access] = ContextVar("slots that the running pass reads")
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for attention: `[rows, tokens, heads, size]`, and no weights."""
+    if attention_mask is None or position_bias is not None:
+        raise Unsupported("its attention has more than a mask")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    how = _How(attention_mask, scale, softcap, s_aux)
+    found = _CURRENT.get().attend(query, key, value, how)
+    return found.transpose(1, 2).contiguous(), None
+
+
+def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
+    query = query.to(keys.dtype)
+    if how.softcap is None and how.sinks is None:
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=how.mask, scale=how.scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )  # fmt: skip
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    z = (query @ keys.transpose(2, 3)).float() * how.scale
+    if how.softcap is not None:
+        z = how.softcap * torch.tanh(z / how.softcap)
+    z = z.masked_fill(~how.mask, -torch.inf)
+    if how.sinks is not None:
+        sinks = how.sinks.float()[None, :, None, None].expand(*z.shape[:-1], 1)
+        z = torch.cat((z, sinks), -1).softmax(-1)[..., :-1]
+    else:
+        z = z.softmax(-1)
+    return z.to(values.dtype) @ values
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+@contextmanager
+def attending(model: Any) -> Iterator[None]:
+    """Inside, the attention of `model` is that over slots."""
+    config = architecture.unwrap(model).config
+    of_text = config.get_text_config()
+    before = of_text._attn_implementation
+    of_text._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        of_text._attn_implementation = before
