@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -197,6 +198,33 @@ void token_logprobs_backward(const Tensor& logits, const Tensor& targets, double
   args.grad_logits = grad_logits.data();
   args.threads = threads_for(args.count * args.logits.vocab, threads);
   active_isa().kernels->token_logprobs_backward(args);
+}
+
+// `offsets` [N] are int64 and contiguous; without them row i has counter offset + i.
+void sample(const Tensor& logits, double temperature, int64_t top_k, double top_p, int64_t seed,
+            int64_t offset, const Tensor& offsets, const Tensor& tokens, const Tensor& logprobs,
+            int threads) {
+  SampleArgs args{};
+  args.logits = logit_rows(logits);
+  args.count = row_count(args.logits);
+  args.temperature = temperature;
+  args.top_k = top_k < args.logits.vocab ? top_k : 0;
+  args.top_p = top_p;
+  args.seed = uint64_t(seed);
+  args.offset = offset;
+  args.offsets = offsets ? offsets.data<const int64_t>() : nullptr;
+  args.tokens = tokens.data<int64_t>();
+  args.logprobs = logprobs.data();
+  args.threads = threads_for(args.count * args.logits.vocab, threads);
+  args.tasks = args.count;
+  std::unique_ptr<char[]> lists;
+  if (args.top_k > 0 || args.top_p < 1) {
+    args.tasks = std::min<int64_t>(args.count, args.threads);
+    const int64_t width = args.logits.dtype == DType::f64 ? sizeof(double) : sizeof(float);
+    lists.reset(new char[size_t(args.tasks * (args.logits.vocab + kListRoom) * width)]);
+    args.lists = lists.get();
+  }
+  active_isa().kernels->sample(args);
 }
 
 // The token tensors of a loss. Where nothing depends on the sequences and the rows of every tensor
@@ -416,4 +444,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ppo_value_loss", &ppo::ppo_value_loss, release_gil());
   m.def("pairwise_loss", &ppo::pairwise_loss, release_gil());
   m.def("ranking_loss", &ppo::ranking_loss, release_gil());
+  m.def("sample", &ppo::sample, release_gil());
 }

@@ -106,7 +106,7 @@ def _operations(report: Report) -> None:
         for availability in {table[op][impl] for op in table}:
             if availability.available:
                 report.line("ok", impl, availability.reason)
-            elif availability in (dispatch.NOT_WRITTEN, dispatch.NOT_NEEDED):
+            elif availability == dispatch.NOT_NEEDED:
                 ops = [op for op in table if table[op][impl] == availability]
                 report.line("info", impl, f"{availability.reason}: {', '.join(ops)}")
             elif impl == "cpp" and importlib.util.find_spec("ppo_kernels._cpu"):

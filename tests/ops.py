@@ -24,12 +24,12 @@ MASKS = ("none", "full", "empty", "left", "right", "interior")
 
 
 def implementations_of(op: str, but: tuple[str, ...] = ()) -> list[Any]:
-    """Parameters for `impl`: those that are written, `but` some; skipped, with the reason, where
-    they cannot run on CPU tensors. CUDA's: tests/test_cuda_on_cpu.py, tests/test_gpu.py."""
+    """Parameters for `impl`: all `but` some; skipped, with the reason, where they cannot run on CPU
+    tensors. CUDA's: tests/test_cuda_on_cpu.py, tests/test_gpu.py."""
     return [
         pytest.param(impl, marks=[] if reason is None else pytest.mark.skip(reason=reason))
         for impl, a in implementations()[op].items()
-        if impl not in (*but, "cuda") and a != dispatch.NOT_WRITTEN
+        if impl not in (*but, "cuda")
         for reason in [_why_not(impl, a)]
     ]
 

@@ -118,6 +118,25 @@ struct LogprobBackward {
   int threads;
 };
 
+// The length of a list of numbers of a row beyond the row's: for whole vectors at its end.
+constexpr int64_t kListRoom = 64;
+
+struct SampleArgs {
+  LogitRows logits;
+  int64_t count;  // N
+  double temperature;
+  int64_t top_k;  // 0: all
+  double top_p;   // 1: all
+  uint64_t seed;
+  const int64_t* offsets;  // [N] counters; or null, and row i has `offset` + i
+  int64_t offset;
+  int64_t* tokens;  // out, [N]
+  void* logprobs;   // out, [N], accumulation dtype
+  int64_t tasks;    // that the rows are shared out to
+  void* lists;      // scratch: a list of each task, accumulation dtype; null without top-k and top-p
+  int threads;
+};
+
 enum class Reduction : int { token_mean = 0, sequence_mean = 1, sum = 2 };
 enum class Objective : int { clip = 0, cispo = 1 };
 enum class RatioLevel : int { token = 0, sequence = 1 };
@@ -216,6 +235,7 @@ struct Kernels {
   void (*ppo_value_loss)(const ValueLossArgs&);
   void (*pairwise_loss)(const PairwiseLossArgs&);
   void (*ranking_loss)(const RankingLossArgs&);
+  void (*sample)(const SampleArgs&);
 };
 
 }  // namespace ppo

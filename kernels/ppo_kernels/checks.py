@@ -4,7 +4,7 @@ Two kinds, called from two places:
 
 - `tokens`, `per_sequence`, `tensor`, `choice` look at metadata only (type, shape, dtype, device).
   Call them in the public op: `torch.compile` traces through them.
-- `number`, `scalar`, `clip_bounds`, `boundaries` look at values. Call them where an op runs
+- `number`, `scalar`, `counter`, `clip_bounds`, `boundaries` look at values. Call them where an op runs
   eagerly (in the body that `autograd.Function` and `custom_op` share), so that a compiled graph
   does not specialize on a coefficient. Values of tensors are checked only on the CPU: no check
   waits for an accelerator.
@@ -163,6 +163,33 @@ def scalar(
         return number(op, name, value.item(), gt=gt, ge=ge)
     _same_device(op, name, value, like[1].device, like[0])
     return value
+
+
+def counter(
+    op: str,
+    name: str,
+    value: object,
+    *,
+    like: tuple[str, Tensor],
+    shape: tuple[int, ...] = (),
+) -> int | Tensor:
+    """0 to 2^63 - 1: an int, or an int64 tensor, 0-dim or of `shape`. A 0-dim tensor on the CPU
+    becomes an int; what is on the accelerator of `like` is returned without waiting for it."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be an int or an int64 tensor, but is {value!r}")
+        if not 0 <= value < 2**63:
+            raise ValueError(f"{op}: {name} must be >= 0 and < 2^63, but is {value}")
+        return value
+    tensor(op, name, value, (torch.int64,))
+    if value.ndim and value.shape != shape:
+        shapes = f"be 0-dim or have shape {shape}" if shape else "be 0-dim"
+        raise ValueError(f"{op}: {name} must {shapes}, but has shape {tuple(value.shape)}")
+    if value.device.type != "cpu" or value.ndim:
+        _same_device(op, name, value, like[1].device, like[0])
+    if value.device.type == "cpu" and value.numel() and (least := int(value.min())) < 0:
+        raise ValueError(f"{op}: {name} must be >= 0, but has {least}")
+    return int(value) if value.device.type == "cpu" and not value.ndim else value
 
 
 def clip_bounds(op: str, value: object) -> tuple[float, float]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
-def uniform_numbers(seed: int, offset: int | Tensor, count: int, device: torch.device) -> Tensor:
-    """`[count]` float64 multiples of 2^-32 in [0, 1), of the counters from `offset` on."""
+def uniform_numbers(seed: int | Tensor, counters: Tensor) -> Tensor:
+    """float64 multiples of 2^-32 in [0, 1), one for each of the int64 counters."""
     low = 0xFFFFFFFF
-    counter = torch.arange(count, device=device) + offset
-    a, b = counter & low, (counter >> 32) & low
-    c, d = torch.zeros_like(a), torch.zeros_like(a)
+    a, b = counters & low, (counters >> 32) & low
+    c, d = a * 0, a * 0
     key_a, key_b = seed & low, (seed >> 32) & low
 
     def product(x: Tensor, by: int) -> tuple[Tensor, Tensor]:

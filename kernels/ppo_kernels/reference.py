@@ -419,10 +419,14 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int,
+    seed: int | Tensor,
     offset: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens `[...]` (int64) from logits `[..., V]`, and their log-probs in what is kept."""
+    """Tokens `[...]` (int64) from logits `[..., V]`, and their log-probs in what is kept.
+
+    `offset` has the shape of the tokens, a counter each, or is a number (or 0-dim): row i then has
+    the counter `offset` + i.
+    """
     (logits,) = _accumulated(logits)
     z = logits.reshape(-1, logits.shape[-1]) / temperature
     if 0 < top_k < z.shape[-1]:
@@ -436,7 +440,11 @@ def sample(
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     below = p.double().cumsum(-1)
-    uniform = uniform_numbers(seed, offset, len(z), z.device)[:, None] * below[:, -1:]
+    if isinstance(offset, Tensor) and offset.ndim:
+        counters = offset.reshape(-1)
+    else:
+        counters = torch.arange(len(z), device=z.device) + offset
+    uniform = uniform_numbers(seed, counters)[:, None] * below[:, -1:]
     last = (p > 0).long().cumsum(-1).argmax(-1)
     tokens = torch.minimum((below <= uniform).sum(-1), last)
     shape = logits.shape[:-1]

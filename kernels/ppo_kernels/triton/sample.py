@@ -97,12 +97,13 @@ def _lowest_kept(
 
 @triton.jit(do_not_specialize=SIZES)
 def draw(
-    logits, tokens, logprobs, offset_pointer, temperature: tl.float64, top_p: tl.float64,
+    logits, tokens, logprobs, seed_pointer, counters, temperature: tl.float64, top_p: tl.float64,
     top_k: tl.int64, seed: tl.int64, offset: tl.int64, vocab, inner: tl.int64,
-    outer_stride: tl.int64, inner_stride: tl.int64, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    SIZE: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
+    outer_stride: tl.int64, inner_stride: tl.int64, EACH_ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One row per program."""
+    """One row per program. `counters` are of each row with EACH_ROWS, else the first row's; without
+    it, `offset` is that. `seed_pointer` replaces `seed`."""
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
     logits += logit_row(i, inner, outer_stride, inner_stride)
@@ -119,9 +120,14 @@ def draw(
         lowest = _lowest_kept(logits, vocab, m, scale, lowest, least, False, SIZE, DTYPE)
         weight = _kept(logits, vocab, m, scale, lowest, False, SIZE, DTYPE)
 
-    counter = offset + i
-    if offset_pointer is not None:
-        counter = tl.load(offset_pointer).to(tl.int64) + i
+    if seed_pointer is not None:
+        seed = tl.load(seed_pointer)
+    if EACH_ROWS:
+        counter = tl.load(counters + i)
+    elif counters is not None:
+        counter = tl.load(counters) + i
+    else:
+        counter = offset + i
     none = (counter * 0).to(tl.uint32)
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, low, high, none, none)
@@ -142,6 +148,7 @@ def draw(
         passed += tl.sum(e.to(tl.float64))
         start += SIZE
     token = tl.where(token == vocab, last, token)
+    token = tl.where(weight < float("inf"), token, 0)  # NaN, too
     tl.store(tokens + i, token)
     d = (tl.load(logits + token).to(DTYPE) - m) / number(temperature, DTYPE)
     tl.store(logprobs + i, d - log_from_one(weight.to(DTYPE)))
@@ -152,12 +159,13 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: float,
-    seed: int,
-    offset: int | Tensor,
+    seed: int | Tensor,
+    offset: int,
+    counters: Tensor | None,
     tokens: Tensor,
     logprobs: Tensor,
 ) -> None:
-    """Fill the last two arguments, contiguous."""
+    """Fill the last two arguments, contiguous. `counters`, contiguous, replaces `offset`."""
     if not tokens.numel():
         return
     if logits.stride(-1) != 1:
@@ -169,9 +177,11 @@ def sample(
     warps = 8 if size * logprobs.element_size() >= 4096 else 4
     each = 16 // logits.element_size()
     aligned = logits.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in (vocab, *rows[1:]))
-    number, pointer = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    number, seed_pointer = (0, seed) if isinstance(seed, Tensor) else (seed, None)
+    of_each = counters is not None and counters.ndim > 0
     with on(logits.device):
         draw[(tokens.numel(),)](
-            logits, tokens, logprobs, pointer, temperature, top_p, top_k, seed, number, vocab,
-            *rows, 0 < top_k < vocab, top_p < 1.0, size, each, aligned, num_warps=warps, **OPTIONS,
+            logits, tokens, logprobs, seed_pointer, counters, temperature, top_p, top_k, number,
+            offset, vocab, *rows, of_each, 0 < top_k < vocab, top_p < 1.0, size, each, aligned,
+            num_warps=warps, **OPTIONS,
         )  # fmt: skip
