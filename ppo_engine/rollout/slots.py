@@ -306,12 +306,11 @@ def _attend(
         raise Unsupported("its attention has more than a mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     how = _How(attention_mask, scale, softcap, s_aux)
-    found = _CURRENT.get().attend(query, key, value, how)
+    found = _CURRENT.get().attend(query.to(key.dtype), key, value, how)
     return found.transpose(1, 2).contiguous(), None
 
 
 def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
-    query = query.to(keys.dtype)
     if how.softcap is None and how.sinks is None:
         return scaled_dot_product_attention(
             query, keys, values, attn_mask=how.mask, scale=how.scale,
