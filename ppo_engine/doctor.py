@@ -192,6 +192,12 @@ def _linear_loss_example(generator: torch.Generator) -> Example:
     return [*tensors, old_logprobs, advantages], settings
 
 
+def _attention_example(generator: torch.Generator) -> Example:
+    query, keys = (torch.randn(n, generator=generator) for n in ((3, 4, 8), (3, 2, 37, 8)))
+    lengths = torch.tensor([37, 1, 20])
+    return [query, keys, keys.flip(2), lengths], {"scale": 0.3, "window": 30}
+
+
 def _ranking_example(generator: torch.Generator) -> Example:
     scores = torch.randn((5, 4), generator=generator)
     return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
@@ -208,6 +214,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "pairwise_loss": lambda g: (list(torch.randn((2, 33), generator=g)), {"center_coef": 0.01}),
     "ranking_loss": _ranking_example,
     "sample": lambda g: ([torch.randn((3, 101), generator=g)], {"seed": 1, "offset": 2}),
+    "decode_attention": _attention_example,
 }
 
 

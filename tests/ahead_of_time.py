@@ -162,6 +162,28 @@ def calls() -> Iterator[Callable[[], object]]:
         torch.randn(2, 300), top_p=0.9, seed=1, offset=torch.tensor(3), impl="triton"
     )
 
+    def attention(
+        heads: int, kv_heads: int, width: int, longest: int, dtype: torch.dtype,
+        of_slots: torch.dtype, **settings: Any,
+    ) -> Callable[[], object]:  # fmt: skip
+        query = torch.randn(2, heads, width).to(dtype)
+        slots = torch.randn(2, 2, kv_heads, longest, width).to(of_slots)
+        given = {"scale": width**-0.5, "impl": "triton"} | settings
+        lengths = torch.tensor([3, longest])
+        return lambda: ppo_kernels.decode_attention(query, *slots, lengths, **given)
+
+    sinks = torch.randn(8)
+    for dtype, of_slots in (
+        *((x, x) for x in (torch.float32, *halves, torch.float64)),
+        (torch.float32, torch.bfloat16),
+    ):
+        yield attention(14, 2, 64, 1024, dtype, of_slots)  # Qwen2.5-0.5B
+        yield attention(8, 8, 256, 100, dtype, of_slots, softcap=50.0, sinks=sinks)
+    for heads, kv_heads, width in ((12, 2, 128), (28, 4, 128), (9, 3, 64), (32, 32, 80)):
+        yield attention(heads, kv_heads, width, 1024, torch.bfloat16, torch.bfloat16)
+    yield attention(8, 4, 256, 1024, torch.bfloat16, torch.bfloat16, softcap=50.0)  # Gemma-2
+    yield attention(8, 1, 64, 300, torch.bfloat16, torch.bfloat16, window=128, sinks=sinks)
+
     gradient, factor = torch.randn(9), torch.tensor(2.0)
     yield lambda: dispatch.triton_kernels("fused_loss").scale(gradient, factor)
 

@@ -23,6 +23,13 @@ def main() -> None:
     logits = torch.randn(3, 1000, device="cuda")
     ppo_kernels.sample(logits, top_k=9, top_p=0.9, seed=1, offset=0)
     ppo_kernels.ranking_loss(logits[:, :5], torch.randint(-1, 4, (3, 5), device="cuda"))
+    query, slots = (
+        torch.randn(3, 6, 24, device="cuda"),
+        torch.randn(2, 3, 2, 300, 24, device="cuda"),
+    )
+    lengths = torch.tensor([0, 300, 129], device="cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        ppo_kernels.decode_attention(query.to(dtype), *slots.to(dtype), lengths, scale=0.2)
     long = torch.randn(2, 2, 9000, device="cuda")
     for impl in implementations("gae"):
         ppo_kernels.gae(*long, impl=impl)

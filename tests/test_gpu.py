@@ -11,6 +11,8 @@ import pytest
 import torch
 from fuzz.cases import CASES, Case, make_case
 from fuzz.check import Failure, check
+from test_decode_attention import BF16, F16, F32, OPTIONS, SHAPES
+from test_decode_attention import arguments as attention_arguments
 from torch import Tensor
 
 import ppo_kernels
@@ -117,6 +119,11 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
     logits = torch.randn(rows, length, vocab, device="cuda")
     targets = torch.randint(vocab, (rows, length), device="cuda")
     long = tokens(3, 2, 20_000)
+    query, slots = (
+        torch.randn(8, 6, 64, device="cuda"),
+        torch.randn(2, 8, 2, 700, 64, device="cuda"),
+    )
+    lengths = torch.randint(701, (8,), device="cuda")
     for x in (logprobs, values, logits, scores):
         x.requires_grad_()
 
@@ -130,6 +137,10 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         ]  # fmt: skip
         in_chunks = ppo_kernels.kl_shaped_gae(scores[:2].detach(), *long, kl_coef=kl_coef)
         shaped = shapeds[0]
+        attended = [
+            ppo_kernels.decode_attention(query.to(x), *slots.to(x), lengths, scale=0.2)
+            for x in (torch.float32, torch.bfloat16)
+        ]
         found = ppo_kernels.token_logprobs(logits, targets, return_entropy=True)
         policy, stats = ppo_kernels.ppo_policy_loss(
             logprobs, old, shaped.advantages, mask=mask, moments=shaped.moments, ref_logprobs=ref,
@@ -140,7 +151,7 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         total = policy + 2 * value + pairs + sum(x.sum() for x in found)
         gradients = torch.autograd.grad(total, (logprobs, values, logits, scores))
         results = [x for found in (*shapeds, in_chunks) for x in found]
-        return [*results, *stats, total.detach(), *gradients]
+        return [*results, *attended, *stats, total.detach(), *gradients]
 
     return run
 
@@ -188,6 +199,35 @@ def test_another_stream() -> None:
     torch.cuda.synchronize()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)], ids=str)
+def test_decode_attention(dtypes: tuple[torch.dtype, torch.dtype], options: dict[str, Any]) -> None:
+    """Whole slots, and parts of them that are merged."""
+    for shape in SHAPES:
+        given = attention_arguments(shape, dtypes, **options)
+        op = on_gpu("decode_attention", "triton")
+        ops.assert_error_rule(op, reference.decode_attention, given)
+
+
+def test_a_graph_of_attention_is_right_for_other_lengths() -> None:
+    """A decode step is captured once for lengths that grow; nothing on the host looks at them."""
+    query, slots = (
+        torch.randn(4, 6, 64, device="cuda"),
+        torch.randn(2, 4, 2, 900, 64, device="cuda"),
+    )
+    lengths = torch.zeros(4, dtype=torch.int64, device="cuda")
+    call = partial(ppo_kernels.decode_attention, query, *slots, lengths, scale=0.2, window=800)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    for grown in ([1, 2, 3, 4], [900, 0, 799, 129], [512, 900, 900, 801]):
+        lengths.copy_(torch.tensor(grown))
+        graph.replay()
+        assert torch.equal(found, call())
+        torch.testing.assert_close(found, call(impl="reference"))
 
 
 def head_inputs(dtype: torch.dtype, tokens: int = 300) -> dict[str, Any]:

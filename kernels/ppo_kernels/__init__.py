@@ -1,5 +1,6 @@
 """Fused kernels for what RLHF adds to a transformer. Needs torch only."""
 
+from ppo_kernels.decode_attention import decode_attention
 from ppo_kernels.dispatch import implementations
 from ppo_kernels.gae import ShapedGAE, gae, kl_shaped_gae
 from ppo_kernels.linear_logprob import linear_logprobs
@@ -14,6 +15,7 @@ __all__ = [
     "PolicyStats",
     "ShapedGAE",
     "ValueStats",
+    "decode_attention",
     "gae",
     "implementations",
     "kl_shaped_gae",

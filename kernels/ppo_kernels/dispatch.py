@@ -11,7 +11,7 @@ import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ OPS = (
     "pairwise_loss",
     "ranking_loss",
     "sample",
+    "decode_attention",
 )
 
 
@@ -77,6 +78,8 @@ def _load_cuda() -> tuple[Any, str]:
 # The compiled modules, None where one is missing.
 cpu, _CPP = _load_extension()
 cuda, _WHY_NO_CUDA = _load_cuda()
+NOT_WRITTEN = Availability(False, "not written yet")
+_WITHOUT_CPP = ("decode_attention",)
 # Where they are faster than Triton's; bench/notes/gpu.md has the figures.
 WITH_CUDA = ("gae", "kl_shaped_gae")
 NOT_NEEDED = Availability(False, "no kernel of its own; Triton's is used")
@@ -148,7 +151,7 @@ def _availability(op: str, impl: str, device: torch.device | None = None) -> Ava
     if impl == "reference":
         return Availability(True, "plain PyTorch, any device")
     if impl == "cpp":
-        return _CPP
+        return NOT_WRITTEN if op in _WITHOUT_CPP else _CPP
     if impl == "triton":
         return _triton()
     return _cuda(device) if op in WITH_CUDA else NOT_NEEDED
@@ -166,6 +169,8 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
     run here.
     """
     if impl == "auto":
+        if device.type == "cpu" and op in _WITHOUT_CPP:
+            return "reference"
         if device.type == "cpu" and cpu is not None:
             return "cpp"
         if device.type == "cuda" and op in WITH_CUDA and _cuda(device).available:
@@ -210,6 +215,7 @@ if cpu is None or (not HAS_TRITON and (torch.version.cuda or torch.version.hip))
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
 
 
 def eager(*tensors: Tensor | None) -> bool:
@@ -275,7 +281,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def side_by_side(x: Tensor | None) -> Tensor | None:
+def side_by_side(x: _Tensor) -> _Tensor:
     """`x` with the elements of its last dimension next to each other: a copy where they are not."""
     if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x

@@ -451,6 +451,46 @@ def sample(
     return tokens.reshape(shape), log_p.gather(-1, tokens[:, None]).reshape(shape)
 
 
+# Attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1) of one query per row and head:
+#   z_j = scale q k_j, capped: z <- c tanh(z / c) (Gemma 2, arXiv:2408.00118)
+#   o   = sum_j e^{z_j} v_j / (sum_j e^{z_j} + e^{sink})
+# over the row's keys, or the last `window` of them (Mistral 7B, arXiv:2310.06825). A key/value head
+# serves several query heads (Ainslie et al. 2023, arXiv:2305.13245). The sink, one for each query
+# head, is absent (-inf) or learned (gpt-oss, arXiv:2508.10925).
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`[B, Hq, Dv]`, in the query's dtype, from `[B, Hq, D]`, keys `[B, Hkv, S, D]`, values
+    `[B, Hkv, S, Dv]` and lengths `[B]`; 0 where a row has no key."""
+    dtype = query.dtype
+    query, keys, values, sinks = _accumulated(query, keys, values, sinks)
+    rows, kv_heads, longest = keys.shape[:3]
+    j = torch.arange(longest, device=keys.device)
+    kept = j < lengths[:, None]
+    if window is not None:
+        kept = kept & (j >= lengths[:, None] - window)
+    kept = kept[:, None, :, None]
+    group = query.shape[1] // max(kv_heads, 1)
+    query = query.reshape(rows, kv_heads, group, query.shape[-1])
+    z = scale * query @ _real(keys, kept).mT
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z.masked_fill(~kept.mT, -torch.inf)
+    sink = z.new_full(z.shape[:3], -torch.inf)
+    if sinks is not None:
+        sink = sinks.reshape(kv_heads, group).expand_as(sink)
+    p = torch.cat((z, sink[..., None]), -1).softmax(-1)[..., :-1]
+    return (_real(p, kept.mT) @ _real(values, kept)).flatten(1, 2).to(dtype)
+
+
 # --------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,120 @@
+"""Attention of one new token per row over the keys and values of those before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import checks, dispatch, reference
+
+OP = "decode_attention"
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of one query per row and head over as many keys as its row has.
+
+    Row b attends to the keys 0 to lengths[b] - 1; what lies beyond is not read, and may be NaN.
+    Each key/value head serves as many query heads, adjacent ones, as there are times more of these.
+    Nothing depends on the lengths but what is computed: a CUDA graph of a call is right for others.
+
+    Args:
+        query: `[B, Hq, D]`, any floating dtype. No gradient flows.
+        keys, values: `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, views of one dtype, which may be
+            another than the query's. Hq is a multiple of Hkv. Read in place if the last dimension
+            is contiguous, whatever the other strides; copied if not.
+        lengths: `[B]` int64, 0 to S. A row of length 0 gives zeros.
+        scale: what q·k is multiplied by.
+        softcap: positive; bounds the logits to ±softcap, by tanh, as Gemma-2's.
+        window: 1 or more; only the last so many keys count.
+        sinks: `[Hq]`, any floating dtype: for each head one more logit, whose value is 0.
+        impl: "auto", or one of `implementations()["decode_attention"]`.
+
+    Returns:
+        `[B, Hq, Dv]` in the query's dtype. Computed in float32 (float64 where any input is); in
+        half precision on a GPU, the softmax's weights are rounded to the values' dtype.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit, and, on the
+            CPU, for a length that is not within 0 to S.
+        RuntimeError: for an `impl` that cannot run, with the reason.
+    """
+    _check(query, keys, values, lengths, sinks)
+    checks.number(OP, "scale", scale)
+    if softcap is not None:
+        checks.number(OP, "softcap", softcap, gt=0.0)
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+        raise TypeError(f"{OP}: window must be an int, but is {window!r}")
+    if window is not None:
+        checks.number(OP, "window", window, ge=1, lt=2**63)
+    impl = dispatch.resolve(OP, impl, query.device)
+    with torch.no_grad():
+        if impl == "reference":
+            check_lengths(lengths, keys)
+            return reference.decode_attention(
+                query, keys, values, lengths, scale=scale, softcap=softcap, window=window,
+                sinks=sinks,
+            )  # fmt: skip
+        out = query.new_empty((*query.shape[:2], values.shape[-1]))
+        query, keys, values = (dispatch.side_by_side(x) for x in (query, keys, values))
+        lengths = lengths.contiguous()
+        longest = keys.shape[2]
+        last = longest if window is None else min(window, longest)
+        dtype = dispatch.accumulator(dispatch.common_dtype(query, keys, sinks))
+        check_lengths(lengths, keys)
+        dispatch.triton_kernels("decode_attention").decode_attention(
+            query, keys, values, lengths, scale, softcap, last,
+            None if sinks is None else sinks.contiguous(), out, dtype,
+        )  # fmt: skip
+    return out
+
+
+def _check(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, sinks: Tensor | None
+) -> None:
+    """Types, shapes and devices."""
+    checks.tensor(OP, "query", query)
+    checks.tensor(OP, "keys", keys, like=("query", query))
+    checks.tensor(OP, "values", values, (keys.dtype,), like=("query", query))
+    shapes = f"{tuple(query.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}"
+    fit = query.ndim == 3 and keys.ndim == values.ndim == 4
+    if not fit or (
+        keys.shape[:3] != values.shape[:3]
+        or keys.shape[0] != query.shape[0]
+        or keys.shape[3] != query.shape[2]
+    ):
+        raise ValueError(
+            f"{OP}: query, keys and values must be [B, Hq, D], [B, Hkv, S, D] and [B, Hkv, S, Dv], "
+            f"but are {shapes}"
+        )
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"{OP}: the query must have a multiple of the keys' {kv_heads} heads, but has {heads}"
+        )
+    like = ("query", query)
+    checks.tensor(OP, "lengths", lengths, (torch.int64,), shape=(query.shape[0],), like=like)
+    if sinks is not None:
+        checks.tensor(OP, "sinks", sinks, shape=(heads,), like=like)
+
+
+def check_lengths(lengths: Tensor, keys: Tensor) -> None:
+    """Raise ValueError for the first that no row of keys has; trusted where not on the CPU."""
+    if lengths.device.type != "cpu":
+        return
+    wrong = (lengths < 0) | (lengths > keys.shape[2])
+    if wrong.any():
+        at = int(wrong.int().argmax())
+        raise ValueError(
+            f"{OP}: lengths[{at}] is {int(lengths[at])}, but must be within 0 to {keys.shape[2]}"
+        )

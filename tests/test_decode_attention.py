@@ -1,0 +1,173 @@
+"""`decode_attention`: one body over all implementations, against float64."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import ops
+import pytest
+import torch
+from torch import Tensor
+
+from ppo_kernels import decode_attention, reference
+
+KERNELS = pytest.mark.parametrize(
+    "impl", ops.implementations_of("decode_attention", but=("reference",))
+)
+IMPLS = pytest.mark.parametrize("impl", ops.implementations_of("decode_attention"))
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+# Of the query, and of keys and values: under autocast, a query in float32 meets slots in bfloat16.
+DTYPES = pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32)], ids=str
+)
+# (query heads, key/value heads, their width, the values' width, the length of a slot)
+SHAPES = [
+    (3, 3, 32, 32, 40), (9, 3, 64, 64, 131), (2, 1, 80, 80, 300), (8, 1, 128, 96, 33),
+    (14, 2, 16, 24, 20), (20, 1, 5, 3, 9), (2, 2, 256, 256, 17),
+]  # fmt: skip
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"softcap": 3.0}, {"window": 6}, {"sinks": True},
+    {"softcap": 2.0, "window": 130, "sinks": True},
+]  # fmt: skip
+
+
+def arguments(
+    shape: tuple[int, int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32),
+    rows: int = 5,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ragged rows, slices of larger slots; NaN wherever nothing may be read. The values lie around
+    2: units in the last place of an average are theirs, not those of what cancels to almost 0."""
+    heads, kv_heads, width, value_width, longest = shape
+    lengths = torch.tensor([0, longest, 1, longest // 2, longest - 1])[:rows]
+    beyond = torch.arange(longest + 6) >= lengths[:, None]
+
+    def slots(columns: int, around: float) -> Tensor:
+        slot = (torch.randn(rows + 1, kv_heads, longest + 6, columns) + around).to(dtypes[1])
+        slot[:rows].masked_fill_(beyond[:, None, :, None], torch.nan)
+        return slot[:rows, :, :longest]
+
+    if options.get("sinks"):
+        options["sinks"] = torch.randn(heads)
+    query = torch.randn(rows, heads, width).to(dtypes[0])
+    given = {"query": query, "keys": slots(width, 0), "values": slots(value_width, 2)}
+    return given | {"lengths": lengths, "scale": 2 * width**-0.5} | options
+
+
+@KERNELS
+@DTYPES
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_error_rule(
+    impl: str, dtypes: tuple[torch.dtype, torch.dtype], options: dict[str, Any]
+) -> None:
+    """Every group size, width and length, some of the keys and the values in parts."""
+    for shape in SHAPES:
+        given = arguments(shape, dtypes, **options)
+        ops.assert_error_rule(decode_attention, reference.decode_attention, given, impl=impl)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtypes", [(F64, F64), (F64, BF16), (F32, F64)], ids=str)
+def test_float64(impl: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Where any tensor has it, it is computed in."""
+    given = arguments((4, 2, 24, 16, 40), dtypes, softcap=3.0, sinks=True)
+    found = decode_attention(**given, impl=impl)
+    exact = reference.decode_attention(**ops.in_dtype(given, F64))
+    assert found.dtype == dtypes[0]
+    rtol = 1e-14 if dtypes[0] == F64 else torch.finfo(F32).eps / 2
+    torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=1e-14)
+
+
+def test_the_reference_is_torchs_attention() -> None:
+    given = arguments((6, 2, 16, 8, 11), (F64, F64))
+    real = (torch.arange(11) < given["lengths"][:, None])[:, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        given["query"][:, :, None], given["keys"].nan_to_num(), given["values"].nan_to_num(),
+        real, scale=given["scale"], enable_gqa=True,
+    )  # fmt: skip
+    found = reference.decode_attention(**given)
+    torch.testing.assert_close(found[1:], expected[1:, :, 0])
+    assert not found[0].any()
+
+
+@IMPLS
+def test_options_by_hand(impl: str) -> None:
+    """Values 1, 2, 3 for keys of logits log 1, log 2, log 3, which cap, window and sink change."""
+    keys = torch.tensor([1.0, 2.0, 3.0]).log().view(1, 1, 3, 1)
+    values = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1)
+
+    def of(length: int = 3, **options: Any) -> float:
+        given = options | {"lengths": torch.tensor([length]), "impl": impl}
+        return decode_attention(torch.full((1, 1, 1), 0.5), keys, values, scale=2.0, **given).item()
+
+    assert of() == pytest.approx(14 / 6)
+    assert of(2) == pytest.approx(5 / 3)
+    assert of(window=2) == pytest.approx(13 / 5)
+    assert of(window=1) == pytest.approx(3)
+    assert of(sinks=torch.tensor([6.0]).log()) == pytest.approx(14 / 12)
+    capped = (keys.flatten() / 0.5).tanh().mul(0.5).exp()
+    assert of(softcap=0.5) == pytest.approx(
+        ((capped * values.flatten()).sum() / capped.sum()).item()
+    )
+    assert of(0) == of(0, sinks=torch.zeros(1)) == 0
+
+
+@KERNELS
+def test_layouts(impl: str) -> None:
+    """Any strides, the last one too; empty batches, slots and widths."""
+    given = arguments((4, 2, 8, 8, 10))
+    expected = decode_attention(**given, impl=impl)
+    for name in ("query", "keys", "values"):
+        x = given[name]
+        for other in (x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1)):
+            assert torch.equal(decode_attention(**given | {name: other}, impl=impl), expected)
+    every_second = torch.stack((given["lengths"], given["lengths"] - 99), 1)[:, 0]
+    assert torch.equal(decode_attention(**given | {"lengths": every_second}, impl=impl), expected)
+    for rows, longest in ((0, 10), (5, 0)):
+        given = arguments((4, 2, 8, 8, 10), rows=rows)
+        cut = {name: given[name][:, :, :longest] for name in ("keys", "values")}
+        lengths = given["lengths"].clamp(max=longest)
+        empty = decode_attention(**given | cut | {"lengths": lengths}, impl=impl)
+        assert empty.shape == (rows, 4, 8) and not (longest == 0 and empty.any())
+
+
+@KERNELS
+def test_a_row_does_not_depend_on_its_batch(impl: str) -> None:
+    """Nor on the slots of the others: the same bits."""
+    given = arguments((6, 2, 32, 32, 300))
+    together = decode_attention(**given, impl=impl)
+    for b in range(5):
+        one = {name: given[name][b : b + 1] for name in ("query", "keys", "values", "lengths")}
+        alone = decode_attention(**given | one, impl=impl)
+        assert torch.equal(alone[0], together[b])
+
+
+@IMPLS
+def test_errors(impl: str) -> None:
+    given = arguments((4, 2, 8, 8, 10)) | {"impl": impl}
+    for change, message in (
+        (
+            {"query": torch.zeros(5, 3, 8)},
+            "the query must have a multiple of the keys' 2 heads, but has 3",
+        ),
+        ({"query": torch.zeros(4, 4, 8)}, "query, keys and values must be [B, Hq, D], [B, Hkv, S"),
+        ({"values": torch.zeros(5, 2, 9, 8)}, "query, keys and values must be [B, Hq, D], [B, Hkv"),
+        ({"lengths": torch.tensor([0, 1, 11, -1, 2])}, "lengths[2] is 11, but must be within 0 to"),
+        ({"lengths": torch.tensor([0, 1, 2, -1, 2])}, "lengths[3] is -1, but must be within 0 to"),
+        ({"lengths": torch.zeros(4, dtype=torch.int64)}, "lengths must have shape (5,)"),
+        ({"sinks": torch.zeros(2)}, "sinks must have shape (4,)"),
+        ({"window": 0}, "window must be a finite number >= 1"),
+        ({"softcap": 0.0}, "softcap must be a finite number > 0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"decode_attention: {message}")):
+            decode_attention(**given | change)
+    for change, message in (
+        ({"window": 2.5}, "window must be an int"),
+        ({"values": torch.zeros(5, 2, 10, 8, dtype=F16)}, "values must be float32"),
+        ({"lengths": torch.zeros(5, dtype=torch.int32)}, "lengths must be int64"),
+        ({"scale": None}, "scale must be a number"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"decode_attention: {message}")):
+            decode_attention(**given | change)
