@@ -73,6 +73,7 @@ def _run(options: argparse.Namespace) -> int:
         **table.ceiling_columns(ceilings),
     }
     cases = [case for case in CASES[device.type] if case.name in (options.cases or case.name)]
+    command = shlex.join(["python", "bench/rollout.py", *sys.argv[1:]])
     found: list[Row] = []
     failed = False
     for model in dict.fromkeys(case.model for case in cases):
@@ -82,11 +83,11 @@ def _run(options: argparse.Namespace) -> int:
                 results, rows = _measure(case, sides, ceilings, options)
                 failed |= any(r.skipped for r in results if r.name in (OURS, GENERATE))
                 found += [row | common for row in rows]
+                if options.out:  # after each, as a limit of time may end it
+                    write_csv(options.out, command, found)
             del sides  # before the next takes the memory
-    if options.out and found:
-        command = shlex.join(["python", "bench/rollout.py", *sys.argv[1:]])
-        write_csv(options.out, command, found)
-        table.say(f"Rows are in {options.out}")
+    if options.out:
+        table.say(f"\nRows are in {options.out}")
     return 1 if failed else 0
 
 

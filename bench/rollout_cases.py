@@ -14,6 +14,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 
 EARLY = 8  # tokens, by which half of the responses of varied length have ended
+_AT_ONCE = 2  # tokens of a response that is hardly begun
 _BYTES = 256  # token ids that every vocabulary has
 
 
@@ -106,17 +107,19 @@ def _cut(texts: Sequence[list[int]], size: int, count: int) -> list[list[int]]:
 
 def early_ends(written: Sequence[Sequence[int]], share: float = 0.5) -> list[int]:
     """Tokens that, taken for ends, end a `share` of the responses `written` within `EARLY` tokens,
-    and as few of the others as may be: one at a time the token that ends the most such responses
-    beside those that it would end later."""
+    few of these at once and few of the others at all: one at a time the token that ends the most
+    such responses beside those that it would end at another place."""
     left = set(range(len(written)))
-    wanted, ends = (1 - share) * len(written), []
-    while len(left) > wanted:
+    kept, ends = len(written) - round(share * len(written)), list[int]()
+    few = 1 + len(written) // 20  # one response alone says nothing of the next rollout
+    while len(left) > kept:
         early: dict[int, set[int]] = {}
-        late: dict[int, set[int]] = {}
+        elsewhere: dict[int, set[int]] = {}
         for row in left:
             for place, token in enumerate(written[row]):
-                (early if place < EARLY else late).setdefault(token, set()).add(row)
-        best = max(sorted(early), key=lambda t: len(early[t]) / (1 + len(late.get(t, set()))))
+                places = early if _AT_ONCE <= place < EARLY else elsewhere
+                places.setdefault(token, set()).add(row)
+        best = max(sorted(early), key=lambda t: len(early[t]) / (few + len(elsewhere.get(t, ()))))
         ends.append(best)
-        left -= early[best]
+        left = {row for row in left if best not in written[row][:EARLY]}
     return ends
