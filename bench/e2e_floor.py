@@ -42,6 +42,7 @@ class Shape:
     layer_weights: int  # W
     head_weights: int  # V·H
     attention: int  # A
+    cache: int  # keys and values of one token, all layers
     parameters: int  # all of them, a tied embedding counted once
 
     @classmethod
@@ -53,10 +54,12 @@ class Shape:
         matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layer = config.num_hidden_layers * head_dim
         return cls(
             layer_weights=sum(matrix.numel() for matrix in matrices),
             head_weights=head.weight.numel(),
-            attention=config.num_hidden_layers * heads * head_dim,
+            attention=layer * heads,
+            cache=2 * layer * config.num_key_value_heads,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
 

@@ -94,21 +94,23 @@ def needed_bytes(parameters: int, side: str, dtype: torch.dtype) -> int:
     return dtype.itemsize * parameters * (4 + 2 + 2 * 2)
 
 
-def prepare(name: str, size: Sizes, folder: Path, *, steps: int, device: str, dtype: str) -> Work:
-    """Write policy, reward model and tokenizer into `folder`; the step to be done on them."""
+def load(name: str, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """One of `MODELS` in bf16, with its tokenizer."""
     if name == _SMOLLM2:
         path = model_path()
         with quiet_transformers():
-            policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        tokenizer = load_tokenizer(path)
-        prompts = _chat_prompts(size.prompts)
-    else:
-        config = model_config(name)
-        torch.manual_seed(0)
-        with torch.device(device):
-            policy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        tokenizer = _byte_tokenizer()
-        prompts = _random_prompts(size)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        return model.to(device), load_tokenizer(path)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(model_config(name), dtype=torch.bfloat16)
+    return model, _byte_tokenizer()
+
+
+def prepare(name: str, size: Sizes, folder: Path, *, steps: int, device: str, dtype: str) -> Work:
+    """Write policy, reward model and tokenizer into `folder`; the step to be done on them."""
+    prompts = _chat_prompts(size.prompts) if name == _SMOLLM2 else _random_prompts(size)
+    policy, tokenizer = load(name, device)
     save_models(policy, tokenizer, folder)
     return Work(
         folder=str(folder),

@@ -33,4 +33,5 @@ step memcheck-planted 40 bash -c \
   'compute-sanitizer --error-exitcode 9 "$0" tests/gpu_memory.py plant 2>&1 | tail -n 1; exit "${PIPESTATUS[0]}"' "$python"
 step ops 300 "$python" bench/run.py --device cuda --seconds 0.1 --out "$out/ops.csv" --plot
 step e2e 170 "$python" bench/e2e.py --device cuda --model qwen2.5-1.5b --out "$out/e2e.csv"
+step rollout 150 "$python" bench/rollout.py --device cuda --repeats 2 --out "$out/rollout.csv"
 echo "Everything is in $out"

@@ -25,7 +25,7 @@ def tables() -> str:
     """All tables, one section for each machine that results are kept of."""
     sections = []
     for folder in sorted(RESULTS.glob("*/")):
-        for name, section in (("ops.csv", _ops), ("e2e.csv", _e2e)):
+        for name, section in _SECTIONS.items():
             if (folder / name).exists():
                 sections.append(section(*read_csv(folder / name)))
     return "\n".join(sections)
@@ -111,6 +111,35 @@ def _e2e(command: str, rows: list[_Row]) -> str:
     peaks = " | ".join(f"{float(step['peak_bytes']) / 2**30:.1f}" for step in steps)
     lines += [f"| response tokens per second | {speeds} | |", f"| peak memory, GiB | {peaks} | |"]
     return "\n".join(lines) + "\n"
+
+
+def _rollout(command: str, rows: list[_Row]) -> str:
+    first = rows[0]
+    lines = [
+        f"Rollouts on **{first['device']}**, {first['threads']} threads, torch {first['torch']}, "
+        f"transformers {first['transformers']}, commit {first['commit']}, by `{command}`:",
+        "",
+        "| responses x new tokens | model | s | x floor | beside | its s | times faster |",
+        "| --- | --- | --: | --: | --- | --: | --: |",
+    ]
+    for same in _groups(rows, "case", "dtype").values():
+        sides = {row["side"]: row for row in same if row["seconds"]}
+        if "ours" not in sides:
+            continue
+        ours = sides.pop("ours")
+        what = f"{ours['responses']} x {ours['new_tokens']}"
+        what += f" in groups of {ours['group']}" if ours["group"] != "1" else ""
+        what += f", memory for {ours['rows']}" if ours["rows"] != ours["responses"] else ""
+        for name, side in sides.items():
+            lines.append(
+                f"| {what} | {ours['model']}, {ours['dtype']} | {float(ours['seconds']):.2f} "
+                f"| {float(ours['x_floor']):.2f} | {name} | {float(side['seconds']):.2f} "
+                f"| {float(side['seconds']) / float(ours['seconds']):.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+_SECTIONS = {"ops.csv": _ops, "e2e.csv": _e2e, "rollout.csv": _rollout}
 
 
 def main() -> int:

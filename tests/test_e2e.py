@@ -25,7 +25,7 @@ from bench.machine import Ceilings
 from ppo_engine.errors import UserError
 
 CPU = torch.device("cpu")
-SHAPE = Shape(layer_weights=100, head_weights=10, attention=3, parameters=0)
+SHAPE = Shape(layer_weights=100, head_weights=10, attention=3, cache=2, parameters=0)
 TINY = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -78,6 +78,7 @@ def test_shape_counts_the_matrices_of_a_model(tiny: str) -> None:
     assert shape.layer_weights == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     assert shape.head_weights == 300 * 32
     assert shape.attention == 2 * 32
+    assert shape.cache == 2 * 2 * 16
     norms, biases = 5 * 32, 2 * (32 + 16 + 16)
     assert shape.parameters == shape.layer_weights + shape.head_weights + norms + biases
 

@@ -1,0 +1,167 @@
+"""The sides of `bench/rollout.py`: ours, and what one would call instead."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+
+from bench.e2e_floor import Shape
+from bench.rollout_cases import Case
+from ppo_engine.models import precision
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.token_rows import pad_left
+from ppo_engine.rollout import sampling
+from ppo_engine.settings.schema import GenerationConfig
+
+Rows = Sequence[Sequence[int]]
+Written = list[list[int]]  # the tokens of each response
+Run = Callable[[Rows], Written]
+
+OURS, NO_REFILL, GENERATE, AUTOCAST = "ours", "no refill", "generate", "autocast"
+SIDES = {
+    OURS: "`rollout.sampling.Sampler`, its log-probs recorded, weights fp32 in training",
+    NO_REFILL: "the same, in batches of as many rows as the memory holds, one after the other",
+    GENERATE: "`model.generate`, weights in the compute dtype, in batches likewise",
+    AUTOCAST: "`model.generate` as the engine called it: weights fp32, compute by autocast",
+    "continuous": "`model.generate_batch` of transformers, weights in the compute dtype",
+}
+_PAGE = 256  # tokens of a block of keys and values in `generate_batch`
+_PREFILL = 2048  # tokens of a pass there
+# What no token is, for `generate_batch`, which takes an empty list for the checkpoint's ends.
+_NO_TOKEN = -1
+
+
+class Sides:
+    """The sides of one policy, made as they are asked for, and what they sample with.
+
+    Without `ends` every response has all its tokens.
+    """
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.policy = policy
+        self._plain: Any = None
+        self.ends: list[int] = []
+        self.end_with([])
+
+    def end_with(self, ends: list[int]) -> None:
+        """From now on responses end with one of these tokens."""
+        self.ends = self.policy.renderer.end_ids = ends
+        self.sampler = _sampler(self.policy)
+
+    def run(self, name: str, case: Case) -> Run:
+        """What samples a response to each row."""
+        batch, new_tokens = case.rows or case.responses, case.new_tokens
+        if name == OURS:
+            return partial(self._ours, case)
+        if name == NO_REFILL:
+            return partial(_in_batches, batch, partial(self.write, new_tokens))
+        if name == "continuous":
+            return partial(self._continuous, case)
+        if name == GENERATE:
+            generate = partial(self._generate, self._in_dtype(), nullcontext, new_tokens)
+            return partial(_in_batches, batch, generate)
+        compute = partial(precision.compute, self.policy.device, self.policy.dtype)
+        generate = partial(self._generate, self.policy.model, compute, new_tokens)
+        return partial(_in_batches, batch, generate)
+
+    def model(self, name: str) -> Any:
+        """The model that a side samples from."""
+        return self._in_dtype() if name == GENERATE else self.policy.model
+
+    def write(self, new_tokens: int, rows: Rows, cache: float | None = None) -> Written:
+        """Ours; `cache` is the memory for keys and values in GiB."""
+        # Until the settings have it.
+        has_cache = "kv_cache_gib" in {entry.name for entry in fields(GenerationConfig)}
+        limit: dict[str, Any] = {"kv_cache_gib": cache} if cache and has_cache else {}
+        settings = GenerationConfig(max_new_tokens=new_tokens, **limit)
+        return [found.tokens for found in self.sampler.sample(rows, settings)]
+
+    def _ours(self, case: Case, rows: Rows) -> Written:
+        if case.rows is None:
+            return self.write(case.new_tokens, rows)
+        # As long as slots may be, which come in buckets.
+        length = _PAGE * math.ceil((max(map(len, rows)) + case.new_tokens) / _PAGE)
+        of_token = Shape.of(self.policy.model.config).cache * self.policy.dtype.itemsize
+        return self.write(case.new_tokens, rows, case.rows * length * of_token / 2**30)
+
+    def _in_dtype(self) -> Any:
+        """The policy's model with its weights in the compute dtype."""
+        if self._plain is None:
+            same = self.policy.dtype == torch.float32
+            model = self.policy.model
+            self._plain = model if same else copy.deepcopy(model).to(self.policy.dtype)
+        return self._plain
+
+    def _settings(self, new_tokens: int, ends: Any) -> transformers.GenerationConfig:
+        return transformers.GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=new_tokens,
+            eos_token_id=ends,
+            pad_token_id=self.policy.tokenizer.pad_token_id,
+        )
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        model: Any,
+        compute: Callable[[], AbstractContextManager[Any]],
+        new_tokens: int,
+        rows: Rows,
+    ) -> Written:
+        device = self.policy.device
+        ids, mask = pad_left(rows, self.policy.tokenizer.pad_token_id)
+        shipped, settings = model.generation_config, self._settings(new_tokens, self.ends)
+        model.generation_config = settings  # else the checkpoint's own fill what is not set
+        try:
+            with compute():
+                output = model.generate(
+                    input_ids=torch.tensor(ids, device=device),
+                    attention_mask=torch.tensor(mask, device=device).long(),
+                    generation_config=settings,
+                )
+        finally:
+            model.generation_config = shipped
+        return [until_end(row, self.ends) for row in output[:, len(ids[0]) :].tolist()]
+
+    @torch.no_grad()
+    def _continuous(self, case: Case, rows: Rows) -> Written:
+        longest = max(map(len, rows)) + case.new_tokens
+        blocks = (case.rows or case.responses) * math.ceil(longest / _PAGE)
+        found = self._in_dtype().generate_batch(
+            inputs=[list(row) for row in rows],
+            generation_config=self._settings(case.new_tokens, self.ends or _NO_TOKEN),
+            continuous_batching_config=transformers.ContinuousBatchingConfig(
+                page_size=_PAGE, num_blocks=blocks, max_batch_tokens=_PREFILL
+            ),
+        )
+        if len(found) < len(rows):
+            raise ValueError(f"{len(found)} of {len(rows)} responses came back")
+        return [output.generated_tokens for output in found.values()]
+
+
+def _sampler(policy: LanguageModel) -> Any:
+    # Until `sampling` has its Sampler.
+    today = SimpleNamespace(sample=partial(sampling.sample, policy, record_logprobs=True), note="")
+    return getattr(sampling, "Sampler", lambda policy: today)(policy)
+
+
+def _in_batches(batch: int, run: Run, rows: Rows) -> Written:
+    return [x for start in range(0, len(rows), batch) for x in run(rows[start : start + batch])]
+
+
+def until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to and including the first end."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
