@@ -256,7 +256,9 @@ def linear_ops(given: dict[str, Any]) -> list[Tensor]:
     targets = given["targets"].masked_fill(~given["mask"], -100)
     logprobs, entropy = ppo_kernels.linear_logprobs(**shared, targets=targets, return_entropy=True)
     of_logprobs = torch.autograd.grad((logprobs + entropy).sum(), trained)
-    return [loss.detach(), *stats, logprobs, entropy, *of_loss, *of_logprobs]
+    # Attached, they would keep nodes of autograd that run on the stream of this pass.
+    found = [logprobs.detach(), entropy.detach()]
+    return [loss.detach(), *stats, *found, *of_loss, *of_logprobs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
