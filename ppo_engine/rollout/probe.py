@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ from ppo_engine.rollout.graphs import Graphs
 from ppo_engine.rollout.slots import Unsupported
 
 _STEPS = 3
-_DRAW = Draw(temperature=1.0, top_k=0, top_p=1.0, greedy=True, ends=(), min_new_tokens=0)
+# No token is -1, so no row ends.
+_GREEDY = Draw(temperature=1.0, top_k=0, top_p=1.0, greedy=True, ends=(-1,), min_new_tokens=0)
 # Of the logits' size. A wrong mask, place or weight changes about as much as there is of them.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
@@ -53,7 +56,7 @@ def _check(decoder: Decoder, policy: LanguageModel) -> None:
     """Raise `Unsupported` unless two rows of unlike lengths, one of them read in two parts, get the
     logits of a pass over the whole row, and with a CUDA graph the tokens that go with them."""
     ids = probes.probe_ids(policy.model)[0].tolist()[:-_STEPS]
-    rows = [ids, ids[: len(ids) // 2]]
+    rows = [ids, ids[: len(ids) // 2 + 1]]
     found, tokens = _write(decoder, rows)
     if not torch.equal(tokens, found.argmax(-1)):
         raise Unsupported("captured as a CUDA graph, a step draws other tokens")
@@ -71,17 +74,17 @@ def _check(decoder: Decoder, policy: LanguageModel) -> None:
 
 def _write(decoder: Decoder, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """The logits `[rows, steps, V]` behind each of the `rows`, and the tokens written."""
-    decoder.reserve(len(rows), max(map(len, rows)) + _STEPS)
+    decoder.reserve(len(rows), len(rows[0]) + _STEPS + 1)
     found, tokens = [], []
     with decoder.session(seed=0, rows=len(rows)):
         half = len(rows[0]) // 2
-        decoder.read([(rows[0][:half], [0]), *[(row[:-1], [1 + i]) for i, row in enumerate(rows[1:]) if row[:-1]]])
-        if rows[0][half:-1]:
-            decoder.read_more([(rows[0][half:-1], 0, half)])
-        decoder.seat([Seat(i, row[-1], len(row) - 1, 0, _STEPS) for i, row in enumerate(rows)])
+        decoder.read([(rows[0][:half], [0]), (rows[1][:-1], [1])])
+        decoder.read_more([(rows[0][half:-1], 0, half)])
+        decoder.seat([Seat(i, row[-1], len(row) - 1, 0, _STEPS + 1) for i, row in enumerate(rows)])
         for _ in range(_STEPS):
             found.append(decoder.next_logits(len(rows)).clone())
-            tokens.append(decoder.write(len(rows), 1, _DRAW).tokens[0])
-        torch.cuda.synchronize() if decoder.device.type == "cuda" else None
+            tokens.append(decoder.write(len(rows), 1, _GREEDY).tokens[0])
+        sampled = decoder.write(len(rows), 1, replace(_GREEDY, greedy=False))
+        sampled.on_host()  # after all of them, on a GPU
     decoder.release()
     return torch.stack(found, 1), torch.stack(tokens, 1).to(decoder.device)
