@@ -116,7 +116,7 @@ def _measure(
     results = [Result(name) for name in wanted]
     compare(results, case, sides, prompts, options.repeats)
     rows = rows_of(results, case, prompts, policy, ceilings)
-    print_case(case, rows, sides.sampler.note, machine.describe(policy.device))
+    print_case(case, rows, " ".join(sides.sampler.notes), machine.describe(policy.device))
     if options.profile:
         for name in (OURS, GENERATE):
             if name in wanted:

@@ -6,9 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +17,8 @@ from bench.rollout_cases import Case
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import pad_left
-from ppo_engine.rollout import sampling
+from ppo_engine.rollout.sampling import Sampler
+from ppo_engine.rollout.schedule import Request
 from ppo_engine.settings.schema import GenerationConfig
 
 Rows = Sequence[Sequence[int]]
@@ -49,13 +48,12 @@ class Sides:
     def __init__(self, policy: LanguageModel) -> None:
         self.policy = policy
         self._plain: Any = None
-        self.ends: list[int] = []
+        self.sampler = Sampler(policy)
         self.end_with([])
 
     def end_with(self, ends: list[int]) -> None:
         """From now on responses end with one of these tokens."""
         self.ends = self.policy.renderer.end_ids = ends
-        self.sampler = _sampler(self.policy)
 
     def run(self, name: str, case: Case) -> Run:
         """What samples a response to each row."""
@@ -79,11 +77,10 @@ class Sides:
 
     def write(self, new_tokens: int, rows: Rows, cache: float | None = None) -> Written:
         """Ours; `cache` is the memory for keys and values in GiB."""
-        # Until the settings have it.
-        has_cache = "kv_cache_gib" in {entry.name for entry in fields(GenerationConfig)}
-        limit: dict[str, Any] = {"kv_cache_gib": cache} if cache and has_cache else {}
-        settings = GenerationConfig(max_new_tokens=new_tokens, **limit)
-        return [found.tokens for found in self.sampler.sample(rows, settings)]
+        settings = GenerationConfig(max_new_tokens=new_tokens, kv_cache_gib=cache)
+        requests = [Request([*row], i, i * new_tokens) for i, row in enumerate(rows)]
+        with self.sampler.session(settings, rows=len(rows)) as write:
+            return [response.tokens for response in write(requests)]
 
     def _ours(self, case: Case, rows: Rows) -> Written:
         if case.rows is None:
@@ -149,12 +146,6 @@ class Sides:
         if len(found) < len(rows):
             raise ValueError(f"{len(found)} of {len(rows)} responses came back")
         return [output.generated_tokens for output in found.values()]
-
-
-def _sampler(policy: LanguageModel) -> Any:
-    # Until `sampling` has its Sampler.
-    today = SimpleNamespace(sample=partial(sampling.sample, policy, record_logprobs=True), note="")
-    return getattr(sampling, "Sampler", lambda policy: today)(policy)
 
 
 def _in_batches(batch: int, run: Run, rows: Rows) -> Written:

@@ -79,7 +79,8 @@ def _write(decoder: Decoder, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     with decoder.session(seed=0, rows=len(rows)):
         half = len(rows[0]) // 2
         decoder.read([(rows[0][:half], [0]), (rows[1][:-1], [1])])
-        decoder.read_more([(rows[0][half:-1], 0, half)])
+        if rows[0][half:-1]:
+            decoder.read_more([(rows[0][half:-1], 0, half)])
         decoder.seat([Seat(i, row[-1], len(row) - 1, 0, _STEPS + 1) for i, row in enumerate(rows)])
         for _ in range(_STEPS):
             found.append(decoder.next_logits(len(rows)).clone())
