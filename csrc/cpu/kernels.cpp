@@ -10,9 +10,10 @@ void ppo_policy_loss(const PolicyLossArgs&);
 void ppo_value_loss(const ValueLossArgs&);
 void pairwise_loss(const PairwiseLossArgs&);
 void ranking_loss(const RankingLossArgs&);
+void decode_attention(const DecodeAttention&);
 
 extern const Kernels kernels;
 const Kernels kernels = {gae,            token_logprobs, token_logprobs_backward, ppo_policy_loss,
-                         ppo_value_loss, pairwise_loss,  ranking_loss};
+                         ppo_value_loss, pairwise_loss,  ranking_loss,   decode_attention};
 
 }  // namespace ppo::PPO_ISA

@@ -79,7 +79,7 @@ def _load_cuda() -> tuple[Any, str]:
 cpu, _CPP = _load_extension()
 cuda, _WHY_NO_CUDA = _load_cuda()
 NOT_WRITTEN = Availability(False, "not written yet")
-_WITHOUT_CPP = ("sample", "decode_attention")
+_WITHOUT_CPP = ("sample",)
 # Where they are faster than Triton's; bench/notes/gpu.md has the figures.
 WITH_CUDA = ("gae", "kl_shaped_gae")
 NOT_NEEDED = Availability(False, "no kernel of its own; Triton's is used")
