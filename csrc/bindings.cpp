@@ -391,6 +391,50 @@ void ranking_loss(const Tensor& scores, const Tensor& ranks, const Tensor& loss,
   store_results(args.dtype, results, 3, loss, stats);
 }
 
+Heads heads(const Tensor& x) {
+  return {x.data(), x.stride(0), x.stride(1), x.dims() == 4 ? x.stride(2) : 0};
+}
+
+// Returns the index of the first length that no row of keys has (-1 where all are right), computing
+// nothing then.
+int64_t decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
+                         const Tensor& lengths, double scale, double softcap, int64_t window,
+                         const Tensor& sinks, const Tensor& out, int threads) {
+  DecodeAttention args{};
+  args.query_dtype = query.dtype();
+  args.dtype = common_dtype({&keys, &values});
+  args.rows = query.size(0);
+  args.kv_heads = keys.size(1);
+  args.group = query.size(1) / std::max<int64_t>(args.kv_heads, 1);
+  args.width = query.size(2);
+  args.value_width = values.size(3);
+  args.query = heads(query);
+  args.keys = heads(keys);
+  args.values = heads(values);
+  args.lengths = lengths.data<const int64_t>();
+  args.scale = scale;
+  args.softcap = softcap;
+  args.window = window;
+  args.sinks = sinks.data();
+  args.out = out.data();
+  int64_t longest = 0, all = 0;
+  for (int64_t b = 0; b < args.rows; ++b) {
+    const int64_t length = args.lengths[b];
+    if (length < 0 || length > keys.size(2)) return b;
+    longest = std::max(longest, std::min(length, window));
+    all += std::min(length, window);
+  }
+  args.pieces = std::max<int64_t>((longest + kKeysPerPiece - 1) / kKeysPerPiece, 1);
+  std::vector<double> parts;
+  if (args.pieces > 1) {
+    parts.resize(size_t(out.size(0) * out.size(1) * args.pieces * (args.value_width + 2)));
+    args.parts = parts.data();
+  }
+  args.threads = threads_for(all * args.kv_heads * (args.width + args.value_width), threads);
+  active_isa().kernels->decode_attention(args);
+  return -1;
+}
+
 // Whether these per-token tensors need no closer look: torch.Tensor or Parameter themselves, of
 // floating point, of one shape, [B, T] or [N], and on one device, with a mask and boundaries that
 // fit. False says nothing: ppo_kernels/checks.py looks closer then.
@@ -445,4 +489,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pairwise_loss", &ppo::pairwise_loss, release_gil());
   m.def("ranking_loss", &ppo::ranking_loss, release_gil());
   m.def("sample", &ppo::sample, release_gil());
+  m.def("decode_attention", &ppo::decode_attention, release_gil());
 }

@@ -84,6 +84,18 @@ inline Vec<A> expm1_bounded(Vec<A> x) {
   return e.tail * e.scale + (e.scale - A(1));
 }
 
+// c tanh(x / c), by e^{-2 |x| / c} - 1: that loses no digits near 0. Without kCapped, x.
+template <bool kCapped, class A>
+inline Vec<A> capped(Vec<A> x, A cap) {
+  if constexpr (!kCapped) return x;
+  const Bits<A> sign = bit_cast<Bits<A>>(splat(A(-0.0)));
+  const Vec<A> size = bit_cast<Vec<A>>(bit_cast<Bits<A>>(x) & ~sign);
+  const Vec<A> exponent = size * (-2 / cap), least = splat(-kExpMax<A>);
+  const Vec<A> e = expm1_bounded<A>(exponent < least ? least : exponent);
+  const Vec<A> y = e / (e + 2) * -cap;
+  return bit_cast<Vec<A>>(bit_cast<Bits<A>>(y) | (bit_cast<Bits<A>>(x) & sign));
+}
+
 // 2^(c x - r) for c > 0 and an integer r, to 3 ulp, where -bias <= c x - r <= bias. Where the exact
 // result is below the normal numbers, so is this, but without digits. NaN stays. With fused
 // multiply-add nothing is lost however large c x is; without, its rounding adds |c x| / 2 ulp.

@@ -11,10 +11,17 @@ void ppo_value_loss(const ValueLossArgs&);
 void pairwise_loss(const PairwiseLossArgs&);
 void ranking_loss(const RankingLossArgs&);
 void sample(const SampleArgs&);
+void decode_attention(const DecodeAttention&);
 
 extern const Kernels kernels;
-const Kernels kernels = {gae,            token_logprobs, token_logprobs_backward, ppo_policy_loss,
-                         ppo_value_loss, pairwise_loss,  ranking_loss,
-                         sample};
+const Kernels kernels = {gae,
+                         token_logprobs,
+                         token_logprobs_backward,
+                         ppo_policy_loss,
+                         ppo_value_loss,
+                         pairwise_loss,
+                         ranking_loss,
+                         sample,
+                         decode_attention};
 
 }  // namespace ppo::PPO_ISA

@@ -66,18 +66,6 @@ float block_max_of_halves(const Half* z, int64_t n) {
 float block_max(const bf16* z, int64_t n) { return block_max_of_halves(z, n); }
 float block_max(const f16* z, int64_t n) { return block_max_of_halves(z, n); }
 
-// c tanh(x / c), by e^{-2 |x| / c} - 1: that loses no digits near 0. Without kCapped, x.
-template <bool kCapped, class A>
-inline Vec<A> capped(Vec<A> x, A cap) {
-  if constexpr (!kCapped) return x;
-  const Bits<A> sign = bit_cast<Bits<A>>(splat(A(-0.0)));
-  const Vec<A> size = bit_cast<Vec<A>>(bit_cast<Bits<A>>(x) & ~sign);
-  const Vec<A> exponent = size * (-2 / cap), least = splat(-kExpMax<A>);
-  const Vec<A> e = expm1_bounded<A>(exponent < least ? least : exponent);
-  const Vec<A> y = e / (e + 2) * -cap;
-  return bit_cast<Vec<A>>(bit_cast<Bits<A>>(y) | (bit_cast<Bits<A>>(x) & sign));
-}
-
 template <bool kCapped, class A>
 inline A capped_one(A x, A cap) {
   return capped<kCapped>(splat(x), cap)[0];

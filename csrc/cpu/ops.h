@@ -226,6 +226,35 @@ struct RankingLossArgs {
   int threads;
 };
 
+// Keys that are attended to at a time. What is merged depends on the lengths alone, so that no result
+// depends on the number of threads, nor on the rows beside it.
+constexpr int64_t kKeysPerPiece = 256;
+
+// Numbers of a row and head, side by side; strides in elements.
+struct Heads {
+  void* data;
+  int64_t row_stride, head_stride;
+  int64_t key_stride;  // of keys and values
+};
+
+// With an accumulation dtype A: float64 where the keys are, else float32.
+struct DecodeAttention {
+  DType query_dtype;  // of the output too
+  DType dtype;        // of keys and values
+  int64_t rows, kv_heads, group;  // query heads of each of the kv_heads
+  int64_t width, value_width;
+  Heads query, keys, values;
+  const int64_t* lengths;  // [rows]
+  double scale;
+  double softcap;     // infinite: none
+  int64_t window;     // keys that count, at most
+  const void* sinks;  // [heads], A, or null
+  void* out;          // [rows, heads, value_width]
+  int64_t pieces;     // of the longest row
+  void* parts;        // scratch, [rows, heads, pieces, value_width + 2], A, or null with one piece
+  int threads;
+};
+
 // The entry points of one instruction set: kernels.cpp fills one in for each.
 struct Kernels {
   void (*gae)(const GaeArgs&);
@@ -236,6 +265,7 @@ struct Kernels {
   void (*pairwise_loss)(const PairwiseLossArgs&);
   void (*ranking_loss)(const RankingLossArgs&);
   void (*sample)(const SampleArgs&);
+  void (*decode_attention)(const DecodeAttention&);
 };
 
 }  // namespace ppo

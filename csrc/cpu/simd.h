@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "dtypes.h"
 
 namespace ppo::PPO_ISA {
@@ -105,6 +107,11 @@ inline void load_two(const bf16* p, Vec<float>& a, Vec<float>& b) {
   a = bit_cast<Vec<float>>(words << 16);
   b = bit_cast<Vec<float>>(words & 0xffff0000u);
 }
+
+// That order: in memory, the numbers of a are kStepOfTwo apart, each kSecondOfTwo before its one of b.
+template <class T> constexpr int kStepOfTwo = std::is_same<T, bf16>::value ? 2 : 1;
+template <class T>
+constexpr int kSecondOfTwo = std::is_same<T, bf16>::value ? 1 : kLanes<Accumulator<T>>;
 
 template <class T, class V>
 inline void store_two(T* p, V a, V b) {

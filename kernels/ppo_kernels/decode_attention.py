@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,16 +68,25 @@ def decode_attention(
                 sinks=sinks,
             )  # fmt: skip
         out = query.new_empty((*query.shape[:2], values.shape[-1]))
-        query, keys, values = (dispatch.side_by_side(x) for x in (query, keys, values))
-        lengths = lengths.contiguous()
-        longest = keys.shape[2]
-        last = longest if window is None else min(window, longest)
         dtype = dispatch.accumulator(dispatch.common_dtype(query, keys, sinks))
-        check_lengths(lengths, keys)
-        dispatch.triton_kernels("decode_attention").decode_attention(
-            query, keys, values, lengths, scale, softcap, last,
-            None if sinks is None else sinks.contiguous(), out, dtype,
-        )  # fmt: skip
+        query, keys, values = map(dispatch.side_by_side, (query, keys, values))
+        lengths = lengths.contiguous()
+        sinks = None if sinks is None else sinks.to(dtype).contiguous()
+        window = keys.shape[2] if window is None else min(window, keys.shape[2])
+        if impl == "cpp":
+            if dtype is torch.float64:
+                keys, values = keys.to(dtype), values.to(dtype)
+            wrong = dispatch.cpu.decode_attention(
+                query, keys, values, lengths, scale, math.inf if softcap is None else softcap,
+                window, sinks, out, torch.get_num_threads(),
+            )  # fmt: skip
+            if wrong >= 0:
+                raise _no_length(lengths, wrong, keys)
+        else:
+            check_lengths(lengths, keys)
+            dispatch.triton_kernels("decode_attention").decode_attention(
+                query, keys, values, lengths, scale, softcap, window, sinks, out, dtype
+            )
     return out
 
 
@@ -110,11 +121,13 @@ def _check(
 
 def check_lengths(lengths: Tensor, keys: Tensor) -> None:
     """Raise ValueError for the first that no row of keys has; trusted where not on the CPU."""
-    if lengths.device.type != "cpu":
-        return
-    wrong = (lengths < 0) | (lengths > keys.shape[2])
-    if wrong.any():
-        at = int(wrong.int().argmax())
-        raise ValueError(
-            f"{OP}: lengths[{at}] is {int(lengths[at])}, but must be within 0 to {keys.shape[2]}"
-        )
+    if lengths.device.type == "cpu":
+        wrong = (lengths < 0) | (lengths > keys.shape[2])
+        if wrong.any():
+            raise _no_length(lengths, int(wrong.int().argmax()), keys)
+
+
+def _no_length(lengths: Tensor, at: int, keys: Tensor) -> ValueError:
+    return ValueError(
+        f"{OP}: lengths[{at}] is {int(lengths[at])}, but must be within 0 to {keys.shape[2]}"
+    )

@@ -78,8 +78,6 @@ def _load_cuda() -> tuple[Any, str]:
 # The compiled modules, None where one is missing.
 cpu, _CPP = _load_extension()
 cuda, _WHY_NO_CUDA = _load_cuda()
-NOT_WRITTEN = Availability(False, "not written yet")
-_WITHOUT_CPP = ("decode_attention",)
 # Where they are faster than Triton's; bench/notes/gpu.md has the figures.
 WITH_CUDA = ("gae", "kl_shaped_gae")
 NOT_NEEDED = Availability(False, "no kernel of its own; Triton's is used")
@@ -151,7 +149,7 @@ def _availability(op: str, impl: str, device: torch.device | None = None) -> Ava
     if impl == "reference":
         return Availability(True, "plain PyTorch, any device")
     if impl == "cpp":
-        return NOT_WRITTEN if op in _WITHOUT_CPP else _CPP
+        return _CPP
     if impl == "triton":
         return _triton()
     return _cuda(device) if op in WITH_CUDA else NOT_NEEDED
@@ -169,8 +167,6 @@ def resolve(op: str, impl: str, device: torch.device) -> str:
     run here.
     """
     if impl == "auto":
-        if device.type == "cpu" and op in _WITHOUT_CPP:
-            return "reference"
         if device.type == "cpu" and cpu is not None:
             return "cpp"
         if device.type == "cuda" and op in WITH_CUDA and _cuda(device).available:

@@ -1,0 +1,354 @@
+// Attention of one query per row and head over the row's keys and values, each read once.
+//
+//   z_j = scale q k_j, or c tanh of that / c;  m = max z_j;  l = sum e^{z_j - m}
+//   o   = sum e^{z_j - m} v_j / l,  the sink one more term of l
+//
+// A task is a piece of a row's keys and values with the query heads that share them, up to kTile
+// together: what is in a register serves all of them. Where a row has several pieces, m, l and the
+// sum above l are kept of each, and merged in order.
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "exp.h"
+#include "threads.h"
+
+namespace ppo::PPO_ISA {
+namespace {
+
+// So many heads and vectors of values that their sums fit the registers, beside those of kKeys keys.
+#if defined(__AVX512F__)
+constexpr int kTile = 4, kPairs = 2;
+#else
+constexpr int kTile = 3, kPairs = 1;
+#endif
+constexpr int kKeys = 4;
+constexpr int64_t kColumns = 512;  // of the queries at a time
+constexpr double kLog2E = 1.4426950408889634074;
+
+template <class A> constexpr A kInfinity = A(__builtin_huge_val());
+template <class A> using Lanes = std::make_integer_sequence<int, kLanes<A>>;
+template <int n> using Constant = std::integral_constant<int, n>;
+
+// Lane l of the result is lane place(l) of a and b, side by side.
+template <class A, class Place, int... l>
+inline Vec<A> shuffled(Vec<A> a, Vec<A> b, Place, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Place::of(l)...);
+#else
+  return __builtin_shuffle(a, b, Bits<A>{Place::of(l)...});
+#endif
+}
+
+// Of each run of 2 n lanes the lower n (or, with `upper`, the upper n), of a, then of b.
+template <class A, int n, bool upper>
+struct Half {
+  static constexpr int of(int l) {
+    return l / (2 * n) * (2 * n) + l % n + (upper ? n : 0) + (l / n % 2 ? kLanes<A> : 0);
+  }
+};
+template <int n, class A>
+inline Vec<A> folded(Vec<A> a, Vec<A> b) {
+  return shuffled<A>(a, b, Half<A, n, false>{}, Lanes<A>{}) +
+         shuffled<A>(a, b, Half<A, n, true>{}, Lanes<A>{});
+}
+
+// The sums of the lanes of four vectors.
+template <class A>
+inline void sums_of_four(const Vec<A>* x, A* sums) {
+  constexpr int n = kLanes<A>;
+  if constexpr (n < 4) {
+    for (int k = 0; k < 4; ++k) sums[k] = A(sum_lanes<A>(x[k]));
+  } else {
+    // In quarters of the lanes: those of x[0], x[2], x[1] and x[3].
+    Vec<A> four = folded<n / 4, A>(folded<n / 2, A>(x[0], x[1]), folded<n / 2, A>(x[2], x[3]));
+    if constexpr (n >= 8) four = folded<n / 8, A>(four, four);
+    if constexpr (n >= 16) four = folded<n / 16, A>(four, four);
+    for (int k = 0; k < 4; ++k) sums[k] = four[(k % 2 * 2 + k / 2) * (n / 4)];
+  }
+}
+
+// What a task works on.
+template <class A>
+struct Room {
+  A query[kTile][kColumns];   // times the scale, in the order of load_two, zeros behind
+  A z[kTile][kKeysPerPiece];  // logits of the keys, then e^{z - m}
+  A m[kTile], sum[kTile];
+};
+
+// The columns [first, first + count) of the queries of some heads.
+template <class K, class A>
+void read_queries(const DecodeAttention& args, int64_t row, int64_t head, int tile, int64_t first,
+                  int64_t count, Room<A>& room) {
+  constexpr int one = kLanes<A>, step = kStepOfTwo<K>, second = kSecondOfTwo<K>;
+  const A scale = A(args.scale);
+  with_dtype(args.query_dtype, [&](auto zero) {
+    using Q = decltype(zero);
+    for (int g = 0; g < tile; ++g) {
+      const Q* from = static_cast<const Q*>(args.query.data) + row * args.query.row_stride +
+                      (head + g) * args.query.head_stride + first;
+      A* to = room.query[g];
+      int64_t c = 0;
+      for (; c + 2 * one <= count; c += 2 * one) {
+        for (int i = 0; i < one; ++i) {
+          to[c + i] = scale * A(widen(from[c + i * step]));
+          to[c + one + i] = scale * A(widen(from[c + i * step + second]));
+        }
+      }
+      for (; c < count; ++c) to[c] = scale * A(widen(from[c]));
+      for (; c % one; ++c) to[c] = 0;
+    }
+  });
+}
+
+// Adds q k to the logits of `count` keys, for those columns.
+template <int tile, class K, class A>
+void add_logits(const K* keys, int64_t stride, int64_t count, int64_t columns, Room<A>& room) {
+  constexpr int one = kLanes<A>;
+  for (int64_t j = 0; j < count; j += kKeys) {
+    const K* key[kKeys];  // the last one again, where there are no more: its logit is not used
+    for (int k = 0; k < kKeys; ++k) key[k] = keys + (j + k < count ? j + k : count - 1) * stride;
+    Vec<A> sums[tile][kKeys] = {};
+    int64_t c = 0;
+    for (; c + 2 * one <= columns; c += 2 * one) {
+      for (int k = 0; k < kKeys; ++k) {
+        Vec<A> a, b;
+        load_two(key[k] + c, a, b);
+        for (int g = 0; g < tile; ++g) {
+          sums[g][k] = multiply_add(a, load(room.query[g] + c), sums[g][k]);
+          sums[g][k] = multiply_add(b, load(room.query[g] + c + one), sums[g][k]);
+        }
+      }
+    }
+    for (; c < columns; c += one) {
+      for (int k = 0; k < kKeys; ++k) {
+        const int64_t n = columns - c;
+        const Vec<A> a = n < one ? load_first(key[k] + c, n) : load(key[k] + c);
+        for (int g = 0; g < tile; ++g) {
+          sums[g][k] = multiply_add(a, load(room.query[g] + c), sums[g][k]);
+        }
+      }
+    }
+    for (int g = 0; g < tile; ++g) {
+      A found[kKeys];
+      sums_of_four<A>(sums[g], found);
+      for (int k = 0; k < kKeys; ++k) room.z[g][j + k] += found[k];
+    }
+  }
+}
+
+// The logits of `count` keys become e^{z - m}.
+template <class A>
+void weigh(int g, int64_t count, A softcap, Room<A>& room) {
+  A* z = room.z[g];
+  if (std::isfinite(softcap)) {
+    for (int64_t j = 0; j < count; j += kLanes<A>) store(z + j, capped<true>(load(z + j), softcap));
+  }
+  for (int64_t j = count; j % kLanes<A>; ++j) z[j] = -kInfinity<A>;
+  Vec<A> most = splat(-kInfinity<A>);
+  for (int64_t j = 0; j < count; j += kLanes<A>) most = larger(load(z + j), most);
+  room.m[g] = max_lanes<A>(most);
+  const Vec<A> shift = splat(room.m[g] == -kInfinity<A> ? A(0) : room.m[g]);
+  const Exp2<A> power(A(kLog2E), 0);
+  Vec<A> sum{};
+  for (int64_t j = 0; j < count; j += kLanes<A>) {
+    const Vec<A> p = power(larger(power.at_least(), Vec<A>(load(z + j) - shift)));
+    store(z + j, p);
+    sum += p;
+  }
+  room.sum[g] = A(sum_lanes<A>(sum));
+}
+
+// The weighted sums of 2 `pairs` kLanes columns of values, or of one vector of n where that is 0.
+template <int tile, int pairs, class K, class A>
+void sum_values(const K* values, int64_t stride, int64_t count, int64_t n, const Room<A>& room,
+                Vec<A> (&sums)[tile][pairs ? 2 * pairs : 1]) {
+  constexpr int one = kLanes<A>, vectors = pairs ? 2 * pairs : 1;
+  Vec<A> lanes[tile][vectors] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const K* value = values + j * stride;
+    Vec<A> v[vectors];
+    for (int i = 0; i < pairs; ++i) load_two(value + 2 * i * one, v[2 * i], v[2 * i + 1]);
+    if (pairs == 0) v[0] = n < one ? load_first(value, n) : load(value);
+    for (int g = 0; g < tile; ++g) {
+      const Vec<A> p = splat(room.z[g][j]);
+      for (int i = 0; i < vectors; ++i) lanes[g][i] = multiply_add(p, v[i], lanes[g][i]);
+    }
+  }
+  std::memcpy(sums, lanes, sizeof(lanes));
+}
+
+// 1 / (l + e^{sink - m}), with m the larger one of both; what the sum over a head's values is
+// multiplied by in the end. 0 without any key.
+template <class A>
+A normalizer(const DecodeAttention& args, int64_t head, A m, A sum) {
+  if (sum == 0) return 0;
+  if (args.sinks == nullptr) return 1 / sum;
+  const double sink = static_cast<const A*>(args.sinks)[head], most = sink > m ? sink : double(m);
+  const double factor = std::exp(m - most);
+  return A(factor / (sum * factor + std::exp(sink - most)));
+}
+
+// Numbers of `dtype` one after the other; at `c`, n of a vector or what load_two has read.
+struct Output {
+  DType dtype;
+  void* to;
+
+  template <class A>
+  __attribute__((noinline)) void put(int64_t c, int64_t n, Vec<A> x, A factor) const {
+    x *= factor;
+    with_dtype(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      T* out = static_cast<T*>(to) + c;
+      for (int i = 0; i < n; ++i) narrow(Accumulator<T>(x[i]), out[i]);
+    });
+  }
+
+  template <class K, class A>
+  __attribute__((noinline)) void put_two(int64_t c, Vec<A> a, Vec<A> b, A factor) const {
+    constexpr int one = kLanes<A>, step = kStepOfTwo<K>, second = kSecondOfTwo<K>;
+    A x[2 * one];
+    store(x, a * factor);
+    store(x + one, b * factor);
+    with_dtype(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      T* out = static_cast<T*>(to) + c;
+      for (int i = 0; i < one; ++i) {
+        narrow(Accumulator<T>(x[i]), out[i * step]);
+        narrow(Accumulator<T>(x[one + i]), out[i * step + second]);
+      }
+    });
+  }
+};
+
+template <class A>
+A* part(const DecodeAttention& args, int64_t row, int64_t head, int64_t piece) {
+  const int64_t of_head = (row * args.kv_heads * args.group + head) * args.pieces + piece;
+  return static_cast<A*>(args.parts) + of_head * (args.value_width + 2);
+}
+
+Output output(const DecodeAttention& args, int64_t row, int64_t head) {
+  const int64_t bytes = args.query_dtype == DType::f64 ? 8 : args.query_dtype == DType::f32 ? 4 : 2;
+  const int64_t place = (row * args.kv_heads * args.group + head) * args.value_width;
+  return {args.query_dtype, static_cast<char*>(args.out) + place * bytes};
+}
+
+int64_t keys_of(const DecodeAttention& args, int64_t row) {
+  return args.lengths[row] < args.window ? args.lengths[row] : args.window;
+}
+
+// One piece of a row's keys, for `tile` heads from `head` on.
+template <int tile, class K, class A = Accumulator<K>>
+void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piece) {
+  constexpr int64_t one = kLanes<A>;
+  const int64_t used = keys_of(args, row), left = used - piece * kKeysPerPiece;
+  if (left <= 0 && piece > 0) return;
+  const int64_t count = left < kKeysPerPiece ? left : kKeysPerPiece, kv_head = head / args.group;
+  const auto start = [&](const Heads& x) {
+    return static_cast<const K*>(x.data) + row * x.row_stride + kv_head * x.head_stride +
+           (args.lengths[row] - left) * x.key_stride;
+  };
+
+  Room<A> room;
+  for (int g = 0; g < tile; ++g) {
+    for (int64_t j = 0; j < (count + kKeys - 1) / kKeys * kKeys; ++j) room.z[g][j] = 0;
+  }
+  for (int64_t c = 0; c < args.width; c += kColumns) {
+    const int64_t n = args.width - c < kColumns ? args.width - c : kColumns;
+    read_queries<K>(args, row, head, tile, c, n, room);
+    add_logits<tile>(start(args.keys) + c, args.keys.key_stride, count, n, room);
+  }
+
+  Output outputs[tile];
+  A factors[tile];
+  for (int g = 0; g < tile; ++g) {
+    weigh(g, count, A(args.softcap), room);
+    if (used <= kKeysPerPiece) {
+      outputs[g] = output(args, row, head + g);
+      factors[g] = normalizer(args, head + g, room.m[g], room.sum[g]);
+    } else {
+      A* kept = part<A>(args, row, head + g, piece);
+      kept[0] = room.m[g];
+      kept[1] = room.sum[g];
+      outputs[g] = {sizeof(A) == 8 ? DType::f64 : DType::f32, kept + 2};
+      factors[g] = 1;
+    }
+  }
+
+  const K* values = start(args.values);
+  int64_t c = 0;
+  const auto whole = [&](auto pairs) {
+    for (; c + 2 * pairs * one <= args.value_width; c += 2 * pairs * one) {
+      Vec<A> sums[tile][2 * pairs];
+      sum_values<tile, pairs>(values + c, args.values.key_stride, count, one, room, sums);
+      for (int g = 0; g < tile; ++g) {
+        for (int i = 0; i < pairs; ++i) {
+          outputs[g].template put_two<K, A>(c + 2 * i * one, sums[g][2 * i], sums[g][2 * i + 1],
+                                            factors[g]);
+        }
+      }
+    }
+  };
+  if (kPairs > 1) whole(Constant<kPairs>{});
+  whole(Constant<1>{});
+  for (; c < args.value_width; c += one) {
+    const int64_t n = args.value_width - c < one ? args.value_width - c : one;
+    Vec<A> sums[tile][1];
+    sum_values<tile, 0>(values + c, args.values.key_stride, count, n, room, sums);
+    for (int g = 0; g < tile; ++g) outputs[g].template put<A>(c, n, sums[g][0], factors[g]);
+  }
+}
+
+// The pieces of a head, in order.
+template <class A>
+void merge(const DecodeAttention& args, int64_t row, int64_t head) {
+  const int64_t used = keys_of(args, row);
+  if (used <= kKeysPerPiece) return;
+  const int64_t pieces = (used + kKeysPerPiece - 1) / kKeysPerPiece;
+  A m = -kInfinity<A>;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const A of_piece = *part<A>(args, row, head, i);
+    m = of_piece > m ? of_piece : m;
+  }
+  A* sums = part<A>(args, row, head, 0);
+  for (int64_t i = 0; i < pieces; ++i) {
+    const A* x = part<A>(args, row, head, i);
+    const A factor = x[0] == -kInfinity<A> ? A(0) : A(std::exp(double(x[0]) - m));
+    for (int64_t c = 1; c < args.value_width + 2; ++c) {
+      sums[c] = (i ? sums[c] : A(0)) + factor * x[c];
+    }
+  }
+  const Output out = output(args, row, head);
+  const A factor = normalizer(args, head, m, sums[1]);
+  for (int64_t c = 0; c < args.value_width; c += kLanes<A>) {
+    const int64_t n = args.value_width - c < kLanes<A> ? args.value_width - c : kLanes<A>;
+    out.put<A>(c, n, load_first(sums + 2 + c, n), factor);
+  }
+}
+
+template <int tile, class K>
+void attend_group(const DecodeAttention& args, int64_t row, int64_t head, int64_t end,
+                  int64_t piece) {
+  for (; head + tile <= end; head += tile) attend<tile, K>(args, row, head, piece);
+  if constexpr (tile > 1) attend_group<tile - 1, K>(args, row, head, end, piece);
+}
+
+}  // namespace
+
+void decode_attention(const DecodeAttention& args) {
+  with_dtype(args.dtype, [&](auto zero) {
+    using K = decltype(zero);
+    const int64_t heads = args.kv_heads * args.group;
+    parallel_for(args.rows * args.kv_heads * args.pieces, args.threads, [&](int64_t i) {
+      const int64_t first = i / args.pieces % args.kv_heads * args.group;
+      attend_group<kTile, K>(args, i / args.pieces / args.kv_heads, first, first + args.group,
+                             i % args.pieces);
+    });
+    if (args.pieces == 1) return;
+    parallel_for(args.rows * heads, args.threads, [&](int64_t i) {
+      merge<Accumulator<K>>(args, i / heads, i % heads);
+    });
+  });
+}
+
+}  // namespace ppo::PPO_ISA
