@@ -38,6 +38,8 @@ TARGETS = {
         Target(("kl_shaped_gae, packed",), "3139421", "float32", "fwd", 1.5),
         Target(("gae, long rows",), "8x32768", "float32", "fwd", 2.0),
         Target(_LOSSES, "4096x1024", "float32", "both", 1.5),
+        Target(("sample",), "16x49152", "float32", "fwd", 1.5),
+        Target(("sample, top-p",), "16x49152", "float32", "fwd", 4.0),
         *(
             target
             for dtype in ("float32", "bfloat16")

@@ -221,7 +221,7 @@ void sample(const Tensor& logits, double temperature, int64_t top_k, double top_
   if (args.top_k > 0 || args.top_p < 1) {
     args.tasks = std::min<int64_t>(args.count, args.threads);
     const int64_t width = args.logits.dtype == DType::f64 ? sizeof(double) : sizeof(float);
-    lists.reset(new char[size_t(args.tasks * (args.logits.vocab + kListRoom) * width)]);
+    lists.reset(new char[size_t(2 * args.tasks * (args.logits.vocab + kListRoom) * width)]);
     args.lists = lists.get();
   }
   active_isa().kernels->sample(args);

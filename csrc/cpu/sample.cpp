@@ -4,8 +4,11 @@
 //   sum_{j <= y} w_j > u W,  w_j = e^{(z_j - M) / T},  W = sum w_j;  log p_y = (z_y - M) / T - log W
 //
 // One pass over the row, in blocks, sums the weights up to the end of each block; only the block in
-// which they pass u W is read again. With top-k and top-p, some passes more, mostly from the cache
-// and mostly comparisons, find the lowest logit that is kept, and put those that are in a list.
+// which they pass u W is read again.
+//
+// With top-k or top-p the lowest logit that is kept has to be found. A part of the row says how low
+// that may be at least; logits from there on, few, are listed in a second pass, without exponentials,
+// and the search is among these. Where they turn out not to be enough, all that might be kept are.
 #include "select.h"
 #include "threads.h"
 
@@ -13,6 +16,8 @@ namespace ppo::PPO_ISA {
 namespace {
 
 constexpr int64_t kBlocks = 256;  // of a row, at most
+// Of every so many vectors of a long row one is looked at, to guess what is kept.
+constexpr int64_t kStride = 16, kLongRow = 8192;
 
 // A block's end: the weights up to here, for M = shift.
 struct BlockEnd {
@@ -26,8 +31,8 @@ struct Found {
 
 // The first of n numbers, in their order, with which the sum of weights exceeds `share` of its
 // total; if rounding keeps it below, the last that has a weight.
-template <class T, class A>
-Found find(const T* z, int64_t n, double share, const Weights<A>& weigh) {
+template <class T, class Weigh, class A = Accumulator<T>>
+Found find(const T* z, int64_t n, double share, const Weigh& weigh) {
   const auto weights = [&](int64_t i) {
     if (i + kLanes<A> <= n) return weigh(load(z + i));
     Vec<A> x = splat(-kInfinity<A>);
@@ -124,32 +129,32 @@ class Sampler {
     return first + find(z_ + first, n, share, weigh).place;
   }
 
-  // The same of what top-k and top-p leave.
-  int64_t draw_of_kept(double u, A* list) {
+  // The same of what top-k and top-p leave. Each list has room for a row.
+  int64_t draw_of_kept(double u, A* list, A* scratch) {
     const Weights<A> weigh(args_.temperature, A(shift_));
     A lowest = -kInfinity<A>;
     if (args_.top_k > 0) {
-      const int64_t n = gather(z_, vocab_, lowest, list);
-      lowest = lowest_of(list, n, double(args_.top_k), Ones<A>());
+      // In a part of the row there are so many of these, four standard deviations more at most.
+      const double k = double(args_.top_k), fair = k / kStride;
+      const auto enough = [&](double) { return fair + 4 * std::sqrt(fair) + 4; };
+      lowest = lowest_kept(lowest, k, enough, Ones<A>(), list, scratch);
+      weight_ = sum_of(list, counted_, from(lowest, weigh));
     }
     if (args_.top_p < 1) {
-      if (args_.top_k > 0) weight_ = find(list, gather(z_, vocab_, lowest, list), 0, weigh).total;
+      // What is not kept weighs little each: a part of the row shows how much, better than the rest.
+      const double rest = (1 - args_.top_p) * weight_ / kStride;
+      const auto enough = [&](double of_part) { return of_part - 0.8 * rest; };
       const A bound = never_needed();
-      const int64_t n = gather(z_, vocab_, bound > lowest ? bound : lowest, list);
-      lowest = lowest_of(list, n, args_.top_p * weight_, weigh);
+      lowest = lowest_kept(bound > lowest ? bound : lowest, args_.top_p * weight_, enough, weigh,
+                           list, scratch);
     }
-    int64_t counts[kBlocks], count = 0;
-    for (int64_t b = 0; b * size_ < vocab_; ++b) {
-      const int64_t first = b * size_;
-      counts[b] = count += gather(z_ + first, block_end(b) - first, lowest, list + count);
-    }
-    const Found found = find(list, count, u, weigh);
+    const Found found = find(list, counted_, u, from(lowest, weigh));
     weight_ = found.total;
     int64_t b = 0;
-    while (counts[b] <= found.place) ++b;
-    int64_t before = found.place - (b > 0 ? counts[b - 1] : 0), token = b * size_;
+    while (counts_[b] <= found.place) ++b;
+    int64_t before = found.place - (b > 0 ? counts_[b - 1] : 0), token = b * size_;
     for (;; ++token) {
-      if (widen(z_[token]) >= lowest && before-- == 0) return token;
+      if (widen(z_[token]) >= listed_ && before-- == 0) return token;
     }
   }
 
@@ -170,12 +175,43 @@ class Sampler {
     return A(z - 4 * eps * (std::fabs(z) + std::fabs(shift_)));
   }
 
+  // The largest logit that with all above it weighs `least`, as all from `bound` on do. `enough` says
+  // what to keep of a part of the row that weighs so much.
+  template <class Enough, class Weigh>
+  A lowest_kept(A bound, double least, const Enough& enough, const Weigh& weigh, A* list,
+                A* scratch) {
+    A guess = bound;
+    if (vocab_ >= kLongRow) {
+      const int64_t n = gather(z_, vocab_, bound, scratch, kStride);
+      if (n > 0) {
+        guess = lowest_of(scratch, n, enough(sum_of(scratch, n, from(bound, weigh))), weigh);
+      }
+    }
+    list_from(guess, list);
+    if (guess > bound && sum_of(list, counted_, from(guess, weigh)) < least) list_from(bound, list);
+    gather(list, counted_, listed_, scratch);
+    return lowest_of(scratch, counted_, least, weigh);
+  }
+
+  // All logits from `bound` on, in their order, and how many up to the end of each block.
+  void list_from(A bound, A* list) {
+    listed_ = bound;
+    counted_ = 0;
+    for (int64_t b = 0; b * size_ < vocab_; ++b) {
+      const int64_t first = b * size_;
+      counted_ += gather(z_ + first, block_end(b) - first, bound, list + counted_);
+      counts_[b] = counted_;
+    }
+  }
+
   const SampleArgs& args_;
   const T* z_;
   const int64_t vocab_;
   int64_t size_;  // of a block
   double shift_, weight_;
   BlockEnd ends_[kBlocks];
+  A listed_ = 0;
+  int64_t counted_ = 0, counts_[kBlocks];
 };
 
 template <class T>
@@ -183,14 +219,15 @@ void sample_rows(const SampleArgs& args) {
   using A = Accumulator<T>;
   parallel_for(args.tasks, args.threads, [&](int64_t task) {
     A* list = static_cast<A*>(args.lists);
-    if (list != nullptr) list += task * (args.logits.vocab + kListRoom);
+    const int64_t room = args.logits.vocab + kListRoom;
+    if (list != nullptr) list += 2 * task * room;
     for (int64_t i = task; i < args.count; i += args.tasks) {
       const int64_t counter = args.offsets ? args.offsets[i] : args.offset + i;
       const double u = uniform_number(args.seed, uint64_t(counter));
       Sampler<T> sampler(args, logits_row<const T>(args.logits, i));
       const bool possible = sampler.is_distribution();
       int64_t token = 0;
-      if (possible) token = list ? sampler.draw_of_kept(u, list) : sampler.draw(u);
+      if (possible) token = list ? sampler.draw_of_kept(u, list, list + room) : sampler.draw(u);
       args.tokens[i] = token;
       static_cast<A*>(args.logprobs)[i] = A(possible ? sampler.logprob(token) : __builtin_nan(""));
     }

@@ -57,19 +57,26 @@ inline int64_t append(A* to, Vec<A> x, Truth<A> keep) {
 #endif
 }
 
-// Those of the n numbers z that are `lowest` or more, in their order, and kLanes of room after them.
+template <class A>
+void end_list(A* end) {
+  store(end, splat(A(__builtin_nan(""))));  // in no comparison true
+}
+
+// Lists those of the n numbers z that are `lowest` or more, in their order, and kLanes of NaN after
+// them. Of every `stride` vectors only the first is looked at. Returns how many.
 template <class T, class A = Accumulator<T>>
-int64_t gather(const T* z, int64_t n, A lowest, A* to) {
+int64_t gather(const T* z, int64_t n, A lowest, A* list, int64_t stride = 1) {
   const Vec<A> least = splat(lowest);
   int64_t count = 0, i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) {
+  for (; i + kLanes<A> <= n; i += kLanes<A> * stride) {
     const Vec<A> x = load(z + i);
-    count += append<A>(to + count, x, x >= least);
+    count += append<A>(list + count, x, x >= least);
   }
   for (; i < n; ++i) {
-    to[count] = widen(z[i]);
-    count += to[count] >= lowest;
+    list[count] = widen(z[i]);
+    count += list[count] >= lowest;
   }
+  end_list(list + count);
   return count;
 }
 
@@ -86,10 +93,10 @@ class Weights {
   const Vec<A> shift_;
 };
 
-// Each counts as one, but NaN as none.
+// Each counts as one.
 template <class A>
 struct Ones {
-  Vec<A> operator()(Vec<A> z) const { return where<A>(z == z, splat(A(1))); }
+  Vec<A> operator()(Vec<A>) const { return splat(A(1)); }
 };
 
 // Integers in the order of the numbers, and back.
@@ -107,53 +114,64 @@ inline A from_ordered(int64_t i) {
   else return bit_cast<A>(int32_t(i < 0 ? i ^ INT32_MAX : i));
 }
 
+// `weigh` of what is `lowest` or more; 0 of anything else.
+template <class A, class Weigh>
+auto from(A lowest, const Weigh& weigh) {
+  return [&weigh, least = splat(lowest)](Vec<A> x) { return where<A>(x >= least, weigh(x)); };
+}
+
+// The sum of what `weigh` says of a list of n, and of NaN.
+template <class A, class Weigh>
+double sum_of(const A* list, int64_t n, const Weigh& weigh) {
+  Total<A> total;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    Vec<A> of_tile{};
+    const int64_t end = begin + kTile < n ? begin + kTile : n;
+    for (int64_t i = begin; i < end; i += kLanes<A>) of_tile += weigh(load(list + i));
+    total.add(of_tile);
+  }
+  return total.sum();
+}
+
 // The largest number of a list that together with all above it weighs `least`; the smallest where
-// all do not. By bisection; each step leaves in the list only what is between the bounds. The list
-// is changed, and has kLanes of room after its end.
+// all do not. By bisection; each step leaves in the list, which is changed, only what is between the
+// bounds.
 template <class A, class Weigh>
 A lowest_of(A* list, int64_t n, double least, const Weigh& weigh) {
-  const A none = A(__builtin_nan(""));
-  const auto each = [&](const auto& body) {
-    store(list + n, splat(none));  // in no comparison true
-    for (int64_t i = 0; i < n; i += kLanes<A>) body(load(list + i));
+  int64_t low = 0, high = 0;
+  const auto leave = [&](const auto& condition) {
+    Vec<A> minima = splat(kInfinity<A>), maxima = splat(-kInfinity<A>);
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; i += kLanes<A>) {
+      const Vec<A> x = load(list + i);
+      const Truth<A> left_in = condition(x);
+      const Vec<A> lower = left_in ? x : splat(kInfinity<A>);
+      const Vec<A> upper = left_in ? x : splat(-kInfinity<A>);
+      minima = lower < minima ? lower : minima;
+      maxima = larger(upper, maxima);
+      left += append<A>(list + left, x, left_in);
+    }
+    n = left;
+    end_list(list + n);
+    low = ordered(-max_lanes<A>(-minima));
+    high = ordered(max_lanes<A>(maxima));
   };
-  const auto lanes_least = [](Vec<A> x) { return -max_lanes<A>(-x); };
-
-  Vec<A> minima = splat(kInfinity<A>), maxima = splat(-kInfinity<A>);
-  each([&](Vec<A> x) {
-    minima = x < minima ? x : minima;
-    maxima = larger(x, maxima);
-  });
-  int64_t low = ordered(lanes_least(minima)), high = ordered(max_lanes<A>(maxima));
+  leave([](Vec<A> x) { return x == x; });
   double above = 0;  // of those that are no longer in the list
   while (low < high) {
-    // Above `low`, at most `high`; their sum might overflow.
+    // Above `low`, at most `high`, whose sum might overflow.
     const int64_t middle = (low >> 1) + (high >> 1) + (low & high & 1) + 1;
-    const Vec<A> bound = splat(from_ordered<A>(middle));
-    Total<A> total;
-    minima = splat(kInfinity<A>), maxima = splat(-kInfinity<A>);
-    each([&](Vec<A> x) {
-      const Truth<A> upper = x >= bound;
-      total.add(where<A>(upper, weigh(x)));
-      const Vec<A> from_upper = upper ? x : splat(kInfinity<A>);
-      minima = from_upper < minima ? from_upper : minima;
-      maxima = larger(upper ? splat(-kInfinity<A>) : x, maxima);
-    });
-    const bool enough = above + total.sum() >= least;
+    const A bound = from_ordered<A>(middle);
+    const double upper = sum_of(list, n, from(bound, weigh));
     // The bounds become numbers of the list; but they move even where denormal numbers equal 0.
-    if (enough) {
-      const int64_t least_left = ordered(lanes_least(minima));
-      low = least_left > middle ? least_left : middle;
+    if (above + upper >= least) {
+      leave([b = splat(bound)](Vec<A> x) { return x >= b; });
+      low = low > middle ? low : middle;
     } else {
-      const int64_t most_left = ordered(max_lanes<A>(maxima));
-      high = most_left < middle ? most_left : middle - 1;
-      above += total.sum();
+      above += upper;
+      leave([b = splat(bound)](Vec<A> x) { return x < b; });
+      high = high < middle ? high : middle - 1;
     }
-    int64_t left = 0;
-    each([&](Vec<A> x) {
-      left += append<A>(list + left, x, enough ? Truth<A>(x >= bound) : Truth<A>(x < bound));
-    });
-    n = left;
   }
   return from_ordered<A>(low);
 }

@@ -4,10 +4,10 @@ Two kinds, called from two places:
 
 - `tokens`, `per_sequence`, `tensor`, `choice` look at metadata only (type, shape, dtype, device).
   Call them in the public op: `torch.compile` traces through them.
-- `number`, `scalar`, `counter`, `clip_bounds`, `boundaries` look at values. Call them where an op runs
-  eagerly (in the body that `autograd.Function` and `custom_op` share), so that a compiled graph
-  does not specialize on a coefficient. Values of tensors are checked only on the CPU: no check
-  waits for an accelerator.
+- `number`, `scalar`, `counter`, `clip_bounds`, `boundaries` look at values. Call them where an op
+  runs eagerly (in the body that `autograd.Function` and `custom_op` share), so that a compiled
+  graph does not specialize on a coefficient. Values of tensors are checked only on the CPU: no
+  check waits for an accelerator.
 
 Each takes the op's name first: `checks.tokens("gae", mask, cu_seqlens, rewards=r, values=v)`.
 Nothing is broadcast: shapes must be equal.
@@ -183,7 +183,7 @@ def counter(
         return value
     tensor(op, name, value, (torch.int64,))
     if value.ndim and value.shape != shape:
-        shapes = f"be 0-dim or have shape {shape}" if shape else "be 0-dim"
+        shapes = f"be 0-dim or have shape {tuple(shape)}" if shape else "be 0-dim"
         raise ValueError(f"{op}: {name} must {shapes}, but has shape {tuple(value.shape)}")
     if value.device.type != "cpu" or value.ndim:
         _same_device(op, name, value, like[1].device, like[0])

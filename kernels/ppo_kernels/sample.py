@@ -59,8 +59,7 @@ def sample(
     if not isinstance(top_k, int) or isinstance(top_k, bool):
         raise TypeError(f"{OP}: top_k must be an int, but is {top_k!r}")
     impl = dispatch.resolve(OP, impl, logits.device)
-    tensors = (x for x in (seed, offset) if isinstance(x, Tensor))
-    if not dispatch.eager(logits, *tensors):
+    if not dispatch.eager(logits, *[x for x in (seed, offset) if isinstance(x, Tensor)]):
         numbers = torch.stack((dispatch.traced(temperature), dispatch.traced(top_p)))
         return _sample_op(logits, numbers, top_k, _traced(seed), _traced(offset), impl)
     return _sample(logits, temperature, top_k, top_p, seed, offset, impl)
@@ -80,7 +79,7 @@ def _sample(
     checks.number(OP, "top_k", top_k, ge=0, lt=2**63)
     like, rows = ("logits", logits), logits.shape[:-1]
     seed = checks.counter(OP, "seed", seed, like=like)
-    offset = checks.counter(OP, "offset", offset, like=like, shape=tuple(rows))
+    offset = checks.counter(OP, "offset", offset, like=like, shape=rows)
     if impl == "reference":
         with torch.no_grad():
             return reference.sample(
