@@ -22,7 +22,7 @@ from bench.results import read_csv
 from bench.rollout_cases import CASES, EARLY, Case, Target, early_ends, prompt_rows
 from bench.rollout_compare import RATIOS, Result, check_work, compare, rows_of
 from bench.rollout_floor import decode, floor
-from bench.rollout_profile import HOST, OTHER, PHASES, Part, _kernels, divide, profiled
+from bench.rollout_profile import HOST, OTHER, PHASES, Part, _kernels, _operations, divide, profiled
 from bench.rollout_sides import SIDES, Sides, until_end
 from bench.rollout_table import judged
 from ppo_engine.errors import UserError
@@ -217,6 +217,23 @@ def test_the_outermost_phase_takes_all_within() -> None:
     found = divide(parts, 30e6, HOST)
     assert found == {"prefill": 1, "packing": 5, "attention": 2, "sampling": 0, "products": 10,
                      OTHER: 10, HOST: 2}  # fmt: skip
+
+
+def test_operations_of_the_thread_that_samples() -> None:
+    def event(name: str, above: Any = None, own: float = 1.0) -> Any:
+        return SimpleNamespace(name=name, cpu_parent=above, self_cpu_time_total=own)
+
+    whole = event("bench.rollout")
+    prefill, step = event("bench.prefill", whole), event("ppo.generate", whole)
+    linear = event("aten::linear", step)
+    events = [whole, prefill, step, event("aten::mm", event("aten::linear", prefill)), linear,
+              event("aten::mm", linear, own=3.0), event("aten::mm")]  # fmt: skip
+    assert [*_operations(events, whole)] == [
+        Part(["bench.prefill"], 1.0),
+        Part(["bench.prefill", "aten::linear", "aten::mm"], 1.0),
+        Part(["ppo.generate", "aten::linear"], 1.0),
+        Part(["ppo.generate", "aten::linear", "aten::mm"], 3.0),
+    ]
 
 
 def test_kernels_within_a_prefill() -> None:
