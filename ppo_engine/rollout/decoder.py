@@ -32,7 +32,8 @@ from ppo_engine.rollout.slots import (
 from ppo_engine.spans import span
 from ppo_kernels import sample, token_logprobs
 
-STEPS = {"cuda": 16, "cpu": 1}  # between two looks of the host at what was written
+# Steps between two looks of the host at what was written. On a CPU they run when they are called.
+STEPS = {"cuda": 16, "cpu": 1}
 _PASS = {"cuda": 8192, "cpu": 2048}  # tokens that are read together
 _FIELDS = 6  # of `_Rows`
 
@@ -101,6 +102,7 @@ class Decoder:
         self._windows = Windows.of(self._model.config)
         self.heads = _heads(self._model, self.device)
         self._products = Products(policy.model, device=self.device, dtype=self.dtype)
+        self.steps = STEPS[self.device.type]
         self._graphs = graphs
         self._ends: dict[tuple[int, ...], Tensor] = {}  # on the device, where graphs read them
         self._place = torch.zeros((), dtype=torch.long, device=self.device)
@@ -127,9 +129,8 @@ class Decoder:
             self.heads, self._windows, rows, length, device=self.device, dtype=self.dtype
         )
         self._rows = _Rows(rows, self.device)
-        steps = STEPS[self.device.type]
-        self._tokens = torch.zeros(steps, rows, dtype=torch.long, device=self.device)
-        self._logprobs = torch.zeros(steps, rows, device=self.device)
+        self._tokens = torch.zeros(self.steps, rows, dtype=torch.long, device=self.device)
+        self._logprobs = torch.zeros(self.steps, rows, device=self.device)
 
     def lengthen(self, length: int) -> None:
         """Make room for `length` tokens in each slot; what they have stays."""

@@ -110,4 +110,4 @@ def _size(decoder: Decoder, rows: int, length: int, budget: float | None) -> tup
             + ("free memory" if budget is None else "raise generation.kv_cache_gib")
             + ", or lower generation.max_new_tokens."
         )
-    return row_bucket(rows, int(room / each), decoder.device), aligned
+    return row_bucket(rows, int(room / each), decoder.steps), aligned

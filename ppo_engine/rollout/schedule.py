@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-
-from ppo_engine.rollout.decoder import STEPS, Decoder, Draw, Seat, Written
+from ppo_engine.rollout.decoder import Decoder, Draw, Seat, Written
 
 # One in so many rows is to be free before others are seated or moved together.
 _FREE_SHARE = 8
@@ -56,7 +54,7 @@ class Schedule:
         self._keep = keep
         self._kept: dict[int, tuple[int, list[int]]] = {}  # by number: the row, and what it has
         self._seated: dict[int, Response] = {}  # by row
-        self._waits = decoder.device.type != "cuda"  # for each step, which nothing overlaps
+        self._ahead = decoder.steps > 1  # the next steps run while the host looks at the last
 
     def write(
         self,
@@ -74,7 +72,7 @@ class Schedule:
             if waiting and (not self._seated or free * _FREE_SHARE >= self._decoder.rows):
                 self._seat([waiting.popleft() for _ in range(min(free, len(waiting)))], limit)
             before, running = running, self._launch(running, limit, draw, gather=not waiting)
-            if self._waits:
+            if not self._ahead:
                 before, running = running, None
             if before is not None:
                 self._take(*before, draw.ends, find_stop)
@@ -115,7 +113,7 @@ class Schedule:
             return None
         if gather:
             self._gather()
-        steps = min(STEPS[self._decoder.device.type], left)
+        steps = min(self._decoder.steps, left)
         return self._decoder.write(self._span, steps, draw), dict(self._seated)
 
     def _take(
@@ -208,13 +206,13 @@ class Schedule:
         return self._bucket(max(self._seated) + 1)
 
     def _bucket(self, rows: int) -> int:
-        return row_bucket(rows, self._decoder.rows, self._decoder.device)
+        return row_bucket(rows, self._decoder.rows, self._decoder.steps)
 
 
-def row_bucket(rows: int, most: int, device: torch.device) -> int:
-    """As many rows as are made room for, or written together, for `rows` rows: at most `most`, and
-    on a GPU one of the numbers for which there are graphs."""
-    if device.type != "cuda":
+def row_bucket(rows: int, most: int, steps: int) -> int:
+    """How many rows there is room for, or are written together, for `rows` rows: at most `most`,
+    and where several `steps` are launched at a time, one of the numbers that have a graph."""
+    if steps == 1:
         return min(rows, most)
     fitting = [n for n in _BUCKETS if n <= most]
     return next((n for n in fitting if n >= rows), fitting[-1])

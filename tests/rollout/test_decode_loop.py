@@ -1,0 +1,336 @@
+"""The decode loop against transformers' `generate`, and against itself: whatever the batch, the
+slots and the order, the same tokens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from families import of_family
+from rollouts import EOS, TOKENIZER, sharp_model
+
+from ppo_engine.errors import UserError
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.pretrained import adapters
+from ppo_engine.rollout import by_generate, decoder, probe, sampling
+from ppo_engine.rollout.graphs import Graphs
+from ppo_engine.rollout.sampling import Sampler
+from ppo_engine.rollout.schedule import Request, Response
+from ppo_engine.rollout.slots import Windows, bytes_per_token
+from ppo_engine.settings.schema import GenerationConfig, LoraConfig
+
+NEW = 24
+FAMILIES = [
+    ("llama", {}), ("mistral", {"sliding_window": 8}), ("qwen2", {}), ("qwen3", {}),
+    ("gemma2", {"sliding_window": 8}), ("gemma3_text", {"sliding_window": 8}),
+    ("phi3", {"sliding_window": 8}), ("gpt2", {}), ("gpt_neox", {}), ("olmo2", {}),
+    ("granite", {}), ("smollm3", {}), ("mixtral", {}), ("gpt_oss", {}),
+]  # fmt: skip
+
+
+def policy_of(model: Any, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    return LanguageModel(model, TOKENIZER, device=torch.device("cpu"), dtype=dtype)
+
+
+def some_rows(*lengths: int) -> list[list[int]]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 250, (n,), generator=random).tolist() for n in lengths]
+
+
+ROWS = some_rows(5, 20, 12, 3, 1, 20)
+
+
+def write(
+    sampler: Sampler, rows: Sequence[list[int]] = ROWS, new: int = NEW, **settings: Any
+) -> list[Response]:
+    """What is written behind the rows, with the random numbers of their places among them."""
+    greedy = settings.pop("greedy", False)
+    requests = [Request([*row], i, i * new) for i, row in enumerate(rows)]
+    config = GenerationConfig(max_new_tokens=new, **settings)
+    torch.manual_seed(5)
+    with sampler.session(config, rows=len(rows), greedy=greedy) as go_on:
+        return go_on(requests)
+
+
+def tokens(responses: Sequence[Response]) -> list[list[int]]:
+    return [response.tokens for response in responses]
+
+
+def by_library(policy: LanguageModel, rows: Sequence[list[int]] = ROWS) -> list[Response]:
+    draw = decoder.Draw(1.0, 0, 1.0, True, tuple(policy.renderer.end_ids), 0)
+    return by_generate.write(policy, [Request([*row], 0, 0) for row in rows], NEW, draw)
+
+
+@pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_greedy_is_that_of_generate(family: str, settings: dict[str, Any]) -> None:
+    """In rows of unlike lengths, two of them with the same beginning; windows are exceeded."""
+    policy = policy_of(of_family(family, **settings))
+    sampler = Sampler(policy)
+    assert sampler.notes == []
+    rows = [*ROWS, ROWS[1]]
+    found, expected = write(sampler, rows, greedy=True), by_library(policy, rows)
+    assert tokens(found) == tokens(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.finished, ours.done) == (theirs.finished, True)
+        torch.testing.assert_close(
+            torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), rtol=1e-4, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "rwkv"])
+def test_a_family_that_the_loop_cannot_run_is_sampled_by_generate(family: str) -> None:
+    policy = policy_of(of_family(family))
+    sampler = Sampler(policy)
+    assert "by transformers' own generate" in sampler.notes[0]
+    assert tokens(write(sampler, greedy=True)) == tokens(by_library(policy))
+
+
+def test_adapters_are_part_of_the_policy() -> None:
+    model = adapters.add_lora(of_family("llama"), LoraConfig(rank=4), "CAUSAL_LM")
+    policy = policy_of(model)
+    before = tokens(write(Sampler(policy), greedy=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    sampler = Sampler(policy)
+    assert sampler.notes == [] and tokens(write(sampler, greedy=True)) != before
+    assert tokens(write(sampler, greedy=True)) == tokens(by_library(policy))
+    with policy.without_adapter():
+        assert tokens(write(sampler, greedy=True)) == before
+
+
+def test_weights_that_have_changed_are_seen_and_nothing_is_left_behind() -> None:
+    policy = policy_of(sharp_model())
+    sampler = Sampler(policy)
+    first = tokens(write(sampler, greedy=True))
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(0.9)
+    second = tokens(write(sampler, greedy=True))
+    assert second == tokens(by_library(policy)) != first
+    attention = policy.model.config._attn_implementation
+    with pytest.raises(KeyError), sampler.session(GenerationConfig(), rows=1):
+        raise KeyError
+    assert policy.model.config._attn_implementation == attention != "ppo_slots"
+    assert not any("forward" in vars(module) for module in policy.model.modules())
+
+
+class StandIn(Graphs):
+    """Control flow of CUDA graphs: what is captured once is called, with nothing new."""
+
+    captured = 0
+
+    def capture(self, step: Any) -> Any:
+        self.captured += 1
+        for _ in range(2):
+            step()
+        return step
+
+
+def sampled_otherwise(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[int]]]:
+    """Sampled tokens of 40 prompts, some of them alike, in several ways."""
+    policy = policy_of(sharp_model())
+    policy.renderer.end_ids = [EOS, *range(100, 140)]
+    rows = [row for row in some_rows(*range(1, 31)) for _ in range(1 + len(row) % 2)]
+    found = {"whole": tokens(write(Sampler(policy), rows))}
+    assert len({len(x) for x in found["whole"]}) > 5
+    each = 64 * bytes_per_token(Sampler(policy)._probed[0].heads, torch.float32) / 2**30
+    for slots in (1, 3, 17):
+        sampler = Sampler(policy)
+        found[f"{slots} slots"] = tokens(write(sampler, rows, kv_cache_gib=1.01 * slots * each))
+    monkeypatch.setitem(decoder._PASS, "cpu", 40)
+    found["small prefill passes"] = tokens(write(Sampler(policy), rows))
+    for steps in (4, 16):
+        monkeypatch.setitem(decoder.STEPS, "cpu", steps)
+        for name, budget in (("", None), (", 4 slots", 4.01 * each)):
+            sampler, graphs = Sampler(policy), StandIn()
+            vars(sampler)["_probed"] = decoder.Decoder(policy, graphs), ""
+            found[f"{steps} steps ahead{name}"] = tokens(write(sampler, rows, kv_cache_gib=budget))
+            captured = graphs.captured
+            assert tokens(write(sampler, rows, kv_cache_gib=budget)) == found["whole"]
+            assert graphs.captured == captured  # the same graphs in the next rollout
+    return found
+
+
+def test_tokens_depend_on_nothing_but_the_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sampled_otherwise(monkeypatch)
+    for name, other in found.items():
+        assert other == found["whole"], name
+
+
+@pytest.mark.parametrize("ahead", [1, 16])
+def test_a_later_turn_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """And writes what it would write behind the whole conversation."""
+    monkeypatch.setitem(decoder.STEPS, "cpu", ahead)
+    policy = policy_of(sharp_model())
+    policy.renderer.end_ids = [EOS, *range(100, 120)]
+    rows, answers = some_rows(*range(1, 13)), some_rows(*range(4, 40, 3))
+    read: list[int] = []
+    for name in ("read", "read_more"):
+        method = getattr(decoder.Decoder, name)
+
+        def spy(self: Any, given: Any, method: Any = method) -> None:
+            read.extend(len(x[0]) for x in given)
+            method(self, given)
+
+        monkeypatch.setattr(decoder.Decoder, name, spy)
+    sampler = Sampler(policy)
+    assert sampler.notes == []
+    config = GenerationConfig(max_new_tokens=NEW)
+
+    def converse(keep: bool) -> tuple[list[list[int]], list[list[int]]]:
+        said, told = [], []
+        torch.manual_seed(1)
+        with sampler.session(config, rows=len(rows), keep=keep) as go_on:
+            conversations = {number: [*row] for number, row in enumerate(rows)}
+            for turn in range(3):
+                read.clear()
+                requests = [
+                    Request([*x], n, 3 * NEW * n + NEW * turn) for n, x in conversations.items()
+                ]
+                written = go_on(requests)
+                told.append(sorted(n for n in read if n))
+                for response in written:
+                    number = response.request.number
+                    if (number + turn) % 4 == 0:  # some conversations are over
+                        del conversations[number]
+                    else:
+                        conversations[number] += [*response.tokens, *answers[number]]
+                said += tokens(written)
+        return said, told
+
+    said, told = converse(keep=True)
+    anew, told_anew = converse(keep=False)
+    assert said == anew
+    assert told[0] == told_anew[0] == sorted(len(row) - 1 for row in rows if len(row) > 1)
+    # The answer and the turn's last token, which nothing had read, but for the one that is next.
+    still = [n for n in range(12) if n % 4]
+    assert told[1] == sorted(len(answers[n]) for n in still) and sum(told_anew[1]) > sum(told[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_turn_ends_at_a_stop(family: str) -> None:
+    """A string wherever it begins in the tokens, or a token; it belongs to the response."""
+    sampler = Sampler(policy_of(of_family(family)))
+    rows = some_rows(*range(2, 12))
+    whole = tokens(write(sampler, rows, greedy=True))
+    text = [TOKENIZER.decode(x) for x in whole]
+    stop = text[0][6:8]
+    token = whole[1][9]
+    found = write(sampler, rows, greedy=True, stop=(stop, token))
+    for response, ids, said in zip(found, whole, text, strict=True):
+        ends = [i + 1 for i, x in enumerate(ids) if x in (token, EOS)]
+        if stop in said:
+            n = next(n for n in range(len(ids)) if stop in TOKENIZER.decode(ids[: n + 1]))
+            ends.append(n + 1)
+        assert response.tokens == ids[: min(ends, default=NEW)]
+        assert response.finished == bool(ends) and len(response.logprobs) == len(response.tokens)
+    assert len(found[0].tokens) < NEW > len(found[1].tokens)
+
+
+def test_a_stop_string_of_the_checkpoint_ends_a_turn_too() -> None:
+    model = of_family("llama")
+    whole = write(Sampler(policy_of(model)), greedy=True)[0].tokens
+    stop = model.generation_config.stop_strings = TOKENIZER.decode(whole)[4:6]
+    short = write(Sampler(policy_of(model)), greedy=True)[0]
+    assert short.finished and short.tokens == whole[: len(short.tokens)]
+    assert stop in TOKENIZER.decode(short.tokens) and stop not in TOKENIZER.decode(short.tokens[:-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_no_end_before_the_least_number_of_tokens(family: str) -> None:
+    policy = policy_of(of_family(family))
+    policy.renderer.end_ids = [EOS, *range(0, 250, 2)]
+    found = write(Sampler(policy), min_new_tokens=5)
+    assert {len(response.tokens) for response in found} >= {6}
+    for response in found:
+        assert not set(response.tokens[:5]) & set(policy.renderer.end_ids)
+        assert response.finished == (response.tokens[-1] in policy.renderer.end_ids)
+    assert min(len(r.tokens) for r in write(Sampler(policy))) < 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_probs_are_those_of_the_policy(dtype: torch.dtype) -> None:
+    policy = policy_of(sharp_model(), dtype)
+    for response in write(Sampler(policy), temperature=0.8):
+        ids = torch.tensor([[*response.request.tokens, *response.tokens]])
+        trained = torch.zeros_like(ids, dtype=torch.bool)
+        trained[:, len(response.request.tokens) :] = True
+        with torch.no_grad():
+            expected, _ = policy.logprobs(TokenRows(ids, None, trained, ids * 0), 0.8)
+        error = (torch.tensor(response.logprobs) - expected).abs().max().item()
+        assert error < (2e-5 if dtype == torch.float32 else 0.15), error
+
+
+def test_the_ends_of_what_is_possible() -> None:
+    """A prompt that leaves one position of the context, every token an end, 1 row and 300."""
+    policy = policy_of(of_family("gpt2"))  # whose positions are learned, 256
+    sampler = Sampler(policy)
+    (longest,) = some_rows(255)
+    [last] = write(sampler, [longest], new=1, greedy=True)
+    with torch.no_grad():
+        expected = policy.model(torch.tensor([longest])).logits[0, -1].argmax()
+    assert last.tokens == [expected] and last.done
+    rows = some_rows(*(1 + n % 20 for n in range(300)))
+    assert [len(r.tokens) for r in write(sampler, rows, new=2)] == [2] * 300
+    policy.renderer.end_ids = list(range(259))
+    assert [(len(r.tokens), r.finished) for r in write(sampler, rows)] == [(1, True)] * 300
+
+
+def test_slots_keep_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler(policy_of(sharp_model()))
+    [heads, *_] = sampler._probed[0].heads
+    of_token = 2 * heads.count * heads.key_size * 2 * 4  # keys and values of two layers in fp32
+    assert bytes_per_token(sampler._probed[0].heads, torch.float32) == of_token
+    made: list[int] = []
+    reserve = decoder.Decoder.reserve
+
+    def spy(self: decoder.Decoder, rows: int, length: int) -> None:
+        reserve(self, rows, length)
+        made.append(sum(x.keys.nbytes + x.values.nbytes for x in self.slots.layers))
+
+    monkeypatch.setattr(decoder.Decoder, "reserve", spy)
+    write(sampler, some_rows(*[20] * 40), kv_cache_gib=1e6 / 2**30)
+    assert 0.5e6 < max(made) <= 1e6
+    monkeypatch.setattr(sampling, "free_memory", lambda device: 4e6)
+    write(sampler, some_rows(*[20] * 400))
+    assert 1e6 < max(made) <= 2e6  # half of what is free
+    with pytest.raises(UserError, match=r"one response of 44 tokens, its prompt included, take .*"
+                       r"raise generation.kv_cache_gib, or lower generation.max_new_tokens"):  # fmt: skip
+        write(sampler, some_rows(20), kv_cache_gib=1e-6)
+
+
+def test_nothing_grows_from_rollout_to_rollout() -> None:
+    sampler = Sampler(policy_of(sharp_model()))
+
+    def held() -> int:
+        write(sampler, some_rows(*range(1, 20)))
+        gc.collect()
+        return sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
+
+    sizes = [held() for _ in range(50)]
+    assert sizes[-1] == sizes[3]
+
+
+def test_a_probe_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a mask, in the places of what was read before, in a step."""
+    masks, positions = Windows.masks, decoder.Decoder._inputs
+    policy = policy_of(sharp_model())
+    assert Sampler(policy).notes == []
+
+    def blind(self: Windows, *given: Any) -> Any:
+        return masks(self, *given) & (torch.rand(given[1]) < 0.5)
+
+    def shifted(self: decoder.Decoder, ids: Any, places: Any) -> Any:
+        return positions(self, ids, places // 2)
+
+    for owner, name, wrong in ((Windows, "masks", blind), (decoder.Decoder, "_inputs", shifted)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, wrong)
+            [note] = Sampler(policy).notes
+            assert "in a probe, its logits were off by" in note
