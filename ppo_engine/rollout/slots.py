@@ -23,6 +23,7 @@ from ppo_engine.pretrained import architecture
 from ppo_kernels import decode_attention
 
 ATTENTION = "ppo_slots"  # the name under which transformers finds `_attend`
+UNCAPPED = "ppo_slots_uncapped"  # in place of "sdpa", which up to transformers 5.17 caps no logits
 
 
 class Unsupported(Exception):
@@ -331,6 +332,7 @@ def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Te
 
 
 AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(UNCAPPED, lambda *given, **how: _attend(*given, **how | {"softcap": None}))
 
 
 @contextmanager
@@ -339,7 +341,7 @@ def attending(model: Any) -> Iterator[None]:
     config = architecture.unwrap(model).config
     of_text = config.get_text_config()
     before = of_text._attn_implementation
-    of_text._attn_implementation = ATTENTION
+    of_text._attn_implementation = UNCAPPED if before == "sdpa" else ATTENTION
     try:
         yield
     finally:
