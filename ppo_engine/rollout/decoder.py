@@ -17,6 +17,7 @@ from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.graphs import Graphs
+from ppo_engine.rollout.norms import Norms
 from ppo_engine.rollout.products import Products
 from ppo_engine.rollout.slots import (
     Heads,
@@ -102,6 +103,7 @@ class Decoder:
         self._windows = Windows.of(self._model.config)
         self.heads = _heads(self._model, self.device)
         self._products = Products(policy.model, device=self.device, dtype=self.dtype)
+        self._norms = Norms(self._model)
         self.steps = STEPS[self.device.type]
         self._graphs = graphs
         self._ends: dict[tuple[int, ...], Tensor] = {}  # on the device, where graphs read them
@@ -150,10 +152,12 @@ class Decoder:
         """Inside, the weights are what they are at its start. `seed` is of all its draws, and
         `rows` about what a step will have."""
         with torch.no_grad(), attending(self._model):
-            self._products.refresh(rows)
             self._seed.fill_(seed)
+            with span("packing"):
+                self._products.refresh(rows)
+                self._norms.refresh()
             try:
-                with self._products.active():
+                with self._products.active(), self._norms.active():
                     yield
             finally:
                 self._products.release()
@@ -245,14 +249,15 @@ class Decoder:
         if draw.min_new_tokens and draw.ends:
             early = written < draw.min_new_tokens
             logits[:, ends] = logits[:, ends].masked_fill(early[:, None], -torch.inf)
-        if draw.greedy:
-            new = logits.argmax(-1)
-            logprobs = token_logprobs(logits, new)
-        else:
-            new, logprobs = sample(
-                logits, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p,
-                seed=self._seed, offset=counter,
-            )  # fmt: skip
+        with span("sampling"):
+            if draw.greedy:
+                new = logits.argmax(-1)
+                logprobs = token_logprobs(logits, new)
+            else:
+                new, logprobs = sample(
+                    logits, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p,
+                    seed=self._seed, offset=counter,
+                )  # fmt: skip
         writes = done == 0
         self._tokens[:, :rows].index_copy_(
             0, self._place[None], torch.where(writes, new, -1)[None]

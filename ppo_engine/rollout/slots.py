@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ppo_engine.pretrained import architecture
+from ppo_engine.spans import span
 from ppo_kernels import decode_attention
 
 ATTENTION = "ppo_slots"  # the name under which transformers finds `_attend`
@@ -209,13 +210,19 @@ class OneToken(_Access):
     def __init__(self, positions: Tensor, length: int) -> None:
         self._positions = positions
         self._length = length  # of the slots
-        self._rows = torch.arange(len(positions), device=positions.device)
         self._counts = positions + 1
+        self._places: dict[int, Tensor] = {}  # by the number of heads, which layers share
         self._widths: list[tuple[Tensor, int | None]] = []
 
     def write(self, slots: Tensor, new: Tensor) -> Tensor:
-        slots[self._rows, :, self._positions] = new[:, :, 0].to(slots.dtype)
-        return slots[: len(self._rows)]
+        rows, heads, _, size = new.shape
+        if heads not in self._places:
+            first = torch.arange(rows * heads, device=new.device).view(rows, heads) * self._length
+            self._places[heads] = (first + self._positions[:, None]).flatten()
+        slots.view(-1, size).index_copy_(
+            0, self._places[heads], new.reshape(-1, size).to(slots.dtype)
+        )
+        return slots[:rows]
 
     def masks(self, windows: Windows) -> Any:
         found = windows.masks(self._positions[:, None], self._length)
@@ -227,10 +234,11 @@ class OneToken(_Access):
         # A layer tells of which kind it is by the mask that it hands on.
         for mask, width in self._widths:
             if how.mask is mask:
-                return decode_attention(
-                    query[:, :, 0], keys, values, self._counts,
-                    scale=how.scale, softcap=how.softcap, window=width, sinks=how.sinks,
-                )[:, :, None]  # fmt: skip
+                with span("attention"):
+                    return decode_attention(
+                        query[:, :, 0], keys, values, self._counts,
+                        scale=how.scale, softcap=how.softcap, window=width, sinks=how.sinks,
+                    )[:, :, None]  # fmt: skip
         return super().attend(query, keys, values, how)  # a mask of the model's own making
 
 
