@@ -30,7 +30,14 @@ template <class A> constexpr A kInfinity = A(__builtin_huge_val());
 template <class A> using Lanes = std::make_integer_sequence<int, kLanes<A>>;
 template <int n> using Constant = std::integral_constant<int, n>;
 
-// Lane l of the result is lane place(l) of a and b, side by side.
+// `count` numbers in a room of more.
+template <class T>
+inline const T* copied(const T* from, int64_t count, T* room) {
+  for (int64_t i = 0; i < count; ++i) room[i] = from[i];
+  return room;
+}
+
+// Lane l of the result is lane Place::of(l) of a and b, side by side.
 template <class A, class Place, int... l>
 inline Vec<A> shuffled(Vec<A> a, Vec<A> b, Place, std::integer_sequence<int, l...>) {
 #if defined(__clang__)
@@ -53,19 +60,37 @@ inline Vec<A> folded(Vec<A> a, Vec<A> b) {
          shuffled<A>(a, b, Half<A, n, true>{}, Lanes<A>{});
 }
 
-// The sums of the lanes of four vectors.
+template <class A, int n>
+struct Down {
+  static constexpr int of(int l) { return (l + n) % kLanes<A>; }
+};
+// Adds to the lowest lane of each run of 2 n that n above it, as to others.
+template <int n, class A>
+inline Vec<A> folded(Vec<A> x) {
+  return x + shuffled<A>(x, x, Down<A, n>{}, Lanes<A>{});
+}
+
+// The lowest lane of each quarter, of which the middle ones changed places.
 template <class A>
-inline void sums_of_four(const Vec<A>* x, A* sums) {
+struct Quarters {
+  static constexpr int of(int l) { return (l % 2 * 2 + l / 2 % 2) * (kLanes<A> / 4); }
+};
+
+// Adds the sums of the lanes of four vectors to four numbers.
+template <class A>
+inline void add_sums_of_four(const Vec<A>* x, A* to) {
   constexpr int n = kLanes<A>;
+  A sums[4];
   if constexpr (n < 4) {
     for (int k = 0; k < 4; ++k) sums[k] = A(sum_lanes<A>(x[k]));
   } else {
-    // In quarters of the lanes: those of x[0], x[2], x[1] and x[3].
     Vec<A> four = folded<n / 4, A>(folded<n / 2, A>(x[0], x[1]), folded<n / 2, A>(x[2], x[3]));
-    if constexpr (n >= 8) four = folded<n / 8, A>(four, four);
-    if constexpr (n >= 16) four = folded<n / 16, A>(four, four);
-    for (int k = 0; k < 4; ++k) sums[k] = four[(k % 2 * 2 + k / 2) * (n / 4)];
+    if constexpr (n >= 16) four = folded<n / 8, A>(four);
+    if constexpr (n >= 8) four = folded<(n < 16 ? n / 8 : n / 16), A>(four);
+    four = shuffled<A>(four, four, Quarters<A>{}, Lanes<A>{});
+    std::memcpy(sums, &four, sizeof(sums));
   }
+  for (int k = 0; k < 4; ++k) to[k] += sums[k];
 }
 
 // What a task works on.
@@ -88,15 +113,15 @@ void read_queries(const DecodeAttention& args, int64_t row, int64_t head, int ti
       const Q* from = static_cast<const Q*>(args.query.data) + row * args.query.row_stride +
                       (head + g) * args.query.head_stride + first;
       A* to = room.query[g];
-      int64_t c = 0;
-      for (; c + 2 * one <= count; c += 2 * one) {
+      Q last[2 * one] = {};
+      for (int64_t c = 0; c < count; c += 2 * one) {
+        const Q* two = from + c;
+        if (count - c < 2 * one) two = copied(two, count - c, last);
         for (int i = 0; i < one; ++i) {
-          to[c + i] = scale * A(widen(from[c + i * step]));
-          to[c + one + i] = scale * A(widen(from[c + i * step + second]));
+          to[c + i] = scale * A(widen(two[i * step]));
+          to[c + one + i] = scale * A(widen(two[i * step + second]));
         }
       }
-      for (; c < count; ++c) to[c] = scale * A(widen(from[c]));
-      for (; c % one; ++c) to[c] = 0;
     }
   });
 }
@@ -105,35 +130,31 @@ void read_queries(const DecodeAttention& args, int64_t row, int64_t head, int ti
 template <int tile, class K, class A>
 void add_logits(const K* keys, int64_t stride, int64_t count, int64_t columns, Room<A>& room) {
   constexpr int one = kLanes<A>;
+  const int64_t whole = columns / (2 * one) * (2 * one), rest = columns - whole;
+  K last[kKeys][2 * one] = {};
   for (int64_t j = 0; j < count; j += kKeys) {
     const K* key[kKeys];  // the last one again, where there are no more: its logit is not used
     for (int k = 0; k < kKeys; ++k) key[k] = keys + (j + k < count ? j + k : count - 1) * stride;
-    Vec<A> sums[tile][kKeys] = {};
-    int64_t c = 0;
-    for (; c + 2 * one <= columns; c += 2 * one) {
+    Vec<A> sums[tile][kKeys];
+    for (int g = 0; g < tile; ++g) {
+      for (int k = 0; k < kKeys; ++k) sums[g][k] = Vec<A>{};
+    }
+    const auto add_two = [&](const K* const* from, int64_t at, int64_t c) {
       for (int k = 0; k < kKeys; ++k) {
         Vec<A> a, b;
-        load_two(key[k] + c, a, b);
+        load_two(from[k] + at, a, b);
         for (int g = 0; g < tile; ++g) {
           sums[g][k] = multiply_add(a, load(room.query[g] + c), sums[g][k]);
           sums[g][k] = multiply_add(b, load(room.query[g] + c + one), sums[g][k]);
         }
       }
+    };
+    for (int64_t c = 0; c < whole; c += 2 * one) add_two(key, c, c);
+    if (rest > 0) {
+      for (int k = 0; k < kKeys; ++k) key[k] = copied(key[k] + whole, rest, last[k]);
+      add_two(key, 0, whole);
     }
-    for (; c < columns; c += one) {
-      for (int k = 0; k < kKeys; ++k) {
-        const int64_t n = columns - c;
-        const Vec<A> a = n < one ? load_first(key[k] + c, n) : load(key[k] + c);
-        for (int g = 0; g < tile; ++g) {
-          sums[g][k] = multiply_add(a, load(room.query[g] + c), sums[g][k]);
-        }
-      }
-    }
-    for (int g = 0; g < tile; ++g) {
-      A found[kKeys];
-      sums_of_four<A>(sums[g], found);
-      for (int k = 0; k < kKeys; ++k) room.z[g][j + k] += found[k];
-    }
+    for (int g = 0; g < tile; ++g) add_sums_of_four<A>(sums[g], room.z[g] + j);
   }
 }
 
