@@ -24,7 +24,7 @@ DTYPES = pytest.mark.parametrize(
 # (query heads, key/value heads, their width, the values' width, the length of a slot)
 SHAPES = [
     (3, 3, 32, 32, 40), (9, 3, 64, 64, 131), (2, 1, 80, 80, 300), (8, 1, 128, 96, 33),
-    (14, 2, 16, 24, 20), (20, 1, 5, 3, 9), (2, 2, 256, 256, 17),
+    (14, 2, 16, 24, 20), (20, 1, 5, 3, 9), (2, 2, 256, 256, 17), (3, 1, 8, 8, 600),
 ]  # fmt: skip
 OPTIONS: list[dict[str, Any]] = [
     {}, {"softcap": 3.0}, {"window": 6}, {"sinks": True},
@@ -115,6 +115,28 @@ def test_options_by_hand(impl: str) -> None:
 
 
 @KERNELS
+def test_logits_of_any_size(impl: str) -> None:
+    """One key takes all, in any part; the weights of all others are 0."""
+    for at in (0, 299, 700):
+        keys = torch.zeros(1, 1, 701, 4)
+        keys[..., at, :] = 1e4
+        values = torch.arange(701.0).view(1, 1, 701, 1).expand(-1, -1, -1, 3)
+        for sign in (1.0, -1.0):
+            query = torch.full((1, 2, 4), 1e4 * sign)
+            found = decode_attention(query, keys, values, torch.tensor([701]), scale=1.0, impl=impl)
+            expected = at if sign > 0 else (700 * 701 / 2 - at) / 700
+            torch.testing.assert_close(found, torch.full_like(found, expected))
+
+
+@KERNELS
+def test_nan_in_a_key_stays(impl: str) -> None:
+    given = arguments((4, 2, 8, 8, 10))
+    given["keys"][1, 0, 3, 2] = torch.nan
+    found = decode_attention(**given, impl=impl)
+    assert found[1, :2].isnan().all() and not found[1, 2:].isnan().any()
+
+
+@KERNELS
 def test_layouts(impl: str) -> None:
     """Any strides, the last one too; empty batches, slots and widths."""
     given = arguments((4, 2, 8, 8, 10))
@@ -133,14 +155,18 @@ def test_layouts(impl: str) -> None:
         assert empty.shape == (rows, 4, 8) and not (longest == 0 and empty.any())
 
 
-@KERNELS
-def test_a_row_does_not_depend_on_its_batch(impl: str) -> None:
-    """Nor on the slots of the others: the same bits."""
-    given = arguments((6, 2, 32, 32, 300))
+@pytest.mark.parametrize(
+    "impl", ops.implementations_of("decode_attention", but=("reference", "triton"))
+)
+def test_same_bits_for_any_threads_and_batch(impl: str) -> None:
+    """On a CPU the parts of a row depend on its own length alone."""
+    given = arguments((6, 2, 32, 32, 700))
     together = decode_attention(**given, impl=impl)
+    torch.set_num_threads(3)
+    assert torch.equal(decode_attention(**given, impl=impl), together)
     for b in range(5):
-        one = {name: given[name][b : b + 1] for name in ("query", "keys", "values", "lengths")}
-        alone = decode_attention(**given | one, impl=impl)
+        names = ("query", "keys", "values", "lengths")
+        alone = decode_attention(**given | {n: given[n][b : b + 1] for n in names}, impl=impl)
         assert torch.equal(alone[0], together[b])
 
 

@@ -8,15 +8,16 @@
 // sum above l are kept of each, and merged in order.
 #include <cmath>
 #include <type_traits>
-#include <utility>
 
 #include "exp.h"
+#include "sums_of_lanes.h"
 #include "threads.h"
 
 namespace ppo::PPO_ISA {
 namespace {
 
-// So many heads and vectors of values that their sums fit the registers, beside those of kKeys keys.
+// So many heads that their sums over kKeys keys, or over kPairs pairs of vectors of values, fit the
+// registers.
 #if defined(__AVX512F__)
 constexpr int kTile = 4, kPairs = 2;
 #else
@@ -24,48 +25,29 @@ constexpr int kTile = 3, kPairs = 1;
 #endif
 constexpr int kKeys = 4;
 constexpr int64_t kColumns = 512;  // of the queries at a time
+constexpr int64_t kPrefetchBytes = 8192;
 constexpr double kLog2E = 1.4426950408889634074;
 
 template <class A> constexpr A kInfinity = A(__builtin_huge_val());
-template <class A> using Lanes = std::make_integer_sequence<int, kLanes<A>>;
 template <int n> using Constant = std::integral_constant<int, n>;
 
-// Lane l of the result is lane place(l) of a and b, side by side.
-template <class A, class Place, int... l>
-inline Vec<A> shuffled(Vec<A> a, Vec<A> b, Place, std::integer_sequence<int, l...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, Place::of(l)...);
-#else
-  return __builtin_shuffle(a, b, Bits<A>{Place::of(l)...});
-#endif
+// Prefetches what lies kPrefetchBytes behind 2 kLanes numbers, or, where that is beyond `end`, as
+// far behind `then`: the processor's own prefetching stops at the end of a page, and a row has few.
+// In line, as GCC 12 leaves out calls of a function that does nothing else.
+template <class T>
+__attribute__((always_inline)) inline void prefetch(const T* from, const T* end, const T* then) {
+  const T* ahead = from + kPrefetchBytes / sizeof(T);
+  ahead = ahead < end ? ahead : then + (ahead - end);
+  for (int b = 0; b < 2 * kLanes<Accumulator<T>>; b += 64 / int(sizeof(T))) {
+    __builtin_prefetch(ahead + b);
+  }
 }
 
-// Of each run of 2 n lanes the lower n (or, with `upper`, the upper n), of a, then of b.
-template <class A, int n, bool upper>
-struct Half {
-  static constexpr int of(int l) {
-    return l / (2 * n) * (2 * n) + l % n + (upper ? n : 0) + (l / n % 2 ? kLanes<A> : 0);
-  }
-};
-template <int n, class A>
-inline Vec<A> folded(Vec<A> a, Vec<A> b) {
-  return shuffled<A>(a, b, Half<A, n, false>{}, Lanes<A>{}) +
-         shuffled<A>(a, b, Half<A, n, true>{}, Lanes<A>{});
-}
-
-// The sums of the lanes of four vectors.
-template <class A>
-inline void sums_of_four(const Vec<A>* x, A* sums) {
-  constexpr int n = kLanes<A>;
-  if constexpr (n < 4) {
-    for (int k = 0; k < 4; ++k) sums[k] = A(sum_lanes<A>(x[k]));
-  } else {
-    // In quarters of the lanes: those of x[0], x[2], x[1] and x[3].
-    Vec<A> four = folded<n / 4, A>(folded<n / 2, A>(x[0], x[1]), folded<n / 2, A>(x[2], x[3]));
-    if constexpr (n >= 8) four = folded<n / 8, A>(four, four);
-    if constexpr (n >= 16) four = folded<n / 16, A>(four, four);
-    for (int k = 0; k < 4; ++k) sums[k] = four[(k % 2 * 2 + k / 2) * (n / 4)];
-  }
+// `count` numbers in a room of more.
+template <class T>
+inline const T* copied(const T* from, int64_t count, T* room) {
+  for (int64_t i = 0; i < count; ++i) room[i] = from[i];
+  return room;
 }
 
 // What a task works on.
@@ -88,52 +70,51 @@ void read_queries(const DecodeAttention& args, int64_t row, int64_t head, int ti
       const Q* from = static_cast<const Q*>(args.query.data) + row * args.query.row_stride +
                       (head + g) * args.query.head_stride + first;
       A* to = room.query[g];
-      int64_t c = 0;
-      for (; c + 2 * one <= count; c += 2 * one) {
+      Q last[2 * one] = {};
+      for (int64_t c = 0; c < count; c += 2 * one) {
+        const Q* two = from + c;
+        if (count - c < 2 * one) two = copied(two, count - c, last);
         for (int i = 0; i < one; ++i) {
-          to[c + i] = scale * A(widen(from[c + i * step]));
-          to[c + one + i] = scale * A(widen(from[c + i * step + second]));
+          to[c + i] = scale * A(widen(two[i * step]));
+          to[c + one + i] = scale * A(widen(two[i * step + second]));
         }
       }
-      for (; c < count; ++c) to[c] = scale * A(widen(from[c]));
-      for (; c % one; ++c) to[c] = 0;
     }
   });
 }
 
 // Adds q k to the logits of `count` keys, for those columns.
 template <int tile, class K, class A>
-void add_logits(const K* keys, int64_t stride, int64_t count, int64_t columns, Room<A>& room) {
+void add_logits(const K* keys, int64_t stride, int64_t count, int64_t columns, const K* values,
+                Room<A>& room) {
   constexpr int one = kLanes<A>;
+  const K* const end = keys + count * stride;
+  const int64_t whole = columns / (2 * one) * (2 * one), rest = columns - whole;
+  K last[kKeys][2 * one] = {};
   for (int64_t j = 0; j < count; j += kKeys) {
     const K* key[kKeys];  // the last one again, where there are no more: its logit is not used
     for (int k = 0; k < kKeys; ++k) key[k] = keys + (j + k < count ? j + k : count - 1) * stride;
-    Vec<A> sums[tile][kKeys] = {};
-    int64_t c = 0;
-    for (; c + 2 * one <= columns; c += 2 * one) {
+    Vec<A> sums[tile][kKeys];
+    for (int g = 0; g < tile; ++g) {
+      for (int k = 0; k < kKeys; ++k) sums[g][k] = Vec<A>{};
+    }
+    const auto add_two = [&](const K* const* from, int64_t at, int64_t c) {
       for (int k = 0; k < kKeys; ++k) {
         Vec<A> a, b;
-        load_two(key[k] + c, a, b);
+        prefetch(from[k] + at, end, values);
+        load_two(from[k] + at, a, b);
         for (int g = 0; g < tile; ++g) {
           sums[g][k] = multiply_add(a, load(room.query[g] + c), sums[g][k]);
           sums[g][k] = multiply_add(b, load(room.query[g] + c + one), sums[g][k]);
         }
       }
+    };
+    for (int64_t c = 0; c < whole; c += 2 * one) add_two(key, c, c);
+    if (rest > 0) {
+      for (int k = 0; k < kKeys; ++k) key[k] = copied(key[k] + whole, rest, last[k]);
+      add_two(key, 0, whole);
     }
-    for (; c < columns; c += one) {
-      for (int k = 0; k < kKeys; ++k) {
-        const int64_t n = columns - c;
-        const Vec<A> a = n < one ? load_first(key[k] + c, n) : load(key[k] + c);
-        for (int g = 0; g < tile; ++g) {
-          sums[g][k] = multiply_add(a, load(room.query[g] + c), sums[g][k]);
-        }
-      }
-    }
-    for (int g = 0; g < tile; ++g) {
-      A found[kKeys];
-      sums_of_four<A>(sums[g], found);
-      for (int k = 0; k < kKeys; ++k) room.z[g][j + k] += found[k];
-    }
+    for (int g = 0; g < tile; ++g) add_sums_of_four<A>(sums[g], room.z[g] + j);
   }
 }
 
@@ -162,13 +143,17 @@ void weigh(int g, int64_t count, A softcap, Room<A>& room) {
 // The weighted sums of 2 `pairs` kLanes columns of values, or of one vector of n where that is 0.
 template <int tile, int pairs, class K, class A>
 void sum_values(const K* values, int64_t stride, int64_t count, int64_t n, const Room<A>& room,
-                Vec<A> (&sums)[tile][pairs ? 2 * pairs : 1]) {
+                const K* then, Vec<A> (&sums)[tile][pairs ? 2 * pairs : 1]) {
   constexpr int one = kLanes<A>, vectors = pairs ? 2 * pairs : 1;
   Vec<A> lanes[tile][vectors] = {};
+  const K* const end = values + count * stride;
   for (int64_t j = 0; j < count; ++j) {
     const K* value = values + j * stride;
     Vec<A> v[vectors];
-    for (int i = 0; i < pairs; ++i) load_two(value + 2 * i * one, v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < pairs; ++i) {
+      prefetch(value + 2 * i * one, end, then);
+      load_two(value + 2 * i * one, v[2 * i], v[2 * i + 1]);
+    }
     if (pairs == 0) v[0] = n < one ? load_first(value, n) : load(value);
     for (int g = 0; g < tile; ++g) {
       const Vec<A> p = splat(room.z[g][j]);
@@ -237,17 +222,24 @@ int64_t keys_of(const DecodeAttention& args, int64_t row) {
   return args.lengths[row] < args.window ? args.lengths[row] : args.window;
 }
 
-// One piece of a row's keys, for `tile` heads from `head` on.
+// Where in x, keys or values, those of a piece begin.
+template <class K>
+const K* start(const DecodeAttention& args, const Heads& x, int64_t row, int64_t kv_head,
+               int64_t piece) {
+  const int64_t first = args.lengths[row] - keys_of(args, row) + piece * kKeysPerPiece;
+  return static_cast<const K*>(x.data) + row * x.row_stride + kv_head * x.head_stride +
+         first * x.key_stride;
+}
+
+// One piece of a row's keys, for `tile` heads from `head` on. What is read after it is at `then`.
 template <int tile, class K, class A = Accumulator<K>>
-void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piece) {
+void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piece, const K* then) {
   constexpr int64_t one = kLanes<A>;
   const int64_t used = keys_of(args, row), left = used - piece * kKeysPerPiece;
   if (left <= 0 && piece > 0) return;
   const int64_t count = left < kKeysPerPiece ? left : kKeysPerPiece, kv_head = head / args.group;
-  const auto start = [&](const Heads& x) {
-    return static_cast<const K*>(x.data) + row * x.row_stride + kv_head * x.head_stride +
-           (args.lengths[row] - left) * x.key_stride;
-  };
+  const K* const keys = start<K>(args, args.keys, row, kv_head, piece);
+  const K* const values = start<K>(args, args.values, row, kv_head, piece);
 
   Room<A> room;
   for (int g = 0; g < tile; ++g) {
@@ -256,7 +248,7 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piec
   for (int64_t c = 0; c < args.width; c += kColumns) {
     const int64_t n = args.width - c < kColumns ? args.width - c : kColumns;
     read_queries<K>(args, row, head, tile, c, n, room);
-    add_logits<tile>(start(args.keys) + c, args.keys.key_stride, count, n, room);
+    add_logits<tile>(keys + c, args.keys.key_stride, count, n, values, room);
   }
 
   Output outputs[tile];
@@ -275,12 +267,11 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piec
     }
   }
 
-  const K* values = start(args.values);
   int64_t c = 0;
   const auto whole = [&](auto pairs) {
     for (; c + 2 * pairs * one <= args.value_width; c += 2 * pairs * one) {
       Vec<A> sums[tile][2 * pairs];
-      sum_values<tile, pairs>(values + c, args.values.key_stride, count, one, room, sums);
+      sum_values<tile, pairs>(values + c, args.values.key_stride, count, one, room, then, sums);
       for (int g = 0; g < tile; ++g) {
         for (int i = 0; i < pairs; ++i) {
           outputs[g].template put_two<K, A>(c + 2 * i * one, sums[g][2 * i], sums[g][2 * i + 1],
@@ -294,7 +285,7 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piec
   for (; c < args.value_width; c += one) {
     const int64_t n = args.value_width - c < one ? args.value_width - c : one;
     Vec<A> sums[tile][1];
-    sum_values<tile, 0>(values + c, args.values.key_stride, count, n, room, sums);
+    sum_values<tile, 0>(values + c, args.values.key_stride, count, n, room, then, sums);
     for (int g = 0; g < tile; ++g) outputs[g].template put<A>(c, n, sums[g][0], factors[g]);
   }
 }
@@ -328,9 +319,9 @@ void merge(const DecodeAttention& args, int64_t row, int64_t head) {
 
 template <int tile, class K>
 void attend_group(const DecodeAttention& args, int64_t row, int64_t head, int64_t end,
-                  int64_t piece) {
-  for (; head + tile <= end; head += tile) attend<tile, K>(args, row, head, piece);
-  if constexpr (tile > 1) attend_group<tile - 1, K>(args, row, head, end, piece);
+                  int64_t piece, const K* then) {
+  for (; head + tile <= end; head += tile) attend<tile, K>(args, row, head, piece, then);
+  if constexpr (tile > 1) attend_group<tile - 1, K>(args, row, head, end, piece, then);
 }
 
 }  // namespace
@@ -339,10 +330,15 @@ void decode_attention(const DecodeAttention& args) {
   with_dtype(args.dtype, [&](auto zero) {
     using K = decltype(zero);
     const int64_t heads = args.kv_heads * args.group;
-    parallel_for(args.rows * args.kv_heads * args.pieces, args.threads, [&](int64_t i) {
-      const int64_t first = i / args.pieces % args.kv_heads * args.group;
-      attend_group<kTile, K>(args, i / args.pieces / args.kv_heads, first, first + args.group,
-                             i % args.pieces);
+    const int64_t tasks = args.rows * args.kv_heads * args.pieces;
+    parallel_for(tasks, args.threads, [&](int64_t i) {
+      const int64_t piece = i % args.pieces, kv_head = i / args.pieces % args.kv_heads;
+      const int64_t row = i / args.pieces / args.kv_heads, first = kv_head * args.group;
+      // The threads take turns, more or less.
+      const int64_t next = i + args.threads < tasks ? i + args.threads : i;
+      const K* then = start<K>(args, args.keys, next / args.pieces / args.kv_heads,
+                               next / args.pieces % args.kv_heads, next % args.pieces);
+      attend_group<kTile, K>(args, row, first, first + args.group, piece, then);
     });
     if (args.pieces == 1) return;
     parallel_for(args.rows * heads, args.threads, [&](int64_t i) {

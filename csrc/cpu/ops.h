@@ -226,8 +226,8 @@ struct RankingLossArgs {
   int threads;
 };
 
-// Keys that are attended to at a time. What is merged depends on the lengths alone, so that no result
-// depends on the number of threads, nor on the rows beside it.
+// Keys that are attended to at a time. What is merged depends on the row's length alone, so that no
+// result depends on the number of threads, nor on the other rows.
 constexpr int64_t kKeysPerPiece = 256;
 
 // Numbers of a row and head, side by side; strides in elements.

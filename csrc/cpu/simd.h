@@ -108,7 +108,7 @@ inline void load_two(const bf16* p, Vec<float>& a, Vec<float>& b) {
   b = bit_cast<Vec<float>>(words & 0xffff0000u);
 }
 
-// That order: in memory, the numbers of a are kStepOfTwo apart, each kSecondOfTwo before its one of b.
+// That order: in memory, the numbers of a are kStepOfTwo apart, and kSecondOfTwo before those of b.
 template <class T> constexpr int kStepOfTwo = std::is_same<T, bf16>::value ? 2 : 1;
 template <class T>
 constexpr int kSecondOfTwo = std::is_same<T, bf16>::value ? 1 : kLanes<Accumulator<T>>;

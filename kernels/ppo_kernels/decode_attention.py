@@ -60,33 +60,34 @@ def decode_attention(
     if window is not None:
         checks.number(OP, "window", window, ge=1, lt=2**63)
     impl = dispatch.resolve(OP, impl, query.device)
-    with torch.no_grad():
-        if impl == "reference":
-            check_lengths(lengths, keys)
+    if impl == "reference":
+        check_lengths(lengths, keys.shape[2])
+        with torch.no_grad():
             return reference.decode_attention(
                 query, keys, values, lengths, scale=scale, softcap=softcap, window=window,
                 sinks=sinks,
             )  # fmt: skip
-        out = query.new_empty((*query.shape[:2], values.shape[-1]))
-        dtype = dispatch.accumulator(dispatch.common_dtype(query, keys, sinks))
-        query, keys, values = map(dispatch.side_by_side, (query, keys, values))
-        lengths = lengths.contiguous()
-        sinks = None if sinks is None else sinks.to(dtype).contiguous()
-        window = keys.shape[2] if window is None else min(window, keys.shape[2])
-        if impl == "cpp":
-            if dtype is torch.float64:
-                keys, values = keys.to(dtype), values.to(dtype)
-            wrong = dispatch.cpu.decode_attention(
-                query, keys, values, lengths, scale, math.inf if softcap is None else softcap,
-                window, sinks, out, torch.get_num_threads(),
-            )  # fmt: skip
-            if wrong >= 0:
-                raise _no_length(lengths, wrong, keys)
-        else:
-            check_lengths(lengths, keys)
-            dispatch.triton_kernels("decode_attention").decode_attention(
-                query, keys, values, lengths, scale, softcap, window, sinks, out, dtype
-            )
+    out = query.new_empty((*query.shape[:2], values.shape[-1]))
+    dtype = dispatch.accumulator(dispatch.common_dtype(query, keys, sinks))
+    query, keys, values = map(dispatch.side_by_side, (query, keys, values))
+    lengths = lengths.contiguous()
+    sinks = None if sinks is None else sinks.to(dtype).contiguous()
+    longest = keys.shape[2]
+    window = longest if window is None else min(window, longest)
+    if impl == "cpp":
+        if dtype is torch.float64:
+            keys, values = keys.to(dtype), values.to(dtype)
+        wrong = dispatch.cpu.decode_attention(
+            query, keys, values, lengths, scale, math.inf if softcap is None else softcap, window,
+            sinks, out, torch.get_num_threads(),
+        )  # fmt: skip
+        if wrong >= 0:
+            raise _no_length(lengths, wrong, longest)
+    else:
+        check_lengths(lengths, longest)
+        dispatch.triton_kernels("decode_attention").decode_attention(
+            query, keys, values, lengths, scale, softcap, window, sinks, out, dtype
+        )
     return out
 
 
@@ -97,37 +98,38 @@ def _check(
     checks.tensor(OP, "query", query)
     checks.tensor(OP, "keys", keys, like=("query", query))
     checks.tensor(OP, "values", values, (keys.dtype,), like=("query", query))
-    shapes = f"{tuple(query.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}"
-    fit = query.ndim == 3 and keys.ndim == values.ndim == 4
-    if not fit or (
-        keys.shape[:3] != values.shape[:3]
-        or keys.shape[0] != query.shape[0]
-        or keys.shape[3] != query.shape[2]
+    of_query, of_keys, of_values = query.shape, keys.shape, values.shape
+    if (
+        len(of_query) != 3
+        or len(of_keys) != 4
+        or of_values[:-1] != of_keys[:-1]
+        or of_query[0] != of_keys[0]
+        or of_query[2] != of_keys[3]
     ):
         raise ValueError(
             f"{OP}: query, keys and values must be [B, Hq, D], [B, Hkv, S, D] and [B, Hkv, S, Dv], "
-            f"but are {shapes}"
+            f"but are {tuple(of_query)}, {tuple(of_keys)} and {tuple(of_values)}"
         )
-    heads, kv_heads = query.shape[1], keys.shape[1]
+    heads, kv_heads = of_query[1], of_keys[1]
     if heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(
             f"{OP}: the query must have a multiple of the keys' {kv_heads} heads, but has {heads}"
         )
     like = ("query", query)
-    checks.tensor(OP, "lengths", lengths, (torch.int64,), shape=(query.shape[0],), like=like)
+    checks.tensor(OP, "lengths", lengths, (torch.int64,), shape=(of_query[0],), like=like)
     if sinks is not None:
         checks.tensor(OP, "sinks", sinks, shape=(heads,), like=like)
 
 
-def check_lengths(lengths: Tensor, keys: Tensor) -> None:
-    """Raise ValueError for the first that no row of keys has; trusted where not on the CPU."""
+def check_lengths(lengths: Tensor, longest: int) -> None:
+    """Raise ValueError for the first that is longer; trusted where not on the CPU."""
     if lengths.device.type == "cpu":
-        wrong = (lengths < 0) | (lengths > keys.shape[2])
+        wrong = (lengths < 0) | (lengths > longest)
         if wrong.any():
-            raise _no_length(lengths, int(wrong.int().argmax()), keys)
+            raise _no_length(lengths, int(wrong.int().argmax()), longest)
 
 
-def _no_length(lengths: Tensor, at: int, keys: Tensor) -> ValueError:
+def _no_length(lengths: Tensor, at: int, longest: int) -> ValueError:
     return ValueError(
-        f"{OP}: lengths[{at}] is {int(lengths[at])}, but must be within 0 to {keys.shape[2]}"
+        f"{OP}: lengths[{at}] is {int(lengths[at])}, but must be within 0 to {longest}"
     )
