@@ -8,8 +8,8 @@ from torch import Tensor
 from bench.case import Case, Cost, Inputs, Outputs, Size, compiled, normal
 from ppo_kernels import sample
 
-# (size, rows, vocabulary, dtypes): a token each of so many sequences; SmolLM2's vocabulary on a CPU,
-# Qwen2.5's on a GPU.
+# (size, rows, vocabulary, dtypes): a token each of so many sequences. SmolLM2's vocabulary on a
+# CPU, Qwen2.5's on a GPU.
 _SHAPES: dict[str, list[tuple[Size, int, int, list[torch.dtype]]]] = {
     "cpu": [
         ("small", 8, 64, [torch.float32]),
@@ -33,9 +33,7 @@ def cases(device: str) -> list[Case]:
     ]
 
 
-def _case(
-    device: str, size: Size, rows: int, vocab: int, dtype: torch.dtype, top_p: float
-) -> Case:
+def _case(device: str, size: Size, rows: int, vocab: int, dtype: torch.dtype, top_p: float) -> Case:
     def inputs(on: torch.device) -> Inputs:
         generator = torch.Generator(on).manual_seed(3)
         return {

@@ -159,8 +159,14 @@ def calls() -> Iterator[Callable[[], object]]:
                 torch.randn(2, 49152).to(d), **s, seed=1, offset=0, impl="triton"
             )
     yield lambda: ppo_kernels.sample(
-        torch.randn(2, 300), top_p=0.9, seed=1, offset=torch.tensor(3), impl="triton"
+        torch.randn(2, 300), top_p=0.9, seed=1, offset=torch.arange(2), impl="triton"
     )
+    # What is 0-dim on a GPU is read there; of a CPU's the op makes numbers.
+    for counters in (torch.tensor(3), torch.arange(2)):
+        yield lambda c=counters: dispatch.triton_kernels("sample").sample(
+            torch.randn(2, 49152), 1.0, 0, 1.0, torch.tensor(1), 0, c,
+            torch.empty(2, dtype=torch.int64), torch.empty(2),
+        )  # fmt: skip
 
     def attention(
         heads: int, kv_heads: int, width: int, longest: int, dtype: torch.dtype,

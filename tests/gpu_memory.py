@@ -22,6 +22,8 @@ def main() -> None:
     everything()()
     logits = torch.randn(3, 1000, device="cuda")
     ppo_kernels.sample(logits, top_k=9, top_p=0.9, seed=1, offset=0)
+    offset = torch.arange(3, device="cuda")
+    ppo_kernels.sample(logits, seed=torch.tensor(1, device="cuda"), offset=offset)
     ppo_kernels.ranking_loss(logits[:, :5], torch.randint(-1, 4, (3, 5), device="cuda"))
     query, slots = (
         torch.randn(3, 6, 24, device="cuda"),

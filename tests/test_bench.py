@@ -28,7 +28,6 @@ from bench.results import Row, read_csv, write_csv
 from bench.targets import TARGETS, verdicts
 from bench.timing import Timing, peak_extra_bytes, time_in_turn
 from ppo_engine.memory import keep_freed_memory
-from ppo_kernels import dispatch, implementations
 from ppo_kernels.dispatch import OPS
 
 CPU = torch.device("cpu")

@@ -300,6 +300,35 @@ def test_linear_ops_in_a_cuda_graph() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_cuda_graph_draws_anew() -> None:
+    """Seed and counters are read on the device, without a wait; the tokens are the reference's."""
+    logits, seed = torch.randn(6, 50_257, device="cuda"), torch.tensor(0, device="cuda")
+    offset = torch.zeros(6, dtype=torch.int64, device="cuda")
+
+    def draw() -> tuple[Tensor, Tensor]:
+        return ppo_kernels.sample(logits, top_p=0.9, seed=seed, offset=offset)
+
+    draw()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draw()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, logprobs = draw()
+    for step in range(3):
+        seed.fill_(2**40 + step)
+        offset.copy_(100 * step + torch.arange(6).flip(0))
+        graph.replay()
+        expected, of_expected = ppo_kernels.sample(
+            logits.cpu(), top_p=0.9, seed=2**40 + step, offset=offset.cpu(), impl="reference"
+        )
+        assert torch.equal(tokens.cpu(), expected)
+        torch.testing.assert_close(logprobs.cpu(), of_expected, rtol=1e-4, atol=1e-4)
+
+
 def test_linear_loss_takes_the_memory_of_a_chunk() -> None:
     """Beside the gradients, here 16,384 tokens of which 4,096 at a time have logits."""
     width, vocab, tokens = 256, 32_000, 16_384

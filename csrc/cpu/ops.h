@@ -133,7 +133,7 @@ struct SampleArgs {
   int64_t* tokens;  // out, [N]
   void* logprobs;   // out, [N], accumulation dtype
   int64_t tasks;    // that the rows are shared out to
-  void* lists;      // scratch: two lists of each task, accumulation dtype; null without top-k, top-p
+  void* lists;      // scratch: two of each task, accumulation dtype; null without top-k and top-p
   int threads;
 };
 

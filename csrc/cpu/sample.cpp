@@ -1,14 +1,15 @@
 // A token of each row of logits z, drawn by the inverse of the distribution function, and its
 // log-prob: with a number u in [0, 1), the first token y, in the order of the vocabulary, with
 //
-//   sum_{j <= y} w_j > u W,  w_j = e^{(z_j - M) / T},  W = sum w_j;  log p_y = (z_y - M) / T - log W
+//   sum_{j <= y} w_j > u W,  w_j = e^{(z_j - M) / T},  W = sum w_j
+//   log p_y = (z_y - M) / T - log W
 //
 // One pass over the row, in blocks, sums the weights up to the end of each block; only the block in
 // which they pass u W is read again.
 //
 // With top-k or top-p the lowest logit that is kept has to be found. A part of the row says how low
-// that may be at least; logits from there on, few, are listed in a second pass, without exponentials,
-// and the search is among these. Where they turn out not to be enough, all that might be kept are.
+// it may be; the logits from there on, few, are listed in a second pass, without exponentials, and
+// the search is among these. Where they turn out not to be enough, all that might be kept are.
 #include "select.h"
 #include "threads.h"
 
@@ -134,14 +135,14 @@ class Sampler {
     const Weights<A> weigh(args_.temperature, A(shift_));
     A lowest = -kInfinity<A>;
     if (args_.top_k > 0) {
-      // In a part of the row there are so many of these, four standard deviations more at most.
+      // A fair share of them in a part of the row, and four standard deviations more.
       const double k = double(args_.top_k), fair = k / kStride;
       const auto enough = [&](double) { return fair + 4 * std::sqrt(fair) + 4; };
       lowest = lowest_kept(lowest, k, enough, Ones<A>(), list, scratch);
       weight_ = sum_of(list, counted_, from(lowest, weigh));
     }
     if (args_.top_p < 1) {
-      // What is not kept weighs little each: a part of the row shows how much, better than the rest.
+      // The logits that are not kept weigh little each, so that a part of them tells of all.
       const double rest = (1 - args_.top_p) * weight_ / kStride;
       const auto enough = [&](double of_part) { return of_part - 0.8 * rest; };
       const A bound = never_needed();
@@ -175,8 +176,8 @@ class Sampler {
     return A(z - 4 * eps * (std::fabs(z) + std::fabs(shift_)));
   }
 
-  // The largest logit that with all above it weighs `least`, as all from `bound` on do. `enough` says
-  // what to keep of a part of the row that weighs so much.
+  // The largest logit that with all above it weighs `least`, as all from `bound` on do. `enough`
+  // says what to keep of a part of the row that weighs so much.
   template <class Enough, class Weigh>
   A lowest_kept(A bound, double least, const Enough& enough, const Weigh& weigh, A* list,
                 A* scratch) {

@@ -134,8 +134,7 @@ double sum_of(const A* list, int64_t n, const Weigh& weigh) {
 }
 
 // The largest number of a list that together with all above it weighs `least`; the smallest where
-// all do not. By bisection; each step leaves in the list, which is changed, only what is between the
-// bounds.
+// all do not. By bisection; each step leaves in the list only what is between the bounds.
 template <class A, class Weigh>
 A lowest_of(A* list, int64_t n, double least, const Weigh& weigh) {
   int64_t low = 0, high = 0;
