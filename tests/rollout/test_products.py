@@ -137,7 +137,7 @@ def test_an_optimizers_step_is_seen_after_refresh(family, tied, dtype, packed):
     assert distance < 0.1 * (before - expected).float().norm()
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_on_a_gpu_copies_keep_their_addresses():
     """A captured graph reads them, also after `release`. (The tensors of this GPU are a CPU's.)"""
     ours = Products(model_of("qwen2"), device=torch.device("cuda"), dtype=BF16)
