@@ -163,6 +163,20 @@ def test_tokens_depend_on_nothing_but_the_response(monkeypatch: pytest.MonkeyPat
         assert other == found["whole"], name
 
 
+def test_torchs_seed_is_that_of_the_draws() -> None:
+    sampler = Sampler(policy_of(sharp_model()))
+    config, requests = GenerationConfig(max_new_tokens=NEW), [Request([5], 0, 0)]
+
+    def drawn() -> list[list[int]]:
+        with sampler.session(config, rows=1) as go_on:
+            return tokens(go_on(requests))
+
+    torch.manual_seed(3)
+    first, second = drawn(), drawn()
+    torch.manual_seed(3)
+    assert first == drawn() != second
+
+
 @pytest.mark.parametrize("ahead", [1, 16])
 def test_a_later_turn_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
     """And writes what it would write behind the whole conversation."""

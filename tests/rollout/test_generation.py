@@ -15,6 +15,7 @@ from ppo_engine.models.value_model import value_model_from_policy
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.model import RewardModel
 from ppo_engine.rollout.environment import Environment
+from ppo_engine.rollout.schedule import Schedule
 from ppo_engine.settings.schema import EnvironmentConfig, GenerationConfig, PPOConfig, RunConfig
 from ppo_kernels import gae
 
@@ -290,3 +291,33 @@ def test_sampled_turns_end_to_end():
     metrics = engine.update(engine.estimate_advantages(rollout, scores))
     assert metrics["policy/ratio_max"] == 1.0 and metrics["objective/kl"] == 0.0
     assert isinstance(engine.environment, Environment)
+
+
+def test_every_token_has_a_random_number_of_its_own(monkeypatch):
+    """Of each turn of each response."""
+    seen = []
+    write = Schedule.write
+
+    def spy(self, requests, limit, *args):
+        seen.extend(request.counter for request in requests)
+        return write(self, requests, limit, *args)
+
+    monkeypatch.setattr(Schedule, "write", spy)
+    model = tiny_model()
+    model.generation_config.eos_token_id = list(range(200))
+    config = PPOConfig(run=RunConfig(device="cpu"), generation=GenerationConfig(max_new_tokens=8))
+    engine = PPOEngine(
+        model,
+        lambda prompts, responses: [0.0] * len(prompts),
+        config=config,
+        tokenizer=TOKENIZER,
+        environment=Environment(lambda prompts, turns: [" more"] * len(turns), 3),
+    )
+    rollout = engine.generate(["a", "b"], group_size=2)
+    assert len(seen) > 8
+    expected = []
+    for row, own in enumerate(rollout.mask):
+        begins = own & ~torch.cat((own.new_zeros(1), own[:-1]))
+        # After the numbers of all tokens that any response before it could have.
+        expected += [row * 3 * 8 + int(own[:place].sum()) for place in begins.nonzero()]
+    assert sorted(seen) == sorted(expected)
