@@ -69,7 +69,7 @@ def noisy(prompts: list[str], responses: list[str]) -> list[float]:
 
 def ppo(model: str, folder: Path, *, reward: Any = noisy, **run: Any) -> PPOTrainer:
     random.seed(1)
-    settings = config(folder, steps=STEPS, sample_every=1, **run)
+    settings = config(folder, steps=STEPS, sample_every=1, seed=8, **run)
     policy = ModelConfig(optimizer=OptimizerConfig(learning_rate=3e-2))
     held_out = EvaluationConfig(prompts=2, every=2)
     settings = replace(settings, policy=policy, evaluation=held_out)

@@ -64,7 +64,7 @@ def test_several_rewards_are_measured_apart_and_asked_once(model, tmp_path):
         calls.append(len(responses))
         return [-len(response) for response in responses]
 
-    settings = config(tmp_path / "run", steps=1, sample_every=1)
+    settings = config(tmp_path / "run", steps=1, sample_every=1, seed=1)
     settings = replace(settings, reward=RewardConfig(weights=[1, 0.5]))
     rewards = {"length": length_reward, "short": shortness}
     metrics = PPOTrainer(model, rewards, PROMPTS, config=settings).train()
