@@ -106,6 +106,7 @@ def test_options_by_hand(impl: str) -> None:
     assert of(2) == pytest.approx(5 / 3)
     assert of(window=2) == pytest.approx(13 / 5)
     assert of(window=1) == pytest.approx(3)
+    assert of(window=2**62) == of()
     assert of(sinks=torch.tensor([6.0]).log()) == pytest.approx(14 / 12)
     capped = (keys.flatten() / 0.5).tanh().mul(0.5).exp()
     assert of(softcap=0.5) == pytest.approx(
