@@ -106,6 +106,7 @@ def test_options_by_hand(impl: str) -> None:
     assert of(2) == pytest.approx(5 / 3)
     assert of(window=2) == pytest.approx(13 / 5)
     assert of(window=1) == pytest.approx(3)
+    assert of(window=2**62) == of()
     assert of(sinks=torch.tensor([6.0]).log()) == pytest.approx(14 / 12)
     capped = (keys.flatten() / 0.5).tanh().mul(0.5).exp()
     assert of(softcap=0.5) == pytest.approx(
@@ -116,15 +117,17 @@ def test_options_by_hand(impl: str) -> None:
 
 @KERNELS
 def test_logits_of_any_size(impl: str) -> None:
-    """One key takes all, in any part; the weights of all others are 0."""
-    for at in (0, 299, 700):
-        keys = torch.zeros(1, 1, 701, 4)
+    """One key takes all, in any of many parts; the weights of all others are 0."""
+    for at in (0, 299, 1300):
+        keys = torch.zeros(1, 1, 1301, 4)
         keys[..., at, :] = 1e4
-        values = torch.arange(701.0).view(1, 1, 701, 1).expand(-1, -1, -1, 3)
+        values = torch.arange(1301.0).view(1, 1, 1301, 1).expand(-1, -1, -1, 3)
         for sign in (1.0, -1.0):
             query = torch.full((1, 2, 4), 1e4 * sign)
-            found = decode_attention(query, keys, values, torch.tensor([701]), scale=1.0, impl=impl)
-            expected = at if sign > 0 else (700 * 701 / 2 - at) / 700
+            found = decode_attention(
+                query, keys, values, torch.tensor([1301]), scale=1.0, impl=impl
+            )
+            expected = at if sign > 0 else (1300 * 1301 / 2 - at) / 1300
             torch.testing.assert_close(found, torch.full_like(found, expected))
 
 

@@ -7,7 +7,6 @@
 // together: what is in a register serves all of them. Where a row has several pieces, m, l and the
 // sum above l are kept of each, and merged in order.
 #include <cmath>
-#include <type_traits>
 
 #include "exp.h"
 #include "sums_of_lanes.h"
@@ -29,7 +28,7 @@ constexpr int64_t kPrefetchBytes = 8192;
 constexpr double kLog2E = 1.4426950408889634074;
 
 template <class A> constexpr A kInfinity = A(__builtin_huge_val());
-template <int n> using Constant = std::integral_constant<int, n>;
+template <int n> struct Constant { static constexpr int value = n; };
 
 // Prefetches what lies kPrefetchBytes behind 2 kLanes numbers, or, where that is beyond `end`, as
 // far behind `then`: the processor's own prefetching stops at the end of a page, and a row has few.
@@ -268,7 +267,8 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piec
   }
 
   int64_t c = 0;
-  const auto whole = [&](auto pairs) {
+  const auto whole = [&](auto constant) {
+    constexpr int pairs = decltype(constant)::value;
     for (; c + 2 * pairs * one <= args.value_width; c += 2 * pairs * one) {
       Vec<A> sums[tile][2 * pairs];
       sum_values<tile, pairs>(values + c, args.values.key_stride, count, one, room, then, sums);

@@ -15,10 +15,6 @@ typedef float Floats __attribute__((vector_size(kDoubles * 4)));
 typedef uint32_t FloatBits __attribute__((vector_size(kDoubles * 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kDoubles * 2)));
 
-// 0 to n - 1 as template arguments.
-template <int... i> struct Indices {};
-template <int n, int... i> struct UpTo : UpTo<n - 1, n - 1, i...> {};
-template <int... i> struct UpTo<0, i...> { using Type = Indices<i...>; };
 using Lanes = UpTo<kDoubles>::Type;
 
 // Lane by lane, which compilers know as one instruction; older ones split __builtin_convertvector.

@@ -6,8 +6,6 @@
 #include <immintrin.h>
 #endif
 
-#include <type_traits>
-
 #include "dtypes.h"
 
 namespace ppo::PPO_ISA {
@@ -42,6 +40,11 @@ typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
 template <class A> using Vec = typename VectorTypes<A>::Vec;
 template <class A> using Bits = typename VectorTypes<A>::Bits;
 template <class A> constexpr int kLanes = VectorTypes<A>::kLanes;
+
+// 0 to n - 1 as template arguments.
+template <int... i> struct Indices {};
+template <int n, int... i> struct UpTo : UpTo<n - 1, n - 1, i...> {};
+template <int... i> struct UpTo<0, i...> { using Type = Indices<i...>; };
 
 template <class A>
 inline Vec<A> splat(A x) {
@@ -109,9 +112,10 @@ inline void load_two(const bf16* p, Vec<float>& a, Vec<float>& b) {
 }
 
 // That order: in memory, the numbers of a are kStepOfTwo apart, and kSecondOfTwo before those of b.
-template <class T> constexpr int kStepOfTwo = std::is_same<T, bf16>::value ? 2 : 1;
-template <class T>
-constexpr int kSecondOfTwo = std::is_same<T, bf16>::value ? 1 : kLanes<Accumulator<T>>;
+template <class T> constexpr int kStepOfTwo = 1;
+template <> constexpr int kStepOfTwo<bf16> = 2;
+template <class T> constexpr int kSecondOfTwo = kLanes<Accumulator<T>>;
+template <> constexpr int kSecondOfTwo<bf16> = 1;
 
 template <class T, class V>
 inline void store_two(T* p, V a, V b) {

@@ -1,18 +1,16 @@
 // The sums of the lanes of four vectors at once. Anonymous namespace: see ops.h.
 #pragma once
 
-#include <utility>
-
 #include "simd.h"
 
 namespace ppo::PPO_ISA {
 namespace {
 
-template <class A> using Lanes = std::make_integer_sequence<int, kLanes<A>>;
+template <class A> using LanesOf = typename UpTo<kLanes<A>>::Type;
 
 // Lane l of the result is lane Place::of(l) of a and b, side by side.
 template <class A, class Place, int... l>
-inline Vec<A> shuffled(Vec<A> a, Vec<A> b, Place, std::integer_sequence<int, l...>) {
+inline Vec<A> shuffled(Vec<A> a, Vec<A> b, Place, Indices<l...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, Place::of(l)...);
 #else
@@ -29,8 +27,8 @@ struct Half {
 };
 template <int n, class A>
 inline Vec<A> folded(Vec<A> a, Vec<A> b) {
-  return shuffled<A>(a, b, Half<A, n, false>{}, Lanes<A>{}) +
-         shuffled<A>(a, b, Half<A, n, true>{}, Lanes<A>{});
+  return shuffled<A>(a, b, Half<A, n, false>{}, LanesOf<A>{}) +
+         shuffled<A>(a, b, Half<A, n, true>{}, LanesOf<A>{});
 }
 
 template <class A, int n>
@@ -40,7 +38,7 @@ struct Down {
 // Adds to the lowest lane of each run of 2 n that n above it, as to others.
 template <int n, class A>
 inline Vec<A> folded(Vec<A> x) {
-  return x + shuffled<A>(x, x, Down<A, n>{}, Lanes<A>{});
+  return x + shuffled<A>(x, x, Down<A, n>{}, LanesOf<A>{});
 }
 
 // The lowest lane of each quarter, of which the middle ones changed places.
@@ -60,7 +58,7 @@ inline void add_sums_of_four(const Vec<A>* x, A* to) {
     Vec<A> four = folded<n / 4, A>(folded<n / 2, A>(x[0], x[1]), folded<n / 2, A>(x[2], x[3]));
     if constexpr (n >= 16) four = folded<n / 8, A>(four);
     if constexpr (n >= 8) four = folded<(n < 16 ? n / 8 : n / 16), A>(four);
-    four = shuffled<A>(four, four, Quarters<A>{}, Lanes<A>{});
+    four = shuffled<A>(four, four, Quarters<A>{}, LanesOf<A>{});
     std::memcpy(sums, &four, sizeof(sums));
   }
   for (int k = 0; k < 4; ++k) to[k] += sums[k];
