@@ -259,9 +259,7 @@ class Decoder:
                     seed=self._seed, offset=counter,
                 )  # fmt: skip
         writes = done == 0
-        self._tokens[:, :rows].index_copy_(
-            0, self._place[None], torch.where(writes, new, -1)[None]
-        )
+        self._tokens[:, :rows].index_copy_(0, self._place[None], torch.where(writes, new, -1)[None])
         self._logprobs[:, :rows].index_copy_(0, self._place[None], logprobs.float()[None])
         self._place += 1
         token.copy_(torch.where(writes, new, token))

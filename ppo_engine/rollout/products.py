@@ -129,8 +129,8 @@ class _Product:
                 [m.new_zeros(len(m)) if b is None else b.detach() for m, b in rows_of], self._bias
             )
         if self._packed:
-            whole = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
-            self._weight = _pack(whole.to(self._dtype), rows)
+            parts = [matrix.to(self._dtype) for matrix in matrices]
+            self._weight = _pack(torch.cat(parts) if len(parts) > 1 else parts[0], rows)
         else:
             self._weight = self._taken(matrices, self._weight)
 

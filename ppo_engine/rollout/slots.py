@@ -187,7 +187,10 @@ class MoreTokens(_Access):
         width = max(counts)
         self._slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(
-            [[s + min(i, n - 1) for i in range(width)] for s, n in zip(starts, counts, strict=True)],
+            [
+                [s + min(i, n - 1) for i in range(width)]
+                for s, n in zip(starts, counts, strict=True)
+            ],
             device=device,
         )  # [rows, tokens]
         real = [(row, i) for row, n in enumerate(counts) for i in range(n)]
@@ -340,7 +343,9 @@ def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Te
 
 
 AttentionInterface.register(ATTENTION, _attend)
-AttentionInterface.register(UNCAPPED, lambda *given, **how: _attend(*given, **how | {"softcap": None}))
+AttentionInterface.register(
+    UNCAPPED, lambda *given, **how: _attend(*given, **how | {"softcap": None})
+)
 
 
 @contextmanager

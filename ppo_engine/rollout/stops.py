@@ -23,7 +23,9 @@ class StopStrings:
         start = max(0, looked_at - 4 * self._longest)
         if not self._is_in(tokens[start:]):
             return None
-        return next(n for n in range(looked_at + 1, len(tokens) + 1) if self._is_in(tokens[start:n]))
+        return next(
+            n for n in range(looked_at + 1, len(tokens) + 1) if self._is_in(tokens[start:n])
+        )
 
     def _is_in(self, tokens: list[int]) -> bool:
         text = self._tokenizer.decode(tokens, skip_special_tokens=False)

@@ -134,7 +134,9 @@ class GenerationConfig:
     min_new_tokens: NonNegativeInt = 0  # of a turn, before an end can be drawn
     # Strings, or token ids, at which a turn ends besides the model's own; they belong to it.
     stop: tuple[Annotated[str, Field(min_length=1)] | NonNegativeInt, ...] = ()
-    kv_cache_gib: PositiveFloat | None = None  # for keys and values; by default half of what is free
+    kv_cache_gib: PositiveFloat | None = (
+        None  # for keys and values; by default half of what is free
+    )
 
 
 @_settings

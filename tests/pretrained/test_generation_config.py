@@ -63,7 +63,9 @@ def test_every_declared_end_ends_a_response_and_so_it_does_once_saved(
     tmp_path: Path, text: list[int], declared: dict[str, Any]
 ) -> None:
     policy = open_policy(writes(*text, **declared))
-    rollout = generate(Sampler(policy), ["a", "longer, b"], Sampling(max_new_tokens=6, temperature=1e-3))
+    rollout = generate(
+        Sampler(policy), ["a", "longer, b"], Sampling(max_new_tokens=6, temperature=1e-3)
+    )
     assert rollout.response_ids[0][rollout.mask[0]].tolist() == text and rollout.finished[0]
 
     policy.save(tmp_path / "saved")

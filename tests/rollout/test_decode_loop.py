@@ -253,7 +253,9 @@ def test_a_stop_string_of_the_checkpoint_ends_a_turn_too() -> None:
     stop = model.generation_config.stop_strings = TOKENIZER.decode(whole)[4:6]
     short = write(Sampler(policy_of(model)), greedy=True)[0]
     assert short.finished and short.tokens == whole[: len(short.tokens)]
-    assert stop in TOKENIZER.decode(short.tokens) and stop not in TOKENIZER.decode(short.tokens[:-1])
+    assert stop in TOKENIZER.decode(short.tokens) and stop not in TOKENIZER.decode(
+        short.tokens[:-1]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

@@ -23,6 +23,7 @@ from ppo_engine.models.value_model import value_model_from_policy
 from ppo_engine.ppo import critic, engine, estimators
 from ppo_engine.pretrained import architecture
 from ppo_engine.rewards.model import RewardModel
+from ppo_engine.rollout import decoder, slots
 from ppo_engine.settings.schema import (
     GenerationConfig,
     LoraConfig,
@@ -36,7 +37,8 @@ from ppo_kernels import head, logprob
 
 PROMPTS = ["One", "Number two", "3", "And four"]
 PHASES = [
-    "generate", "score", "advantages: policy", "advantages: logprobs",
+    "generate: packing", "generate: prefill", "generate: decode", "generate: attention",
+    "generate: sampling", "generate: other", "score", "advantages: policy", "advantages: logprobs",
     "advantages: reference", "advantages: critic", "advantages: gae", "advantages: other",
     "update: policy", "update: losses", "update: backward", "update: optimizer", "update: critic",
     "update: other", "other",
@@ -183,7 +185,7 @@ def slow_function(module: Any, name: str) -> Callable[[PPOEngine, pytest.MonkeyP
     return lambda _, patch: patch.setattr(module, name, slowly(getattr(module, name)))
 
 
-def slow_sampling(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
+def slow_text(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine.policy.tokenizer, "decode", slowly(engine.policy.tokenizer.decode))
 
 
@@ -194,8 +196,10 @@ def slow_reward(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plant", "phase", "transformer"),
     [
-        (slow_sampling, "generate", False),
-        (lambda e, p: slow_layer(e, "policy"), "generate", True),
+        (slow_text, "generate: other", False),
+        (slow_function(decoder, "sample"), "generate: sampling", False),
+        (slow_function(slots, "decode_attention"), "generate: attention", True),
+        (lambda e, p: slow_layer(e, "policy"), "generate: prefill", True),
         (slow_reward, "score", False),
         (slow_head, "advantages: logprobs", True),
         (lambda e, p: slow_layer(e, "reference"), "advantages: reference", True),
@@ -246,7 +250,12 @@ def test_adapters_and_checkpointing(tmp_path: Path) -> None:
     engine = PPOEngine(tiny_model(), length, config=settings, tokenizer=tiny_tokenizer())
     # Other processes may stop this one anywhere, for longer than a phase takes: not each time.
     tries = [dissect(engine, tmp_path / f"profile {number}") for number in range(3)]
-    for name in ("generate", "advantages: reference", "update: policy", "update: backward"):
+    for name in (
+        "generate: prefill",
+        "advantages: reference",
+        "update: policy",
+        "update: backward",
+    ):
         own = [found[name]["transformer_share"] / found[name]["share"] for found in tries]
         assert max(own) > 0.3, name
     assert all(sorted(found) == sorted(PHASES) for found in tries)

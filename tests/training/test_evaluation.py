@@ -104,7 +104,9 @@ def held_out_file(tmp_path: Path) -> str:
 
 def trained_evaluator(model: str, tmp_path: Path, **settings: Any) -> Evaluator:
     """An evaluator of a policy that has taken a few steps away from its reference."""
-    run = {"seed": 1}  # with which no response has a pad token, where the library's class would stop
+    run = {
+        "seed": 1
+    }  # with which no response has a pad token, where the library's class would stop
     trainer = PPOTrainer(model, letters, PROMPTS, config=config(tmp_path / "run", steps=3, run=run))
     trainer.train()
     engine = trainer.engine
