@@ -44,8 +44,8 @@ def write(
         together[0 if policy.heeds_padding else len(response.request.tokens)].append(response)
     for part in together.values():
         tokens, logprobs = _generate(policy, [r.request.tokens for r in part], limit, draw)
-        for response, *written in zip(part, tokens, logprobs, strict=True):
-            _take(response, *written, draw.ends, find_stop)
+        for response, of_row, logprobs_of_row in zip(part, tokens, logprobs, strict=True):
+            _take(response, of_row, logprobs_of_row, draw.ends, find_stop)
     return responses
 
 

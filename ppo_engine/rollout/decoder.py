@@ -16,7 +16,7 @@ from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import architecture
-from ppo_engine.rollout.graphs import Graphs
+from ppo_engine.rollout.graphs import Graphs, Step
 from ppo_engine.rollout.norms import Norms
 from ppo_engine.rollout.products import Products
 from ppo_engine.rollout.slots import (
@@ -219,7 +219,7 @@ class Decoder:
         if draw.ends not in self._ends:
             self._ends[draw.ends] = torch.tensor(draw.ends, dtype=torch.long, device=self.device)
         self._place.zero_()
-        step = partial(self._step, rows, draw)
+        step: Step = partial(self._step, rows, draw)
         if self._graphs:
             step = self._graphs.step((rows, draw), step, [self._rows.all, self._place])
         with span("decode"):
@@ -281,15 +281,16 @@ class Decoder:
         # A cast that is cached would be part of a graph, and of weights that have changed since.
         return precision.compute(self.device, self.dtype, cache_casts=False)
 
-    def _to_host(self, *found: Tensor) -> Written:
+    def _to_host(self, tokens: Tensor, logprobs: Tensor, done: Tensor) -> Written:
         if self.device.type != "cuda":
-            return Written(*(x.clone() for x in found), None)
-        there = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in found]
-        for x, y in zip(there, found, strict=True):
-            x.copy_(y, non_blocking=True)
+            return Written(tokens.clone(), logprobs.clone(), done, None)
+        copies = []
+        for x in (tokens, logprobs, done):
+            copies.append(torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
+            copies[-1].copy_(x, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Written(*there, ready)
+        return Written(copies[0], copies[1], copies[2], ready)
 
 
 def _heads(model: Any, device: torch.device) -> list[Heads]:

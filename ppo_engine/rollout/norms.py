@@ -22,7 +22,7 @@ class Norms:
 
     def __init__(self, model: nn.Module) -> None:
         found = ((module, _added(module)) for module in model.modules())
-        self._norms = [(module, added) for module, added in found if added is not None]
+        self._norms: list[tuple[Any, int]] = [(x, added) for x, added in found if added is not None]
         # Where something is added, the sum has an address of its own, which graphs read.
         self._sums = [
             torch.empty_like(module.weight) if added else None for module, added in self._norms

@@ -40,7 +40,7 @@ class Sampler:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know: where a family of models cannot be sampled from as others are."""
+        """What a user should know: where a model cannot be sampled from as others are."""
         decoder, note = self._probed
         return ([note] if note else []) + (sampling_notes(self.policy) if decoder is None else [])
 

@@ -56,7 +56,8 @@ class Slots(Cache):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(layers=[_Layer(self, x, rows, length, device, dtype) for x in heads])
+        self._slots = [_Layer(self, x, rows, length, device, dtype) for x in heads]
+        super().__init__(layers=[*self._slots])
         self.windows = windows
         self.rows = rows
         self.length = length
@@ -80,13 +81,13 @@ class Slots(Cache):
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy what the slots `sources` have into `targets`, all at once."""
-        for layer in self.layers:
+        for layer in self._slots:
             for x in (layer.keys, layer.values):
                 x.index_copy_(0, targets, x[sources])
 
     def lengthen(self, length: int) -> None:
         """Make room for `length` tokens in each slot; what they have stays."""
-        for layer in self.layers:
+        for layer in self._slots:
             layer.keys, layer.values = (
                 pad(x, (0, 0, 0, length - self.length)) for x in (layer.keys, layer.values)
             )
@@ -101,6 +102,8 @@ class _Layer(CacheLayerMixin):
     """The slots of one layer, as transformers asks a cache for them."""
 
     is_sliding = False  # its slots are whole; the mask has the window
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.pretrained import adapters
-from ppo_engine.rollout import by_generate, decoder, probe, sampling
+from ppo_engine.rollout import by_generate, decoder, sampling
 from ppo_engine.rollout.graphs import Graphs
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.rollout.schedule import Request, Response
@@ -316,8 +316,11 @@ def test_slots_keep_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sampling, "free_memory", lambda device: 4e6)
     write(sampler, some_rows(*[20] * 400))
     assert 1e6 < max(made) <= 2e6  # half of what is free
-    with pytest.raises(UserError, match=r"one response of 44 tokens, its prompt included, take .*"
-                       r"raise generation.kv_cache_gib, or lower generation.max_new_tokens"):  # fmt: skip
+    message = (
+        r"one response of 44 tokens, its prompt included, take .* raise generation.kv_cache_gib, "
+        "or lower generation.max_new_tokens"
+    )
+    with pytest.raises(UserError, match=message):
         write(sampler, some_rows(20), kv_cache_gib=1e-6)
 
 
