@@ -144,17 +144,32 @@ class _Layer(CacheLayerMixin):
 class _Access:
     """What one pass of a model writes into the slots, and what its queries attend to."""
 
+    _queries: Tensor  # their places, [rows, tokens]
+    _keys: int  # how many each row attends to, those that its mask forbids included
+    _widths: list[tuple[Tensor, int | None]]  # of the masks' windows
+
     def write(self, slots: Tensor, new: Tensor) -> Tensor:
         """Write `new` [rows, heads, tokens, size] into `slots`; returns what is attended to."""
-        raise NotImplementedError
-
-    def masks(self, windows: Windows) -> Any:
-        """The attention mask, or that of each kind of layer."""
         raise NotImplementedError
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
         """Attention of `query` [rows, heads, tokens, size], in its shape."""
         return _attend_masked(query, keys, values, how)
+
+    def masks(self, windows: Windows) -> Any:
+        """The attention mask, or that of each kind of layer."""
+        found = windows.masks(self._queries, self._keys)
+        each = found if isinstance(found, dict) else {windows.only: found}
+        self._widths = [(mask, windows.width(kind)) for kind, mask in each.items()]
+        return found
+
+    def width(self, mask: Tensor) -> int | None:
+        """The window of a layer, `_keys` where it has none: it tells of which kind it is by the
+        mask that it hands on. None for a mask of the model's own making."""
+        for ours, width in self._widths:
+            if mask is ours:
+                return self._keys if width is None else width
+        return None
 
 
 class _Nothing(_Access):
@@ -166,18 +181,24 @@ class NewRows(_Access):
     to itself, and row `owners[i]` is written into the slot `targets[i]`."""
 
     def __init__(self, tokens: int, targets: Tensor, owners: Tensor) -> None:
-        self._tokens = tokens
+        self._queries = torch.arange(tokens, device=targets.device)[None]
+        self._keys = tokens
         self._targets = targets
         self._owners = owners
 
     def write(self, slots: Tensor, new: Tensor) -> Tensor:
         new = new.to(slots.dtype)
-        slots[:, :, : self._tokens].index_copy_(0, self._targets, new[self._owners])
+        slots[:, :, : self._keys].index_copy_(0, self._targets, new[self._owners])
         return new
 
-    def masks(self, windows: Windows) -> Any:
-        positions = torch.arange(self._tokens, device=self._targets.device)
-        return windows.masks(positions[None], self._tokens)
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
+        width = self.width(how.mask)
+        if width is None or width < self._keys or how.is_special:
+            return super().attend(query, keys, values, how)
+        return scaled_dot_product_attention(  # without a mask, kernels skip what is forbidden
+            query, keys, values, is_causal=True, scale=how.scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )  # fmt: skip
 
 
 class MoreTokens(_Access):
@@ -189,7 +210,7 @@ class MoreTokens(_Access):
     ) -> None:
         width = max(counts)
         self._slots = torch.tensor(slots, device=device)
-        self.positions = torch.tensor(
+        self.positions = self._queries = torch.tensor(
             [
                 [s + min(i, n - 1) for i in range(width)]
                 for s, n in zip(starts, counts, strict=True)
@@ -198,54 +219,43 @@ class MoreTokens(_Access):
         )  # [rows, tokens]
         real = [(row, i) for row, n in enumerate(counts) for i in range(n)]
         self._rows, self._tokens = torch.tensor(real, device=device).unbind(1)
-        self._length = max(s + n for s, n in zip(starts, counts, strict=True))
+        self._keys = max(s + n for s, n in zip(starts, counts, strict=True))
 
     def write(self, slots: Tensor, new: Tensor) -> Tensor:
         places = self.positions[self._rows, self._tokens]
         real = new[self._rows, :, self._tokens]
         slots[self._slots[self._rows], :, places] = real.to(slots.dtype)
-        return slots[self._slots, :, : self._length]
-
-    def masks(self, windows: Windows) -> Any:
-        return windows.masks(self.positions, self._length)
+        return slots[self._slots, :, : self._keys]
 
 
 class OneToken(_Access):
     """The next token of each of the first rows, at `positions` [rows]."""
 
     def __init__(self, positions: Tensor, length: int) -> None:
-        self._positions = positions
-        self._length = length  # of the slots
+        self._queries = positions[:, None]
+        self._keys = length  # of the slots
         self._counts = positions + 1
         self._places: dict[int, Tensor] = {}  # by the number of heads, which layers share
-        self._widths: list[tuple[Tensor, int | None]] = []
 
     def write(self, slots: Tensor, new: Tensor) -> Tensor:
         rows, heads, _, size = new.shape
         if heads not in self._places:
-            first = torch.arange(rows * heads, device=new.device).view(rows, heads) * self._length
-            self._places[heads] = (first + self._positions[:, None]).flatten()
+            first = torch.arange(rows * heads, device=new.device).view(rows, heads) * self._keys
+            self._places[heads] = (first + self._queries).flatten()
         slots.view(-1, size).index_copy_(
             0, self._places[heads], new.reshape(-1, size).to(slots.dtype)
         )
         return slots[:rows]
 
-    def masks(self, windows: Windows) -> Any:
-        found = windows.masks(self._positions[:, None], self._length)
-        each = found if isinstance(found, dict) else {windows.only: found}
-        self._widths = [(mask, windows.width(kind)) for kind, mask in each.items()]
-        return found
-
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
-        # A layer tells of which kind it is by the mask that it hands on.
-        for mask, width in self._widths:
-            if how.mask is mask:
-                with span("attention"):
-                    return decode_attention(
-                        query[:, :, 0], keys, values, self._counts,
-                        scale=how.scale, softcap=how.softcap, window=width, sinks=how.sinks,
-                    )[:, :, None]  # fmt: skip
-        return super().attend(query, keys, values, how)  # a mask of the model's own making
+        width = self.width(how.mask)
+        if width is None:
+            return super().attend(query, keys, values, how)
+        with span("attention"):
+            return decode_attention(
+                query[:, :, 0], keys, values, self._counts,
+                scale=how.scale, softcap=how.softcap, window=width, sinks=how.sinks,
+            )[:, :, None]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -300,6 +310,11 @@ class _How:
     softcap: float | None
     sinks: Tensor | None
 
+    @property
+    def is_special(self) -> bool:
+        """Whether torch's attention does not know it."""
+        return self.softcap is not None or self.sinks is not None
+
 
 _CURRENT: ContextVar[_Access] = ContextVar("slots that the running pass reads")
 
@@ -326,13 +341,15 @@ def _attend(
 
 
 def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: _How) -> Tensor:
-    if how.softcap is None and how.sinks is None:
-        return scaled_dot_product_attention(
-            query, keys, values, attn_mask=how.mask, scale=how.scale,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )  # fmt: skip
     groups = query.shape[1] // keys.shape[1]
-    keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    # On a GPU, torch's fast kernels know masks or grouped heads, not both.
+    grouped = groups > 1 and not (how.is_special or query.is_cuda)
+    if not grouped:
+        keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    if not how.is_special:
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=how.mask, scale=how.scale, enable_gqa=grouped
+        )
     z = (query @ keys.transpose(2, 3)).float() * how.scale
     if how.softcap is not None:
         z = how.softcap * torch.tanh(z / how.softcap)
