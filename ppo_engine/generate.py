@@ -33,6 +33,7 @@ from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.run.checkpoint import seeded
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.row_file import RowFile, as_line
+from ppo_engine.settings.checks import check_generation
 from ppo_engine.settings.files import as_dict
 from ppo_engine.settings.schema import GenerateConfig, ModelConfig
 
@@ -52,6 +53,7 @@ def generate(config: GenerateConfig) -> None:
     """
     if bool(config.prompt) == bool(config.data.path):
         raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
+    check_generation(config.generation)
     if config.resume and not config.output:
         raise UserError("--resume needs --out: the file that is to be completed.")
     file, date = None, config.date or datetime.date.today()

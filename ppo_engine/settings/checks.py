@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ppo_engine.errors import UserError
-from ppo_engine.settings.schema import EvaluationConfig, PPOConfig
+from ppo_engine.settings.schema import EvaluationConfig, GenerationConfig, PPOConfig
 
 
 def check_settings(config: PPOConfig) -> None:
     """Raise a `UserError` for settings that contradict each other, or would have no effect."""
     _check_evaluation(config.evaluation)
+    check_generation(config.generation)
     if config.reward.missing_eos_score is not None and config.reward.missing_eos_penalty:
         raise UserError(
             "reward.missing_eos_penalty would have no effect: reward.missing_eos_score replaces "
@@ -51,6 +52,14 @@ def check_settings(config: PPOConfig) -> None:
         raise UserError(
             f"ppo.dual_clip bounds the clipped objective, and ppo.objective={settings.objective} "
             "has none: leave it unset."
+        )
+
+
+def check_generation(config: GenerationConfig) -> None:
+    if config.min_new_tokens >= config.max_new_tokens:
+        raise UserError(
+            f"generation.min_new_tokens={config.min_new_tokens} leaves no room for an end in "
+            f"generation.max_new_tokens={config.max_new_tokens}: lower it, or raise that."
         )
 
 

@@ -93,6 +93,15 @@ def test_a_policy_that_was_trained_generates_as_it_was_sampled_from(tmp_path: Pa
     assert policy.model.generation_config.repetition_penalty == 50.0  # as it was given
 
 
+def test_a_policy_that_was_trained_ends_where_it_was_stopped(tmp_path: Path) -> None:
+    policy = open_policy(writes(B, OTHER, EOS))
+    policy.save(tmp_path, sampling=Sampling(max_new_tokens=9, min_new_tokens=1, stop=(OTHER, "x")))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.generation_config.eos_token_id == sorted([OTHER, EOS])
+    ids = AutoTokenizer.from_pretrained(tmp_path)("a", return_tensors="pt")
+    assert model.generate(**ids, do_sample=False)[0, 1:].tolist() == [B, OTHER]
+
+
 def test_a_model_config_names_the_ends_where_no_generation_config_does() -> None:
     model = writes(B, OTHER, A)
     model.config.eos_token_id = [EOS, OTHER]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ppo_engine.errors import UserError
+from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config
 from ppo_engine.settings.schema import (
     AdaptiveKLConfig,
@@ -250,3 +251,9 @@ def test_missing_file_folder_and_binary(tmp_path: Path) -> None:
 def test_override_with_broken_yaml() -> None:
     with pytest.raises(UserError, match=r"run\.trackers=\[wandb.*not valid YAML"):
         load_config(PPOConfig, None, ["run.trackers=[wandb"])
+
+
+def test_a_least_length_leaves_room_for_an_end() -> None:
+    check_settings(PPOConfig(generation=GenerationConfig(max_new_tokens=8, min_new_tokens=7)))
+    with pytest.raises(UserError, match=r"generation.min_new_tokens=8 leaves no room for an end"):
+        check_settings(PPOConfig(generation=GenerationConfig(max_new_tokens=8, min_new_tokens=8)))
