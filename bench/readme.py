@@ -139,7 +139,29 @@ def _rollout(command: str, rows: list[_Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_SECTIONS = {"ops.csv": _ops, "e2e.csv": _e2e, "rollout.csv": _rollout}
+def _demo(command: str, rows: list[_Row]) -> str:
+    first = rows[0]
+    seconds = [float(row["seconds"]) for row in rows]
+    lines = [
+        f"The demo on **{first['device']}**, {first['threads']} threads, torch {first['torch']}, "
+        f"commit {first['commit']}, by `{command}`: the rise of VADER on held-out prompts, how many "
+        "standard errors it is, and the held-out rankings that the reward model had right. A run "
+        f"took {min(seconds):.0f} to {max(seconds):.0f} s.",
+        "",
+        "| seed | algorithm | rise of VADER | standard errors | reward model right |",
+        "| --: | --- | --: | --: | --: |",
+    ]
+    lines += [
+        f"| {row['seed']} | {row['algorithm'].upper()} "
+        f"| {float(row['rise']):+.2f} ± {float(row['rise_se']):.2f} "
+        f"| {float(row['standard_errors']):.1f} "
+        f"| {float(row['reward_accuracy']):.0%} ± {float(row['reward_accuracy_se']):.0%} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_SECTIONS = {"ops.csv": _ops, "e2e.csv": _e2e, "rollout.csv": _rollout, "demo.csv": _demo}
 
 
 def main() -> int:
