@@ -130,22 +130,31 @@ class Decoder:
         self.slots = Slots(
             self.heads, self._windows, rows, length, device=self.device, dtype=self.dtype
         )
-        self._rows = _Rows(rows, self.device)
-        self._tokens = torch.zeros(self.steps, rows, dtype=torch.long, device=self.device)
-        self._logprobs = torch.zeros(self.steps, rows, device=self.device)
+        self._make_rows(rows)
 
-    def lengthen(self, length: int) -> None:
-        """Make room for `length` tokens in each slot; what they have stays."""
+    def resize(self, kept: Sequence[int], rows: int, length: int) -> None:
+        """Slots for `rows` rows of `length` tokens, no fewer than they had; the first are those of
+        the rows `kept`."""
         assert self.slots is not None
-        self.slots.lengthen(length)
         if self._graphs:
             self._graphs.clear()
+        index = torch.tensor(kept, device=self.device)
+        self.slots.resize(index, rows, length)
+        before = self._rows
+        self._make_rows(rows)
+        # A row that does not write yet goes on with its last token, behind what it has.
+        self._rows.all[:, : len(kept)] = before.all[:, index]
 
     def release(self) -> None:
         """Give back the slots."""
         self.slots = None
         if self._graphs:
             self._graphs.clear()
+
+    def _make_rows(self, rows: int) -> None:
+        self._rows = _Rows(rows, self.device)
+        self._tokens = torch.zeros(self.steps, rows, dtype=torch.long, device=self.device)
+        self._logprobs = torch.zeros(self.steps, rows, device=self.device)
 
     @contextmanager
     def session(self, seed: int, rows: int) -> Iterator[None]:

@@ -66,7 +66,10 @@ class Sampler:
 
         def write(requests: Sequence[Request]) -> list[Response]:
             longest = max(len(request.tokens) for request in requests) + settings.max_new_tokens
-            schedule.lengthen(*_size(decoder, len(requests), longest, settings.kv_cache_gib))
+            # What slots have for a later turn does not make way while the memory has room for it.
+            rows = max(len(requests), decoder.rows) if keep else len(requests)
+            size = _size(decoder, rows, longest, settings.kv_cache_gib)
+            schedule.make_room(requests, *size)
             return schedule.write(requests, *arguments)
 
         with decoder.session(seed, rows):

@@ -324,6 +324,42 @@ def test_slots_keep_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
         write(sampler, some_rows(20), kv_cache_gib=1e-6)
 
 
+@pytest.mark.parametrize("ahead", [1, 16])
+def test_later_turns_keep_within_the_budget(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Their slots are longer, and so fewer; those that are kept still have what they had."""
+    monkeypatch.setitem(decoder.STEPS, "cpu", ahead)
+    sampler = Sampler(policy_of(sharp_model()))
+    used = sampler._probed[0]
+    budget = 16.01 * 64 * bytes_per_token(used.heads, torch.float32)
+    config = GenerationConfig(max_new_tokens=NEW, kv_cache_gib=budget / 2**30)
+    rows, heard = some_rows(*[20] * 16), some_rows(*[30] * 16)
+
+    def converse(keep: bool) -> tuple[list[list[int]], list[tuple[int, int]], list[int]]:
+        torch.manual_seed(1)
+        said, sizes, told = [], [], []
+        spied = used.read_more
+        with monkeypatch.context() as patch, sampler.session(config, rows=16, keep=keep) as go_on:
+            patch.setattr(used, "read_more", lambda x: told.append(len(x)) or spied(x))
+            rows_now = [[*row] for row in rows]
+            for turn in range(3):
+                written = go_on(
+                    [Request([*x], i, 99 * i + turn * NEW) for i, x in enumerate(rows_now)]
+                )
+                rows_now = [
+                    [*x, *r.tokens, *h] for x, r, h in zip(rows_now, written, heard, strict=True)
+                ]
+                said += tokens(written)
+                sizes.append((used.rows, used.length))
+                assert used.nbytes <= budget
+        return said, sizes, told
+
+    said, sizes, told = converse(keep=True)
+    fitting = 5 if ahead == 1 else 4  # there is a graph of 4 rows, and none of 5
+    assert sizes == [(16, 64), (8, 128), (fitting, 192)]
+    assert sum(told) == 8 + fitting  # the others were read anew
+    assert said == converse(keep=False)[0]
+
+
 def test_nothing_grows_from_rollout_to_rollout() -> None:
     sampler = Sampler(policy_of(sharp_model()))
 
