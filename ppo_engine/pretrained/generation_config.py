@@ -62,10 +62,15 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: lis
 
 def as_sampled(model: PreTrainedModel, settings: Sampling) -> GenerationConfig:
     """The generation config with which plain transformers samples as the engine did: from the
-    model's distribution as it is, with none of the checkpoint's habits (repetition penalty, …)."""
+    model's distribution as it is, with none of the checkpoint's habits (repetition penalty, …).
+
+    Without stop strings: `generate` would refuse to run unless it were given the tokenizer too."""
     shipped = model.generation_config
+    stops = [stop for stop in settings.stop if isinstance(stop, int)]
     return GenerationConfig(
-        eos_token_id=shipped.eos_token_id,
+        eos_token_id=sorted({*declared_ends(shipped, model.config), *stops})
+        if stops
+        else shipped.eos_token_id,
         bos_token_id=shipped.bos_token_id,
         pad_token_id=shipped.pad_token_id,
         do_sample=True,
@@ -73,6 +78,7 @@ def as_sampled(model: PreTrainedModel, settings: Sampling) -> GenerationConfig:
         top_k=settings.top_k,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens or None,
     )
 
 

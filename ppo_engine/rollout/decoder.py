@@ -160,12 +160,17 @@ class Decoder:
     def session(self, seed: int, rows: int) -> Iterator[None]:
         """Inside, the weights are what they are at its start. `seed` is of all its draws, and
         `rows` about what a step will have."""
-        with torch.no_grad(), attending(self._model):
+        with torch.no_grad(), attending(self._model), architecture.evaluating(self._model):
             self._seed.fill_(seed)
-            with span("packing"):
-                self._products.refresh(rows)
-                self._norms.refresh()
+            # peft's layers tell so; what transformers' models have of that name is a method.
+            self._adapted = not any(
+                getattr(module, "disable_adapters", None) is True
+                for module in self._model.modules()
+            )
             try:
+                with span("packing"):
+                    self._products.refresh(rows)
+                    self._norms.refresh()
                 with self._products.active(), self._norms.active():
                     yield
             finally:
@@ -230,7 +235,8 @@ class Decoder:
         self._place.zero_()
         step: Step = partial(self._step, rows, draw)
         if self._graphs:
-            step = self._graphs.step((rows, draw), step, [self._rows.all, self._place])
+            kind = rows, draw, self._adapted
+            step = self._graphs.step(kind, step, [self._rows.all, self._place])
         with span("decode"):
             for _ in range(steps):
                 step()

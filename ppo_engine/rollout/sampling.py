@@ -81,12 +81,19 @@ class Sampler:
 
     def _draw(self, settings: GenerationConfig, greedy: bool) -> Draw:
         stops = [stop for stop in settings.stop if isinstance(stop, int)]
+        vocabulary = len(architecture.unwrap(self.policy.model).get_input_embeddings().weight)
+        if unknown := [stop for stop in stops if stop >= vocabulary]:
+            raise UserError(
+                f"generation.stop has the token {unknown[0]}, but the model knows {vocabulary}, "
+                "counted from 0: give one of them, or a string."
+            )
+        ends = {*self.policy.renderer.end_ids, *stops}
         return Draw(
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
             greedy=greedy,
-            ends=tuple(sorted({*self.policy.renderer.end_ids, *stops})),
+            ends=tuple(sorted(end for end in ends if end < vocabulary)),  # others are never drawn
             min_new_tokens=settings.min_new_tokens,
         )
 

@@ -104,6 +104,33 @@ def test_adapters_are_part_of_the_policy() -> None:
         assert tokens(write(sampler, greedy=True)) == before
 
 
+def test_a_graph_is_of_the_policy_with_its_adapters_or_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(decoder.STEPS, "cpu", 4)
+    model = adapters.add_lora(of_family("llama"), LoraConfig(rank=4), "CAUSAL_LM")
+    policy, graphs = policy_of(model), StandIn()
+    sampler = Sampler(policy)
+    vars(sampler)["_probed"] = decoder.Decoder(policy, graphs), ""
+    write(sampler, some_rows(5))
+    with policy.without_adapter():
+        write(sampler, some_rows(5))
+    assert graphs.captured == 2
+    write(sampler, some_rows(5))
+    assert graphs.captured == 2
+
+
+def test_a_model_in_training_mode_is_sampled_from_as_any() -> None:
+    """With gradient checkpointing, which keeps nothing of what was read then."""
+    policy = policy_of(of_family("llama"))
+    expected = tokens(by_library(policy))
+    policy.model.gradient_checkpointing_enable()
+    policy.model.train()
+    sampler = Sampler(policy)
+    assert sampler.notes == [] and tokens(write(sampler, greedy=True)) == expected
+    assert all(module.training for module in policy.model.modules())
+
+
 def test_weights_that_have_changed_are_seen_and_nothing_is_left_behind() -> None:
     policy = policy_of(sharp_model())
     sampler = Sampler(policy)
@@ -256,6 +283,17 @@ def test_a_stop_string_of_the_checkpoint_ends_a_turn_too() -> None:
     assert stop in TOKENIZER.decode(short.tokens) and stop not in TOKENIZER.decode(
         short.tokens[:-1]
     )
+
+
+def test_an_end_that_the_model_does_not_know_is_none() -> None:
+    policy = policy_of(of_family("llama"))
+    size = policy.model.config.vocab_size
+    policy.renderer.end_ids = [EOS, size]
+    assert {len(response.tokens) for response in write(Sampler(policy), min_new_tokens=NEW)} == {
+        NEW
+    }
+    with pytest.raises(UserError, match=rf"stop has the token {size}, but the model knows {size}"):
+        write(Sampler(policy), stop=(size,))
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
