@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,19 @@ def unwrap(model: Any) -> Any:
 def is_classifier(config: Any) -> bool:
     """Whether a model's configuration says that its checkpoint has a classification head."""
     return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in evaluation mode. In training mode one with gradient checkpointing keeps
+    nothing of what it reads."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def find_base(model: PreTrainedModel) -> None:

@@ -63,7 +63,8 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: lis
 def as_sampled(model: PreTrainedModel, settings: Sampling) -> GenerationConfig:
     """The generation config with which plain transformers samples as the engine did: from the
     model's distribution as it is, with none of the checkpoint's habits (repetition penalty, …).
-    Stop strings are left out, as it asks for a tokenizer with them."""
+
+    Without stop strings: `generate` would refuse to run unless it were given the tokenizer too."""
     shipped = model.generation_config
     stops = [stop for stop in settings.stop if isinstance(stop, int)]
     ends = sorted({*declared_ends(shipped, model.config), *stops})

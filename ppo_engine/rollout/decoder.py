@@ -130,16 +130,20 @@ class Decoder:
         self.slots = Slots(
             self.heads, self._windows, rows, length, device=self.device, dtype=self.dtype
         )
-        self._rows = _Rows(rows, self.device)
-        self._tokens = torch.zeros(self.steps, rows, dtype=torch.long, device=self.device)
-        self._logprobs = torch.zeros(self.steps, rows, device=self.device)
+        self._make_rows(rows)
 
-    def lengthen(self, length: int) -> None:
-        """Make room for `length` tokens in each slot; what they have stays."""
+    def resize(self, kept: Sequence[int], rows: int, length: int) -> None:
+        """Slots for `rows` rows of `length` tokens, no fewer than they had; the first are those of
+        the rows `kept`."""
         assert self.slots is not None
-        self.slots.lengthen(length)
         if self._graphs:
             self._graphs.clear()
+        index = torch.tensor(kept, device=self.device)
+        self.slots.resize(index, rows, length)
+        before = self._rows
+        self._make_rows(rows)
+        # A row that does not write yet goes on with its last token, behind what it has.
+        self._rows.all[:, : len(kept)] = before.all[:, index]
 
     def release(self) -> None:
         """Give back the slots."""
@@ -147,16 +151,26 @@ class Decoder:
         if self._graphs:
             self._graphs.clear()
 
+    def _make_rows(self, rows: int) -> None:
+        self._rows = _Rows(rows, self.device)
+        self._tokens = torch.zeros(self.steps, rows, dtype=torch.long, device=self.device)
+        self._logprobs = torch.zeros(self.steps, rows, device=self.device)
+
     @contextmanager
     def session(self, seed: int, rows: int) -> Iterator[None]:
         """Inside, the weights are what they are at its start. `seed` is of all its draws, and
         `rows` about what a step will have."""
-        with torch.no_grad(), attending(self._model):
+        with torch.no_grad(), attending(self._model), architecture.evaluating(self._model):
             self._seed.fill_(seed)
-            with span("packing"):
-                self._products.refresh(rows)
-                self._norms.refresh()
+            # peft's layers tell so; what transformers' models have of that name is a method.
+            self._adapted = not any(
+                getattr(module, "disable_adapters", None) is True
+                for module in self._model.modules()
+            )
             try:
+                with span("packing"):
+                    self._products.refresh(rows)
+                    self._norms.refresh()
                 with self._products.active(), self._norms.active():
                     yield
             finally:
@@ -221,7 +235,8 @@ class Decoder:
         self._place.zero_()
         step: Step = partial(self._step, rows, draw)
         if self._graphs:
-            step = self._graphs.step((rows, draw), step, [self._rows.all, self._place])
+            kind = rows, draw, self._adapted
+            step = self._graphs.step(kind, step, [self._rows.all, self._place])
         with span("decode"):
             for _ in range(steps):
                 step()

@@ -39,6 +39,8 @@ def generate(
     the log-probs of the full distribution are not those of the sampler (`Rollout.logprobs`). With
     an `environment`, a response has several turns. `greedy` takes the likeliest tokens.
     """
+    if not prompts:
+        raise UserError("There are no prompts to sample responses to.")
     columns = columns or {}
     conversations = _converse(
         sampler, prompts, settings, columns, environment=environment, greedy=greedy

@@ -38,13 +38,13 @@ class Norms:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the norms are one kernel each; without gradients."""
-        for (module, _), of_module in zip(self._norms, self._sums, strict=True):
-            weight = module.weight if of_module is None else of_module
-            shape = list(weight.shape)
-            vars(module)["forward"] = partial(
-                rms_norm, normalized_shape=shape, weight=weight, eps=_epsilon(module)
-            )
         try:
+            for (module, _), of_module in zip(self._norms, self._sums, strict=True):
+                weight = module.weight if of_module is None else of_module
+                shape = list(weight.shape)
+                vars(module)["forward"] = partial(
+                    rms_norm, normalized_shape=shape, weight=weight, eps=_epsilon(module)
+                )
             yield
         finally:
             for module, _ in self._norms:

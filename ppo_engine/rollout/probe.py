@@ -30,8 +30,9 @@ def probed_decoder(policy: LanguageModel) -> tuple[Decoder | None, str]:
     note = ""
     for graphs in (True, False) if on_gpu else (False,):
         try:
-            decoder = Decoder(policy, Graphs() if graphs else None)
-            _check(decoder, policy)
+            with architecture.evaluating(policy.model):
+                decoder = Decoder(policy, Graphs() if graphs else None)
+                _check(decoder, policy)
             return decoder, note
         except torch.OutOfMemoryError:
             raise

@@ -59,9 +59,9 @@ class Products:
         else. Without gradients; not for `torch.inference_mode`, whose tensors have no version."""
         layers = [layer for product in self._products for layer in product.layers]
         forwards = [forward for product in self._products for forward in product.forwards()]
-        for layer, forward in zip(layers, forwards, strict=True):
-            vars(layer)["forward"] = forward
         try:
+            for layer, forward in zip(layers, forwards, strict=True):
+                vars(layer)["forward"] = forward
             with torch.no_grad():
                 yield
         finally:

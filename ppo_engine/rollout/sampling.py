@@ -66,7 +66,10 @@ class Sampler:
 
         def write(requests: Sequence[Request]) -> list[Response]:
             longest = max(len(request.tokens) for request in requests) + settings.max_new_tokens
-            schedule.lengthen(*_size(decoder, len(requests), longest, settings.kv_cache_gib))
+            # What slots have for a later turn does not make way while the memory has room for it.
+            rows = max(len(requests), decoder.rows) if keep else len(requests)
+            size = _size(decoder, rows, longest, settings.kv_cache_gib)
+            schedule.make_room(requests, *size)
             return schedule.write(requests, *arguments)
 
         with decoder.session(seed, rows):
@@ -78,12 +81,19 @@ class Sampler:
 
     def _draw(self, settings: GenerationConfig, greedy: bool) -> Draw:
         stops = [stop for stop in settings.stop if isinstance(stop, int)]
+        vocabulary = len(architecture.unwrap(self.policy.model).get_input_embeddings().weight)
+        if unknown := [stop for stop in stops if stop >= vocabulary]:
+            raise UserError(
+                f"generation.stop has the token {unknown[0]}, but the model knows {vocabulary}, "
+                "counted from 0: give one of them, or a string."
+            )
+        ends = {*self.policy.renderer.end_ids, *stops}
         return Draw(
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
             greedy=greedy,
-            ends=tuple(sorted({*self.policy.renderer.end_ids, *stops})),
+            ends=tuple(sorted(end for end in ends if end < vocabulary)),  # others are never drawn
             min_new_tokens=settings.min_new_tokens,
         )
 

@@ -78,13 +78,17 @@ class Schedule:
                 self._take(*before, draw.ends, find_stop)
         return responses
 
-    def lengthen(self, rows: int, length: int) -> None:
-        """See to it that there are so many slots, of so many tokens."""
+    def make_room(self, requests: Sequence[Request], rows: int, length: int) -> None:
+        """See to it that there are so many slots, of so many tokens, for these `requests`. Where
+        longer ones have to be fewer, what the requests continue is kept first."""
         decoder = self._decoder
         if rows <= decoder.rows and length <= decoder.length:
             return
-        if self._kept and rows <= decoder.rows:
-            decoder.lengthen(length)
+        if self._kept and length >= decoder.length:
+            asked = {request.number for request in requests}
+            kept = sorted(self._kept.items(), key=lambda item: item[0] not in asked)[:rows]
+            decoder.resize([row for _, (row, _) in kept], rows, length)
+            self._kept = {number: (row, has) for row, (number, (_, has)) in enumerate(kept)}
         else:
             self._kept.clear()
             decoder.reserve(rows, length)

@@ -85,13 +85,14 @@ class Slots(Cache):
             for x in (layer.keys, layer.values):
                 x.index_copy_(0, targets, x[sources])
 
-    def lengthen(self, length: int) -> None:
-        """Make room for `length` tokens in each slot; what they have stays."""
-        for layer in self._slots:
-            layer.keys, layer.values = (
-                pad(x, (0, 0, 0, length - self.length)) for x in (layer.keys, layer.values)
-            )
-        self.length = length
+    def resize(self, kept: Tensor, rows: int, length: int) -> None:
+        """Make `rows` slots of `length` tokens, no fewer than there were; the first ones have what
+        the slots `kept` had."""
+        more = (0, 0, 0, length - self.length, 0, 0, 0, rows - len(kept))
+        for layer in self._slots:  # one after the other: not all of them are there twice
+            layer.keys = pad(layer.keys[kept], more)
+            layer.values = pad(layer.values[kept], more)
+        self.rows, self.length = rows, length
 
 
 def bytes_per_token(heads: Sequence[Heads], dtype: torch.dtype) -> int:

@@ -131,12 +131,13 @@ class GenerationConfig:
     temperature: PositiveFloat = 1.0
     top_k: NonNegativeInt = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_new_tokens: NonNegativeInt = 0  # of a turn, before an end can be drawn
-    # Strings, or token ids, at which a turn ends besides the model's own; they belong to it.
+    # Of a turn, before a token that ends it can be drawn; a stop string may come sooner.
+    min_new_tokens: NonNegativeInt = 0
+    # Strings, or token ids, at which a turn ends besides the model's own ends; they belong to it.
     stop: tuple[Annotated[str, Field(min_length=1)] | NonNegativeInt, ...] = ()
-    kv_cache_gib: PositiveFloat | None = (
-        None  # for keys and values; by default half of what is free
-    )
+    # For keys and values while responses are sampled; by default half of the memory that is free.
+    # Rows that do not fit wait for others to end.
+    kv_cache_gib: PositiveFloat | None = None
 
 
 @_settings

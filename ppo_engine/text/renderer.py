@@ -134,9 +134,12 @@ class Renderer:
         """
         if written is not None:
             read, said = written
-            # What is finished has an end, perhaps one that only the policy's checkpoint declares.
+            # What is finished has an end, perhaps one that only the policy's checkpoint declares,
+            # or a stop, which is part of the text.
             ended = finished or (len(said) > 0 and said[-1] in self.end_ids)
-            written = read, said[:-1] if ended else said
+            without = said[:-1] if ended else said
+            is_part = self._spelled(read, said) == answer != self._spelled(read, without)
+            written = read, said if is_part else without
         parts: tuple[Sequence[int], Sequence[int], Sequence[int]]
         if isinstance(prompt, str):
             assert isinstance(answer, str)

@@ -93,13 +93,18 @@ def test_a_policy_that_was_trained_generates_as_it_was_sampled_from(tmp_path: Pa
     assert policy.model.generation_config.repetition_penalty == 50.0  # as it was given
 
 
-def test_a_policy_that_was_trained_ends_where_it_was_stopped(tmp_path: Path) -> None:
-    policy = open_policy(writes(B, OTHER, EOS))
-    policy.save(tmp_path, sampling=Sampling(max_new_tokens=9, min_new_tokens=1, stop=(OTHER, "x")))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.generation_config.eos_token_id == sorted([OTHER, EOS])
-    ids = AutoTokenizer.from_pretrained(tmp_path)("a", return_tensors="pt")
-    assert model.generate(**ids, do_sample=False)[0, 1:].tolist() == [B, OTHER]
+def test_a_trained_policy_ends_its_turns_as_in_training(tmp_path: Path) -> None:
+    policy = open_policy(writes(PAD, B, PAD, eos_token_id=OTHER))
+    sampling = Sampling(max_new_tokens=4, stop=(B, "a string"), min_new_tokens=1)
+    policy.save(tmp_path / "saved", sampling=sampling)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    found = model.generation_config
+    assert found.eos_token_id == sorted({B, *policy.renderer.end_ids})
+    assert (found.min_new_tokens, found.stop_strings) == (1, None)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "saved")("a", return_tensors="pt")
+    rollout = generate(Sampler(policy), ["a"], sampling, greedy=True)
+    assert model.generate(**ids, do_sample=False)[0, 1:].tolist() == [PAD, B]
+    assert rollout.response_ids.tolist() == [[PAD, B]]
 
 
 def test_a_model_config_names_the_ends_where_no_generation_config_does() -> None:

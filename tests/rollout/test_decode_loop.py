@@ -104,6 +104,33 @@ def test_adapters_are_part_of_the_policy() -> None:
         assert tokens(write(sampler, greedy=True)) == before
 
 
+def test_a_graph_is_of_the_policy_with_its_adapters_or_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(decoder.STEPS, "cpu", 4)
+    model = adapters.add_lora(of_family("llama"), LoraConfig(rank=4), "CAUSAL_LM")
+    policy, graphs = policy_of(model), StandIn()
+    sampler = Sampler(policy)
+    vars(sampler)["_probed"] = decoder.Decoder(policy, graphs), ""
+    write(sampler, some_rows(5))
+    with policy.without_adapter():
+        write(sampler, some_rows(5))
+    assert graphs.captured == 2
+    write(sampler, some_rows(5))
+    assert graphs.captured == 2
+
+
+def test_a_model_in_training_mode_is_sampled_from_as_any() -> None:
+    """With gradient checkpointing, which keeps nothing of what was read then."""
+    policy = policy_of(of_family("llama"))
+    expected = tokens(by_library(policy))
+    policy.model.gradient_checkpointing_enable()
+    policy.model.train()
+    sampler = Sampler(policy)
+    assert sampler.notes == [] and tokens(write(sampler, greedy=True)) == expected
+    assert all(module.training for module in policy.model.modules())
+
+
 def test_weights_that_have_changed_are_seen_and_nothing_is_left_behind() -> None:
     policy = policy_of(sharp_model())
     sampler = Sampler(policy)
@@ -258,6 +285,17 @@ def test_a_stop_string_of_the_checkpoint_ends_a_turn_too() -> None:
     )
 
 
+def test_an_end_that_the_model_does_not_know_is_none() -> None:
+    policy = policy_of(of_family("llama"))
+    size = policy.model.config.vocab_size
+    policy.renderer.end_ids = [EOS, size]
+    assert {len(response.tokens) for response in write(Sampler(policy), min_new_tokens=NEW)} == {
+        NEW
+    }
+    with pytest.raises(UserError, match=rf"stop has the token {size}, but the model knows {size}"):
+        write(Sampler(policy), stop=(size,))
+
+
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_no_end_before_the_least_number_of_tokens(family: str) -> None:
     policy = policy_of(of_family(family))
@@ -322,6 +360,42 @@ def test_slots_keep_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
     )
     with pytest.raises(UserError, match=message):
         write(sampler, some_rows(20), kv_cache_gib=1e-6)
+
+
+@pytest.mark.parametrize("ahead", [1, 16])
+def test_later_turns_keep_within_the_budget(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """Their slots are longer, and so fewer; those that are kept still have what they had."""
+    monkeypatch.setitem(decoder.STEPS, "cpu", ahead)
+    sampler = Sampler(policy_of(sharp_model()))
+    used = sampler._probed[0]
+    budget = 16.01 * 64 * bytes_per_token(used.heads, torch.float32)
+    config = GenerationConfig(max_new_tokens=NEW, kv_cache_gib=budget / 2**30)
+    rows, heard = some_rows(*[20] * 16), some_rows(*[30] * 16)
+
+    def converse(keep: bool) -> tuple[list[list[int]], list[tuple[int, int]], list[int]]:
+        torch.manual_seed(1)
+        said, sizes, told = [], [], []
+        spied = used.read_more
+        with monkeypatch.context() as patch, sampler.session(config, rows=16, keep=keep) as go_on:
+            patch.setattr(used, "read_more", lambda x: told.append(len(x)) or spied(x))
+            rows_now = [[*row] for row in rows]
+            for turn in range(3):
+                written = go_on(
+                    [Request([*x], i, 99 * i + turn * NEW) for i, x in enumerate(rows_now)]
+                )
+                rows_now = [
+                    [*x, *r.tokens, *h] for x, r, h in zip(rows_now, written, heard, strict=True)
+                ]
+                said += tokens(written)
+                sizes.append((used.rows, used.length))
+                assert used.nbytes <= budget
+        return said, sizes, told
+
+    said, sizes, told = converse(keep=True)
+    fitting = 5 if ahead == 1 else 4  # there is a graph of 4 rows, and none of 5
+    assert sizes == [(16, 64), (8, 128), (fitting, 192)]
+    assert sum(told) == 8 + fitting  # the others were read anew
+    assert said == converse(keep=False)[0]
 
 
 def test_nothing_grows_from_rollout_to_rollout() -> None:

@@ -228,6 +228,18 @@ def test_an_end_that_only_the_policy_declares_is_not_scored(prompt: Any) -> None
     assert shown(policy, ids).count("a") == shown(policy, written[0]).count("a")
 
 
+@pytest.mark.parametrize("prompt", ["Q:", CHAT])
+def test_a_stop_is_part_of_what_is_scored(prompt: Any) -> None:
+    renderer = Renderer(gemma())
+    renderer.tokenizer.add_tokens(["xyz"])  # so that the letters are no division of its own
+    letters = [renderer.tokenizer.convert_tokens_to_ids(letter) for letter in "xyz"]
+    written = renderer.prompt(prompt), letters
+    assert renderer.said(prompt, *written) == "xyz"
+    ids = renderer.scored(prompt, "xyz", max_tokens=999, written=written)
+    assert ids[: len(written[0]) + 3] == [*written[0], *letters]
+    assert len(ids) > len(written[0]) + 3  # and then the end of an answer
+
+
 def test_a_rewritten_chat_that_is_too_long_loses_its_start() -> None:
     renderer = Renderer(r1())
     ids = renderer.scored(CHAT, "<think>\nt</think>xyz", max_tokens=5)
