@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import rms_norm
 
@@ -61,7 +61,7 @@ def _added(module: Any) -> int | None:
     """What the norm `module` adds to its weight; None where it is not such a norm."""
     weight, epsilon = getattr(module, "weight", None), _epsilon(module)
     name = type(module).__name__
-    if not (name.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1):
+    if not (name.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1):
         return None
     if not isinstance(epsilon, float) or "forward" in vars(module):
         return None
