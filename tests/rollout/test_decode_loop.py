@@ -28,7 +28,7 @@ FAMILIES = [
     ("llama", {}), ("mistral", {"sliding_window": 8}), ("qwen2", {}), ("qwen3", {}),
     ("gemma2", {"sliding_window": 8}), ("gemma3_text", {"sliding_window": 8}),
     ("phi3", {"sliding_window": 8}), ("gpt2", {}), ("gpt_neox", {}), ("olmo2", {}),
-    ("granite", {}), ("smollm3", {}), ("mixtral", {}), ("gpt_oss", {}),
+    ("granite", {}), ("smollm3", {}), ("mixtral", {"output_router_logits": True}), ("gpt_oss", {}),
 ]  # fmt: skip
 
 
