@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import rms_norm
 
 
@@ -60,14 +61,16 @@ def _added(module: Any) -> int | None:
     """What the norm `module` adds to its weight; None where it is not such a norm."""
     weight, epsilon = getattr(module, "weight", None), _epsilon(module)
     name = type(module).__name__
-    if not (name.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.ndim == 1):
+    if not (name.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.ndim == 1):
         return None
     if not isinstance(epsilon, float) or "forward" in vars(module):
         return None
     x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, 1, -1)
-    expected = module(x)
+    # Before any training, weights may all be 1, so that 1 more is twice as much.
+    other = torch.linspace(0.5, 2, len(weight), device=weight.device).to(weight.dtype)
+    expected = functional_call(module, {"weight": other}, x)
     for added in (0, 1):
-        found = rms_norm(x, list(weight.shape), weight.float() + added, epsilon)
+        found = rms_norm(x, list(weight.shape), other.float() + added, epsilon)
         same_kind = expected.shape == found.shape and weight.dtype == expected.dtype == found.dtype
         if same_kind and torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
             return added

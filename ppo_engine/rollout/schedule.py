@@ -182,8 +182,7 @@ class Schedule:
             found.append((row, len(has)) if same else None)
         taken = {place[0] for place in found if place} | set(self._seated)
         kept = {row: number for number, (row, _) in self._kept.items()}
-        free = [row for row in range(self._decoder.rows) if row not in taken]
-        rows = iter(sorted(free, key=lambda row: row in kept))
+        rows = (row for row in range(self._decoder.rows) if row not in taken)
         for index, place in enumerate(found):
             if place is None:
                 row = next(rows)

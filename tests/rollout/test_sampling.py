@@ -13,9 +13,17 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.rollout import sampling
 from ppo_engine.settings.schema import EnvironmentConfig
 
 PROMPTS = ["Hi", "A longer prompt", "Why?"]
+
+
+@pytest.fixture(params=["decode loop", "generate"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the decode loop, and by transformers' `generate`, as models that it cannot run."""
+    if request.param == "generate":
+        monkeypatch.setattr(sampling, "probed_decoder", lambda policy: (None, ""))
 
 
 def next_logits(engine: PPOEngine, ids: list[int]) -> Tensor:
@@ -48,6 +56,7 @@ def kept(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor
     return found
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     ("generation", "at_most"),
     [({}, 259), ({"top_p": 0.3}, 40), ({"top_k": 5}, 5), ({"top_k": 20, "top_p": 0.5}, 12)],
@@ -76,6 +85,7 @@ def habits(**more: object) -> GenerationConfig:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("either_way")
 def test_the_checkpoints_own_settings_are_not_in_force():
     """Nor its penalties of what has been said, in sampling and in greedy answers."""
     model = sharp_model()
@@ -105,6 +115,7 @@ def greedy_by_hand(engine: PPOEngine, prompt: str, ends: set[int], most: int) ->
     return written
 
 
+@pytest.mark.usefixtures("either_way")
 def test_greedy_responses_are_of_each_prompt_once_and_padding_changes_nothing():
     ppo = {"estimator": "remax", "group_size": 2}
     model = sharp_model()
@@ -159,6 +170,7 @@ def test_greedy_responses_have_the_environments_turns_too():
         assert torch.equal(text[1:][own[1:]], likeliest[:-1][own[1:]])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("named", [[EOS, *range(240, 256)], 200, None])
 def test_every_token_that_the_checkpoint_names_ends_a_response(named):
     """Besides the tokenizer's own: the response stops at the first, which belongs to it."""
