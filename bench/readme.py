@@ -144,9 +144,9 @@ def _demo(command: str, rows: list[_Row]) -> str:
     seconds = [float(row["seconds"]) for row in rows]
     lines = [
         f"The demo on **{first['device']}**, {first['threads']} threads, torch {first['torch']}, "
-        f"commit {first['commit']}, by `{command}`: the rise of VADER on held-out prompts, how many "
-        "standard errors it is, and the held-out rankings that the reward model had right. A run "
-        f"took {min(seconds):.0f} to {max(seconds):.0f} s.",
+        f"commit {first['commit']}, by `{command}`: the rise of VADER on held-out prompts, how "
+        "many standard errors it is, and the held-out rankings that the reward model had right. A "
+        f"run took {min(seconds):.0f} to {max(seconds):.0f} s.",
         "",
         "| seed | algorithm | rise of VADER | standard errors | reward model right |",
         "| --: | --- | --: | --: | --: |",

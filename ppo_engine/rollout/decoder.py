@@ -16,6 +16,7 @@ from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import architecture
+from ppo_engine.rollout.attention import Unsupported, Windows, attending
 from ppo_engine.rollout.graphs import Graphs, Step
 from ppo_engine.rollout.norms import Norms
 from ppo_engine.rollout.products import Products
@@ -25,9 +26,6 @@ from ppo_engine.rollout.slots import (
     NewRows,
     OneToken,
     Slots,
-    Unsupported,
-    Windows,
-    attending,
     bytes_per_token,
 )
 from ppo_engine.spans import span

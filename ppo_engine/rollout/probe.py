@@ -11,9 +11,9 @@ from ppo_engine.messages import first_line
 from ppo_engine.models import precision, probes
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import architecture
+from ppo_engine.rollout.attention import Unsupported
 from ppo_engine.rollout.decoder import Decoder, Draw, Seat
 from ppo_engine.rollout.graphs import Graphs
-from ppo_engine.rollout.slots import Unsupported
 
 _STEPS = 3
 # No token is -1, so no row ends.

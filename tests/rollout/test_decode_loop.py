@@ -18,10 +18,11 @@ from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.pretrained import adapters
 from ppo_engine.rollout import by_generate, decoder, sampling
+from ppo_engine.rollout.attention import Windows
 from ppo_engine.rollout.graphs import Graphs
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.rollout.schedule import Request, Response
-from ppo_engine.rollout.slots import Windows, bytes_per_token
+from ppo_engine.rollout.slots import bytes_per_token
 from ppo_engine.settings.schema import GenerationConfig, LoraConfig
 
 FAMILIES = [
