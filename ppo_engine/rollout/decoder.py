@@ -34,6 +34,9 @@ from ppo_kernels import sample, token_logprobs
 # Steps between two looks of the host at what was written. On a CPU they run when they are called.
 STEPS = {"cuda": 16, "cpu": 1}
 _PASS = {"cuda": 8192, "cpu": 2048}  # tokens that are read together
+# Bytes of slots that stay between rollouts, for the graphs that read them; more are needed by
+# what comes after a rollout, and are made anew in the time of a few steps.
+_STAYING = 4 * 2**30
 _FIELDS = 6  # of `_Rows`
 
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
@@ -173,7 +176,7 @@ class Decoder:
                     yield
             finally:
                 self._products.release()
-                if self._graphs is None:
+                if self._graphs is None or self.nbytes > _STAYING:
                     self.release()
 
     def read(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:

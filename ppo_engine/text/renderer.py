@@ -110,7 +110,8 @@ class Renderer:
             return self._continued(reply)
         message = {"role": "user", "content": reply} if isinstance(reply, str) else reply
         behind = self.template.between(prompt, message, options)
-        before, found, after = behind.partition(self._decode([end]))
+        ending = self._decode([end])
+        before, found, after = behind.partition(ending) if ending else ("", "", "")
         return self._continued(after if found and not before.strip() else behind)
 
     def scored(

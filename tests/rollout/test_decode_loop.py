@@ -376,6 +376,19 @@ def test_later_turns_keep_within_the_budget(monkeypatch: pytest.MonkeyPatch, ahe
     assert said == converse(keep=False)[0]
 
 
+def test_large_slots_do_not_stay_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(decoder.STEPS, "cpu", 4)
+    sampler, of_graphs = Sampler(policy := policy_of(sharp_model())), StandIn()
+    loop = decoder.Decoder(policy, of_graphs)
+    vars(sampler)["_probed"] = loop, ""
+    write(sampler)
+    size = loop.nbytes
+    assert size > 0 and of_graphs.captured == 1
+    monkeypatch.setattr(decoder, "_STAYING", size - 1)
+    write(sampler)
+    assert loop.nbytes == 0
+
+
 def test_nothing_grows_from_rollout_to_rollout() -> None:
     sampler = Sampler(policy_of(sharp_model()))
 
