@@ -52,7 +52,6 @@ class Slots(Cache):
         self.windows = windows
         self.rows = rows
         self.length = length
-        self.device = device
         self.access: _Access = _Nothing()
 
     @contextmanager
