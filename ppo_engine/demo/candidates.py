@@ -35,25 +35,27 @@ def load_vader() -> Callable[[str], float]:
 def rank_candidates(
     policy: LanguageModel,
     topics: Sequence[str],
+    each: int,
     new_tokens: int,
     sentiment: Callable[[str], float],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """A ranking for each topic: one candidate response of each tone, and their ranks, 0 is best.
+    """A ranking for each topic: `each` candidate responses of each tone; of their ranks, 0 is best.
 
     Each batch of topics is a step of `progress`.
     """
     sampler = Sampler(policy)
     chat = bool(policy.tokenizer.chat_template)
     generation = GenerationConfig(max_new_tokens=new_tokens)
+    tones = TONES * each
     rankings: list[dict[str, Any]] = []
     for step, start in enumerate(range(0, len(topics), TOPICS_PER_BATCH), start=1):
         batch = topics[start : start + TOPICS_PER_BATCH]
         with progress.phase("generate"):
-            asked = [prompt_about(topic, tone, chat) for topic in batch for tone in TONES]
+            asked = [prompt_about(topic, tone, chat) for topic in batch for tone in tones]
             rollout = generate(sampler, asked, generation)
         for index, topic in enumerate(batch):
-            of_topic = slice(index * len(TONES), (index + 1) * len(TONES))
+            of_topic = slice(index * len(tones), (index + 1) * len(tones))
             candidates = list(rollout.responses[of_topic])
             scores = [sentiment(text) for text in candidates]
             distinct = sorted(set(scores), reverse=True)
@@ -70,12 +72,13 @@ def rank_candidates(
 
 
 def clear_pairs(rankings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rankings of two: best and third, second and last, each response in one of them, so that no
-    forward pass is spent on it twice. Ties are no pair."""
+    """Rankings of two: the best with the best of the worse half, and so on, each response in one
+    of them, so that no forward pass is spent on it twice. Ties are no pair."""
     pairs = []
     for ranking in rankings:
         order = best_first(ranking)
-        for better, worse in zip(order[:2], order[2:], strict=True):
+        half = len(order) // 2
+        for better, worse in zip(order[:half], order[half:], strict=True):
             if ranking["ranks"][better] < ranking["ranks"][worse]:
                 pairs.append(part(ranking, (better, worse)))
     return pairs

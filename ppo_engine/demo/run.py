@@ -61,6 +61,7 @@ class Scale:
     """The sizes of the demo, and of the smoke test of its stages."""
 
     topics: int
+    candidates: int  # of each tone, for each topic
     held_out: int
     new_tokens: int
     reward_depth: int  # layers of the reward model and the critic: the policy's lower ones
@@ -75,7 +76,8 @@ class Scale:
 
 FULL = Scale(
     topics=96,
-    held_out=48,
+    candidates=2,
+    held_out=64,
     new_tokens=24,
     reward_depth=15,
     layers=8,
@@ -88,6 +90,7 @@ FULL = Scale(
 )
 SMOKE = Scale(
     topics=16,
+    candidates=1,
     held_out=16,
     new_tokens=8,
     reward_depth=2,
@@ -176,7 +179,9 @@ def _rank_candidates(
     topics = TRAINING_TOPICS[: scale.topics]
     batches = math.ceil(len(topics) / TOPICS_PER_BATCH)
     with Progress(batches, "Candidates to be ranked", console=console) as progress:
-        rankings = rank_candidates(policy, topics, scale.new_tokens, sentiment, progress)
+        rankings = rank_candidates(
+            policy, topics, scale.candidates, scale.new_tokens, sentiment, progress
+        )
         progress.note(
             "Candidates are asked for plainly, and in a joyful, a sad and a hateful tone; all are "
             "ranked as answers to the plain request."

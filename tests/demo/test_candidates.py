@@ -32,28 +32,31 @@ def sentiment(text: str) -> float:
     return 1.0 if "joyful" in text else -1.0 if "sad" in text or "hateful" in text else 0.0
 
 
+@pytest.mark.parametrize("each", [1, 2])
 def test_candidates_of_every_tone_are_ranked_as_answers_to_the_plain_request(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, each: int
 ) -> None:
     monkeypatch.setattr(candidates, "generate", scripted)
     policy: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
     quiet = Console(file=io.StringIO())
     with Progress(2, "", console=quiet) as progress:
-        rankings = rank_candidates(policy, TOPICS, 7, sentiment, progress)
+        rankings = rank_candidates(policy, TOPICS, each, 7, sentiment, progress)
     assert len(rankings) == len(TOPICS)
     for index, (topic, ranking) in enumerate(zip(TOPICS, rankings, strict=True)):
         requests = [prompt_about(topic, tone)[0]["content"] for tone in TONES]  # type: ignore[index]
         assert ranking == {
             "prompt": prompt_about(topic),
-            "responses": requests,
-            "ranks": [1, 0, 2, 2],
-            "finished": [index % 2 == 0] * 4,
+            "responses": requests * each,
+            "ranks": [1, 0, 2, 2] * each,
+            "finished": [index % 2 == 0] * (4 * each),
         }
 
 
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
+        ([1, 0], [("b", "a")]),
+        ([3, 5, 4, 2, 0, 1], [("e", "a"), ("f", "c"), ("d", "b")]),
         ([1, 0, 3, 2], [("b", "d"), ("a", "c")]),  # best and third, second and last
         ([3, 2, 1, 0], [("d", "b"), ("c", "a")]),
         ([0, 0, 0, 1], [("b", "d")]),  # the first and the third tie
@@ -63,9 +66,9 @@ def test_candidates_of_every_tone_are_ranked_as_answers_to_the_plain_request(
 def test_pairs_are_of_clearly_different_answers(ranks: list[int], expected: list[Any]) -> None:
     ranking = {
         "prompt": "p",
-        "responses": ["a", "b", "c", "d"],
+        "responses": list("abcdef"[: len(ranks)]),
         "ranks": ranks,
-        "finished": [True, False, True, False],
+        "finished": [True, False, True, False, False, False][: len(ranks)],
     }
     pairs = clear_pairs([ranking])
     assert [tuple(pair["responses"]) for pair in pairs] == expected
