@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Every number of a GPU from one command, within ten minutes: bench/gpu.sh [OUTPUT_FOLDER]
+# Every number of a GPU from one command: bench/gpu.sh [OUTPUT_FOLDER [STEP...]]
+#
+# Steps: build, doctor, tests, memory, ops, e2e, rollout; all of them unless some are named. A step that
+# reaches its limit is ended, and the next one begins. The limits of all are 18 minutes together;
+# `bench/gpu.sh OUT tests e2e rollout` takes eight at most.
 #
 # For a machine with an NVIDIA GPU and a Python that has torch, triton and transformers; no network.
 # What cannot be had there (a compiler, pytest, other packages) is left out, and log.txt says so.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results/gpu}}
+shift
+wanted=" ${*:-build doctor tests memory ops e2e rollout} "
 mkdir -p "$out"
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 exec > >(tee "$out/log.txt") 2>&1
 
-step() {  # step NAME SECONDS COMMAND...: goes on after a failure, and says so
+step() {  # step NAME SECONDS COMMAND...: if it is wanted; goes on after a failure, and says so
   local name=$1 seconds=$2 started=$SECONDS
   shift 2
+  [[ $wanted == *" ${name%%-*} "* ]] || return 0
   echo "== $name"
   timeout "$seconds" "$@" || echo "== $name FAILED with exit status $?"
   echo "== $name took $((SECONDS - started)) s"
@@ -26,10 +33,10 @@ step doctor 30 "$python" -m ppo_engine doctor
 workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")  # most of it is compiling
 step tests 150 "$python" -m pytest -q $workers -m gpu tests/test_gpu.py
 for tool in memcheck racecheck initcheck; do
-  step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tests/gpu_memory.py
+  step "memory-$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tests/gpu_memory.py
 done
 # Must fail: a fault is planted. Of the many reports, how many there are.
-step memcheck-planted 40 bash -c \
+step memory-planted 40 bash -c \
   'compute-sanitizer --error-exitcode 9 "$0" tests/gpu_memory.py plant 2>&1 | tail -n 1; exit "${PIPESTATUS[0]}"' "$python"
 step ops 300 "$python" bench/run.py --device cuda --seconds 0.1 --out "$out/ops.csv" --plot
 step e2e 170 "$python" bench/e2e.py --device cuda --model qwen2.5-1.5b --out "$out/e2e.csv"
