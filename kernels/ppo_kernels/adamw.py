@@ -165,7 +165,7 @@ def _checked(lists: _Lists) -> bool:
         in_place = name != "grads"
         for i, x in enumerate(tensors):
             # `checks` finds what is wrong, in ten times the time; a model has hundreds of tensors.
-            shape = weights[i].shape
+            shape = tuple(weights[i].shape)
             if (
                 isinstance(x, Tensor)
                 and x.dtype is dtype
