@@ -41,6 +41,7 @@ class Case:
     that are `shared` belong to all rows, so their gradients add up, as do outputs of one number.
     `least(inputs, mode)` does what must be done at the least, where that is not bytes moved. `kept`
     is how many bytes of the memory hold the gradients as they are summed: the rest is extra.
+    `changed` names inputs that are worked on in place, and returned.
     """
 
     op: str
@@ -59,6 +60,7 @@ class Case:
     shared: Sequence[str] = ()
     least: Callable[[Inputs, Mode], list[Call]] | None = None
     kept: Mapping[Mode, int] = field(default_factory=dict)
+    changed: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -84,6 +86,11 @@ def with_gradients(case: Case, inputs: Inputs, run: Run) -> tuple[Outputs, Outpu
     leaves = leaves_of(case, inputs)
     outputs = run(leaves)
     return outputs, gradients(case, outputs, leaves)
+
+
+def fresh(case: Case, inputs: Inputs) -> Inputs:
+    """The same inputs, with copies of those that are changed."""
+    return {name: x.clone() if name in case.changed else x for name, x in inputs.items()}
 
 
 def leaves_of(case: Case, inputs: Inputs) -> Inputs:

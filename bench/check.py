@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.case import Case, Inputs, Outputs, Run, with_gradients
+from bench.case import Case, Inputs, Outputs, Run, fresh, with_gradients
 
 # Largest error allowed, beside the largest magnitude of the exact result (or 1): by the dtype of
 # the inputs, as those who compute in it can do no better. Our own tests are far stricter.
@@ -51,7 +51,7 @@ def error(case: Case, inputs: Inputs, run: Run, truth: Outputs, *, gradients: bo
         results = [*outputs, *found]
     else:
         with torch.no_grad():
-            results = [*run(inputs)]
+            results = [*run(fresh(case, inputs))]
     outputs_only = len(truth) - len(case.trained)
     wanted = truth if gradients else truth[:outputs_only]
     if len(results) != len(wanted):

@@ -87,8 +87,9 @@ def every_dtype(ops: list[str], sizes: list[str]) -> Iterator[Case]:
 
 
 def _inputs(case: Case, dtype: torch.dtype, on: torch.device) -> Inputs:
+    as_they_are = ("moments", *case.changed)
     return {
-        name: x.to(dtype) if x.is_floating_point() and name != "moments" else x
+        name: x.to(dtype) if x.is_floating_point() and name not in as_they_are else x
         for name, x in case.inputs(on).items()
     }
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.case import MODES, Case, Inputs, Mode, Run, gradients, leaves_of
+from bench.case import MODES, Case, Inputs, Mode, Run, fresh, gradients, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, least_call, least_traffic
 from bench.results import Row
@@ -81,6 +81,7 @@ def _implementations(case: Case, impls: Sequence[str]) -> Iterator[tuple[str, Ru
 
 def call_of(case: Case, mode: Mode, inputs: Inputs, run: Run) -> Call:
     if mode == "fwd":
+        inputs = fresh(case, inputs)
         return lambda: run(inputs)
     leaves = leaves_of(case, inputs)
     if mode == "both":

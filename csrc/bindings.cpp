@@ -435,6 +435,46 @@ int64_t decode_attention(const Tensor& query, const Tensor& keys, const Tensor& 
   return -1;
 }
 
+using Tensors = std::vector<Tensor>;
+
+// As many contiguous tensors of each kind, of one dtype for each; without remainders of float32.
+void adamw(const Tensors& weights, const Tensors& grads, const Tensors& exp_avg,
+           const Tensors& exp_avg_sq, const Tensors& remainder, double decay, double size,
+           double root, double mix, bool near_mean, double beta2, double rest, double eps,
+           double grad_scale, int threads) {
+  AdamWArgs args{};
+  args.weights = weights[0].dtype();
+  args.grads = grads[0].dtype();
+  std::vector<AdamWTensor> tensors;
+  std::vector<AdamWPiece> pieces;
+  int64_t all = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    int64_t count = 1;
+    for (int d = 0; d < weights[i].dims(); ++d) count *= weights[i].size(d);
+    tensors.push_back({weights[i].data(), remainder.empty() ? nullptr : remainder[i].data<uint16_t>(),
+                       grads[i].data(), exp_avg[i].data<float>(), exp_avg_sq[i].data<float>(),
+                       count});
+    for (int64_t first = 0; first < count; first += kElementsPerPiece) {
+      pieces.push_back({int64_t(i), first, std::min(count, first + kElementsPerPiece)});
+    }
+    all += count;
+  }
+  args.tensors = tensors.data();
+  args.pieces = pieces.data();
+  args.piece_count = int64_t(pieces.size());
+  args.decay = float(decay);
+  args.size = float(size);
+  args.root = float(root);
+  args.mix = float(mix);
+  args.near_mean = near_mean;
+  args.beta2 = float(beta2);
+  args.rest = float(rest);
+  args.eps = float(eps);
+  args.grad_scale = float(grad_scale);
+  args.threads = threads_for(all, threads);
+  active_isa().kernels->adamw(args);
+}
+
 // Whether these per-token tensors need no closer look: torch.Tensor or Parameter themselves, of
 // floating point, of one shape, [B, T] or [N], and on one device, with a mask and boundaries that
 // fit. False says nothing: ppo_kernels/checks.py looks closer then.
@@ -490,4 +530,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ranking_loss", &ppo::ranking_loss, release_gil());
   m.def("sample", &ppo::sample, release_gil());
   m.def("decode_attention", &ppo::decode_attention, release_gil());
+  m.def("adamw", &ppo::adamw, release_gil());
 }

@@ -132,12 +132,13 @@ def _check(report: Report, op: str, impl: str) -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     generator = torch.Generator().manual_seed(0)
     arguments, options = _EXAMPLES[op](generator)
-    moved = [argument.to(device) for argument in arguments]
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     function = getattr(ppo_kernels, op)
     try:
-        got = _tensors(function(*moved, **options, impl=impl))
-        expected = _tensors(function(*moved, **options, impl="reference"))
+        got, expected = (
+            _results(function, [x.to(device, copy=True) for x in arguments], options | {"impl": i})
+            for i in (impl, "reference")
+        )
     except Exception as error:  # whatever it is, the op is broken; go on with the others
         report.line("BROKEN", name, f"{type(error).__name__}: {error}")
         return
@@ -149,6 +150,14 @@ def _check(report: Report, op: str, impl: str) -> None:
         report.line("ok", name, f"agrees with the reference {agreement}")
     else:
         report.line("BROKEN", name, f"differs from the reference by {worst:.1e} (limit 1e-4)")
+
+
+def _results(
+    function: Callable[..., Any], arguments: list[torch.Tensor], options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """What it returns, or, where that is nothing, what it has made of its arguments."""
+    returned = function(*arguments, **options)
+    return arguments if returned is None else _tensors(returned)
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
@@ -203,6 +212,12 @@ def _ranking_example(generator: torch.Generator) -> Example:
     return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
 
 
+def _adamw_example(generator: torch.Generator) -> Example:
+    weights, grads, exp_avg = torch.randn((3, 33), generator=generator)
+    settings = {"step": 3, "learning_rate": 0.1, "weight_decay": 0.1}
+    return [weights, grads, exp_avg, exp_avg.square()], settings
+
+
 _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "gae": lambda g: (_tokens(g, 2), {"mask": _mask()}),
     "kl_shaped_gae": _shaped_example,
@@ -215,6 +230,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "ranking_loss": _ranking_example,
     "sample": lambda g: ([torch.randn((3, 101), generator=g)], {"seed": 1, "offset": 2}),
     "decode_attention": _attention_example,
+    "adamw": _adamw_example,
 }
 
 

@@ -65,7 +65,7 @@ def test_every_alternative_is_right_and_gets_a_time(op: str) -> None:
         assert row["status"] == "ok"
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["x_floor"] == pytest.approx(row["ms_p50"] / row["floor_ms"])
-        assert row["peak_bytes"] > 0
+        assert row["peak_bytes"] > 0 or case.changed  # what works in place may need none
     ours = [row for row in rows if row["impl"] == "cpp"]
     for row in ours:
         best = min(r["ms_p50"] for r in rows if r["mode"] == row["mode"] and r["impl"] != "cpp")

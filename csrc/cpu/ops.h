@@ -255,6 +255,37 @@ struct DecodeAttention {
   int threads;
 };
 
+// Elements of one tensor of adamw, in one piece of memory each.
+struct AdamWTensor {
+  void* weights;
+  uint16_t* remainder;  // of bf16 weights, the bits of an int16; else null
+  const void* grads;
+  float *exp_avg, *exp_avg_sq;
+  int64_t count;
+};
+
+// What one thread does of adamw at a time.
+constexpr int64_t kElementsPerPiece = 16384;
+
+struct AdamWPiece {
+  int64_t tensor, first, last;  // elements [first, last)
+};
+
+struct AdamWArgs {
+  DType weights, grads;  // bf16 or f32; any but f64
+  const AdamWTensor* tensors;
+  const AdamWPiece* pieces;
+  int64_t piece_count;
+  float decay;  // what weights are multiplied by
+  float size;   // minus the step's
+  float root;   // of the second moments' bias correction
+  float mix;    // the new mean is mix (g - mean) + mean,
+  bool near_mean;  // or mix (g - mean) + g
+  float beta2, rest;  // and 1 - beta2
+  float eps, grad_scale;
+  int threads;
+};
+
 // The entry points of one instruction set: kernels.cpp fills one in for each.
 struct Kernels {
   void (*gae)(const GaeArgs&);
@@ -266,6 +297,7 @@ struct Kernels {
   void (*ranking_loss)(const RankingLossArgs&);
   void (*sample)(const SampleArgs&);
   void (*decode_attention)(const DecodeAttention&);
+  void (*adamw)(const AdamWArgs&);
 };
 
 }  // namespace ppo

@@ -1,5 +1,6 @@
 """Fused kernels for what RLHF adds to a transformer. Needs torch only."""
 
+from ppo_kernels.adamw import adamw, join_master, split_master
 from ppo_kernels.decode_attention import decode_attention
 from ppo_kernels.dispatch import implementations
 from ppo_kernels.gae import ShapedGAE, gae, kl_shaped_gae
@@ -15,9 +16,11 @@ __all__ = [
     "PolicyStats",
     "ShapedGAE",
     "ValueStats",
+    "adamw",
     "decode_attention",
     "gae",
     "implementations",
+    "join_master",
     "kl_shaped_gae",
     "linear_logprobs",
     "linear_ppo_loss",
@@ -26,5 +29,6 @@ __all__ = [
     "ppo_value_loss",
     "ranking_loss",
     "sample",
+    "split_master",
     "token_logprobs",
 ]

@@ -491,7 +491,68 @@ def decode_attention(
     return (_real(p, kept.mT) @ _real(values, kept)).flatten(1, 2).to(dtype)
 
 
+# Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) with decoupled weight decay (Loshchilov &
+# Hutter 2019, arXiv:1711.05101, algorithm 2), for a gradient g scaled by s:
+#   m <- b1 m + (1 - b1) s g
+#   v <- b2 v + (1 - b2) (s g)^2
+#   w <- (1 - lr wd) w - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+# The roundings belong to the meaning: every implementation makes these, in this order. They are
+# those of torch.optim.AdamW(fused=True) on a CPU with fused multiply-add, in all of a tensor but
+# the last few elements, fewer than a vector.
+def adamw(
+    weights: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: float | Tensor,
+    learning_rate: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New (weights, exp_avg, exp_avg_sq) in the weights' dtype, float32 or float64; nothing is
+    changed in place. Coefficients are computed in float64, then rounded to that dtype."""
+
+    def rounded(x: float | Tensor) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float64, device=weights.device).to(weights.dtype)
+
+    step, learning_rate = (torch.as_tensor(x, dtype=torch.float64) for x in (step, learning_rate))
+    beta1, beta2 = betas
+    g = grads.to(weights.dtype) * rounded(grad_scale)
+    mix = rounded(1 - beta1)
+    if mix < 0.5:
+        exp_avg = _fused(mix, g - exp_avg, exp_avg)
+    else:  # which gives exactly g for a beta1 of 0
+        exp_avg = _fused(mix - 1, g - exp_avg, g)
+    exp_avg_sq = _fused(rounded(1 - beta2) * g, g, rounded(beta2) * exp_avg_sq)
+    root = rounded((1 - beta2**step) ** 0.5)
+    size = rounded(-learning_rate / (1 - beta1**step))
+    # To the nearest by way of float64; torch's own root in float32 is MKL's, which rounds otherwise.
+    deviation = exp_avg_sq.double().sqrt().to(weights.dtype)
+    change = size * exp_avg / (deviation / root + rounded(eps))
+    weights = rounded(1 - learning_rate * weight_decay) * weights + change
+    return weights, exp_avg, exp_avg_sq
+
+
 # --------------------------------------------------------------------------------------------------
+
+
+def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a b + c, in float32 rounded once: in float64 the product is exact, and a sum rounded to an
+    odd last bit rounds to float32 as the exact one does (Boldo & Melquiond 2008,
+    doi:10.1109/TC.2007.70819). In float64 rounded twice."""
+    if c.dtype == torch.float64:
+        return a * b + c
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    of_c = total - product
+    error = (product - (total - of_c)) + (c - of_c)  # of that sum, exactly (Knuth)
+    even = (total.view(torch.int64) & 1) == 0
+    towards = torch.where(error > 0, torch.inf, -torch.inf).double()
+    odd = torch.where((error.abs() > 0) & even, torch.nextafter(total, towards), total)
+    return odd.float()
 
 
 def _accumulated(*tensors: Tensor | None) -> Any:

@@ -1,0 +1,110 @@
+"""`adamw`, against torch's on float32 weights: fused, or an operation at a time over all tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torchs_adamw
+
+from bench.case import Case, Cost, Inputs, Outputs, Size, normal
+from ppo_kernels import adamw, join_master, reference, split_master
+
+# SmolLM2-135M: embedding, and 30 layers of attention (9 query heads on 3, of 64), MLP and two norms.
+_LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), *[(1536, 576)] * 2, (576, 1536)]
+_SMOLLM2 = [(49152, 576), *(30 * [*_LAYER, (576,), (576,)]), (576,)]
+
+_Shapes = Sequence[tuple[int, ...]]
+_SHAPES: dict[str, list[tuple[Size, str, _Shapes]]] = {
+    "cpu": [
+        ("small", "4x64", 4 * [(64,)]),
+        ("medium", "49152x576", [(49152, 576)]),
+        ("large", "SmolLM2-135M", _SMOLLM2),
+    ],
+    "cuda": [
+        ("small", "4x64", 4 * [(64,)]),
+        ("medium", "SmolLM2-135M", _SMOLLM2),
+        ("large", "187500000", [(187_500_000,)]),  # an eighth of a model of 1.5e9
+    ],
+}
+_LEARNING_RATE, _DECAY, _BETAS, _EPS, _STEP = 0.01, 0.1, (0.9, 0.95), 1e-8, 3
+
+
+def cases(device: str) -> list[Case]:
+    return [
+        _case(device, *shape, dtype)
+        for shape in _SHAPES[device]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def _case(device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtype) -> Case:
+    """`dtype` of the weights, in bfloat16 with a remainder, and of the gradients."""
+    counts = [math.prod(shape) for shape in shapes]
+    count = sum(counts)
+    halves = dtype == torch.bfloat16
+
+    def inputs(on: torch.device) -> Inputs:
+        weights, grads, exp_avg, exp_avg_sq = (
+            normal(count, device=on, dtype=torch.float32, seed=seed) for seed in range(4)
+        )
+        found = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq.square_(), "grads": grads.to(dtype)}
+        if halves:
+            found["master"] = weights  # for torch's
+            weights, found["remainder"] = split_master(weights)
+        steps = torch.full((len(shapes),), float(_STEP - 1), device=on)  # torch's counters
+        return found | {"weights": weights, "steps": steps}
+
+    def each(x: Tensor) -> list[Tensor]:
+        return [part.view(shape) for part, shape in zip(x.split(counts), shapes, strict=True)]
+
+    def results(x: Inputs, weights: Tensor) -> Outputs:
+        return weights, x["exp_avg"], x["exp_avg_sq"]
+
+    def ours(x: Inputs, impl: str) -> Outputs:
+        if impl == "reference":  # which takes float64, whole
+            weights = x["weights"]
+            if halves:
+                weights = join_master(weights.to(dtype), x["remainder"]).to(weights.dtype)
+            return reference.adamw(
+                weights, x["grads"], x["exp_avg"], x["exp_avg_sq"], step=_STEP,
+                learning_rate=_LEARNING_RATE, betas=_BETAS, eps=_EPS, weight_decay=_DECAY,
+                grad_scale=1.0,
+            )  # fmt: skip
+        adamw(
+            *map(each, (x["weights"], x["grads"], x["exp_avg"], x["exp_avg_sq"])),
+            remainder=each(x["remainder"]) if halves else None, step=_STEP,
+            learning_rate=_LEARNING_RATE, betas=_BETAS, eps=_EPS, weight_decay=_DECAY, impl=impl,
+        )  # fmt: skip
+        return results(x, x["weights"])
+
+    def torchs(x: Inputs, fused: bool) -> Outputs:
+        """All in float32; bfloat16 weights are a copy of theirs."""
+        master = x["master"] if halves else x["weights"]
+        grads = each(x["grads"].float())
+        torchs_adamw(
+            each(master), grads, each(x["exp_avg"]), each(x["exp_avg_sq"]), [],
+            list(x["steps"].unbind()), foreach=not fused, fused=fused,
+            capturable=device == "cuda", amsgrad=False, beta1=_BETAS[0], beta2=_BETAS[1],
+            lr=_LEARNING_RATE, weight_decay=_DECAY, eps=_EPS, maximize=False,
+        )  # fmt: skip
+        return results(x, x["weights"].copy_(master) if halves else master)
+
+    kept = 2 + 2 + 8 if halves else 4 + 8  # read and written
+    return Case(
+        op="adamw",
+        size=size,
+        shape=name,
+        dtype=dtype,
+        device=device,
+        inputs=inputs,
+        ours=ours,
+        alternatives={
+            "AdamW, fused": lambda x: torchs(x, True),
+            "AdamW, foreach": lambda x: torchs(x, False),
+        },
+        costs={"fwd": Cost((kept + dtype.itemsize) * count, kept * count, 20 * count)},
+        changed=("weights", "remainder", "master", "exp_avg", "exp_avg_sq", "steps"),
+    )
