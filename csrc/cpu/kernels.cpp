@@ -12,6 +12,8 @@ void pairwise_loss(const PairwiseLossArgs&);
 void ranking_loss(const RankingLossArgs&);
 void sample(const SampleArgs&);
 void decode_attention(const DecodeAttention&);
+void rms_norm(const RmsNorm&);
+void rms_norm_backward(const RmsNorm&);
 
 extern const Kernels kernels;
 const Kernels kernels = {gae,
@@ -22,6 +24,8 @@ const Kernels kernels = {gae,
                          pairwise_loss,
                          ranking_loss,
                          sample,
-                         decode_attention};
+                         decode_attention,
+                         rms_norm,
+                         rms_norm_backward};
 
 }  // namespace ppo::PPO_ISA
