@@ -27,10 +27,11 @@ DTYPES = [
     (F32, F32, None), (BF16, BF16, None), (F16, F16, None), (F64, F64, None), (F32, F32, BF16),
     (BF16, F32, None), (F16, F32, F32), (BF16, F16, F16), (F32, BF16, BF16),
 ]  # fmt: skip
-# Around the lanes of a vector, four of them, and Triton's tiles; more than one part of the rows.
+# Around the lanes of vectors, and Triton's tiles; rows of several parts; rows in several tiles.
 SHAPES = [
     (0, 8), (3, 0), (1, 1), (5, 1), (7, 3), (2, 2, 33), (3, 64), (70, 65), (130, 31), (2, 576),
     (3, 1, 2, 129), (0, 2, 5), (6,), (3, 1030),
+    (10, 17_000),
 ]  # fmt: skip
 
 
@@ -55,12 +56,16 @@ def test_error_rule(
     for shape in SHAPES:
         for wrt in (WRT, ("x",), ("weight",)) if shape == (70, 65) else (WRT,):
             given = arguments(shape, dtypes, added=float(len(shape) == 3))
-            ops.assert_error_rule(rms_norm, of_float64, given, wrt, impl=impl)
+            ops.assert_error_rule(rms_norm, reference.rms_norm, given, wrt, impl=impl)
 
 
-def of_float64(**given: Any) -> Tensor:
-    """The reference; where it is to be exact, with no dtype to round to."""
-    return reference.rms_norm(**given | ({"dtype": None} if given["x"].dtype == F64 else {}))
+@KERNELS
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_rounded_once(impl: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(40, 70), torch.randn(70)
+    exactly = rms_norm(x, weight, eps=1e-5, impl=impl)
+    found = rms_norm(x, weight, eps=1e-5, dtype=dtype, impl=impl)
+    assert torch.equal(found, exactly.to(dtype))
 
 
 @KERNELS

@@ -257,7 +257,7 @@ struct DecodeAttention {
 
 // Rows whose part of the weight's gradient is summed at a time, so that no result depends on the
 // number of threads.
-constexpr int64_t kNormRows = 64;
+constexpr int64_t kNormRows = 16;
 
 // x, y and its gradient are all float64, or none is; that decides the accumulation dtype A.
 struct RmsNorm {

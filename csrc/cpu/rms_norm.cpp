@@ -12,6 +12,7 @@
 // The last sum is taken of kNormRows rows at a time, and then of these parts, in order.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "rows.h"
 #include "sums_of_lanes.h"
@@ -23,70 +24,134 @@ namespace {
 constexpr int64_t kNumbersPerTask = 8192;  // of a forward pass
 constexpr int64_t kColumns = 64;           // of the weight's gradient, at a time
 
-// Vectors of a row: whole ones, and the last numbers.
-struct Whole {
-  template <class T> auto read(const T* p) const { return load(p); }
-  template <class T, class V> void write(T* p, V x) const { store(p, x); }
+// Two vectors of a row.
+template <class A>
+struct Two {
+  Vec<A> a, b;
 };
-struct Last {
-  int64_t n;
-  template <class T> auto read(const T* p) const { return load_first(p, n); }
-  template <class T, class V> void write(T* p, V x) const { store_first(p, n, x); }
-};
-
-template <class A, class Body>
-void for_vectors(int64_t width, const Body& body) {
-  int64_t j = 0;
-  for (; j + kLanes<A> <= width; j += kLanes<A>) body(Whole{}, j);
-  if (j < width) body(Last{width - j}, j);
+template <class A> Two<A> operator*(Two<A> x, Two<A> y) { return {x.a * y.a, x.b * y.b}; }
+template <class A> Two<A> operator+(Two<A> x, Two<A> y) { return {x.a + y.a, x.b + y.b}; }
+template <class A> Two<A> operator-(Two<A> x, Two<A> y) { return {x.a - y.a, x.b - y.b}; }
+template <class A> Two<A> both(A x) { return {splat(x), splat(x)}; }
+template <class A>
+Two<A> multiply_add(Two<A> x, Two<A> y, Two<A> z) {
+  return {multiply_add(x.a, y.a, z.a), multiply_add(x.b, y.b, z.b)};
 }
 
-// The means over a row of what body(vector, j, sums, k) adds to sums[0][k], sums[1][k], … of it.
-template <int count, class A, class Body>
-void means(int64_t width, A (&found)[count], const Body& body) {
-  constexpr int64_t one = kLanes<A>;
-  Vec<A> sums[count][4] = {};
-  int64_t j = 0;
-  for (; j + 4 * one <= width; j += 4 * one) {
-    for (int k = 0; k < 4; ++k) body(Whole{}, j + k * one, sums, k);
+// In which order two vectors are read: that of load_two where x and y are of one dtype, else that
+// of memory. What is in scratch lies in the same order.
+template <class T, class Y, class A = Accumulator<T>>
+using OrderOf = std::conditional_t<std::is_same_v<T, Y>, T, A>;
+
+template <class Order, class A = Accumulator<Order>>
+struct Whole {
+  template <class T>
+  Two<A> read(const T* p) const {
+    if constexpr (!std::is_same_v<T, Order>) return {load(p), load(p + kLanes<A>)};
+    Two<A> x;
+    load_two(p, x.a, x.b);
+    return x;
   }
-  for (; j + one <= width; j += one) body(Whole{}, j, sums, 0);
-  if (j < width) body(Last{width - j}, j, sums, 0);
+  template <class T>
+  void write(T* p, Two<A> x) const {
+    if constexpr (std::is_same_v<T, Order>) return store_two(p, x.a, x.b);
+    store(p, x.a);
+    store(p + kLanes<A>, x.b);
+  }
+};
+
+// The last numbers of a row, in the order of memory.
+template <class A>
+struct Last {
+  int64_t n;
+  int64_t of_a() const { return std::min<int64_t>(n, kLanes<A>); }
+  template <class T>
+  Two<A> read(const T* p) const {
+    return {load_first(p, of_a()), load_first(p + kLanes<A>, n - of_a())};
+  }
+  template <class T>
+  void write(T* p, Two<A> x) const {
+    store_first(p, of_a(), x.a);
+    store_first(p + kLanes<A>, n - of_a(), x.b);
+  }
+};
+
+template <class Order, class Body>
+void for_vectors(int64_t width, const Body& body) {
+  using A = Accumulator<Order>;
+  int64_t j = 0;
+  for (; j + 2 * kLanes<A> <= width; j += 2 * kLanes<A>) body(Whole<Order>{}, j);
+  if (j < width) body(Last<A>{width - j}, j);
+}
+
+// The means over a row of what body(vectors, j, sums, k) adds to sums[0][k], sums[1][k], … of it.
+template <class Order, int count, class A, class Body>
+void means(int64_t width, A (&found)[count], const Body& body) {
+  constexpr int64_t two = 2 * kLanes<A>;
+  Two<A> sums[count][2] = {};
+  int64_t j = 0;
+  for (; j + 2 * two <= width; j += 2 * two) {
+    body(Whole<Order>{}, j, sums, 0);
+    body(Whole<Order>{}, j + two, sums, 1);
+  }
+  for_vectors<Order>(width - j, [&](auto vectors, int64_t k) { body(vectors, j + k, sums, 0); });
   for (int i = 0; i < count; ++i) {
+    const Vec<A> vectors[] = {sums[i][0].a, sums[i][0].b, sums[i][1].a, sums[i][1].b};
     A four[4] = {};
-    add_sums_of_four<A>(sums[i], four);
+    add_sums_of_four<A>(vectors, four);
     found[i] = ((four[0] + four[1]) + (four[2] + four[3])) / A(width);
   }
 }
 
+// Where in memory number j of a row is that lies at j in scratch.
+template <class Order>
+int64_t place(int64_t j, int64_t width) {
+  constexpr int one = kLanes<Accumulator<Order>>;
+  const int64_t first = j / (2 * one) * (2 * one), l = j - first;
+  if (first + 2 * one > width) return j;
+  return first + l % one * kStepOfTwo<Order> + l / one * kSecondOfTwo<Order>;
+}
+
 // The weight in the accumulation dtype, with what is added to it.
-template <class A>
+template <class Order, class A = Accumulator<Order>>
 const A* accumulated_weight(const RmsNorm& args) {
   A* to = static_cast<A*>(args.scratch);
+  const int64_t width = args.x.vocab;
   with_dtype(args.weight_dtype, [&](auto zero) {
     using W = decltype(zero);
     const W* from = static_cast<const W*>(args.weight);
-    for (int64_t j = 0; j < args.x.vocab; ++j) to[j] = A(widen(from[j])) + A(args.added);
+    constexpr bool as_it_lies = kStepOfTwo<Order> == 1 || std::is_same_v<W, Order>;
+    if constexpr (as_it_lies && std::is_same_v<Accumulator<W>, A>) {
+      for_vectors<Order>(width, [&](auto vectors, int64_t j) {
+        vectors.write(to + j, vectors.read(from + j) + both(A(args.added)));
+      });
+    } else {
+      for (int64_t j = 0; j < width; ++j) {
+        to[j] = A(widen(from[place<Order>(j, width)])) + A(args.added);
+      }
+    }
   });
   return to;
 }
 
-template <class T, class Y, class A = Accumulator<T>>
+template <class T, class Y>
 void forward(const RmsNorm& args) {
-  const A* weight = accumulated_weight<A>(args);
+  using Order = OrderOf<T, Y>;
+  using A = Accumulator<T>;
+  const A* weight = accumulated_weight<Order>(args);
   const int64_t width = args.x.vocab, rows = std::max<int64_t>(kNumbersPerTask / width, 1);
   parallel_for((args.count + rows - 1) / rows, args.threads, [&](int64_t task) {
     for (int64_t i = task * rows; i < std::min((task + 1) * rows, args.count); ++i) {
       const T* x = logits_row<const T>(args.x, i);
       Y* y = static_cast<Y*>(args.y) + i * width;
       A square[1];
-      means(width, square, [&](auto vector, int64_t j, auto& sums, int k) {
-        const Vec<A> v = vector.read(x + j);
+      means<Order>(width, square, [&](auto vectors, int64_t j, auto& sums, int k) {
+        const Two<A> v = vectors.read(x + j);
         sums[0][k] = multiply_add(v, v, sums[0][k]);
       });
-      const Vec<A> r = splat(1 / std::sqrt(square[0] + A(args.eps)));
-      for_vectors<A>(width, [&](auto vector, int64_t j) {
-        vector.write(y + j, Vec<A>(vector.read(x + j) * r * vector.read(weight + j)));
+      const Two<A> r = both(1 / std::sqrt(square[0] + A(args.eps)));
+      for_vectors<Order>(width, [&](auto vectors, int64_t j) {
+        vectors.write(y + j, vectors.read(x + j) * r * vectors.read(weight + j));
       });
     }
   });
@@ -95,6 +160,7 @@ void forward(const RmsNorm& args) {
 // The rows of a part: their gradients, and what they add to the weight's.
 template <class T, class G, bool for_x, bool for_weight, class A = Accumulator<T>>
 void backward(const RmsNorm& args, const A* weight, A* parts, int64_t part) {
+  using Order = OrderOf<T, G>;
   const int64_t width = args.x.vocab;
   A* sums_of_part = parts + part * width;
   if (for_weight) std::fill_n(sums_of_part, width, A(0));
@@ -102,30 +168,30 @@ void backward(const RmsNorm& args, const A* weight, A* parts, int64_t part) {
     const T* x = logits_row<const T>(args.x, i);
     const G* g = logits_row<const G>(args.grad_y, i);
     T* dx = static_cast<T*>(args.grad_x) + i * width;
-    A of_row[2];  // the squares, and c / r
-    means(width, of_row, [&](auto vector, int64_t j, auto& sums, int k) {
-      const Vec<A> v = vector.read(x + j);
+    A of_row[2];  // of the squares, and c / r
+    means<Order>(width, of_row, [&](auto vectors, int64_t j, auto& sums, int k) {
+      const Two<A> v = vectors.read(x + j);
       sums[0][k] = multiply_add(v, v, sums[0][k]);
       if (for_x) {
-        const Vec<A> gw = vector.read(g + j) * vector.read(weight + j);
+        const Two<A> gw = vectors.read(g + j) * vectors.read(weight + j);
         sums[1][k] = multiply_add(gw, v, sums[1][k]);
       }
     });
     const A inverse = 1 / std::sqrt(of_row[0] + A(args.eps));
-    const Vec<A> r = splat(inverse), c = splat(of_row[1] * inverse);
-    for_vectors<A>(width, [&](auto vector, int64_t j) {
-      const Vec<A> v = vector.read(x + j) * r, of_y = vector.read(g + j);
-      if (for_x) vector.write(dx + j, Vec<A>((of_y * vector.read(weight + j) - v * c) * r));
+    const Two<A> r = both(inverse), c = both(of_row[1] * inverse);
+    for_vectors<Order>(width, [&](auto vectors, int64_t j) {
+      const Two<A> v = vectors.read(x + j) * r, of_y = vectors.read(g + j);
+      if (for_x) vectors.write(dx + j, (of_y * vectors.read(weight + j) - v * c) * r);
       if (for_weight) {
-        A* sum = sums_of_part + j;
-        vector.write(sum, multiply_add(of_y, v, Vec<A>(vector.read(sum))));
+        const Two<A> sum = vectors.read(sums_of_part + j);
+        vectors.write(sums_of_part + j, multiply_add(of_y, v, sum));
       }
     });
   }
 }
 
 // The parts of the weight's gradient, in order, in double.
-template <class A>
+template <class Order, class A>
 void add_parts(const RmsNorm& args, const A* parts, int64_t count) {
   const int64_t width = args.x.vocab;
   parallel_for((width + kColumns - 1) / kColumns, args.threads, [&](int64_t task) {
@@ -136,15 +202,18 @@ void add_parts(const RmsNorm& args, const A* parts, int64_t count) {
     }
     with_dtype(args.weight_dtype, [&](auto zero) {
       using W = decltype(zero);
-      W* to = static_cast<W*>(args.grad_weight) + first;
-      for (int64_t j = 0; j < n; ++j) narrow(Accumulator<W>(sums[j]), to[j]);
+      W* to = static_cast<W*>(args.grad_weight);
+      for (int64_t j = 0; j < n; ++j) {
+        narrow(Accumulator<W>(sums[j]), to[place<Order>(first + j, width)]);
+      }
     });
   });
 }
 
 template <class T, class G, class A = Accumulator<T>>
 void backward(const RmsNorm& args) {
-  const A* weight = accumulated_weight<A>(args);
+  using Order = OrderOf<T, G>;
+  const A* weight = accumulated_weight<Order>(args);
   A* parts = static_cast<A*>(args.scratch) + args.x.vocab;
   const int64_t count = (args.count + kNormRows - 1) / kNormRows;
   parallel_for(count, args.threads, [&](int64_t part) {
@@ -152,7 +221,7 @@ void backward(const RmsNorm& args) {
     if (args.grad_x == nullptr) return backward<T, G, false, true>(args, weight, parts, part);
     backward<T, G, true, true>(args, weight, parts, part);
   });
-  if (args.grad_weight != nullptr) add_parts(args, parts, count);
+  if (args.grad_weight != nullptr) add_parts<Order>(args, parts, count);
 }
 
 // Calls body(T{}, U{}) with the storage types of x and of y, both float64 or neither.

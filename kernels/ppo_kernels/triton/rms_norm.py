@@ -70,7 +70,7 @@ def _gradient(v, g, w, r, c):
     return (g * w - v * r * c) * r
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "grad_inner"])
 def backward(
     grad_y, x, weight, grad_x, parts, eps: tl.float64, added: tl.float64, width, inner: tl.int64,
     outer_stride: tl.int64, inner_stride: tl.int64, grad_inner: tl.int64,
@@ -135,7 +135,7 @@ def backward(
 @triton.jit(do_not_specialize=SIZES)
 def add_parts(
     parts, grad_weight, width, programs: tl.int64, PARTS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+):
     """The sums over the programs, in order."""
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     sums = tl.zeros((PARTS, COLUMNS), parts.dtype.element_ty)
