@@ -191,26 +191,26 @@ def calls() -> Iterator[Callable[[], object]]:
     yield attention(8, 1, 64, 300, torch.bfloat16, torch.bfloat16, window=128, sinks=sinks)
 
     def norm(
-        width: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], rows: int = 40
+        width: int, *dtypes: torch.dtype, wrt: tuple[str, ...] = ("x", "weight")
     ) -> Callable[[], object]:
-        x = torch.randn(rows, width).to(dtypes[0]).requires_grad_()
-        weight = torch.randn(width).to(dtypes[1]).requires_grad_()
+        x, weight = torch.randn(40, width).to(dtypes[0]), torch.randn(width).to(dtypes[1])
+        trained = [{"x": x, "weight": weight}[name].requires_grad_() for name in wrt]
 
         def both() -> object:
-            y = ppo_kernels.rms_norm(x, weight, eps=1e-5, dtype=dtypes[2], impl="triton")
-            torch.autograd.grad(y.sum(), weight, retain_graph=True)
-            torch.autograd.grad(y.sum(), x, retain_graph=True)
-            return torch.autograd.grad(y.sum(), (x, weight))
+            y = ppo_kernels.rms_norm(x, weight, eps=1e-5, dtype=dtypes[-1], impl="triton")
+            return torch.autograd.grad(y, trained, torch.randn(y.shape).to(y.dtype))
 
         return both
 
     for dtype in (torch.float32, *halves, torch.float64):
-        for width in (64, 576, 1536, 20_000):  # of a head, of SmolLM2, Qwen2.5-1.5B; in tiles
-            yield norm(width, (dtype, dtype, dtype))
-    for width in (576, 4096, 8192, 16_384):
-        yield norm(width, (torch.bfloat16,) * 3)
-        yield norm(width, (torch.float32, torch.float32, torch.bfloat16))
-    yield norm(100, (torch.bfloat16, torch.float32, torch.bfloat16))  # nothing divides it
+        for width in (64, 576, 20_000):  # of a head, of SmolLM2, in tiles
+            yield norm(width, dtype, dtype)
+    for width in (1536, 8192, 16_384):
+        yield norm(width, torch.bfloat16, torch.bfloat16)
+    yield norm(576, torch.float32, torch.float32, torch.bfloat16)
+    yield norm(100, torch.bfloat16, torch.float32, torch.bfloat16)  # nothing divides it
+    for name in ("x", "weight"):
+        yield norm(1536, torch.bfloat16, torch.bfloat16, wrt=(name,))
 
     gradient, factor = torch.randn(9), torch.tensor(2.0)
     yield lambda: dispatch.triton_kernels("fused_loss").scale(gradient, factor)

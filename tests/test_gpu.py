@@ -207,7 +207,7 @@ def test_another_stream() -> None:
 
 
 @pytest.mark.parametrize("dtypes", NORM_DTYPES, ids=str)
-def test_rms_norm(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None]) -> None:
+def test_rms_norm(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     """Rows of all kinds of tiles, one of them beyond what the registers hold; many programs."""
     for shape in (*NORM_SHAPES, (5000, 576), (300, 4096), (40, 20_000)):
         op = on_gpu("rms_norm", "triton")

@@ -22,6 +22,7 @@ namespace ppo::PPO_ISA {
 namespace {
 
 constexpr int64_t kNumbersPerTask = 8192;  // of a forward pass
+constexpr int64_t kBlock = 1024;           // of a row, whose sums are then added in double
 constexpr int64_t kColumns = 64;           // of the weight's gradient, at a time
 
 // Two vectors of a row.
@@ -88,19 +89,24 @@ void for_vectors(int64_t width, const Body& body) {
 template <class Order, int count, class A, class Body>
 void means(int64_t width, A (&found)[count], const Body& body) {
   constexpr int64_t two = 2 * kLanes<A>;
-  Two<A> sums[count][2] = {};
-  int64_t j = 0;
-  for (; j + 2 * two <= width; j += 2 * two) {
-    body(Whole<Order>{}, j, sums, 0);
-    body(Whole<Order>{}, j + two, sums, 1);
+  double totals[count] = {};
+  for (int64_t j = 0; j < width;) {
+    const int64_t end = std::min(j + kBlock, width);
+    Two<A> sums[count][2] = {};
+    for (; j + 2 * two <= end; j += 2 * two) {
+      body(Whole<Order>{}, j, sums, 0);
+      body(Whole<Order>{}, j + two, sums, 1);
+    }
+    for_vectors<Order>(end - j, [&](auto vectors, int64_t k) { body(vectors, j + k, sums, 0); });
+    j = end;
+    for (int i = 0; i < count; ++i) {
+      const Vec<A> vectors[] = {sums[i][0].a, sums[i][0].b, sums[i][1].a, sums[i][1].b};
+      A four[4] = {};
+      add_sums_of_four<A>(vectors, four);
+      totals[i] += double((four[0] + four[1]) + (four[2] + four[3]));
+    }
   }
-  for_vectors<Order>(width - j, [&](auto vectors, int64_t k) { body(vectors, j + k, sums, 0); });
-  for (int i = 0; i < count; ++i) {
-    const Vec<A> vectors[] = {sums[i][0].a, sums[i][0].b, sums[i][1].a, sums[i][1].b};
-    A four[4] = {};
-    add_sums_of_four<A>(vectors, four);
-    found[i] = ((four[0] + four[1]) + (four[2] + four[3])) / A(width);
-  }
+  for (int i = 0; i < count; ++i) found[i] = A(totals[i]) / A(width);
 }
 
 // Where in memory number j of a row is that lies at j in scratch.

@@ -20,9 +20,10 @@ from ppo_kernels.dispatch import accumulator, on
 from ppo_kernels.triton.common import load, logit_row, number
 from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, processors
 
-TILE = 2048  # numbers that a program takes at a time at the least, of several rows if they are short
-EACH = 16  # numbers of a thread
-FORWARD_BYTES, BACKWARD_BYTES = 65536, 32768  # of a row that fits the registers, accumulated
+# Bytes in the accumulation dtype: that a program takes at a time at the least, of several rows if they
+# are short; that a thread takes; of a row that fits the registers.
+TILE_BYTES, THREAD_BYTES = 8192, 64
+FORWARD_BYTES, BACKWARD_BYTES = 65536, 32768
 PROGRAMS = 16  # warps of backward programs for each multiprocessor
 PARTS, COLUMNS = 32, 64  # of the weight's gradient that are added up at a time
 
@@ -34,7 +35,7 @@ def _inverse_root(mean_square, there, eps):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def forward(
+def normalize(
     x, weight, y, eps: tl.float64, added: tl.float64, width, inner: tl.int64,
     outer_stride: tl.int64, inner_stride: tl.int64, count: tl.int64, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, LOOPED: tl.constexpr, DTYPE: tl.constexpr,
@@ -71,7 +72,7 @@ def _gradient(v, g, w, r, c):
 
 
 @triton.jit(do_not_specialize=[*SIZES, "grad_inner"])
-def backward(
+def normalize_backward(
     grad_y, x, weight, grad_x, parts, eps: tl.float64, added: tl.float64, width, inner: tl.int64,
     outer_stride: tl.int64, inner_stride: tl.int64, grad_inner: tl.int64,
     grad_outer_stride: tl.int64, grad_inner_stride: tl.int64, count: tl.int64,
@@ -133,7 +134,7 @@ def backward(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def add_parts(
+def add_weight_parts(
     parts, grad_weight, width, programs: tl.int64, PARTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """The sums over the programs, in order."""
@@ -153,8 +154,8 @@ def _tiling(
     computed = accumulator(dtype)
     whole, most = triton.next_power_of_2(width), most_bytes // computed.itemsize
     columns = min(whole, most)
-    rows = max(TILE // columns, 1)
-    warps = min(max(rows * columns // (32 * EACH), 1), 16)
+    rows = max(TILE_BYTES // (columns * computed.itemsize), 1)
+    warps = min(max(rows * columns * computed.itemsize // (32 * THREAD_BYTES), 1), 16)
     sums = tl.float64 if computed == torch.float64 else tl.float32
     return (rows, columns, whole > most, sums), warps
 
@@ -168,7 +169,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, added: float, y: Tensor) -> 
     x, *rows = logit_rows(x)
     tiling, warps = _tiling(width, FORWARD_BYTES, x.dtype)
     with on(y.device):
-        forward[(triton.cdiv(count, tiling[0]),)](
+        normalize[(triton.cdiv(count, tiling[0]),)](
             x, weight, y, eps, added, width, *rows, count, *tiling, num_warps=warps,
             **OPTIONS,
         )  # fmt: skip
@@ -198,11 +199,11 @@ def rms_norm_backward(
         make = torch.zeros if tiling[2] else torch.empty
         parts = make((programs, width), dtype=accumulator(x.dtype), device=x.device)
     with on(x.device):
-        backward[(programs,)](
+        normalize_backward[(programs,)](
             grad_y, x, weight, grad_x, parts, eps, added, width, *rows, *grad_rows, count, *tiling,
             num_warps=warps, **OPTIONS,
         )  # fmt: skip
         if grad_weight is not None:
-            add_parts[(triton.cdiv(width, COLUMNS),)](
+            add_weight_parts[(triton.cdiv(width, COLUMNS),)](
                 parts, grad_weight, width, programs, PARTS, COLUMNS, **OPTIONS
             )  # fmt: skip
