@@ -12,11 +12,14 @@ from bench import (
     logprob,
     pairwise_loss,
     ppo_loss,
+    rms_norm,
     sample,
 )
 from bench.case import Case
 
-_FILES = (gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention, adamw)
+_FILES = (
+    gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention, rms_norm, adamw,
+)  # fmt: skip
 
 
 def cases(device: str, ops: Sequence[str] = (), sizes: Sequence[str] = ()) -> list[Case]:

@@ -475,6 +475,45 @@ void adamw(const Tensors& weights, const Tensors& grads, const Tensors& exp_avg,
   active_isa().kernels->adamw(args);
 }
 
+// Arguments of both passes, but for what is written.
+RmsNorm rms_norm_args(const Tensor& x, const Tensor& weight, double eps, double added,
+                      int threads) {
+  RmsNorm args{};
+  args.x = logit_rows(x);
+  args.count = row_count(args.x);
+  args.weight = weight.data();
+  args.weight_dtype = weight.dtype();
+  args.eps = eps;
+  args.added = added;
+  args.threads = threads_for(args.count * args.x.vocab, threads);
+  return args;
+}
+
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, double added, const Tensor& y,
+              int threads) {
+  RmsNorm args = rms_norm_args(x, weight, eps, added, threads);
+  args.y = y.data();
+  args.y_dtype = y.dtype();
+  if (args.count * args.x.vocab == 0) return;
+  const std::unique_ptr<double[]> scratch(new double[size_t(args.x.vocab)]);
+  args.scratch = scratch.get();
+  active_isa().kernels->rms_norm(args);
+}
+
+void rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, double eps,
+                       double added, const Tensor& grad_x, const Tensor& grad_weight,
+                       int threads) {
+  RmsNorm args = rms_norm_args(x, weight, eps, added, threads);
+  args.grad_y = logit_rows(grad_y);
+  args.grad_x = grad_x.data();
+  args.grad_weight = grad_weight.data();
+  const int64_t parts = grad_weight ? (args.count + kNormRows - 1) / kNormRows : 0;
+  const size_t size = args.x.dtype == DType::f64 ? sizeof(double) : sizeof(float);
+  const std::unique_ptr<char[]> scratch(new char[size_t((1 + parts) * args.x.vocab) * size]);
+  args.scratch = scratch.get();
+  active_isa().kernels->rms_norm_backward(args);
+}
+
 // Whether these per-token tensors need no closer look: torch.Tensor or Parameter themselves, of
 // floating point, of one shape, [B, T] or [N], and on one device, with a mask and boundaries that
 // fit. False says nothing: ppo_kernels/checks.py looks closer then.
@@ -531,4 +570,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sample", &ppo::sample, release_gil());
   m.def("decode_attention", &ppo::decode_attention, release_gil());
   m.def("adamw", &ppo::adamw, release_gil());
+  m.def("rms_norm", &ppo::rms_norm, release_gil());
+  m.def("rms_norm_backward", &ppo::rms_norm_backward, release_gil());
 }

@@ -231,6 +231,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "sample": lambda g: ([torch.randn((3, 101), generator=g)], {"seed": 1, "offset": 2}),
     "decode_attention": _attention_example,
     "adamw": _adamw_example,
+    "rms_norm": lambda g: ([torch.randn(n, generator=g) for n in ((5, 40), (40,))], {"eps": 1e-6}),
 }
 
 

@@ -210,6 +210,28 @@ def calls() -> Iterator[Callable[[], object]]:
         torch.tensor(1.0),
     )  # fmt: skip
 
+    def norm(
+        width: int, *dtypes: torch.dtype, wrt: tuple[str, ...] = ("x", "weight")
+    ) -> Callable[[], object]:
+        x, weight = torch.randn(40, width).to(dtypes[0]), torch.randn(width).to(dtypes[1])
+        trained = [{"x": x, "weight": weight}[name].requires_grad_() for name in wrt]
+
+        def both() -> object:
+            y = ppo_kernels.rms_norm(x, weight, eps=1e-5, dtype=dtypes[-1], impl="triton")
+            return torch.autograd.grad(y, trained, torch.randn(y.shape).to(y.dtype))
+
+        return both
+
+    for dtype in (torch.float32, *halves, torch.float64):
+        for width in (64, 576, 20_000):  # of a head, of SmolLM2, in tiles
+            yield norm(width, dtype, dtype)
+    for width in (1536, 8192, 16_384):
+        yield norm(width, torch.bfloat16, torch.bfloat16)
+    yield norm(576, torch.float32, torch.float32, torch.bfloat16)
+    yield norm(100, torch.bfloat16, torch.float32, torch.bfloat16)  # nothing divides it
+    for name in ("x", "weight"):
+        yield norm(1536, torch.bfloat16, torch.bfloat16, wrt=(name,))
+
     gradient, factor = torch.randn(9), torch.tensor(2.0)
     yield lambda: dispatch.triton_kernels("fused_loss").scale(gradient, factor)
 

@@ -32,6 +32,9 @@ def main() -> None:
     lengths = torch.tensor([0, 300, 129], device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
         ppo_kernels.decode_attention(query.to(dtype), *slots.to(dtype), lengths, scale=0.2)
+    rows = torch.randn(3, 300, device="cuda", requires_grad=True)
+    weight = torch.randn(300, device="cuda", requires_grad=True)
+    ppo_kernels.rms_norm(rows, weight, eps=1e-6).sum().backward()
     long = torch.randn(2, 2, 9000, device="cuda")
     for impl in implementations("gae"):
         ppo_kernels.gae(*long, impl=impl)

@@ -13,6 +13,9 @@ from fuzz.cases import CASES, Case, make_case
 from fuzz.check import Failure, check
 from test_decode_attention import BF16, F16, F32, OPTIONS, SHAPES
 from test_decode_attention import arguments as attention_arguments
+from test_rms_norm import DTYPES as NORM_DTYPES
+from test_rms_norm import SHAPES as NORM_SHAPES
+from test_rms_norm import arguments as norm_arguments
 from torch import Tensor
 
 import ppo_kernels
@@ -124,7 +127,8 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         torch.randn(2, 8, 2, 700, 64, device="cuda"),
     )
     lengths = torch.randint(701, (8,), device="cuda")
-    for x in (logprobs, values, logits, scores):
+    norm_weight = torch.randn(vocab, device="cuda")
+    for x in (logprobs, values, logits, scores, norm_weight):
         x.requires_grad_()
 
     def run() -> list[Tensor]:
@@ -148,8 +152,9 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         )  # fmt: skip
         value, _ = ppo_kernels.ppo_value_loss(values, old, returns, mask=mask)
         pairs, _ = ppo_kernels.pairwise_loss(scores, bootstrap)
-        total = policy + 2 * value + pairs + sum(x.sum() for x in found)
-        gradients = torch.autograd.grad(total, (logprobs, values, logits, scores))
+        normed = ppo_kernels.rms_norm(logits, norm_weight, eps=1e-5)
+        total = policy + 2 * value + pairs + sum(x.sum() for x in (*found, normed))
+        gradients = torch.autograd.grad(total, (logprobs, values, logits, scores, norm_weight))
         results = [x for found in (*shapeds, in_chunks) for x in found]
         return [*results, *attended, *stats, total.detach(), *gradients]
 
@@ -199,6 +204,15 @@ def test_another_stream() -> None:
     torch.cuda.synchronize()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtypes", NORM_DTYPES, ids=str)
+def test_rms_norm(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
+    """Rows of all kinds of tiles, one of them beyond what the registers hold; many programs."""
+    for shape in (*NORM_SHAPES, (5000, 576), (300, 4096), (40, 20_000)):
+        op = on_gpu("rms_norm", "triton")
+        given = norm_arguments(shape, dtypes)
+        ops.assert_error_rule(op, reference.rms_norm, given, ("x", "weight"))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -13,6 +13,8 @@ void ranking_loss(const RankingLossArgs&);
 void sample(const SampleArgs&);
 void decode_attention(const DecodeAttention&);
 void adamw(const AdamWArgs&);
+void rms_norm(const RmsNorm&);
+void rms_norm_backward(const RmsNorm&);
 
 extern const Kernels kernels;
 const Kernels kernels = {gae,
@@ -24,6 +26,8 @@ const Kernels kernels = {gae,
                          ranking_loss,
                          sample,
                          decode_attention,
-                         adamw};
+                         adamw,
+                         rms_norm,
+                         rms_norm_backward};
 
 }  // namespace ppo::PPO_ISA

@@ -1,10 +1,11 @@
-// Rows of logits: where they begin, their largest, and sum e^{d_j} of their classes in one pass.
+// Rows of logits: their largest, and sum e^{d_j} of their classes in one pass.
 // Anonymous namespace: see ops.h.
 #pragma once
 
 #include <cmath>
 
 #include "exp.h"
+#include "rows.h"
 
 namespace ppo::PPO_ISA {
 namespace {
@@ -13,17 +14,6 @@ constexpr double kLog2E = 1.4426950408889634074;
 
 template <class A>
 constexpr A kInfinity = A(__builtin_huge_val());
-
-// Row i of the logits, whose leading dimensions may have any strides.
-template <class T>
-T* logits_row(const LogitRows& logits, int64_t i) {
-  int64_t offset = 0;
-  for (int d = logits.dims - 1; d >= 0; --d) {
-    offset += (i % logits.shape[d]) * logits.strides[d];
-    i /= logits.shape[d];
-  }
-  return static_cast<T*>(logits.data) + offset;
-}
 
 // Rows are taken in blocks, whose sums in the accumulation dtype are then added in double.
 constexpr int64_t kBlock = 1024;

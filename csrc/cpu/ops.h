@@ -286,6 +286,26 @@ struct AdamWArgs {
   int threads;
 };
 
+// Rows whose part of the weight's gradient is summed at a time, so that no result depends on the
+// number of threads.
+constexpr int64_t kNormRows = 16;
+
+// x, y and its gradient are all float64, or none is; that decides the accumulation dtype A.
+struct RmsNorm {
+  LogitRows x;          // rows of numbers as they are of logits
+  int64_t count;        // N
+  const void* weight;   // [D]
+  DType weight_dtype;
+  double eps, added;
+  void* y;              // out, [N, D], of a forward pass
+  DType y_dtype;
+  LogitRows grad_y;     // of a backward pass, as what follows
+  void* grad_x;         // out, [N, D], dtype of x, or null
+  void* grad_weight;    // out, [D], dtype of the weight, or null
+  void* scratch;        // [D], A; for grad_weight, [1 + parts, D]
+  int threads;
+};
+
 // The entry points of one instruction set: kernels.cpp fills one in for each.
 struct Kernels {
   void (*gae)(const GaeArgs&);
@@ -298,6 +318,8 @@ struct Kernels {
   void (*sample)(const SampleArgs&);
   void (*decode_attention)(const DecodeAttention&);
   void (*adamw)(const AdamWArgs&);
+  void (*rms_norm)(const RmsNorm&);
+  void (*rms_norm_backward)(const RmsNorm&);
 };
 
 }  // namespace ppo

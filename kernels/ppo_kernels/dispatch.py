@@ -31,6 +31,7 @@ OPS = (
     "sample",
     "decode_attention",
     "adamw",
+    "rms_norm",
 )
 
 

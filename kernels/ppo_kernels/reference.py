@@ -536,6 +536,22 @@ def adamw(
     return weights, exp_avg, exp_avg_sq
 
 
+# Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4):
+#   y_j = x_j / sqrt(mean x^2 + eps) (w_j + added)
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    added: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`[..., D]` in `dtype`, by default that of x, from `[..., D]` and `[D]`."""
+    dtype = x.dtype if dtype is None else dtype
+    x, weight = _accumulated(x, weight)
+    return (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight + added)).to(dtype)
+
+
 # --------------------------------------------------------------------------------------------------
 
 
