@@ -5,8 +5,10 @@
 //
 // A task is a piece of a row's keys and values with the query heads that share them, up to kTile
 // together: what is in a register serves all of them. Where a row has several pieces, m, l and the
-// sum above l are kept of each, and merged in order.
+// sum above l are kept of each, and merged in order. A row's new key and value, where given, are
+// written into its last place before that is read.
 #include <cmath>
+#include <type_traits>
 
 #include "exp.h"
 #include "sums_of_lanes.h"
@@ -230,6 +232,24 @@ const K* start(const DecodeAttention& args, const Heads& x, int64_t row, int64_t
          first * x.key_stride;
 }
 
+// Writes a row's numbers of `from`, rounded, into its last place in `to`, keys or values.
+template <class K>
+void write_last(const Heads& from, DType dtype, const Heads& to, int64_t row, int64_t kv_head,
+                int64_t length, int64_t count) {
+  K* const last = static_cast<K*>(to.data) + row * to.row_stride + kv_head * to.head_stride +
+                  (length - 1) * to.key_stride;
+  with_dtype(dtype, [&](auto zero) {
+    using N = decltype(zero);
+    const N* x = static_cast<const N*>(from.data) + row * from.row_stride +
+                 kv_head * from.head_stride;
+    if constexpr (std::is_same_v<N, K>) {
+      std::memcpy(last, x, size_t(count) * sizeof(K));
+    } else {
+      for (int64_t i = 0; i < count; ++i) narrow(Accumulator<K>(widen(x[i])), last[i]);
+    }
+  });
+}
+
 // One piece of a row's keys, for `tile` heads from `head` on. What is read after it is at `then`.
 template <int tile, class K, class A = Accumulator<K>>
 void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piece, const K* then) {
@@ -334,6 +354,15 @@ void decode_attention(const DecodeAttention& args) {
     parallel_for(tasks, args.threads, [&](int64_t i) {
       const int64_t piece = i % args.pieces, kv_head = i / args.pieces % args.kv_heads;
       const int64_t row = i / args.pieces / args.kv_heads, first = kv_head * args.group;
+      // Of the tasks of a row and head, the one with the last place writes and reads it.
+      if (args.new_keys.data != nullptr && args.lengths[row] > 0 &&
+          piece == (keys_of(args, row) - 1) / kKeysPerPiece) {
+        const int64_t length = args.lengths[row];
+        write_last<K>(args.new_keys, args.new_keys_dtype, args.keys, row, kv_head, length,
+                      args.width);
+        write_last<K>(args.new_values, args.new_values_dtype, args.values, row, kv_head, length,
+                      args.value_width);
+      }
       // The threads take turns, more or less.
       const int64_t next = i + args.threads < tasks ? i + args.threads : i;
       const K* then = start<K>(args, args.keys, next / args.pieces / args.kv_heads,
