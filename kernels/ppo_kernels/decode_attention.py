@@ -78,9 +78,8 @@ def decode_attention(
             )  # fmt: skip
     out = query.new_empty((*query.shape[:2], values.shape[-1]))
     dtype = dispatch.accumulator(dispatch.common_dtype(query, keys, sinks))
-    query, keys, values, new_keys, new_values = map(
-        dispatch.side_by_side, (query, keys, values, new_keys, new_values)
-    )
+    query, keys, values = map(dispatch.side_by_side, (query, keys, values))
+    new_keys, new_values = dispatch.side_by_side(new_keys), dispatch.side_by_side(new_values)
     lengths = lengths.contiguous()
     sinks = None if sinks is None else sinks.to(dtype).contiguous()
     longest = keys.shape[2]
