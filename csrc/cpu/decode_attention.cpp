@@ -232,20 +232,24 @@ const K* start(const DecodeAttention& args, const Heads& x, int64_t row, int64_t
          first * x.key_stride;
 }
 
-// Writes a row's numbers of `from`, rounded, into its last place in `to`, keys or values.
+// The last place in x, keys or values, of a row that has one.
 template <class K>
-void write_last(const Heads& from, DType dtype, const Heads& to, int64_t row, int64_t kv_head,
-                int64_t length, int64_t count) {
-  K* const last = static_cast<K*>(to.data) + row * to.row_stride + kv_head * to.head_stride +
-                  (length - 1) * to.key_stride;
+K* last_place(const DecodeAttention& args, const Heads& x, int64_t row, int64_t kv_head) {
+  return static_cast<K*>(x.data) + row * x.row_stride + kv_head * x.head_stride +
+         (args.lengths[row] - 1) * x.key_stride;
+}
+
+// Writes `count` numbers of a row, rounded.
+template <class K>
+void write(const Heads& from, DType dtype, int64_t row, int64_t kv_head, int64_t count, K* to) {
   with_dtype(dtype, [&](auto zero) {
     using N = decltype(zero);
     const N* x = static_cast<const N*>(from.data) + row * from.row_stride +
                  kv_head * from.head_stride;
     if constexpr (std::is_same_v<N, K>) {
-      std::memcpy(last, x, size_t(count) * sizeof(K));
+      std::memcpy(to, x, size_t(count) * sizeof(K));
     } else {
-      for (int64_t i = 0; i < count; ++i) narrow(Accumulator<K>(widen(x[i])), last[i]);
+      for (int64_t i = 0; i < count; ++i) narrow(Accumulator<K>(widen(x[i])), to[i]);
     }
   });
 }
@@ -354,19 +358,18 @@ void decode_attention(const DecodeAttention& args) {
     parallel_for(tasks, args.threads, [&](int64_t i) {
       const int64_t piece = i % args.pieces, kv_head = i / args.pieces % args.kv_heads;
       const int64_t row = i / args.pieces / args.kv_heads, first = kv_head * args.group;
-      // Of the tasks of a row and head, the one with the last place writes and reads it.
-      if (args.new_keys.data != nullptr && args.lengths[row] > 0 &&
-          piece == (keys_of(args, row) - 1) / kKeysPerPiece) {
-        const int64_t length = args.lengths[row];
-        write_last<K>(args.new_keys, args.new_keys_dtype, args.keys, row, kv_head, length,
-                      args.width);
-        write_last<K>(args.new_values, args.new_values_dtype, args.values, row, kv_head, length,
-                      args.value_width);
-      }
       // The threads take turns, more or less.
       const int64_t next = i + args.threads < tasks ? i + args.threads : i;
       const K* then = start<K>(args, args.keys, next / args.pieces / args.kv_heads,
                                next / args.pieces % args.kv_heads, next % args.pieces);
+      // Of the tasks of a row and head, the one with the last place writes and reads it.
+      if (args.new_keys.data != nullptr && args.lengths[row] > 0 &&
+          piece == (keys_of(args, row) - 1) / kKeysPerPiece) {
+        write(args.new_keys, args.new_keys_dtype, row, kv_head, args.width,
+              last_place<K>(args, args.keys, row, kv_head));
+        write(args.new_values, args.new_values_dtype, row, kv_head, args.value_width,
+              last_place<K>(args, args.values, row, kv_head));
+      }
       attend_group<kTile, K>(args, row, first, first + args.group, piece, then);
     });
     if (args.pieces == 1) return;

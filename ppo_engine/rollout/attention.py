@@ -106,8 +106,8 @@ def _attend(
 
 
 def attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: How) -> Tensor:
-    """Attention `[rows, tokens, heads, size]` of `query` [rows, heads, tokens, size] to what the mask
-    allows."""
+    """Attention `[rows, tokens, heads, size]` of `query` [rows, heads, tokens, size] to what its
+    mask allows."""
     groups = query.shape[1] // keys.shape[1]
     # On a GPU, torch's fast kernels know masks or grouped heads, not both.
     grouped = groups > 1 and not (how.is_special or query.is_cuda)

@@ -4,7 +4,8 @@ part of the keys; parts are merged in order by a second kernel.
 In half precision the products are `tl.dot`s, the heads of the group padded to 16 rows, the weights
 rounded to the values' dtype before they are summed too: what they average is still an average.
 Otherwise they are products and sums in the accumulation dtype. Nothing on the host depends on the
-lengths: a program whose part begins beyond them returns at once.
+lengths: a program whose part begins beyond them returns at once. A row's new key and value are
+written by the program that reads them, whose part has the row's last place.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -55,13 +56,11 @@ def _average(weighted, m, total, sinks, head, inside):
 
 
 @triton.jit
-def _write(new, at, place, columns, count):
-    """`count` numbers of `new`, to `place`, rounded as by torch: float64 to float32 first."""
-    inside = columns < count
-    x = tl.load(new + at + columns, mask=inside, other=0.0)
-    if place.dtype.element_ty != tl.float64:
+def _rounded(x, dtype: tl.constexpr):
+    """As torch rounds: float64 to float32 first."""
+    if dtype != tl.float64:
         x = x.to(tl.float32)
-    tl.store(place + columns, x.to(place.dtype.element_ty), mask=inside)
+    return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["window", "chunk"])
@@ -103,12 +102,14 @@ def attend(
         # No program waits for another: those that read the last place, all heads of a group in
         # this part, write it each for itself, the same bits.
         last = (begin < length) & (end == length)
-        at = row * new_keys_row + kv_head * new_keys_head
-        place = keys + (length - 1) * keys_step
-        _write(new_keys, at, place, d, tl.where(last, WIDTH, 0))
-        at = row * new_values_row + kv_head * new_values_head
-        place = values + (length - 1) * values_step
-        _write(new_values, at, place, e, tl.where(last, VALUE_WIDTH, 0))
+        new_keys += row * new_keys_row + kv_head * new_keys_head
+        new_values += row * new_values_row + kv_head * new_values_head
+        in_key, in_value = d < tl.where(last, WIDTH, 0), e < tl.where(last, VALUE_WIDTH, 0)
+        key = tl.load(new_keys + d, mask=in_key, other=0.0)
+        value = tl.load(new_values + e, mask=in_value, other=0.0)
+        key, value = _rounded(key, keys.dtype.element_ty), _rounded(value, values.dtype.element_ty)
+        tl.store(keys + (length - 1) * keys_step + d, key, mask=in_key)
+        tl.store(values + (length - 1) * values_step + e, value, mask=in_value)
         tl.debug_barrier()  # what a thread has stored, the program's others read
     m = tl.full((HEADS,), float("-inf"), DTYPE)
     total = tl.zeros((HEADS,), DTYPE)
