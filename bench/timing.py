@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ def time_in_turn(
         repeats[name] = max(1, math.ceil(_SAMPLE_SECONDS / once))
         wanted[name] = seconds / (repeats[name] * once)
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)  # what ran before, its copies of the same inputs too, is in the cache
     gc.collect()
     gc.disable()
     try:
@@ -69,6 +71,7 @@ def time_in_turn(
             due = [n for n in calls if turn < max(_LEAST_SAMPLES, wanted[n])]
             if not due:
                 break
+            order.shuffle(due)
             for name in due:
                 taken = sample(rotations[name], repeats[name])
                 samples[name].append(taken / repeats[name] / counts[name])

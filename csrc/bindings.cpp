@@ -399,7 +399,8 @@ Heads heads(const Tensor& x) {
 // nothing then.
 int64_t decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
                          const Tensor& lengths, double scale, double softcap, int64_t window,
-                         const Tensor& sinks, const Tensor& out, int threads) {
+                         const Tensor& sinks, const Tensor& new_keys, const Tensor& new_values,
+                         const Tensor& out, int threads) {
   DecodeAttention args{};
   args.query_dtype = query.dtype();
   args.dtype = common_dtype({&keys, &values});
@@ -411,6 +412,12 @@ int64_t decode_attention(const Tensor& query, const Tensor& keys, const Tensor& 
   args.query = heads(query);
   args.keys = heads(keys);
   args.values = heads(values);
+  if (new_keys) {
+    args.new_keys = heads(new_keys);
+    args.new_values = heads(new_values);
+    args.new_keys_dtype = new_keys.dtype();
+    args.new_values_dtype = new_values.dtype();
+  }
   args.lengths = lengths.data<const int64_t>();
   args.scale = scale;
   args.softcap = softcap;

@@ -170,11 +170,14 @@ def calls() -> Iterator[Callable[[], object]]:
 
     def attention(
         heads: int, kv_heads: int, width: int, longest: int, dtype: torch.dtype,
-        of_slots: torch.dtype, **settings: Any,
+        of_slots: torch.dtype, of_new: torch.dtype | None = None, **settings: Any,
     ) -> Callable[[], object]:  # fmt: skip
         query = torch.randn(2, heads, width).to(dtype)
         slots = torch.randn(2, 2, kv_heads, longest, width).to(of_slots)
         given = {"scale": width**-0.5, "impl": "triton"} | settings
+        if of_new is not None:
+            new = torch.randn(2, 2, kv_heads, width).to(of_new)
+            given |= {"new_keys": new[0], "new_values": new[1]}
         lengths = torch.tensor([3, longest])
         return lambda: ppo_kernels.decode_attention(query, *slots, lengths, **given)
 
@@ -189,6 +192,11 @@ def calls() -> Iterator[Callable[[], object]]:
         yield attention(heads, kv_heads, width, 1024, torch.bfloat16, torch.bfloat16)
     yield attention(8, 4, 256, 1024, torch.bfloat16, torch.bfloat16, softcap=50.0)  # Gemma-2
     yield attention(8, 1, 64, 300, torch.bfloat16, torch.bfloat16, window=128, sinks=sinks)
+    for dtype, of_new in ((torch.float32, torch.float32), *((torch.bfloat16, x) for x in (
+        torch.bfloat16, torch.float32, torch.float64
+    ))):  # fmt: skip
+        yield attention(12, 2, 128, 1024, dtype, dtype, of_new)
+    yield attention(8, 8, 256, 100, torch.bfloat16, torch.bfloat16, torch.bfloat16, softcap=50.0)
 
     def step(*dtypes: torch.dtype, first: int = 0, **settings: Any) -> Callable[[], object]:
         weights, grads = (torch.zeros(5000).to(dtype)[first:] for dtype in dtypes)

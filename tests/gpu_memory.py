@@ -31,7 +31,9 @@ def main() -> None:
     )
     lengths = torch.tensor([0, 300, 129], device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
+        new = dict(zip(("new_keys", "new_values"), slots[:, :, :, 0], strict=True))
         ppo_kernels.decode_attention(query.to(dtype), *slots.to(dtype), lengths, scale=0.2)
+        ppo_kernels.decode_attention(query.to(dtype), *slots.to(dtype), lengths, scale=0.2, **new)
     rows = torch.randn(3, 300, device="cuda", requires_grad=True)
     weight = torch.randn(300, device="cuda", requires_grad=True)
     ppo_kernels.rms_norm(rows, weight, eps=1e-6).sum().backward()

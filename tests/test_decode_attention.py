@@ -26,6 +26,16 @@ SHAPES = [
     (3, 3, 32, 32, 40), (9, 3, 64, 64, 131), (2, 1, 80, 80, 300), (8, 1, 128, 96, 33),
     (14, 2, 16, 24, 20), (20, 1, 5, 3, 9), (2, 2, 256, 256, 17), (3, 1, 8, 8, 600),
 ]  # fmt: skip
+# Of the query, of keys and values, and of what is written to them.
+WRITTEN = pytest.mark.parametrize(
+    "dtypes",
+    [
+        (F32, F32, F32, F32), (BF16, BF16, BF16, BF16), (F16, F16, F16, F16),
+        (F32, BF16, F32, F16), (BF16, F32, BF16, F64), (BF16, BF16, F64, F32),
+        (F16, F16, BF16, F64), (F64, BF16, F32, F32), (F32, F64, F64, F16), (BF16, F16, F32, F64),
+    ],
+    ids=str,
+)  # fmt: skip
 OPTIONS: list[dict[str, Any]] = [
     {}, {"softcap": 3.0}, {"window": 6}, {"sinks": True},
     {"softcap": 2.0, "window": 130, "sinks": True},
@@ -115,6 +125,81 @@ def test_options_by_hand(impl: str) -> None:
     assert of(0) == of(0, sinks=torch.zeros(1)) == 0
 
 
+def with_new(given: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]) -> dict[str, Any]:
+    """With keys and values for the last places, which are NaN so far: views of one product. The
+    slots are copies, with strides of their own; the row of length 0 has NaN to write."""
+    product = torch.randn(*given["query"].shape[:1], given["keys"].shape[1], 999) + 1
+    product.masked_fill_((given["lengths"] == 0)[:, None, None], torch.nan)
+    found = dict(given)
+    for name, dtype, begin in (("keys", dtypes[0], 1), ("values", dtypes[1], 500)):
+        slots = given[name].transpose(0, 2).clone(memory_format=torch.contiguous_format)
+        found[name] = slots.transpose(0, 2)
+        for b, length in enumerate(given["lengths"].tolist()):
+            found[name][b, :, max(length - 1, 0) : length] = torch.nan
+        found[f"new_{name}"] = product.to(dtype)[..., begin : begin + slots.shape[-1]]
+    return found
+
+
+def assert_written_first(given: dict[str, Any], impl: str) -> Tensor:
+    """What comes with new keys and values is, to the bit, what comes after they were written, and
+    that is done where they belong and nowhere else. Returns it."""
+    expected = {name: given[name].clone() for name in ("keys", "values")}
+    for b, length in enumerate(given["lengths"].tolist()):
+        if length:
+            for name, slots in expected.items():
+                slots[b, :, length - 1] = given[f"new_{name}"][b].to(slots.dtype)
+    found = decode_attention(**given, impl=impl)
+    # Triton's interpreter cuts off what does not fit bfloat16, where a GPU rounds.
+    cut = torch.finfo(BF16).eps if impl == "triton" and not torch.cuda.is_available() else 0.0
+    for name, slots in expected.items():
+        rtol = cut if slots.dtype == BF16 else 0.0
+        torch.testing.assert_close(given[name], slots, rtol=rtol, atol=0.0, equal_nan=True)
+    before = {name: x for name, x in given.items() if not name.startswith("new_")}
+    assert torch.equal(found, decode_attention(**before, impl=impl))
+    return found
+
+
+@IMPLS
+@WRITTEN
+def test_new_keys_are_written_first_error_rule(impl: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Whole slots and parts of them, rows of no length and of all of it."""
+    for number, options in zip((4, 1, 4, 4, 7), OPTIONS, strict=True):
+        given = arguments(SHAPES[number], (dtypes[0], dtypes[1]), **options)
+        found = assert_written_first(with_new(given, (dtypes[2], dtypes[3])), impl)
+        assert found.isfinite().all()
+
+
+@IMPLS
+def test_new_keys_for_any_layout_batch_and_group(impl: str) -> None:
+    """Into slices, a group that takes several tiles of heads, empty rows, values and heads."""
+    for shape in SHAPES:
+        given = arguments(shape)
+        new = with_new(given, (F32, F32))
+        in_place = new | {name: given[name] for name in ("keys", "values")}
+        around = given["keys"]._base.clone()
+        assert_written_first(in_place, impl)
+        outside = torch.ones_like(around, dtype=torch.bool)
+        outside[:5, :, : shape[4]] = False
+        torch.testing.assert_close(given["keys"]._base[outside], around[outside], equal_nan=True)
+    new["new_keys"] = new["new_keys"].mT.contiguous().mT
+    assert_written_first(new, impl)
+    for shape in ((4, 2, 8, 0, 10), (0, 2, 8, 8, 10)):
+        assert_written_first(with_new(arguments(shape), (F32, F32)), impl)
+    assert_written_first(with_new(arguments(SHAPES[0], rows=0), (F32, F32)), impl)
+    only = {"lengths": torch.zeros(5, dtype=torch.int64)}
+    assert not assert_written_first(with_new(arguments(SHAPES[4]) | only, (F32, F32)), impl).any()
+
+
+@IMPLS
+def test_torch_knows_that_slots_were_written(impl: str) -> None:
+    given = with_new(arguments(SHAPES[4]), (F32, F32))
+    weight = torch.ones((), requires_grad=True)
+    loss = (weight * given["keys"]).sum()
+    decode_attention(**given, impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @KERNELS
 def test_logits_of_any_size(impl: str) -> None:
     """One key takes all, in any of many parts; the weights of all others are 0."""
@@ -167,6 +252,7 @@ def test_same_bits_for_any_threads_and_batch(impl: str) -> None:
     together = decode_attention(**given, impl=impl)
     torch.set_num_threads(3)
     assert torch.equal(decode_attention(**given, impl=impl), together)
+    assert_written_first(with_new(given, (F32, F32)), impl)
     for b in range(5):
         names = ("query", "keys", "values", "lengths")
         alone = decode_attention(**given | {n: given[n][b : b + 1] for n in names}, impl=impl)
@@ -176,6 +262,7 @@ def test_same_bits_for_any_threads_and_batch(impl: str) -> None:
 @IMPLS
 def test_errors(impl: str) -> None:
     given = arguments((4, 2, 8, 8, 10)) | {"impl": impl}
+    new = {name: torch.zeros(5, 2, 8) for name in ("new_keys", "new_values")}
     for change, message in (
         (
             {"query": torch.zeros(5, 3, 8)},
@@ -189,6 +276,16 @@ def test_errors(impl: str) -> None:
         ({"sinks": torch.zeros(2)}, "sinks must have shape (4,)"),
         ({"window": 0}, "window must be a finite number >= 1"),
         ({"softcap": 0.0}, "softcap must be a finite number > 0"),
+        ({"new_keys": new["new_keys"]}, "new_keys and new_values are given together, or neither"),
+        (new | {"new_keys": torch.zeros(5, 2, 7)}, "new_keys must have shape (5, 2, 8)"),
+        (new | {"new_values": torch.zeros(5, 4, 8)}, "new_values must have shape (5, 2, 8)"),
+        (
+            new | {"values": given["values"].mT.contiguous().mT},
+            "values must have a contiguous last dimension and no memory twice where new_values are",
+        ),
+        (new | {"keys": given["keys"][:1].expand(5, -1, -1, -1)}, "keys must have a contiguous"),
+        (new | {"keys": torch.zeros(999).as_strided((5, 2, 10, 8), (80, 75, 8, 1))}, "keys must"),
+        (new | {"lengths": torch.tensor([0, 1, 11, -1, 2])}, "lengths[2] is 11, but must be"),
     ):
         with pytest.raises(ValueError, match=re.escape(f"decode_attention: {message}")):
             decode_attention(**given | change)
@@ -197,6 +294,8 @@ def test_errors(impl: str) -> None:
         ({"values": torch.zeros(5, 2, 10, 8, dtype=F16)}, "values must be float32"),
         ({"lengths": torch.zeros(5, dtype=torch.int32)}, "lengths must be int64"),
         ({"scale": None}, "scale must be a number"),
+        (new | {"new_values": torch.zeros(5, 2, 8, dtype=torch.int64)}, "new_values must be"),
+        (new | {"new_keys": [0.0]}, "new_keys must be a tensor"),
     ):
         with pytest.raises(TypeError, match=re.escape(f"decode_attention: {message}")):
             decode_attention(**given | change)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from fuzz.cases import CASES, Case, make_case
 from fuzz.check import Failure, check
-from test_decode_attention import BF16, F16, F32, OPTIONS, SHAPES
+from test_decode_attention import BF16, F16, F32, F64, OPTIONS, SHAPES
 from test_decode_attention import arguments as attention_arguments
 from test_rms_norm import DTYPES as NORM_DTYPES
 from test_rms_norm import SHAPES as NORM_SHAPES
@@ -223,6 +224,33 @@ def test_decode_attention(dtypes: tuple[torch.dtype, torch.dtype], options: dict
         given = attention_arguments(shape, dtypes, **options)
         op = on_gpu("decode_attention", "triton")
         ops.assert_error_rule(op, reference.decode_attention, given)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F64)], ids=str)
+def test_new_keys_are_written_first(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """To the bit what comes of slots in which they were written before, and these themselves."""
+    for shape, options in itertools.product(SHAPES, OPTIONS):
+        given = attention_arguments(shape, (dtypes[0], dtypes[0]), **options)
+        given = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in given.items()}
+        before = given | {name: given[name].clone() for name in ("keys", "values")}
+        new = {
+            name: torch.randn(5, shape[1], before[name].shape[3], device="cuda", dtype=dtypes[1])
+            for name in ("keys", "values")
+        }
+        stale = {name: before[name].clone() for name in new}
+        for name, x in new.items():
+            reference.write_last(before[name], given["lengths"], x)
+        for _ in range(20):
+            for name in new:
+                given[name].copy_(stale[name])
+            found = ppo_kernels.decode_attention(
+                **given, **{f"new_{name}": x for name, x in new.items()}
+            )
+            assert torch.equal(found, ppo_kernels.decode_attention(**before))
+            for name in new:
+                torch.testing.assert_close(
+                    given[name], before[name], rtol=0, atol=0, equal_nan=True
+                )
 
 
 def test_a_graph_of_attention_is_right_for_other_lengths() -> None:

@@ -5,8 +5,10 @@
 //
 // A task is a piece of a row's keys and values with the query heads that share them, up to kTile
 // together: what is in a register serves all of them. Where a row has several pieces, m, l and the
-// sum above l are kept of each, and merged in order.
+// sum above l are kept of each, and merged in order. A row's new key and value, where given, are
+// written into its last place before that is read.
 #include <cmath>
+#include <type_traits>
 
 #include "exp.h"
 #include "sums_of_lanes.h"
@@ -230,6 +232,28 @@ const K* start(const DecodeAttention& args, const Heads& x, int64_t row, int64_t
          first * x.key_stride;
 }
 
+// The last place in x, keys or values, of a row that has one.
+template <class K>
+K* last_place(const DecodeAttention& args, const Heads& x, int64_t row, int64_t kv_head) {
+  return static_cast<K*>(x.data) + row * x.row_stride + kv_head * x.head_stride +
+         (args.lengths[row] - 1) * x.key_stride;
+}
+
+// Writes `count` numbers of a row, rounded.
+template <class K>
+void write(const Heads& from, DType dtype, int64_t row, int64_t kv_head, int64_t count, K* to) {
+  with_dtype(dtype, [&](auto zero) {
+    using N = decltype(zero);
+    const N* x = static_cast<const N*>(from.data) + row * from.row_stride +
+                 kv_head * from.head_stride;
+    if constexpr (std::is_same_v<N, K>) {
+      std::memcpy(to, x, size_t(count) * sizeof(K));
+    } else {
+      for (int64_t i = 0; i < count; ++i) narrow(Accumulator<K>(widen(x[i])), to[i]);
+    }
+  });
+}
+
 // One piece of a row's keys, for `tile` heads from `head` on. What is read after it is at `then`.
 template <int tile, class K, class A = Accumulator<K>>
 void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piece, const K* then) {
@@ -338,6 +362,14 @@ void decode_attention(const DecodeAttention& args) {
       const int64_t next = i + args.threads < tasks ? i + args.threads : i;
       const K* then = start<K>(args, args.keys, next / args.pieces / args.kv_heads,
                                next / args.pieces % args.kv_heads, next % args.pieces);
+      // Of the tasks of a row and head, the one with the last place writes and reads it.
+      if (args.new_keys.data != nullptr && args.lengths[row] > 0 &&
+          piece == (keys_of(args, row) - 1) / kKeysPerPiece) {
+        write(args.new_keys, args.new_keys_dtype, row, kv_head, args.width,
+              last_place<K>(args, args.keys, row, kv_head));
+        write(args.new_values, args.new_values_dtype, row, kv_head, args.value_width,
+              last_place<K>(args, args.values, row, kv_head));
+      }
       attend_group<kTile, K>(args, row, first, first + args.group, piece, then);
     });
     if (args.pieces == 1) return;

@@ -248,6 +248,8 @@ struct DecodeAttention {
   double scale;
   double softcap;     // infinite: none
   int64_t window;     // keys that count, at most
+  Heads new_keys, new_values;  // of each row's last place, written there first; or no data
+  DType new_keys_dtype, new_values_dtype;
   const void* sinks;  // [heads], A, or null
   void* out;          // [rows, heads, value_width]
   int64_t pieces;     // of the longest row

@@ -464,12 +464,18 @@ def decode_attention(
     lengths: Tensor,
     *,
     scale: float,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """`[B, Hq, Dv]`, in the query's dtype, from `[B, Hq, D]`, keys `[B, Hkv, S, D]`, values
-    `[B, Hkv, S, Dv]` and lengths `[B]`; 0 where a row has no key."""
+    `[B, Hkv, S, Dv]` and lengths `[B]`; 0 where a row has no key. New keys `[B, Hkv, D]` and values
+    `[B, Hkv, Dv]` are written to the rows' last places first."""
+    if new_keys is not None and new_values is not None:
+        write_last(keys, lengths, new_keys)
+        write_last(values, lengths, new_values)
     dtype = query.dtype
     query, keys, values, sinks = _accumulated(query, keys, values, sinks)
     rows, kv_heads, longest = keys.shape[:3]
@@ -489,6 +495,12 @@ def decode_attention(
         sink = sinks.reshape(kv_heads, group).expand_as(sink)
     p = torch.cat((z, sink[..., None]), -1).softmax(-1)[..., :-1]
     return (_real(p, kept.mT) @ _real(values, kept)).flatten(1, 2).to(dtype)
+
+
+def write_last(slots: Tensor, lengths: Tensor, new: Tensor) -> None:
+    """Write `new` `[B, Hkv, D]` to the last places of the rows that have one."""
+    rows = (lengths > 0).nonzero()[:, 0]
+    slots[rows, :, lengths[rows] - 1] = new[rows].to(slots.dtype)
 
 
 # Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) with decoupled weight decay (Loshchilov &

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ class Windows:
         return {kind: mask(kind) for kind in self.kinds} if several else mask(self.only)
 
 
-@dataclass(frozen=True)
-class How:
+class How(NamedTuple):
     """What a layer says of its attention."""
 
     mask: Tensor
@@ -81,7 +80,8 @@ class How:
         return self.softcap is not None or self.sinks is not None
 
 
-# What attends to the slots that the running pass reads: query, keys, values, and how.
+# What attends to the slots that the running pass reads, by query, keys, values, and how. Takes
+# `[rows, heads, tokens, size]`, and gives `[rows, tokens, heads, size]`.
 CURRENT: ContextVar[Callable[[Tensor, Tensor, Tensor, How], Tensor]] = ContextVar("attention")
 
 
@@ -102,21 +102,22 @@ def _attend(
         raise Unsupported("its attention has more than a mask")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     how = How(attention_mask, scale, softcap, s_aux)
-    found = CURRENT.get()(query.to(key.dtype), key, value, how)
-    return found.transpose(1, 2).contiguous(), None
+    return CURRENT.get()(query.to(key.dtype), key, value, how), None
 
 
 def attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: How) -> Tensor:
-    """Attention of `query` [rows, heads, tokens, size] to what its mask allows, in its shape."""
+    """Attention `[rows, tokens, heads, size]` of `query` [rows, heads, tokens, size] to what its
+    mask allows."""
     groups = query.shape[1] // keys.shape[1]
     # On a GPU, torch's fast kernels know masks or grouped heads, not both.
     grouped = groups > 1 and not (how.is_special or query.is_cuda)
     if not grouped:
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
     if not how.is_special:
-        return scaled_dot_product_attention(
+        found = scaled_dot_product_attention(
             query, keys, values, attn_mask=how.mask, scale=how.scale, enable_gqa=grouped
         )
+        return found.transpose(1, 2).contiguous()
     z = (query @ keys.transpose(2, 3)).float() * how.scale
     if how.softcap is not None:
         z = how.softcap * torch.tanh(z / how.softcap)
@@ -126,7 +127,7 @@ def attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: How) -> Tens
         z = torch.cat((z, sinks), -1).softmax(-1)[..., :-1]
     else:
         z = z.softmax(-1)
-    return z.to(values.dtype) @ values
+    return (z.to(values.dtype) @ values).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ppo_engine.rollout.attention import CURRENT, How, Windows, attend_masked
+from ppo_engine.rollout.attention import CURRENT, How, Unsupported, Windows, attend_masked
 from ppo_engine.spans import span
 from ppo_kernels import decode_attention
 
@@ -65,6 +65,7 @@ class Slots(Cache):
                 "use_cache": True,
                 "attention_mask": access.masks(self.windows),
             }
+            access.finish()
         finally:
             CURRENT.reset(token)
             self.access = _Nothing()
@@ -107,6 +108,7 @@ class _Layer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self._slots = slots
+        self.hands_on = False  # whether its attention was seen to take what `update` gave, as it is
         shape = (rows, heads.count, length)
         self.keys = torch.zeros(*shape, heads.key_size, device=device, dtype=dtype)
         self.values = torch.zeros(*shape, heads.value_size, device=device, dtype=dtype)
@@ -119,8 +121,7 @@ class _Layer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write what a pass made of its tokens; returns what it attends to."""
-        write = self._slots.access.write
-        return write(self.keys, key_states), write(self.values, value_states)
+        return self._slots.access.update(self, key_states, value_states)
 
     def get_seq_length(self) -> int:
         return 0  # positions are given
@@ -139,13 +140,21 @@ class _Access:
     _keys: int  # how many each row attends to, those that its mask forbids included
     _widths: list[tuple[Tensor, int | None]]  # of the masks' windows
 
+    def update(self, layer: _Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`keys` and `values` [rows, heads, tokens, size] are those of a layer's new tokens, to be
+        written into its slots; returns what is attended to."""
+        return self.write(layer.keys, keys), self.write(layer.values, values)
+
     def write(self, slots: Tensor, new: Tensor) -> Tensor:
-        """Write `new` [rows, heads, tokens, size] into `slots`; returns what is attended to."""
+        """Write `new` into `slots`, of the keys or the values; returns what is attended to."""
         raise NotImplementedError
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, how: How) -> Tensor:
-        """Attention of `query` [rows, heads, tokens, size], in its shape."""
+        """Attention `[rows, tokens, heads, size]` of `query` [rows, heads, tokens, size]."""
         return attend_masked(query, keys, values, how)
+
+    def finish(self) -> None:
+        """Raise `Unsupported` where something of a pass is not written."""
 
     def masks(self, windows: Windows) -> Any:
         """The attention mask, or that of each kind of layer."""
@@ -186,10 +195,11 @@ class NewRows(_Access):
         width = self.width(how.mask)
         if width is None or width < self._keys or how.is_special:
             return super().attend(query, keys, values, how)
-        return scaled_dot_product_attention(  # without a mask, kernels skip what is forbidden
+        found = scaled_dot_product_attention(  # without a mask, kernels skip what is forbidden
             query, keys, values, is_causal=True, scale=how.scale,
             enable_gqa=query.shape[1] != keys.shape[1],
         )  # fmt: skip
+        return found.transpose(1, 2).contiguous()
 
 
 class MoreTokens(_Access):
@@ -220,13 +230,31 @@ class MoreTokens(_Access):
 
 
 class OneToken(_Access):
-    """The next token of each of the first rows, at `positions` [rows]."""
+    """The next token of each of the first rows, at `positions` [rows].
+
+    Its keys and values are written by the kernel that attends to them, in layers that hand on what
+    `update` gave. Some models repeat it before, or attend by themselves: these need it written, as
+    does a layer of which nothing is known yet, in the first step over its slots.
+    """
 
     def __init__(self, positions: Tensor, length: int) -> None:
         self._queries = positions[:, None]
         self._keys = length  # of the slots
         self._counts = positions + 1
         self._places: dict[int, Tensor] = {}  # by the number of heads, which layers share
+        self._given: tuple[_Layer, Tensor, Tensor] | None = None  # by the last `update`
+        self._new: tuple[Tensor, Tensor] | None = None  # of that, where it is not written yet
+
+    def update(self, layer: _Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.finish()
+        if layer.hands_on:
+            rows = len(keys)
+            given = layer.keys[:rows], layer.values[:rows]
+            self._new = keys, values
+        else:
+            given = super().update(layer, keys, values)
+        self._given = layer, *given
+        return given
 
     def write(self, slots: Tensor, new: Tensor) -> Tensor:
         rows, heads, _, size = new.shape
@@ -239,11 +267,26 @@ class OneToken(_Access):
         return slots[:rows]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, how: How) -> Tensor:
+        if self._given is not None and keys is self._given[1] and values is self._given[2]:
+            self._given[0].hands_on = True
+        else:
+            self.finish()  # what is new belongs to other slots
+        new_keys, new_values = self._new or (None, None)
+        self._new = None
         width = self.width(how.mask)
         if width is None:
+            if new_keys is not None and new_values is not None:
+                self.write(keys, new_keys)
+                self.write(values, new_values)
             return super().attend(query, keys, values, how)
         with span("attention"):
             return decode_attention(
-                query[:, :, 0], keys, values, self._counts,
+                query.squeeze(2), keys, values, self._counts,
+                new_keys=None if new_keys is None else new_keys.squeeze(2),
+                new_values=None if new_values is None else new_values.squeeze(2),
                 scale=how.scale, softcap=how.softcap, window=width, sinks=how.sinks,
-            )[:, :, None]  # fmt: skip
+            )[:, None]  # fmt: skip
+
+    def finish(self) -> None:
+        if self._new is not None:
+            raise Unsupported("a layer of it does not attend to what its cache gave, as before")

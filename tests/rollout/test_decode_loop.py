@@ -30,6 +30,7 @@ FAMILIES = [
     ("gemma2", {"sliding_window": 8}), ("gemma3_text", {"sliding_window": 8}),
     ("phi3", {"sliding_window": 8}), ("gpt2", {}), ("gpt_neox", {}), ("olmo2", {}),
     ("granite", {}), ("smollm3", {}), ("mixtral", {"output_router_logits": True}), ("gpt_oss", {}),
+    ("jetmoe", {}),
 ]  # fmt: skip
 
 

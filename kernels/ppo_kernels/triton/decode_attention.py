@@ -4,7 +4,8 @@ part of the keys; parts are merged in order by a second kernel.
 In half precision the products are `tl.dot`s, the heads of the group padded to 16 rows, the weights
 rounded to the values' dtype before they are summed too: what they average is still an average.
 Otherwise they are products and sums in the accumulation dtype. Nothing on the host depends on the
-lengths: a program whose part begins beyond them returns at once.
+lengths: a program whose part begins beyond them returns at once. A row's new key and value are
+written by the program that reads them, whose part has the row's last place.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -54,11 +55,20 @@ def _average(weighted, m, total, sinks, head, inside):
     return weighted / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """As torch rounds: float64 to float32 first."""
+    if dtype != tl.float64:
+        x = x.to(tl.float32)
+    return x.to(dtype)
+
+
 @triton.jit(do_not_specialize=["window", "chunk"])
 def attend(
-    query, keys, values, lengths, sinks, out, state, scale: tl.float64, cap: tl.float64, window,
-    chunk, query_row, query_head, keys_row, keys_head, keys_step, values_row, values_head,
-    values_step, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    query, keys, values, lengths, sinks, new_keys, new_values, out, state, scale: tl.float64,
+    cap: tl.float64, window, chunk, query_row, query_head, keys_row, keys_head, keys_step,
+    values_row, values_head, values_step, new_keys_row, new_keys_head, new_values_row,
+    new_values_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -88,6 +98,19 @@ def attend(
     )  # fmt: skip
     keys += row * keys_row + kv_head.to(tl.int64) * keys_head
     values += row * values_row + kv_head.to(tl.int64) * values_head
+    if new_keys is not None:
+        # No program waits for another: those that read the last place, all heads of a group in
+        # this part, write it each for itself, the same bits.
+        last = (begin < length) & (end == length)
+        new_keys += row * new_keys_row + kv_head * new_keys_head
+        new_values += row * new_values_row + kv_head * new_values_head
+        in_key, in_value = d < tl.where(last, WIDTH, 0), e < tl.where(last, VALUE_WIDTH, 0)
+        key = tl.load(new_keys + d, mask=in_key, other=0.0)
+        value = tl.load(new_values + e, mask=in_value, other=0.0)
+        key, value = _rounded(key, keys.dtype.element_ty), _rounded(value, values.dtype.element_ty)
+        tl.store(keys + (length - 1) * keys_step + d, key, mask=in_key)
+        tl.store(values + (length - 1) * values_step + e, value, mask=in_value)
+        tl.debug_barrier()  # what a thread has stored, the program's others read
     m = tl.full((HEADS,), float("-inf"), DTYPE)
     total = tl.zeros((HEADS,), DTYPE)
     weighted = tl.zeros((HEADS, VALUE_COLUMNS), DTYPE)
@@ -185,6 +208,8 @@ def decode_attention(
     softcap: float | None,
     window: int,
     sinks: Tensor | None,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
     out: Tensor,
     dtype: torch.dtype,
 ) -> None:
@@ -209,17 +234,20 @@ def decode_attention(
     chunk = triton.cdiv(max(triton.cdiv(window, wanted), _LEAST_KEYS), block) * block
     parts = max(triton.cdiv(window, chunk), 1)
 
+    new_strides: list[int | None] = [None] * 4
+    if new_keys is not None and new_values is not None:
+        new_strides = [*new_keys.stride()[:2], *new_values.stride()[:2]]
     weighted, state = out, None
     if parts > 1:
         weighted = torch.empty((rows, heads, parts, value_width), dtype=dtype, device=out.device)
         state = torch.empty((2, rows, heads, parts), dtype=dtype, device=out.device)
     with on(query.device):
         attend[(programs, parts)](
-            query, keys, values, lengths, sinks, weighted, state, scale,
+            query, keys, values, lengths, sinks, new_keys, new_values, weighted, state, scale,
             1.0 if softcap is None else softcap, window, chunk, *query.stride()[:2],
-            *keys.stride()[:3], *values.stride()[:3], kv_heads, group, width, value_width,
-            parts > 1, softcap is not None, dot, tile_heads, block, columns, value_columns,
-            tl.float64 if dtype == torch.float64 else tl.float32,
+            *keys.stride()[:3], *values.stride()[:3], *new_strides, kv_heads, group, width,
+            value_width, parts > 1, softcap is not None, dot, tile_heads, block, columns,
+            value_columns, tl.float64 if dtype == torch.float64 else tl.float32,
             num_warps=8 if widest > 128 else 4, num_stages=3, **OPTIONS,
         )  # fmt: skip
         if parts > 1:
