@@ -12,6 +12,7 @@ void pairwise_loss(const PairwiseLossArgs&);
 void ranking_loss(const RankingLossArgs&);
 void sample(const SampleArgs&);
 void decode_attention(const DecodeAttention&);
+void rotary_embedding(const RotaryEmbedding&);
 
 extern const Kernels kernels;
 const Kernels kernels = {gae,
@@ -22,6 +23,7 @@ const Kernels kernels = {gae,
                          pairwise_loss,
                          ranking_loss,
                          sample,
-                         decode_attention};
+                         decode_attention,
+                         rotary_embedding};
 
 }  // namespace ppo::PPO_ISA

@@ -8,6 +8,7 @@ from ppo_kernels.linear_ppo_loss import linear_ppo_loss
 from ppo_kernels.logprob import token_logprobs
 from ppo_kernels.pairwise_loss import PairwiseStats, pairwise_loss, ranking_loss
 from ppo_kernels.ppo_loss import PolicyStats, ValueStats, ppo_policy_loss, ppo_value_loss
+from ppo_kernels.rotary_embedding import rotary_embedding
 from ppo_kernels.sample import sample
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "ranking_loss",
+    "rotary_embedding",
     "sample",
     "token_logprobs",
 ]

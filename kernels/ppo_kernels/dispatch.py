@@ -30,6 +30,7 @@ OPS = (
     "ranking_loss",
     "sample",
     "decode_attention",
+    "rotary_embedding",
 )
 
 
