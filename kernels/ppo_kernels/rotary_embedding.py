@@ -88,10 +88,11 @@ def _forward(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """Rotated; `transposed`, the gradients of what was rotated so."""
-    given = query.dtype
-    in_double, (cos, sin) = dispatch.in_one_dtype(cos, sin)
-    if in_double is torch.float64:
-        query, key = query.double(), key.double()
+    if cos.dtype is not sin.dtype:
+        _, (cos, sin) = dispatch.in_one_dtype(cos, sin)
+    if cos.dtype is torch.float64 and query.dtype is not torch.float64:
+        wide = _forward(query.double(), key.double(), cos, sin, transposed, impl)
+        return wide[0].to(query.dtype), wide[1].to(query.dtype)
     query, key = dispatch.side_by_side(query), dispatch.side_by_side(key)
     cos, sin = dispatch.side_by_side(cos), dispatch.side_by_side(sin)
     out_query, out_key = _empty(query), _empty(key)
@@ -103,7 +104,7 @@ def _forward(
         dispatch.cpu.rotary_embedding(
             query, key, cos, sin, transposed, out_query, out_key, torch.get_num_threads()
         )
-    return out_query.to(given), out_key.to(given)
+    return out_query, out_key
 
 
 def _empty(x: Tensor) -> Tensor:
