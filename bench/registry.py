@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import decode_attention, gae, linear_logprob, logprob, pairwise_loss, ppo_loss, sample
+from bench import (
+    decode_attention,
+    gae,
+    linear_logprob,
+    logprob,
+    pairwise_loss,
+    ppo_loss,
+    rotary_embedding,
+    sample,
+)
 from bench.case import Case
 
-_FILES = (gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention)
+_FILES = (
+    gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention,
+    rotary_embedding,
+)  # fmt: skip
 
 
 def cases(device: str, ops: Sequence[str] = (), sizes: Sequence[str] = ()) -> list[Case]:

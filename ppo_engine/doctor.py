@@ -198,6 +198,12 @@ def _attention_example(generator: torch.Generator) -> Example:
     return [query, keys, keys.flip(2), lengths], {"scale": 0.3, "window": 30}
 
 
+def _rotary_example(generator: torch.Generator) -> Example:
+    query, key = (torch.randn(2, n, 5, 10, generator=generator) for n in (4, 2))
+    angles = torch.randn(2, 5, 6, generator=generator)
+    return [query, key, angles.cos(), angles.sin()], {}
+
+
 def _ranking_example(generator: torch.Generator) -> Example:
     scores = torch.randn((5, 4), generator=generator)
     return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
@@ -215,6 +221,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "ranking_loss": _ranking_example,
     "sample": lambda g: ([torch.randn((3, 101), generator=g)], {"seed": 1, "offset": 2}),
     "decode_attention": _attention_example,
+    "rotary_embedding": _rotary_example,
 }
 
 

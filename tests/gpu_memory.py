@@ -32,6 +32,8 @@ def main() -> None:
     lengths = torch.tensor([0, 300, 129], device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
         ppo_kernels.decode_attention(query.to(dtype), *slots.to(dtype), lengths, scale=0.2)
+    angles = torch.randn(2, 1, 300, 18, device="cuda")
+    ppo_kernels.rotary_embedding(slots[0].requires_grad_(), slots[1], *angles)[0].sum().backward()
     long = torch.randn(2, 2, 9000, device="cuda")
     for impl in implementations("gae"):
         ppo_kernels.gae(*long, impl=impl)

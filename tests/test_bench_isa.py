@@ -92,7 +92,7 @@ def test_every_op_with_kernels_comes_in_every_dtype() -> None:
     found = list(isa.every_dtype([], ["small"]))
     assert {case.op for case in found} == {
         "gae", "kl_shaped_gae", "token_logprobs", "ppo_policy_loss", "ppo_value_loss",
-        "pairwise_loss", "ranking_loss", "sample", "decode_attention",
+        "pairwise_loss", "ranking_loss", "sample", "decode_attention", "rotary_embedding",
     }  # fmt: skip
     for case in found:
         inputs = case.inputs(isa.CPU)

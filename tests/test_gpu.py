@@ -13,6 +13,8 @@ from fuzz.cases import CASES, Case, make_case
 from fuzz.check import Failure, check
 from test_decode_attention import BF16, F16, F32, OPTIONS, SHAPES
 from test_decode_attention import arguments as attention_arguments
+from test_rotary_embedding import SHAPES as ROTARY_SHAPES
+from test_rotary_embedding import arguments as rotary_arguments
 from torch import Tensor
 
 import ppo_kernels
@@ -124,6 +126,8 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         torch.randn(2, 8, 2, 700, 64, device="cuda"),
     )
     lengths = torch.randint(701, (8,), device="cuda")
+    turned = torch.randn(2, 8, 6, length, 64, device="cuda").requires_grad_()
+    angles = tokens(2, 1, length, 32)
     for x in (logprobs, values, logits, scores):
         x.requires_grad_()
 
@@ -141,6 +145,7 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
             ppo_kernels.decode_attention(query.to(x), *slots.to(x), lengths, scale=0.2)
             for x in (torch.float32, torch.bfloat16)
         ]
+        rotated = ppo_kernels.rotary_embedding(*turned, *angles)
         found = ppo_kernels.token_logprobs(logits, targets, return_entropy=True)
         policy, stats = ppo_kernels.ppo_policy_loss(
             logprobs, old, shaped.advantages, mask=mask, moments=shaped.moments, ref_logprobs=ref,
@@ -148,8 +153,8 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         )  # fmt: skip
         value, _ = ppo_kernels.ppo_value_loss(values, old, returns, mask=mask)
         pairs, _ = ppo_kernels.pairwise_loss(scores, bootstrap)
-        total = policy + 2 * value + pairs + sum(x.sum() for x in found)
-        gradients = torch.autograd.grad(total, (logprobs, values, logits, scores))
+        total = policy + 2 * value + pairs + sum(x.sum() for x in (*found, *rotated))
+        gradients = torch.autograd.grad(total, (logprobs, values, logits, scores, turned))
         results = [x for found in (*shapeds, in_chunks) for x in found]
         return [*results, *attended, *stats, total.detach(), *gradients]
 
@@ -209,6 +214,15 @@ def test_decode_attention(dtypes: tuple[torch.dtype, torch.dtype], options: dict
         given = attention_arguments(shape, dtypes, **options)
         op = on_gpu("decode_attention", "triton")
         ops.assert_error_rule(op, reference.decode_attention, given)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)], ids=str)
+def test_rotary_embedding(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    for shape in ROTARY_SHAPES:
+        for shared in (False, True):
+            given = rotary_arguments(shape, dtypes, shared)
+            op = on_gpu("rotary_embedding", "triton")
+            ops.assert_error_rule(op, reference.rotary_embedding, given, ("query", "key"))
 
 
 def test_a_graph_of_attention_is_right_for_other_lengths() -> None:

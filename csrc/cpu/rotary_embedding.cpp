@@ -79,7 +79,7 @@ void rotate_heads(const RotaryEmbedding& args, const RotatedHeads& heads, int64_
   for (int64_t h = 0; h < heads.count; ++h) {
     if (first == 0) {
       prefetch(x + ahead * heads.from.token_stride, y + ahead * of_token, args.width);
-      std::memcpy(y + args.rotated, x + args.rotated, size_t(rest) * sizeof(T));
+      if (rest > 0) std::memcpy(y + args.rotated, x + args.rotated, size_t(rest) * sizeof(T));
     }
     rotate(x + first, args.rotated / 2, count, angles, y + first);
     x += heads.from.head_stride;

@@ -491,14 +491,12 @@ def decode_attention(
     return (_real(p, kept.mT) @ _real(values, kept)).flatten(1, 2).to(dtype)
 
 
-# Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34), in GPT-NeoX's order: number i
-# is rotated with number i + R/2, where R are as many numbers as there are cosines and sines.
+# Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34) in GPT-NeoX's order: of the R
+# numbers that are rotated, R as many as cosines, number i goes with number i + R/2.
 #   o_i       = x_i cos_i - x_{i+R/2} sin_i                    for i < R/2
 #   o_{i+R/2} = x_{i+R/2} cos_{i+R/2} + x_i sin_{i+R/2}
 #   o_i       = x_i                                            for i >= R
-def rotary_embedding(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """query `[B, Hq, T, D]` and key `[B, Hkv, T, D]`, in their dtype, over memory ordered
     `[B, T, H, D]`; from cos and sin `[B or 1, T, R]`, which are constants."""
     return _rotated(query, cos.detach(), sin.detach()), _rotated(key, cos.detach(), sin.detach())

@@ -139,7 +139,8 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _rotated(grad_query, grad_key, *ctx.saved_tensors, not ctx.transposed, ctx.impl)
+        cos, sin = ctx.saved_tensors
+        gradients = _rotated(grad_query, grad_key, cos, sin, not ctx.transposed, ctx.impl)
         return *gradients, None, None, None, None
 
 
@@ -165,12 +166,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(cos, sin)
 
 
-def _backward_of_op(
-    ctx: Any, grad_query: Tensor, grad_key: Tensor
-) -> tuple[Tensor | None, ...]:
-    gradients = _rotation_op(
-        grad_query, grad_key, *ctx.saved_tensors, not ctx.transposed, ctx.impl
-    )
+def _backward_of_op(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _rotation_op(grad_query, grad_key, *ctx.saved_tensors, not ctx.transposed, ctx.impl)
     return *gradients, None, None, None, None
 
 
