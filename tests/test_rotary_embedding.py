@@ -11,6 +11,7 @@ import ops
 import pytest
 import torch
 import torch._dynamo
+from fuzz.check import Guard
 from torch import Tensor
 
 from ppo_kernels import dispatch, reference, rotary_embedding
@@ -18,6 +19,7 @@ from ppo_kernels import dispatch, reference, rotary_embedding
 KERNELS = pytest.mark.parametrize(
     "impl", ops.implementations_of("rotary_embedding", but=("reference",))
 )
+NEEDS_CPP = pytest.mark.skipif(dispatch.cpu is None, reason="the C++ extension is not built")
 IMPLS = pytest.mark.parametrize("impl", ops.implementations_of("rotary_embedding"))
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 WRT = ("query", "key")
@@ -162,6 +164,11 @@ def test_gradients(impl: str) -> None:
         assert gradients[1 - i] is None or not gradients[1 - i].any()
         assert gradients[2] is None and gradients[3] is None
     fixed = [x.detach() for x in given[:2]]
+    for i in range(2):  # of what is trained alone
+        one = [*fixed, *constants]
+        one[i] = given[i]
+        (gradient,) = torch.autograd.grad(function(*one)[i].sum(), given[i])
+        assert gradient.any()
     assert not any(x.requires_grad for x in function(*fixed, *given[2:]))
 
 
@@ -184,7 +191,18 @@ def test_query_and_key_are_read_where_they_lie(impl: str) -> None:
     assert watch.largest == given["query"].numel()
 
 
-@pytest.mark.skipif(dispatch.cpu is None, reason="the C++ extension is not built")
+@NEEDS_CPP
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_nothing_beside_the_results_is_written(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        given = arguments(shape, (dtype, dtype))
+        with Guard() as guard:
+            rotary_embedding(**given)
+        assert len(guard.buffers) == 2
+        guard.check()
+
+
+@NEEDS_CPP
 def test_threads_change_no_bit() -> None:
     given = arguments((3, 9, 3, 137, 64, 48), (BF16, F32))
     results = []
