@@ -13,12 +13,14 @@ from bench import (
     pairwise_loss,
     ppo_loss,
     rms_norm,
+    rotary_embedding,
     sample,
 )
 from bench.case import Case
 
 _FILES = (
-    gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention, rms_norm, adamw,
+    gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention,
+    rotary_embedding, rms_norm, adamw,
 )  # fmt: skip
 
 

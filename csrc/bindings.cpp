@@ -521,18 +521,48 @@ void rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weig
   active_isa().kernels->rms_norm_backward(args);
 }
 
+RotatedHeads rotated_heads(const Tensor& x, const Tensor& out) {
+  return {heads(x), x.size(1), out.data()};
+}
+
+Tokens angles(const Tensor& x, int64_t rows) {  // [rows, T, R], or [1, T, R]
+  return {x.data(), x.size(0) == rows ? x.stride(0) : 0, x.stride(1)};
+}
+
+void rotary_embedding(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                      bool transposed, const Tensor& out_query, const Tensor& out_key,
+                      int threads) {
+  RotaryEmbedding args{};
+  args.dtype = common_dtype({&query, &key, &out_query, &out_key});
+  args.angles_dtype = common_dtype({&cos, &sin});
+  args.rows = query.size(0);
+  args.tokens = query.size(2);
+  args.width = query.size(3);
+  args.rotated = cos.size(2);
+  args.transposed = transposed;
+  args.cos = angles(cos, args.rows);
+  args.sin = angles(sin, args.rows);
+  args.query = rotated_heads(query, out_query);
+  args.key = rotated_heads(key, out_key);
+  const int64_t numbers = (args.query.count + args.key.count) * args.width;
+  args.threads = threads_for(args.rows * args.tokens * numbers, threads);
+  active_isa().kernels->rotary_embedding(args);
+}
+
+// Whether `x` is a torch.Tensor or a Parameter itself, with memory; `found` is its view then.
+bool is_plain(py::handle x, Tensor& found) {
+  static const py::handle torch = py::module_::import("torch").release();
+  static const py::handle tensor_type = py::object(torch.attr("Tensor")).release();
+  static const py::handle parameter_type = py::object(torch.attr("nn").attr("Parameter")).release();
+  const py::handle type = py::type::handle_of(x);
+  return (type.is(tensor_type) || type.is(parameter_type)) && view(x, found);
+}
+
 // Whether these per-token tensors need no closer look: torch.Tensor or Parameter themselves, of
 // floating point, of one shape, [B, T] or [N], and on one device, with a mask and boundaries that
 // fit. False says nothing: ppo_kernels/checks.py looks closer then.
 bool tokens_fit(py::handle mask, py::handle cu_seqlens, bool needs_sequences,
                 const py::args& tensors) {
-  static const py::handle torch = py::module_::import("torch").release();
-  static const py::handle tensor_type = py::object(torch.attr("Tensor")).release();
-  static const py::handle parameter_type = py::object(torch.attr("nn").attr("Parameter")).release();
-  const auto is_plain = [&](py::handle x, Tensor& found) {
-    const py::handle type = py::type::handle_of(x);
-    return (type.is(tensor_type) || type.is(parameter_type)) && view(x, found);
-  };
   Tensor first, x;
   for (const py::handle object : tensors) {
     if (object.is_none()) continue;
@@ -552,6 +582,21 @@ bool tokens_fit(py::handle mask, py::handle cu_seqlens, bool needs_sequences,
   }
   return cu_seqlens.is_none() || (is_plain(cu_seqlens, x) && x.is_index() && x.dims() == 1 &&
                                   x.size(0) >= 1 && x.same_device(first));
+}
+
+// The same of the tensors of rotary_embedding.
+bool rotary_fits(py::handle query, py::handle key, py::handle cos, py::handle sin) {
+  Tensor q, k, c, s;
+  if (!is_plain(query, q) || !is_plain(key, k) || !is_plain(cos, c) || !is_plain(sin, s)) {
+    return false;
+  }
+  for (const Tensor* x : {&q, &k, &c, &s}) {
+    if (!x->is_floating() || !x->same_device(q)) return false;
+  }
+  return q.dims() == 4 && k.dims() == 4 && k.dtype() == q.dtype() && k.size(0) == q.size(0) &&
+         k.size(2) == q.size(2) && k.size(3) == q.size(3) && c.dims() == 3 && s.same_shape(c) &&
+         (c.size(0) == q.size(0) || c.size(0) == 1) && c.size(1) == q.size(2) &&
+         c.size(2) <= q.size(3) && c.size(2) % 2 == 0;
 }
 
 }  // namespace
@@ -579,4 +624,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adamw", &ppo::adamw, release_gil());
   m.def("rms_norm", &ppo::rms_norm, release_gil());
   m.def("rms_norm_backward", &ppo::rms_norm_backward, release_gil());
+  m.def("rotary_fits", &ppo::rotary_fits);
+  m.def("rotary_embedding", &ppo::rotary_embedding, release_gil());
 }

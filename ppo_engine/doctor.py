@@ -207,6 +207,12 @@ def _attention_example(generator: torch.Generator) -> Example:
     return [query, keys, keys.flip(2), lengths], {"scale": 0.3, "window": 30}
 
 
+def _rotary_example(generator: torch.Generator) -> Example:
+    query, key = (torch.randn(2, n, 5, 10, generator=generator) for n in (4, 2))
+    angles = torch.randn(2, 5, 6, generator=generator)
+    return [query, key, angles.cos(), angles.sin()], {}
+
+
 def _ranking_example(generator: torch.Generator) -> Example:
     scores = torch.randn((5, 4), generator=generator)
     return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
@@ -232,6 +238,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "decode_attention": _attention_example,
     "adamw": _adamw_example,
     "rms_norm": lambda g: ([torch.randn(n, generator=g) for n in ((5, 40), (40,))], {"eps": 1e-6}),
+    "rotary_embedding": _rotary_example,
 }
 
 

@@ -240,6 +240,27 @@ def calls() -> Iterator[Callable[[], object]]:
     for name in ("x", "weight"):
         yield norm(1536, torch.bfloat16, torch.bfloat16, wrt=(name,))
 
+    def rotary(
+        heads: int, kv_heads: int, width: int, rotated: int, dtype: torch.dtype,
+        of_angles: torch.dtype,
+    ) -> Callable[[], object]:  # fmt: skip
+        fused = torch.randn(2, 5, heads + 2 * kv_heads, width).to(dtype).transpose(1, 2)
+        query, key, _ = fused.requires_grad_().split((heads, kv_heads, kv_heads), 1)
+        cos, sin = torch.randn(2, 2, 5, rotated).to(of_angles)
+
+        def both() -> object:
+            found = ppo_kernels.rotary_embedding(query, key, cos, sin, impl="triton")
+            return torch.autograd.grad([x.sum() for x in found], fused)
+
+        return both
+
+    for dtype in (torch.float32, *halves, torch.float64):
+        yield rotary(9, 3, 64, 64, dtype, dtype)
+    for heads, kv_heads, width, rotated in (
+        (12, 2, 128, 128), (32, 8, 128, 128), (32, 32, 80, 32), (32, 32, 96, 72), (8, 1, 256, 256)
+    ):  # fmt: skip
+        yield rotary(heads, kv_heads, width, rotated, torch.bfloat16, torch.float32)
+
     gradient, factor = torch.randn(9), torch.tensor(2.0)
     yield lambda: dispatch.triton_kernels("fused_loss").scale(gradient, factor)
 

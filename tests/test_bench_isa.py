@@ -92,7 +92,8 @@ def test_every_op_with_kernels_comes_in_every_dtype() -> None:
     found = list(isa.every_dtype([], ["small"]))
     assert {case.op for case in found} == {
         "gae", "kl_shaped_gae", "token_logprobs", "ppo_policy_loss", "ppo_value_loss",
-        "pairwise_loss", "ranking_loss", "sample", "decode_attention", "rms_norm", "adamw",
+        "pairwise_loss", "ranking_loss", "sample", "decode_attention", "rotary_embedding",
+        "rms_norm", "adamw",
     }  # fmt: skip
     for case in found:
         inputs = case.inputs(isa.CPU)

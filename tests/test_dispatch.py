@@ -217,7 +217,8 @@ def test_every_instruction_set(isa: str) -> None:
         "impossible or infinity or of_the_reference"
     )
     names = ("gae", "logprob", "ppo_loss", "policy_objectives", "pairwise_loss", "linear_logprob",
-             "linear_ppo_loss", "sample", "decode_attention", "rms_norm", "adamw")  # fmt: skip
+             "linear_ppo_loss", "sample", "decode_attention", "rotary_embedding", "rms_norm",
+             "adamw")  # fmt: skip
     torchs, onednns, mkls = LIBRARIES[isa]
     native = "yes" if isa == "avx512" else "no"
     result = python(

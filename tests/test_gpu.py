@@ -17,6 +17,8 @@ from test_decode_attention import arguments as attention_arguments
 from test_rms_norm import DTYPES as NORM_DTYPES
 from test_rms_norm import SHAPES as NORM_SHAPES
 from test_rms_norm import arguments as norm_arguments
+from test_rotary_embedding import SHAPES as ROTARY_SHAPES
+from test_rotary_embedding import arguments as rotary_arguments
 from torch import Tensor
 
 import ppo_kernels
@@ -129,7 +131,10 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
     )
     lengths = torch.randint(701, (8,), device="cuda")
     norm_weight = torch.randn(vocab, device="cuda")
-    for x in (logprobs, values, logits, scores, norm_weight):
+    turned = torch.randn(2, 8, 6, length, 64, device="cuda").requires_grad_()
+    angles = tokens(2, 1, length, 32)
+    trained = (logprobs, values, logits, scores, norm_weight)
+    for x in trained:
         x.requires_grad_()
 
     def run() -> list[Tensor]:
@@ -146,6 +151,7 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
             ppo_kernels.decode_attention(query.to(x), *slots.to(x), lengths, scale=0.2)
             for x in (torch.float32, torch.bfloat16)
         ]
+        rotated = ppo_kernels.rotary_embedding(*turned, *angles)
         found = ppo_kernels.token_logprobs(logits, targets, return_entropy=True)
         policy, stats = ppo_kernels.ppo_policy_loss(
             logprobs, old, shaped.advantages, mask=mask, moments=shaped.moments, ref_logprobs=ref,
@@ -154,8 +160,8 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         value, _ = ppo_kernels.ppo_value_loss(values, old, returns, mask=mask)
         pairs, _ = ppo_kernels.pairwise_loss(scores, bootstrap)
         normed = ppo_kernels.rms_norm(logits, norm_weight, eps=1e-5)
-        total = policy + 2 * value + pairs + sum(x.sum() for x in (*found, normed))
-        gradients = torch.autograd.grad(total, (logprobs, values, logits, scores, norm_weight))
+        total = policy + 2 * value + pairs + sum(x.sum() for x in (*found, *rotated, normed))
+        gradients = torch.autograd.grad(total, (*trained, turned))
         results = [x for found in (*shapeds, in_chunks) for x in found]
         return [*results, *attended, *stats, total.detach(), *gradients]
 
@@ -251,6 +257,15 @@ def test_new_keys_are_written_first(dtypes: tuple[torch.dtype, torch.dtype]) -> 
                 torch.testing.assert_close(
                     given[name], before[name], rtol=0, atol=0, equal_nan=True
                 )
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)], ids=str)
+def test_rotary_embedding(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    for shape in ROTARY_SHAPES:
+        for shared in (False, True):
+            given = rotary_arguments(shape, dtypes, shared)
+            op = on_gpu("rotary_embedding", "triton")
+            ops.assert_error_rule(op, reference.rotary_embedding, given, ("query", "key"))
 
 
 def test_a_graph_of_attention_is_right_for_other_lengths() -> None:

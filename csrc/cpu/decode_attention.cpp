@@ -229,14 +229,14 @@ const K* start(const DecodeAttention& args, const Heads& x, int64_t row, int64_t
                int64_t piece) {
   const int64_t first = args.lengths[row] - keys_of(args, row) + piece * kKeysPerPiece;
   return static_cast<const K*>(x.data) + row * x.row_stride + kv_head * x.head_stride +
-         first * x.key_stride;
+         first * x.token_stride;
 }
 
 // The last place in x, keys or values, of a row that has one.
 template <class K>
 K* last_place(const DecodeAttention& args, const Heads& x, int64_t row, int64_t kv_head) {
   return static_cast<K*>(x.data) + row * x.row_stride + kv_head * x.head_stride +
-         (args.lengths[row] - 1) * x.key_stride;
+         (args.lengths[row] - 1) * x.token_stride;
 }
 
 // Writes `count` numbers of a row, rounded.
@@ -271,7 +271,7 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piec
   for (int64_t c = 0; c < args.width; c += kColumns) {
     const int64_t n = args.width - c < kColumns ? args.width - c : kColumns;
     read_queries<K>(args, row, head, tile, c, n, room);
-    add_logits<tile>(keys + c, args.keys.key_stride, count, n, values, room);
+    add_logits<tile>(keys + c, args.keys.token_stride, count, n, values, room);
   }
 
   Output outputs[tile];
@@ -295,7 +295,7 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piec
     constexpr int pairs = decltype(constant)::value;
     for (; c + 2 * pairs * one <= args.value_width; c += 2 * pairs * one) {
       Vec<A> sums[tile][2 * pairs];
-      sum_values<tile, pairs>(values + c, args.values.key_stride, count, one, room, then, sums);
+      sum_values<tile, pairs>(values + c, args.values.token_stride, count, one, room, then, sums);
       for (int g = 0; g < tile; ++g) {
         for (int i = 0; i < pairs; ++i) {
           outputs[g].template put_two<K, A>(c + 2 * i * one, sums[g][2 * i], sums[g][2 * i + 1],
@@ -309,7 +309,7 @@ void attend(const DecodeAttention& args, int64_t row, int64_t head, int64_t piec
   for (; c < args.value_width; c += one) {
     const int64_t n = args.value_width - c < one ? args.value_width - c : one;
     Vec<A> sums[tile][1];
-    sum_values<tile, 0>(values + c, args.values.key_stride, count, n, room, then, sums);
+    sum_values<tile, 0>(values + c, args.values.token_stride, count, n, room, then, sums);
     for (int g = 0; g < tile; ++g) outputs[g].template put<A>(c, n, sums[g][0], factors[g]);
   }
 }

@@ -15,6 +15,7 @@ void decode_attention(const DecodeAttention&);
 void adamw(const AdamWArgs&);
 void rms_norm(const RmsNorm&);
 void rms_norm_backward(const RmsNorm&);
+void rotary_embedding(const RotaryEmbedding&);
 
 extern const Kernels kernels;
 const Kernels kernels = {gae,
@@ -28,6 +29,7 @@ const Kernels kernels = {gae,
                          decode_attention,
                          adamw,
                          rms_norm,
-                         rms_norm_backward};
+                         rms_norm_backward,
+                         rotary_embedding};
 
 }  // namespace ppo::PPO_ISA

@@ -230,11 +230,11 @@ struct RankingLossArgs {
 // result depends on the number of threads, nor on the other rows.
 constexpr int64_t kKeysPerPiece = 256;
 
-// Numbers of a row and head, side by side; strides in elements.
+// Numbers of a row, a head and a token, side by side; strides in elements.
 struct Heads {
   void* data;
   int64_t row_stride, head_stride;
-  int64_t key_stride;  // of keys and values
+  int64_t token_stride;  // 0 of a query of one token
 };
 
 // With an accumulation dtype A: float64 where the keys are, else float32.
@@ -308,6 +308,25 @@ struct RmsNorm {
   int threads;
 };
 
+// Heads to be rotated, `count` for each token, and where they go: [rows, tokens, count, width].
+struct RotatedHeads {
+  Heads from;
+  int64_t count;
+  void* to;
+};
+
+// Computed in float64 where dtype is f64 (angles_dtype then is any), else in float32.
+struct RotaryEmbedding {
+  DType dtype;         // of query, key and results
+  DType angles_dtype;  // of cosines and sines
+  int64_t rows, tokens, width;
+  int64_t rotated;     // numbers of a head; even
+  bool transposed;
+  Tokens cos, sin;     // `rotated` numbers of each token
+  RotatedHeads query, key;
+  int threads;
+};
+
 // The entry points of one instruction set: kernels.cpp fills one in for each.
 struct Kernels {
   void (*gae)(const GaeArgs&);
@@ -322,6 +341,7 @@ struct Kernels {
   void (*adamw)(const AdamWArgs&);
   void (*rms_norm)(const RmsNorm&);
   void (*rms_norm_backward)(const RmsNorm&);
+  void (*rotary_embedding)(const RotaryEmbedding&);
 };
 
 }  // namespace ppo

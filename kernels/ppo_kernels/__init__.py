@@ -10,6 +10,7 @@ from ppo_kernels.logprob import token_logprobs
 from ppo_kernels.pairwise_loss import PairwiseStats, pairwise_loss, ranking_loss
 from ppo_kernels.ppo_loss import PolicyStats, ValueStats, ppo_policy_loss, ppo_value_loss
 from ppo_kernels.rms_norm import rms_norm
+from ppo_kernels.rotary_embedding import rotary_embedding
 from ppo_kernels.sample import sample
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ppo_value_loss",
     "ranking_loss",
     "rms_norm",
+    "rotary_embedding",
     "sample",
     "split_master",
     "token_logprobs",

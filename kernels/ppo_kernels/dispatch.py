@@ -32,6 +32,7 @@ OPS = (
     "decode_attention",
     "adamw",
     "rms_norm",
+    "rotary_embedding",
 )
 
 

@@ -564,6 +564,28 @@ def rms_norm(
     return (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight + added)).to(dtype)
 
 
+# Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34) in GPT-NeoX's order: of the R
+# numbers that are rotated, R as many as cosines, number i goes with number i + R/2.
+#   o_i       = x_i cos_i - x_{i+R/2} sin_i                    for i < R/2
+#   o_{i+R/2} = x_{i+R/2} cos_{i+R/2} + x_i sin_{i+R/2}
+#   o_i       = x_i                                            for i >= R
+def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """query `[B, Hq, T, D]` and key `[B, Hkv, T, D]`, in their dtype, over memory ordered
+    `[B, T, H, D]`; from cos and sin `[B or 1, T, R]`, which are constants."""
+    return _rotated(query, cos.detach(), sin.detach()), _rotated(key, cos.detach(), sin.detach())
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dtype = x.dtype
+    x, cos, sin = _accumulated(x, cos[:, None], sin[:, None])
+    half = cos.shape[-1] // 2
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    of_a = a * cos[..., :half] - b * sin[..., :half]
+    of_b = b * cos[..., half:] + a * sin[..., half:]
+    rotated = torch.cat((of_a, of_b, rest), -1).to(dtype)
+    return rotated.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 # --------------------------------------------------------------------------------------------------
 
 

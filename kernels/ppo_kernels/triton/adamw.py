@@ -153,7 +153,9 @@ def _tensor(x: Any, device: torch.device) -> Tensor:
 
 _Rows = tuple[tuple[int, ...], ...]
 _MOST_KEPT = 8
-_kept: dict[tuple[_Rows, torch.device, int], Tensor] = {}  # by what they hold, where, and the stream
+_kept: dict[
+    tuple[_Rows, torch.device, int], Tensor
+] = {}  # by what they hold, where, and the stream
 _captured: list[Tensor] = []  # a graph knows their addresses alone: never freed
 
 
