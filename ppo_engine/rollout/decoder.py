@@ -17,8 +17,8 @@ from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.attention import Unsupported, Windows, attending
+from ppo_engine.rollout.fused import Fused
 from ppo_engine.rollout.graphs import Graphs, Step
-from ppo_engine.rollout.norms import Norms
 from ppo_engine.rollout.products import Products
 from ppo_engine.rollout.slots import (
     Heads,
@@ -104,7 +104,7 @@ class Decoder:
         self._windows = Windows.of(self._model.config)
         self.heads = _heads(self._model, self.device)
         self._products = Products(policy.model, device=self.device, dtype=self.dtype)
-        self._norms = Norms(self._model)
+        self._fused = Fused(self._model)
         self.steps = STEPS[self.device.type]
         self._graphs = graphs
         self._ends: dict[tuple[int, ...], Tensor] = {}  # on the device, where graphs read them
@@ -171,8 +171,7 @@ class Decoder:
             try:
                 with span("packing"):
                     self._products.refresh(rows)
-                    self._norms.refresh()
-                with self._products.active(), self._norms.active():
+                with self._products.active(), self._fused.active():
                     yield
             finally:
                 self._products.release()
