@@ -50,9 +50,7 @@ def arguments(
 
 @KERNELS
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_error_rule(
-    impl: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-) -> None:
+def test_error_rule(impl: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     for shape in SHAPES:
         for wrt in (WRT, ("x",), ("weight",)) if shape == (70, 65) else (WRT,):
             given = arguments(shape, dtypes, added=float(len(shape) == 3))
@@ -71,9 +69,7 @@ def test_rounded_once(dtype: torch.dtype) -> None:
 
 @KERNELS
 @pytest.mark.parametrize("dtypes", [(F64, F32, BF16), (BF16, F64, BF16), (F32, F32, F64)], ids=str)
-def test_float64(
-    impl: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-) -> None:
+def test_float64(impl: str, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     """Where x or the weight has it, it is computed in."""
     given = arguments((5, 40), dtypes)
     found = ops.run(rms_norm, given | {"impl": impl}, WRT)

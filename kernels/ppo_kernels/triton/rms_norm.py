@@ -78,7 +78,7 @@ def normalize_backward(
     grad_outer_stride: tl.int64, grad_inner_stride: tl.int64, count: tl.int64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`grad_x` is contiguous, `[count, width]`; `parts` are `[programs, width]`, zeros if LOOPED."""
+    """`grad_x` is contiguous, `[count, width]`; `parts` is `[programs, width]`, zeros if LOOPED."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     j = tl.arange(0, COLUMNS)
     eps, added = number(eps, DTYPE), number(added, DTYPE)
@@ -128,7 +128,7 @@ def normalize_backward(
                 tl.store(grad_x + (i * width)[:, None] + j[None, :], dx, mask=inside)
             if parts is not None:
                 sums += g * (v * r[:, None])
-    if parts is not None:
+    if parts is not None:  # noqa: SIM102 - decided at compile time
         if not LOOPED:
             tl.store(parts + j, tl.sum(sums, 0), mask=j < width)
 
