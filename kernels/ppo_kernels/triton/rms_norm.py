@@ -20,8 +20,8 @@ from ppo_kernels.dispatch import accumulator, on
 from ppo_kernels.triton.common import load, logit_row, number
 from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, processors
 
-# Bytes in the accumulation dtype: that a program takes at a time at the least, of several rows if they
-# are short; that a thread takes; of a row that fits the registers.
+# Bytes in the accumulation dtype: that a program takes at a time at the least, of several rows if
+# they are short; that a thread takes; of a row that fits the registers.
 TILE_BYTES, THREAD_BYTES = 8192, 64
 FORWARD_BYTES, BACKWARD_BYTES = 65536, 32768
 PROGRAMS = 16  # warps of backward programs for each multiprocessor
