@@ -4,6 +4,7 @@ transformers writes for Llama and most others."""
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,5 +78,5 @@ def _torchs(x: Inputs) -> Outputs:
 
 
 def _llamas(x: Inputs) -> Outputs:
-    module = SimpleNamespace(weight=x["weight"], variance_epsilon=_EPS)
+    module: Any = SimpleNamespace(weight=x["weight"], variance_epsilon=_EPS)
     return (LlamaRMSNorm.forward(module, x["x"]),)

@@ -20,8 +20,8 @@ from ppo_kernels.dispatch import accumulator, on
 from ppo_kernels.triton.common import load, logit_row, number
 from ppo_kernels.triton.launch import OPTIONS, SIZES, logit_rows, processors
 
-# Bytes in the accumulation dtype: that a program takes at a time at the least, of several rows if they
-# are short; that a thread takes; of a row that fits the registers.
+# Bytes in the accumulation dtype: that a program takes at a time at the least, of several rows if
+# they are short; that a thread takes; of a row that fits the registers.
 TILE_BYTES, THREAD_BYTES = 8192, 64
 FORWARD_BYTES, BACKWARD_BYTES = 65536, 32768
 PROGRAMS = 16  # warps of backward programs for each multiprocessor
@@ -78,7 +78,7 @@ def normalize_backward(
     grad_outer_stride: tl.int64, grad_inner_stride: tl.int64, count: tl.int64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`grad_x` is contiguous, `[count, width]`; `parts` are `[programs, width]`, zeros if LOOPED."""
+    """`grad_x` is contiguous, `[count, width]`; `parts` is `[programs, width]`, zeros if LOOPED."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     j = tl.arange(0, COLUMNS)
     eps, added = number(eps, DTYPE), number(added, DTYPE)
@@ -128,7 +128,7 @@ def normalize_backward(
                 tl.store(grad_x + (i * width)[:, None] + j[None, :], dx, mask=inside)
             if parts is not None:
                 sums += g * (v * r[:, None])
-    if parts is not None:
+    if parts is not None:  # noqa: SIM102 - decided at compile time
         if not LOOPED:
             tl.store(parts + j, tl.sum(sums, 0), mask=j < width)
 
