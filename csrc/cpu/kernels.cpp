@@ -12,6 +12,8 @@ void pairwise_loss(const PairwiseLossArgs&);
 void ranking_loss(const RankingLossArgs&);
 void sample(const SampleArgs&);
 void decode_attention(const DecodeAttention&);
+void pack_weight(const PackWeight&);
+void packed_linear(const PackedLinear&);
 
 extern const Kernels kernels;
 const Kernels kernels = {gae,
@@ -22,6 +24,8 @@ const Kernels kernels = {gae,
                          pairwise_loss,
                          ranking_loss,
                          sample,
-                         decode_attention};
+                         decode_attention,
+                         pack_weight,
+                         packed_linear};
 
 }  // namespace ppo::PPO_ISA
