@@ -467,11 +467,14 @@ void packed_linear(const Tensor& x, const Tensor& panels, const Tensor& bias, co
   args.x_dtype = x.dtype();
   args.dtype = panels.dtype();
   args.out_dtype = out.dtype();
-  args.rows = x.size(0);
-  args.in = x.size(1);
-  args.outs = out.size(1);
+  // Of any dimensions, contiguous where these are not two.
+  const int last = x.dims() - 1;
+  args.rows = 1;
+  for (int i = 0; i < last; ++i) args.rows *= x.size(i);
+  args.in = x.size(last);
+  args.outs = out.size(last);
   args.x = x.data();
-  args.row_stride = x.stride(0);
+  args.row_stride = last == 1 ? x.stride(0) : args.in;
   args.panels = panels.data();
   args.bias = bias ? bias.data<const float>() : nullptr;
   args.out = out.data();

@@ -106,7 +106,7 @@ def _operations(report: Report) -> None:
         for availability in {table[op][impl] for op in table}:
             if availability.available:
                 report.line("ok", impl, availability.reason)
-            elif availability == dispatch.NOT_NEEDED:
+            elif availability in dispatch.BY_DESIGN:
                 ops = [op for op in table if table[op][impl] == availability]
                 report.line("info", impl, f"{availability.reason}: {', '.join(ops)}")
             elif impl == "cpp" and importlib.util.find_spec("ppo_kernels._cpu"):
@@ -132,7 +132,7 @@ def _check(report: Report, op: str, impl: str) -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     generator = torch.Generator().manual_seed(0)
     arguments, options = _EXAMPLES[op](generator)
-    moved = [argument.to(device) for argument in arguments]
+    moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     function = getattr(ppo_kernels, op)
     try:
@@ -157,7 +157,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [tensor for item in result if item is not None for tensor in _tensors(item)]
 
 
-Example = tuple[list[torch.Tensor], dict[str, Any]]
+Example = tuple[list[Any], dict[str, Any]]
 _SHAPE = (3, 17)
 
 
@@ -198,6 +198,11 @@ def _attention_example(generator: torch.Generator) -> Example:
     return [query, keys, keys.flip(2), lengths], {"scale": 0.3, "window": 30}
 
 
+def _packed_example(generator: torch.Generator) -> Example:
+    x, weight = (torch.randn(n, 33, generator=generator) for n in (19, 50))
+    return [x, ppo_kernels.pack_weight(weight, dtype=torch.float32)], {}
+
+
 def _ranking_example(generator: torch.Generator) -> Example:
     scores = torch.randn((5, 4), generator=generator)
     return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
@@ -215,6 +220,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "ranking_loss": _ranking_example,
     "sample": lambda g: ([torch.randn((3, 101), generator=g)], {"seed": 1, "offset": 2}),
     "decode_attention": _attention_example,
+    "packed_linear": _packed_example,
 }
 
 

@@ -217,7 +217,7 @@ def test_every_instruction_set(isa: str) -> None:
         "impossible or infinity or of_the_reference"
     )
     names = ("gae", "logprob", "ppo_loss", "policy_objectives", "pairwise_loss", "linear_logprob",
-             "linear_ppo_loss", "sample", "decode_attention")  # fmt: skip
+             "linear_ppo_loss", "sample", "decode_attention", "packed_linear")  # fmt: skip
     torchs, onednns, mkls = LIBRARIES[isa]
     native = "yes" if isa == "avx512" else "no"
     result = python(

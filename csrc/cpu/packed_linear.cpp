@@ -22,25 +22,30 @@ constexpr int kRows = 6;
 #else
 constexpr int kRows = 3;
 #endif
+constexpr int64_t kInputs = 64;              // that are packed at a time
 constexpr int64_t kTaskBytes = 256 * 1024;  // of weights
 constexpr int64_t kAhead = 4096;            // bytes that are prefetched before they are used
 constexpr int64_t kWorthWaking = 65536;     // numbers of x
 
-template <int n> struct Constant { static constexpr int value = n; };
+// Inputs of an output that lie together in a panel, and how many a panel has for `in`.
+template <class W> constexpr int64_t kTogether = sizeof(W) == 2 ? 2 : 1;
+template <class W>
+constexpr int64_t padded(int64_t in) {
+  return (in + kTogether<W> - 1) / kTogether<W> * kTogether<W>;
+}
 
 template <int rows> struct Tile { Vec<float> sums[rows][kVectors]; };
 
 inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
 
 template <int rows>
-inline void multiply(const float* x, int64_t stride, const float* panel, int64_t in,
-                     Tile<rows>& tile) {
-  for (int64_t k = 0; k < in; ++k, panel += kPanel) {
+inline void multiply(const float* x, const float* panel, int64_t in, Tile<rows>& tile) {
+  for (int64_t k = 0; k < in; ++k, panel += kPanel, x += rows) {
     Vec<float> w[kVectors];
     prefetch(panel);
     for (int v = 0; v < kVectors; ++v) w[v] = load(panel + v * kLanes<float>);
     for (int r = 0; r < rows; ++r) {
-      const Vec<float> number = splat<float>(x[r * stride + k]);
+      const Vec<float> number = splat<float>(x[r]);
       for (int v = 0; v < kVectors; ++v) {
         tile.sums[r][v] = multiply_add(number, w[v], tile.sums[r][v]);
       }
@@ -51,14 +56,13 @@ inline void multiply(const float* x, int64_t stride, const float* panel, int64_t
 #if defined(__AVX512F__)
 // Two inputs at a time: the instruction's pairs of products are summed in float32.
 template <int rows>
-__attribute__((target("avx512bf16"))) inline void multiply(const bf16* x, int64_t stride,
-                                                           const bf16* panel, int64_t in,
-                                                           Tile<rows>& tile) {
-  for (int64_t k = 0; k < in; k += 2, panel += 2 * kPanel) {
+__attribute__((target("avx512bf16"))) inline void multiply(const bf16* x, const bf16* panel,
+                                                           int64_t in, Tile<rows>& tile) {
+  for (int64_t k = 0; k < in; k += 2, panel += 2 * kPanel, x += 2 * rows) {
     prefetch(panel);
     const __m512bh w = load_bits<__m512bh>(panel);
     for (int r = 0; r < rows; ++r) {
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(load_bits<int>(x + r * stride + k));
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(load_bits<int>(x + 2 * r));
       tile.sums[r][0] = (Vec<float>)_mm512_dpbf16_ps((__m512)tile.sums[r][0], w, pair);
     }
   }
@@ -66,12 +70,10 @@ __attribute__((target("avx512bf16"))) inline void multiply(const bf16* x, int64_
 #endif
 
 template <class W, int rows>
-void one_tile(const PackedLinear& args, const W* x, int64_t stride, int64_t row, int64_t panel) {
-  const int64_t padded = sizeof(W) == 2 ? (args.in + 1) / 2 * 2 : args.in;
+void one_tile(const PackedLinear& args, const W* x, int64_t row, int64_t panel) {
+  const int64_t width = padded<W>(args.in), first = panel * kPanel;
   Tile<rows> tile{};
-  multiply<rows>(x + row * stride, stride, static_cast<const W*>(args.panels) + panel * kPanel * padded,
-                 padded, tile);
-  const int64_t first = panel * kPanel;
+  multiply<rows>(x + row * width, static_cast<const W*>(args.panels) + first * width, width, tile);
   for (int v = 0; v < kVectors; ++v) {
     const int64_t at = first + v * kLanes<float>, left = args.outs - at;
     if (left <= 0) return;
@@ -93,17 +95,17 @@ void one_tile(const PackedLinear& args, const W* x, int64_t stride, int64_t row,
 
 // The last rows, fewer than a tile has.
 template <class W, int rows = kRows - 1>
-void last_tile(const PackedLinear& args, const W* x, int64_t stride, int64_t row, int64_t panel) {
+void last_tile(const PackedLinear& args, const W* x, int64_t row, int64_t panel) {
   if constexpr (rows > 0) {
-    if (args.rows - row == rows) return one_tile<W, rows>(args, x, stride, row, panel);
-    last_tile<W, rows - 1>(args, x, stride, row, panel);
+    if (args.rows - row == rows) return one_tile<W, rows>(args, x, row, panel);
+    last_tile<W, rows - 1>(args, x, row, panel);
   }
 }
 
 template <class W>
-void multiply_all(const PackedLinear& args, const W* x, int64_t stride) {
+void multiply_all(const PackedLinear& args, const W* x) {
   const int64_t panels = (args.outs + kPanel - 1) / kPanel;
-  const int64_t bytes = kPanel * args.in * int64_t(sizeof(W));
+  const int64_t bytes = kPanel * padded<W>(args.in) * int64_t(sizeof(W));
   const int64_t most = std::max<int64_t>(kTaskBytes / std::max<int64_t>(bytes, 1), 1);
   const int64_t threads = args.threads;
   // As many tasks for each thread, as even as panels can be shared.
@@ -113,73 +115,98 @@ void multiply_all(const PackedLinear& args, const W* x, int64_t stride) {
     for (int64_t row = 0; row < args.rows; row += kRows) {
       for (int64_t panel = begin; panel < end; ++panel) {
         if (row + kRows <= args.rows) {
-          one_tile<W, kRows>(args, x, stride, row, panel);
+          one_tile<W, kRows>(args, x, row, panel);
         } else {
-          last_tile<W>(args, x, stride, row, panel);
+          last_tile<W>(args, x, row, panel);
         }
       }
     }
   });
 }
 
-// x in the dtype of the panels, the numbers of a row side by side and, of bfloat16, even in number.
+// Numbers side by side, rounded to W.
 template <class W, class X>
-void in_dtype_of_panels(const PackedLinear& args, const X* x) {
-  const int64_t width = sizeof(W) == 2 ? (args.in + 1) / 2 * 2 : args.in;
-  std::vector<W> room(size_t(args.rows * width));
-  const bool small = args.rows * width < kWorthWaking;
-  const int64_t threads = small ? 1 : std::min<int64_t>(args.threads, args.rows);
-  parallel_for(threads, int(threads), [&](int64_t task) {
-    const int64_t begin = task * args.rows / threads, end = (task + 1) * args.rows / threads;
-    for (int64_t r = begin; r < end; ++r) {
-      const X* from = x + r * args.row_stride;
-      W* to = room.data() + r * width;
-      int64_t k = 0;
-      if constexpr (sizeof(X) < 8) {
-        for (; k + kLanes<float> <= args.in; k += kLanes<float>) store(to + k, load(from + k));
-      }
-      for (; k < args.in; ++k) narrow(float(widen(from[k])), to[k]);
+void round_to(const X* from, int64_t count, W* to) {
+  int64_t k = 0;
+  if constexpr (sizeof(X) < 8) {
+    for (; k + kLanes<float> <= count; k += kLanes<float>) store(to + k, load(from + k));
+  }
+  for (; k < count; ++k) narrow(float(widen(from[k])), to[k]);
+}
+
+// Some inputs of `lanes` rows, or outputs, from a block of one after the other to all of an input.
+template <class W>
+inline void interleave(const W (*block)[kInputs], int64_t begin, int64_t end, int64_t count,
+                       int64_t lanes, W* to) {
+  for (int64_t k = 0; k < count; k += kTogether<W>) {
+    for (int64_t lane = begin; lane < end; ++lane) {
+      W* place = to + k * lanes + lane * kTogether<W>;
+      std::memcpy(place, block[lane] + k, sizeof(W) * kTogether<W>);
     }
+  }
+}
+
+// x as tiles read it: in the dtype of the panels, the numbers of a tile's rows side by side. (With
+// each row in a place of its own, a tile needs more addresses than there are registers: in bfloat16
+// it took three times as long.)
+template <class W, class X>
+std::vector<W> in_tiles(const PackedLinear& args, const X* x) {
+  const int64_t width = padded<W>(args.in), blocks = (width + kInputs - 1) / kInputs;
+  std::vector<W> room(size_t(args.rows * width));
+  const int threads = args.rows * width < kWorthWaking ? 1 : args.threads;
+  parallel_for((args.rows + kRows - 1) / kRows * blocks, threads, [&](int64_t task) {
+    const int64_t row = task / blocks * kRows, k = task % blocks * kInputs;
+    const int64_t rows = std::min<int64_t>(args.rows - row, kRows);
+    const int64_t real = std::min(kInputs, args.in - k), count = std::min(kInputs, width - k);
+    alignas(64) W block[kRows][kInputs];
+    for (int64_t r = 0; r < rows; ++r) {
+      round_to(x + (row + r) * args.row_stride + k, real, block[r]);
+      if (real < count) block[r][real] = W{};
+    }
+    W* to = room.data() + row * width + k * rows;
+    rows == kRows ? interleave(block, 0, kRows, count, kRows, to)
+                  : interleave(block, 0, rows, count, rows, to);
   });
-  multiply_all<W>(args, room.data(), width);
+  return room;
 }
 
 template <class W>
 void multiply_with(const PackedLinear& args) {
   with_dtype(args.x_dtype, [&](auto zero) {
-    using X = decltype(zero);
-    const X* x = static_cast<const X*>(args.x);
-    if constexpr (sizeof(X) == sizeof(W)) {
-      const bool same = args.x_dtype == args.dtype && (sizeof(W) == 4 || args.in % 2 == 0);
-      if (same) return multiply_all<W>(args, static_cast<const W*>(args.x), args.row_stride);
-    }
-    in_dtype_of_panels<W>(args, x);
+    const std::vector<W> x = in_tiles<W>(args, static_cast<const decltype(zero)*>(args.x));
+    multiply_all<W>(args, x.data());
   });
 }
 
+// Some inputs of a panel at a time go through a block in L1, so that memory is read along the rows
+// of the weight, and written along the panel.
 template <class W, class From>
 void pack(const PackWeight& args) {
-  const int64_t padded = sizeof(W) == 2 ? (args.in + 1) / 2 * 2 : args.in;
-  constexpr int64_t at_once = sizeof(W) == 2 ? 2 : 1;  // inputs that lie together
+  const int64_t width = padded<W>(args.in);
   const int64_t begin = args.first / kPanel, end = (args.first + args.count + kPanel - 1) / kPanel;
-  const int64_t tasks = end - begin;
-  parallel_for(tasks, args.threads, [&](int64_t task) {
-    const int64_t panel = begin + task;
-    W* to = static_cast<W*>(args.panels) + panel * kPanel * padded;
-    const int64_t low = std::max<int64_t>(args.first - panel * kPanel, 0);
-    const int64_t high = std::min(args.first + args.count - panel * kPanel, kPanel);
+  parallel_for(end - begin, args.threads, [&](int64_t task) {
+    const int64_t first = (begin + task) * kPanel;  // output of the panel
+    const int64_t low = std::max<int64_t>(args.first - first, 0);
+    const int64_t high = std::min(args.first + args.count - first, kPanel);
+    const int64_t last = first + high == args.last ? kPanel : high;
     const From* from = static_cast<const From*>(args.from) +
-                       (panel * kPanel + low - args.first) * args.out_stride;
-    const bool ends = panel * kPanel + high == args.last;
-    for (int64_t lane = low; lane < (ends ? kPanel : high); ++lane, from += args.out_stride) {
-      for (int64_t k = 0; k < padded; ++k) {
-        W& place = to[k / at_once * (kPanel * at_once) + lane * at_once + k % at_once];
-        if (lane < high && k < args.in) {
-          narrow(float(widen(from[k * args.in_stride])), place);
+                       (first + low - args.first) * args.out_stride;
+    W* to = static_cast<W*>(args.panels) + first * width;
+    alignas(64) W block[kPanel][kInputs] = {};
+    for (int64_t k = 0; k < width; k += kInputs) {
+      const int64_t real = std::min(kInputs, args.in - k), count = std::min(kInputs, width - k);
+      for (int64_t lane = low; lane < high; ++lane) {
+        const From* row = from + (lane - low) * args.out_stride + k * args.in_stride;
+        if (args.in_stride == 1) {
+          round_to(row, real, block[lane]);
         } else {
-          place = W{};
+          for (int64_t i = 0; i < real; ++i) round_to(row + i * args.in_stride, 1, block[lane] + i);
         }
+        if (real < count) block[lane][real] = W{};
       }
+      W* place = to + k * kPanel;
+      low == 0 && last == kPanel ? interleave(block, 0, kPanel, count, kPanel, place)
+                                 : interleave(block, low, last, count, kPanel, place);
     }
   });
 }

@@ -491,6 +491,13 @@ def decode_attention(
     return (_real(p, kept.mT) @ _real(values, kept)).flatten(1, 2).to(dtype)
 
 
+#   y = x W^T + b
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[..., out]` in `dtype`, from `[..., in]`, `[out, in]` and `[out]`."""
+    x, weight, bias = _accumulated(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias).to(dtype)
+
+
 # --------------------------------------------------------------------------------------------------
 
 
