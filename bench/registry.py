@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import decode_attention, gae, linear_logprob, logprob, packed_linear, pairwise_loss
-from bench import ppo_loss, sample
+from bench import (
+    decode_attention,
+    gae,
+    linear_logprob,
+    logprob,
+    packed_linear,
+    pairwise_loss,
+    ppo_loss,
+    sample,
+)
 from bench.case import Case
 
 _FILES = (gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention,

@@ -129,7 +129,7 @@ def test_bf16_is_packed_where_it_is_multiplied(monkeypatch: pytest.MonkeyPatch) 
         multiplies_bf16 = staticmethod(lambda: False)
 
     monkeypatch.setattr(dispatch, "cpu", Without)
-    with pytest.raises(ValueError, match="this CPU does not multiply bfloat16 .needs AVX512_BF16"):
+    with pytest.raises(ValueError, match="CPU does not multiply bfloat16"):
         pack_weight(torch.zeros(3, 4), dtype=BF16)
 
 

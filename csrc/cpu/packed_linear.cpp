@@ -54,18 +54,21 @@ inline void multiply(const float* x, const float* panel, int64_t in, Tile<rows>&
 }
 
 #if defined(__AVX512F__)
-// Two inputs at a time: the instruction's pairs of products are summed in float32.
+// Two inputs at a time: the instruction's pairs of products are summed in float32. (Of another target
+// than its caller, the function is not inlined: in `tile`, the sums would be stored at each step.)
 template <int rows>
 __attribute__((target("avx512bf16"))) inline void multiply(const bf16* x, const bf16* panel,
                                                            int64_t in, Tile<rows>& tile) {
+  __m512 sums[rows] = {};
   for (int64_t k = 0; k < in; k += 2, panel += 2 * kPanel, x += 2 * rows) {
     prefetch(panel);
     const __m512bh w = load_bits<__m512bh>(panel);
     for (int r = 0; r < rows; ++r) {
       const __m512bh pair = (__m512bh)_mm512_set1_epi32(load_bits<int>(x + 2 * r));
-      tile.sums[r][0] = (Vec<float>)_mm512_dpbf16_ps((__m512)tile.sums[r][0], w, pair);
+      sums[r] = _mm512_dpbf16_ps(sums[r], w, pair);
     }
   }
+  for (int r = 0; r < rows; ++r) tile.sums[r][0] = (Vec<float>)sums[r];
 }
 #endif
 
@@ -147,8 +150,7 @@ inline void interleave(const W (*block)[kInputs], int64_t begin, int64_t end, in
 }
 
 // x as tiles read it: in the dtype of the panels, the numbers of a tile's rows side by side. (With
-// each row in a place of its own, a tile needs more addresses than there are registers: in bfloat16
-// it took three times as long.)
+// each row in a place of its own, a tile needs more addresses than there are registers.)
 template <class W, class X>
 std::vector<W> in_tiles(const PackedLinear& args, const X* x) {
   const int64_t width = padded<W>(args.in), blocks = (width + kInputs - 1) / kInputs;

@@ -158,7 +158,7 @@ class Decoder:
         self._logprobs = torch.zeros(self.steps, rows, device=self.device)
 
     @contextmanager
-    def session(self, seed: int, rows: int) -> Iterator[None]:
+    def session(self, seed: int) -> Iterator[None]:
         """Inside, the weights are what they are at its start. `seed` is of all its draws, and
         `rows` about what a step will have."""
         with torch.no_grad(), attending(self._model), architecture.evaluating(self._model):
@@ -170,7 +170,7 @@ class Decoder:
             )
             try:
                 with span("packing"):
-                    self._products.refresh(rows)
+                    self._products.refresh()
                     self._norms.refresh()
                 with self._products.active(), self._norms.active():
                     yield

@@ -1,9 +1,9 @@
 """The products of a model's linear layers while it decodes: a few rows with every weight there is.
 
-On a CPU the weights are packed, once for as many steps as a rollout has (`packed_linear`; in bfloat16
-where the CPU multiplies that itself); on a GPU they are copied to the compute dtype, to the same addresses each time, so that captured graphs go on. In
-both, layers that read the same input (query, key and value; gate and up; LoRA's down-projections)
-are one product. The model's own forward runs around them.
+On a CPU that can the weights are packed (`packed_linear`), once for as many steps as a rollout has;
+on a GPU they are copied to the compute dtype, to the same addresses each time, so that captured
+graphs go on. In both, layers that read the same input (query, key and value; gate and up; LoRA's
+down-projections) are one product. The model's own forward runs around them.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Products:
                 name = f"_product_{len(self._products)}"
                 self._products.append(_Product(part, dtype, self.packed, name))
 
-    def refresh(self, rows: int) -> None:
-        """Take the weights as they are now, for steps of about `rows` rows; more or fewer work."""
+    def refresh(self) -> None:
+        """Take the weights as they are now."""
         for product in self._products:
-            product.refresh(rows)
+            product.refresh()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -92,7 +92,7 @@ class _Product:
         self._weight: Tensor | PackedWeight | None = None
         self._bias: Tensor | None = None
 
-    def refresh(self, rows: int) -> None:
+    def refresh(self) -> None:
         matrices = [_matrix(layer) for layer in self.layers]
         biases = [layer.bias for layer in self.layers]
         if any(bias is not None for bias in biases):
@@ -103,6 +103,7 @@ class _Product:
         if self._packed:
             self._weight = pack_weight(*matrices, dtype=self._dtype)
         else:
+            assert not isinstance(self._weight, PackedWeight)
             self._weight = self._taken(matrices, self._weight)
 
     def _taken(self, parts: list[Tensor], buffer: Tensor | None) -> Tensor:
