@@ -10,6 +10,7 @@ from bench import (
     gae,
     linear_logprob,
     logprob,
+    packed_linear,
     pairwise_loss,
     ppo_loss,
     rms_norm,
@@ -20,7 +21,7 @@ from bench.case import Case
 
 _FILES = (
     gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention,
-    rotary_embedding, rms_norm, adamw,
+    rotary_embedding, rms_norm, packed_linear, adamw,
 )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class Sides:
         """Ours; `cache` is the memory for keys and values in GiB."""
         settings = GenerationConfig(max_new_tokens=new_tokens, kv_cache_gib=cache)
         requests = [Request([*row], i, i * new_tokens) for i, row in enumerate(rows)]
-        with self.sampler.session(settings, rows=len(rows)) as write:
+        with self.sampler.session(settings) as write:
             return [response.tokens for response in write(requests)]
 
     def _ours(self, case: Case, rows: Rows) -> Written:

@@ -558,6 +558,53 @@ bool is_plain(py::handle x, Tensor& found) {
   return (type.is(tensor_type) || type.is(parameter_type)) && view(x, found);
 }
 
+// Whether this CPU, and the instruction set in use, multiply bfloat16 themselves.
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return active_isa().name == "avx512" && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+void pack_weight(const Tensor& part, int64_t first, int64_t last, const Tensor& panels,
+                 int threads) {
+  PackWeight args{};
+  args.from_dtype = part.dtype();
+  args.dtype = panels.dtype();
+  args.from = part.data();
+  args.count = part.size(0);
+  args.in = part.size(1);
+  args.out_stride = part.stride(0);
+  args.in_stride = part.stride(1);
+  args.first = first;
+  args.last = last;
+  args.panels = panels.data();
+  args.threads = threads_for(args.count * args.in, threads);
+  active_isa().kernels->pack_weight(args);
+}
+
+void packed_linear(const Tensor& x, const Tensor& panels, const Tensor& bias, const Tensor& out,
+                   int threads) {
+  PackedLinear args{};
+  args.x_dtype = x.dtype();
+  args.dtype = panels.dtype();
+  args.out_dtype = out.dtype();
+  // Of any dimensions, contiguous where these are not two.
+  const int last = x.dims() - 1;
+  args.rows = 1;
+  for (int i = 0; i < last; ++i) args.rows *= x.size(i);
+  args.in = x.size(last);
+  args.outs = out.size(last);
+  args.x = x.data();
+  args.row_stride = last == 1 ? x.stride(0) : args.in;
+  args.panels = panels.data();
+  args.bias = bias ? bias.data<const float>() : nullptr;
+  args.out = out.data();
+  args.threads = threads_for(args.outs * args.in, threads);
+  active_isa().kernels->packed_linear(args);
+}
+
 // Whether these per-token tensors need no closer look: torch.Tensor or Parameter themselves, of
 // floating point, of one shape, [B, T] or [N], and on one device, with a mask and boundaries that
 // fit. False says nothing: ppo_kernels/checks.py looks closer then.
@@ -626,4 +673,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rms_norm_backward", &ppo::rms_norm_backward, release_gil());
   m.def("rotary_fits", &ppo::rotary_fits);
   m.def("rotary_embedding", &ppo::rotary_embedding, release_gil());
+  m.attr("panel") = ppo::kPanel;
+  m.def("multiplies_bf16", &ppo::multiplies_bf16);
+  m.def("pack_weight", &ppo::pack_weight, release_gil());
+  m.def("packed_linear", &ppo::packed_linear, release_gil());
 }

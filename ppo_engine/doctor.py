@@ -106,7 +106,7 @@ def _operations(report: Report) -> None:
         for availability in {table[op][impl] for op in table}:
             if availability.available:
                 report.line("ok", impl, availability.reason)
-            elif availability == dispatch.NOT_NEEDED:
+            elif availability in dispatch.BY_DESIGN:
                 ops = [op for op in table if table[op][impl] == availability]
                 report.line("info", impl, f"{availability.reason}: {', '.join(ops)}")
             elif impl == "cpp" and importlib.util.find_spec("ppo_kernels._cpu"):
@@ -136,7 +136,7 @@ def _check(report: Report, op: str, impl: str) -> None:
     function = getattr(ppo_kernels, op)
     try:
         got, expected = (
-            _results(function, [x.to(device, copy=True) for x in arguments], options | {"impl": i})
+            _results(function, [_copied(x, device) for x in arguments], options | {"impl": i})
             for i in (impl, "reference")
         )
     except Exception as error:  # whatever it is, the op is broken; go on with the others
@@ -152,8 +152,12 @@ def _check(report: Report, op: str, impl: str) -> None:
         report.line("BROKEN", name, f"differs from the reference by {worst:.1e} (limit 1e-4)")
 
 
+def _copied(argument: Any, device: torch.device) -> Any:
+    return argument.to(device, copy=True) if isinstance(argument, torch.Tensor) else argument
+
+
 def _results(
-    function: Callable[..., Any], arguments: list[torch.Tensor], options: dict[str, Any]
+    function: Callable[..., Any], arguments: list[Any], options: dict[str, Any]
 ) -> list[torch.Tensor]:
     """What it returns, or, where that is nothing, what it has made of its arguments."""
     returned = function(*arguments, **options)
@@ -166,7 +170,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [tensor for item in result if item is not None for tensor in _tensors(item)]
 
 
-Example = tuple[list[torch.Tensor], dict[str, Any]]
+Example = tuple[list[Any], dict[str, Any]]
 _SHAPE = (3, 17)
 
 
@@ -213,6 +217,11 @@ def _rotary_example(generator: torch.Generator) -> Example:
     return [query, key, angles.cos(), angles.sin()], {}
 
 
+def _packed_example(generator: torch.Generator) -> Example:
+    x, weight = (torch.randn(n, 33, generator=generator) for n in (19, 50))
+    return [x, ppo_kernels.pack_weight(weight, dtype=torch.float32)], {}
+
+
 def _ranking_example(generator: torch.Generator) -> Example:
     scores = torch.randn((5, 4), generator=generator)
     return [scores, torch.randint(-1, 3, (5, 4), generator=generator)], {}
@@ -239,6 +248,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "adamw": _adamw_example,
     "rms_norm": lambda g: ([torch.randn(n, generator=g) for n in ((5, 40), (40,))], {"eps": 1e-6}),
     "rotary_embedding": _rotary_example,
+    "packed_linear": _packed_example,
 }
 
 

@@ -36,7 +36,7 @@ def write(
     requests = [Request([*row], i, i * new) for i, row in enumerate(rows)]
     config = GenerationConfig(max_new_tokens=new, **settings)
     torch.manual_seed(5)
-    with sampler.session(config, rows=len(rows), greedy=greedy) as go_on:
+    with sampler.session(config, greedy=greedy) as go_on:
         return go_on(requests)
 
 

@@ -52,6 +52,8 @@ def without_compiling(case: Case) -> Case:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_op_has_every_size(device: str) -> None:
     for op in OPS:
+        if device == "cuda" and op == "packed_linear":
+            continue  # for CPUs only
         assert {case.size for case in cases(device, [op])} == {"small", "medium", "large"}, op
 
 

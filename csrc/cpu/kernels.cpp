@@ -16,6 +16,8 @@ void adamw(const AdamWArgs&);
 void rms_norm(const RmsNorm&);
 void rms_norm_backward(const RmsNorm&);
 void rotary_embedding(const RotaryEmbedding&);
+void pack_weight(const PackWeight&);
+void packed_linear(const PackedLinear&);
 
 extern const Kernels kernels;
 const Kernels kernels = {gae,
@@ -30,6 +32,8 @@ const Kernels kernels = {gae,
                          adamw,
                          rms_norm,
                          rms_norm_backward,
-                         rotary_embedding};
+                         rotary_embedding,
+                         pack_weight,
+                         packed_linear};
 
 }  // namespace ppo::PPO_ISA

@@ -327,6 +327,33 @@ struct RotaryEmbedding {
   int threads;
 };
 
+// Outputs of packed_linear whose weights lie together: a panel. Of the input `in`, a panel has
+// [in][kPanel] float32, or [ceil(in / 2)][kPanel][2] bfloat16, the last of an odd `in` with 0.
+constexpr int64_t kPanel = 16;
+
+// Some of the outputs' weights, into their place among the panels.
+struct PackWeight {
+  DType from_dtype, dtype;  // f32 or bf16 in the panels
+  const void* from;         // [count, in]
+  int64_t count, in;
+  int64_t out_stride, in_stride;  // of `from`
+  int64_t first, last;  // the first of these outputs, and that of all; where these end there, what
+                        // the last panel has beyond is set to 0
+  void* panels;
+  int threads;
+};
+
+struct PackedLinear {
+  DType x_dtype, dtype, out_dtype;  // of the input, the panels, the output
+  int64_t rows, in, outs;
+  const void* x;      // [rows, in]
+  int64_t row_stride;
+  const void* panels;
+  const float* bias;  // [outs], or null
+  void* out;          // [rows, outs]
+  int threads;
+};
+
 // The entry points of one instruction set: kernels.cpp fills one in for each.
 struct Kernels {
   void (*gae)(const GaeArgs&);
@@ -342,6 +369,8 @@ struct Kernels {
   void (*rms_norm)(const RmsNorm&);
   void (*rms_norm_backward)(const RmsNorm&);
   void (*rotary_embedding)(const RotaryEmbedding&);
+  void (*pack_weight)(const PackWeight&);
+  void (*packed_linear)(const PackedLinear&);
 };
 
 }  // namespace ppo

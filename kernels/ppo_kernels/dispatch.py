@@ -33,6 +33,7 @@ OPS = (
     "adamw",
     "rms_norm",
     "rotary_embedding",
+    "packed_linear",
 )
 
 
@@ -84,6 +85,11 @@ cuda, _WHY_NO_CUDA = _load_cuda()
 # Where they are faster than Triton's; bench/notes/gpu.md has the figures.
 WITH_CUDA = ("gae", "kl_shaped_gae")
 NOT_NEEDED = Availability(False, "no kernel of its own; Triton's is used")
+FOR_CPUS = Availability(
+    False, "for CPUs only; a GPU's own product reads weights at the speed of memory"
+)
+NEEDS_AVX2 = Availability(False, f"needs AVX2, runs {_CPP.reason}; torch's product is used")
+BY_DESIGN = (NOT_NEEDED, FOR_CPUS, NEEDS_AVX2)  # nothing is missing
 
 
 def _triton_version() -> str:
@@ -152,7 +158,10 @@ def _availability(op: str, impl: str, device: torch.device | None = None) -> Ava
     if impl == "reference":
         return Availability(True, "plain PyTorch, any device")
     if impl == "cpp":
-        return _CPP
+        needs_avx2 = op == "packed_linear" and cpu is not None and cpu.isa() == "baseline"
+        return NEEDS_AVX2 if needs_avx2 else _CPP
+    if op == "packed_linear":
+        return FOR_CPUS
     if impl == "triton":
         return _triton()
     return _cuda(device) if op in WITH_CUDA else NOT_NEEDED

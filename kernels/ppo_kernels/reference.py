@@ -586,6 +586,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+#   y = x W^T + b
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[..., out]` in `dtype`, from `[..., in]`, `[out, in]` and `[out]`."""
+    x, weight, bias = _accumulated(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias).to(dtype)
+
+
 # --------------------------------------------------------------------------------------------------
 
 

@@ -158,9 +158,8 @@ class Decoder:
         self._logprobs = torch.zeros(self.steps, rows, device=self.device)
 
     @contextmanager
-    def session(self, seed: int, rows: int) -> Iterator[None]:
-        """Inside, the weights are what they are at its start. `seed` is of all its draws, and
-        `rows` about what a step will have."""
+    def session(self, seed: int) -> Iterator[None]:
+        """Inside, the weights are what they are at its start. `seed` is of all its draws."""
         with torch.no_grad(), attending(self._model), architecture.evaluating(self._model):
             self._seed.fill_(seed)
             # peft's layers tell so; what transformers' models have of that name is a method.
@@ -170,7 +169,7 @@ class Decoder:
             )
             try:
                 with span("packing"):
-                    self._products.refresh(rows)
+                    self._products.refresh()
                 with self._products.active(), self._fused.active():
                     yield
             finally:

@@ -121,7 +121,7 @@ def _converse(
         for row, prompt in enumerate(prompts)
     ]
     active, max_turns = found, environment.max_turns if environment else 1
-    with sampler.session(settings, rows=len(found), greedy=greedy, keep=max_turns > 1) as write:
+    with sampler.session(settings, greedy=greedy, keep=max_turns > 1) as write:
         for turn in range(1, max_turns + 1):
             if environment is not None and turn > 1:
                 active = _answered(policy, active, environment, columns, settings.max_new_tokens)

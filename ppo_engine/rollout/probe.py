@@ -77,7 +77,7 @@ def _write(decoder: Decoder, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """The logits `[rows, steps, V]` behind each of the `rows`, and the tokens written."""
     decoder.reserve(len(rows), len(rows[0]) + _STEPS + 1)
     found, tokens = [], []
-    with decoder.session(seed=0, rows=len(rows)):
+    with decoder.session(seed=0):
         half = len(rows[0]) // 2
         decoder.read([(rows[0][:half], [0]), (rows[1][:-1], [1])])
         if rows[0][half:-1]:

@@ -1,9 +1,9 @@
 """The products of a model's linear layers while it decodes: a few rows with every weight there is.
 
-On a CPU the weights are packed for oneDNN, once for as many steps as a rollout has; on a GPU they
-are copied to the compute dtype, to the same addresses each time, so that captured graphs go on. In
-both, layers that read the same input (query, key and value; gate and up; LoRA's down-projections)
-are one product. The model's own forward runs around them.
+On a CPU that can the weights are packed (`packed_linear`), once for as many steps as a rollout has;
+on a GPU they are copied to the compute dtype, to the same addresses each time, so that captured
+graphs go on. In both, layers that read the same input (query, key and value; gate and up; LoRA's
+down-projections) are one product. The model's own forward runs around them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_engine.models import precision
 from ppo_engine.pretrained import architecture
+from ppo_kernels import PackedWeight, can_pack, pack_weight, packed_linear
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -32,11 +33,11 @@ class Products:
     more than a matrix (quantized, wrapped, or with a forward that something has replaced) stay as
     they are; inside an adapter's wrapper the matrices are found.
 
-    `packed` says whether weights are packed: on a CPU whose torch does so rightly (`packs`).
+    `packed` says whether weights are packed.
     """
 
     def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.packed = device.type == "cpu" and packs(dtype)
+        self.packed = device.type == "cpu" and can_pack(dtype)
         self._on_cpu = device.type == "cpu"
         self._products: list[_Product] = []
         with precision.compute(device, dtype):
@@ -48,10 +49,10 @@ class Products:
                 name = f"_product_{len(self._products)}"
                 self._products.append(_Product(part, dtype, self.packed, name))
 
-    def refresh(self, rows: int) -> None:
-        """Take the weights as they are now, for steps of about `rows` rows; more or fewer work."""
+    def refresh(self) -> None:
+        """Take the weights as they are now."""
         for product in self._products:
-            product.refresh(rows)
+            product.refresh()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -75,35 +76,6 @@ class Products:
                 product.release()
 
 
-@functools.cache
-def packs(dtype: torch.dtype) -> bool:
-    """Whether this CPU's torch multiplies `dtype` with packed weights, and gives what it gives
-    without: the operators are private, and raise for bfloat16 on a CPU with AVX2 alone."""
-    random = torch.Generator().manual_seed(0)
-    x, weight, bias = (
-        torch.randn(shape, generator=random).to(dtype) for shape in ((2, 3, 40), (50, 40), (50,))
-    )
-    expected = F.linear(x, weight, bias).float()
-    try:
-        found = _multiply_packed(x, _pack(weight, len(x)), bias).float()
-    except (AttributeError, RuntimeError, TypeError):  # not in this torch, or not on this CPU
-        return False
-    error = (found - expected).norm() if found.shape == expected.shape else torch.inf
-    return bool(error <= precision.rounding(dtype) * expected.norm())
-
-
-def _pack(weight: Tensor, rows: int) -> Tensor:
-    """`weight` `[out, in]` in the layout that oneDNN chooses; only `_multiply_packed` reads it.
-    (MKL's own packing, `torch.ops.mkl`, was no faster than MKL without on AMD's Zen 5.)"""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous(), rows)
-    return packed
-
-
-def _multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return product
-
-
 class _Product:
     """Linear `layers` with weights of one dtype that read the same input, as one product.
 
@@ -117,10 +89,10 @@ class _Product:
         self._packed = packed
         self._name = name
         self._sizes = [len(_matrix(layer)) for layer in layers]
-        self._weight: Tensor | None = None
+        self._weight: Tensor | PackedWeight | None = None
         self._bias: Tensor | None = None
 
-    def refresh(self, rows: int) -> None:
+    def refresh(self) -> None:
         matrices = [_matrix(layer) for layer in self.layers]
         biases = [layer.bias for layer in self.layers]
         if any(bias is not None for bias in biases):
@@ -129,9 +101,9 @@ class _Product:
                 [m.new_zeros(len(m)) if b is None else b.detach() for m, b in rows_of], self._bias
             )
         if self._packed:
-            parts = [matrix.to(self._dtype) for matrix in matrices]
-            self._weight = _pack(torch.cat(parts) if len(parts) > 1 else parts[0], rows)
+            self._weight = pack_weight(*matrices, dtype=self._dtype)
         else:
+            assert not isinstance(self._weight, PackedWeight)
             self._weight = self._taken(matrices, self._weight)
 
     def _taken(self, parts: list[Tensor], buffer: Tensor | None) -> Tensor:
@@ -167,10 +139,9 @@ class _Product:
 
     def _multiply(self, x: Tensor) -> Tensor:
         assert self._weight is not None
-        x = x.to(self._dtype)
-        if self._packed:
-            return _multiply_packed(x, self._weight, self._bias)
-        return F.linear(x, self._weight, self._bias)
+        if isinstance(self._weight, PackedWeight):
+            return packed_linear(x, self._weight, self._bias)
+        return F.linear(x.to(self._dtype), self._weight, self._bias)
 
 
 def _matrix(layer: Any) -> Tensor:

@@ -46,9 +46,9 @@ class Sampler:
 
     @contextmanager
     def session(
-        self, settings: GenerationConfig, *, rows: int, greedy: bool = False, keep: bool = False
+        self, settings: GenerationConfig, *, greedy: bool = False, keep: bool = False
     ) -> Iterator[Write]:
-        """Inside, what continues each of some rows, about `rows`, by a turn of at most
+        """Inside, what continues each of some rows by a turn of at most
         `settings.max_new_tokens` tokens.
 
         From softmax(logits / temperature), restricted to top-k and top-p where these are on;
@@ -72,7 +72,7 @@ class Sampler:
             schedule.make_room(requests, *size)
             return schedule.write(requests, *arguments)
 
-        with decoder.session(seed, rows):
+        with decoder.session(seed):
             yield write
 
     @cached_property

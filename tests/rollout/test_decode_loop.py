@@ -116,7 +116,7 @@ def test_weights_that_have_changed_are_seen_and_nothing_is_left_behind(family: s
     second = tokens(write(sampler, greedy=True))
     assert second == tokens(by_library(policy)) != first
     attention = policy.model.config._attn_implementation
-    with pytest.raises(KeyError), sampler.session(GenerationConfig(), rows=1):
+    with pytest.raises(KeyError), sampler.session(GenerationConfig()):
         raise KeyError
     assert policy.model.config._attn_implementation == attention != "ppo_slots"
     assert not any("forward" in vars(module) for module in policy.model.modules())
@@ -170,7 +170,7 @@ def test_torchs_seed_is_that_of_the_draws() -> None:
     config, requests = GenerationConfig(max_new_tokens=NEW), [Request([5], 0, 0)]
 
     def drawn() -> list[list[int]]:
-        with sampler.session(config, rows=1) as go_on:
+        with sampler.session(config) as go_on:
             return tokens(go_on(requests))
 
     torch.manual_seed(3)
@@ -202,7 +202,7 @@ def test_a_later_turn_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch, ah
     def converse(keep: bool) -> tuple[list[list[int]], list[list[int]]]:
         said, told = [], []
         torch.manual_seed(1)
-        with sampler.session(config, rows=len(rows), keep=keep) as go_on:
+        with sampler.session(config, keep=keep) as go_on:
             conversations = {number: [*row] for number, row in enumerate(rows)}
             for turn in range(3):
                 read.clear()
@@ -355,7 +355,7 @@ def test_later_turns_keep_within_the_budget(monkeypatch: pytest.MonkeyPatch, ahe
         torch.manual_seed(1)
         said, sizes, told = [], [], []
         spied = used.read_more
-        with monkeypatch.context() as patch, sampler.session(config, rows=16, keep=keep) as go_on:
+        with monkeypatch.context() as patch, sampler.session(config, keep=keep) as go_on:
             patch.setattr(used, "read_more", lambda x: told.append(len(x)) or spied(x))
             rows_now = [[*row] for row in rows]
             for turn in range(3):

@@ -88,7 +88,7 @@ def test_what_is_kept_is_of_the_same_conversation() -> None:
     sampler, _ = sampler_with_slots()
     first, other = some_rows(9, 14)
     config = GenerationConfig(max_new_tokens=NEW)
-    with sampler.session(config, rows=1, greedy=True, keep=True) as go_on:
+    with sampler.session(config, greedy=True, keep=True) as go_on:
         go_on([Request(first, 0, 0)])
         found = go_on([Request(other, 0, 0)])
     assert tokens(found) == tokens(write(sampler, [other], greedy=True))
