@@ -12,6 +12,7 @@ import sys
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
+from test_adamw import Model, gradients
 from test_gpu import everything, implementations
 
 import ppo_kernels
@@ -32,6 +33,8 @@ def main() -> None:
     lengths = torch.tensor([0, 300, 129], device="cuda")
     for dtype in (torch.float32, torch.bfloat16):
         ppo_kernels.decode_attention(query.to(dtype), *slots.to(dtype), lengths, scale=0.2)
+    model = Model(True, device="cuda")
+    model.step(1, [g.cuda() for g in gradients(1)])
     long = torch.randn(2, 2, 9000, device="cuda")
     for impl in implementations("gae"):
         ppo_kernels.gae(*long, impl=impl)
