@@ -40,6 +40,8 @@ TARGETS = {
         Target(_LOSSES, "4096x1024", "float32", "both", 1.5),
         Target(("sample",), "16x49152", "float32", "fwd", 1.5),
         Target(("sample, top-p",), "16x49152", "float32", "fwd", 4.0),
+        Target(("adamw",), "SmolLM2-135M", "float32", "fwd", 1.0),
+        Target(("adamw",), "SmolLM2-135M", "bfloat16", "fwd", 1.0),
         *(
             target
             for dtype in ("float32", "bfloat16")
@@ -59,6 +61,7 @@ TARGETS = {
         Target(("token_logprobs, entropy",), "8192x151936", "bfloat16", "fwd", 1 / 0.9),
         Target(("token_logprobs, entropy",), "8192x151936", "bfloat16", "bwd", 1 / 0.85),
         Target(_LOSSES, "4096x4096", "float32", "both", 1 / 0.85),
+        Target(("adamw",), "187500000", "bfloat16", "fwd", 1 / 0.85),
         Target(("linear_ppo_loss",), "8192x4096x151936", "bfloat16", "both", 1.15),
         Target(("linear_ppo_loss",), "8192x4096x151936", "bfloat16", "both", 6442, of="peak MB"),
         Target(("linear_logprobs",), "8192x4096x151936", "bfloat16", "fwd", 1.1),

@@ -12,6 +12,7 @@ import sys
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
+from test_adamw import Model, gradients
 from test_gpu import everything, implementations
 
 import ppo_kernels
@@ -39,6 +40,8 @@ def main() -> None:
     ppo_kernels.rms_norm(rows, weight, eps=1e-6).sum().backward()
     angles = torch.randn(2, 1, 300, 18, device="cuda")
     ppo_kernels.rotary_embedding(slots[0].requires_grad_(), slots[1], *angles)[0].sum().backward()
+    model = Model(True, device="cuda")
+    model.step(1, [g.cuda() for g in gradients(1)])
     long = torch.randn(2, 2, 9000, device="cuda")
     for impl in implementations("gae"):
         ppo_kernels.gae(*long, impl=impl)

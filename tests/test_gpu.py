@@ -12,6 +12,7 @@ import pytest
 import torch
 from fuzz.cases import CASES, Case, make_case
 from fuzz.check import Failure, check
+from test_adamw import Model, after, equal, gradients
 from test_decode_attention import BF16, F16, F32, F64, OPTIONS, SHAPES
 from test_decode_attention import arguments as attention_arguments
 from test_rms_norm import DTYPES as NORM_DTYPES
@@ -285,6 +286,53 @@ def test_a_graph_of_attention_is_right_for_other_lengths() -> None:
         graph.replay()
         assert torch.equal(found, call())
         torch.testing.assert_close(found, call(impl="reference"))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_adamw_has_the_bits_of_a_cpu(dtype: torch.dtype, halves: bool) -> None:
+    """With numbers, and with numbers in the GPU's memory, without waiting for it."""
+    settings: dict[str, Any] = {"weight_decay": 0.1, "grad_scale": 0.37}
+    expected = after(5, dtype, **settings, impl="reference").tensors()
+    for in_memory in (False, True):
+        model = Model(halves, device="cuda")
+        for number in range(1, 6):
+            grads = [g.cuda() for g in gradients(number, dtype)]
+            step: Any = number
+            if in_memory:
+                step = torch.tensor(number, device="cuda")
+                settings["grad_scale"] = torch.tensor(0.37, device="cuda")
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                model.step(step, grads, **settings)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert equal([x.cpu() for x in model.tensors()], expected), in_memory
+
+
+def test_a_graph_of_adamw_goes_on() -> None:
+    """With the step, learning rate and clip factor that are in memory when it is replayed."""
+    expected, model = Model(True, device="cuda"), Model(True, device="cuda")
+    grads = [g.cuda() for g in gradients(1)]
+    step = torch.ones((), dtype=torch.int64, device="cuda")
+    rate, scale = torch.zeros(2, device="cuda").unbind()
+    call = partial(model.step, step, grads, learning_rate=rate, grad_scale=scale)
+    graph = torch.cuda.CUDAGraph()
+    unseen = pytest.raises(RuntimeError, match="call it once on the same tensors")
+    with unseen, torch.cuda.graph(graph):
+        call()
+    call()  # a rate and a scale of 0: nothing changes
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for number in range(1, 4):
+        for x, value in ((step, number), (rate, 0.1 / number), (scale, 0.5**number)):
+            x.fill_(value)
+        graph.replay()
+        numbers = {"learning_rate": rate.clone(), "grad_scale": scale.clone()}
+        expected.step(step.clone(), grads, **numbers)
+        assert equal(model.tensors(), expected.tensors())
 
 
 def head_inputs(dtype: torch.dtype, tokens: int = 300) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -205,6 +206,7 @@ def _factors(
     )
 
 
+@functools.cache
 def _mixing(betas: tuple[float, float]) -> tuple[float, bool, float, float]:
     """(c, whether b is the old mean or else the gradient, beta2, 1 - beta2): the new mean is
     c (g - m) + b. All are numbers of float32."""

@@ -534,14 +534,13 @@ def adamw(
     beta1, beta2 = betas
     g = grads.to(weights.dtype) * rounded(grad_scale)
     mix = rounded(1 - beta1)
-    if mix < 0.5:
-        exp_avg = _fused(mix, g - exp_avg, exp_avg)
-    else:  # which gives exactly g for a beta1 of 0
-        exp_avg = _fused(mix - 1, g - exp_avg, g)
+    # The second form gives exactly g for a beta1 of 0.
+    c, start = (mix, exp_avg) if mix < 0.5 else (mix - 1, g)
+    exp_avg = _fused(c, g - exp_avg, start)
     exp_avg_sq = _fused(rounded(1 - beta2) * g, g, rounded(beta2) * exp_avg_sq)
     root = rounded((1 - beta2**step) ** 0.5)
     size = rounded(-learning_rate / (1 - beta1**step))
-    # To the nearest by way of float64; torch's own root in float32 is MKL's, which rounds otherwise.
+    # To the nearest by way of float64; torch's own in float32 is MKL's, which rounds otherwise.
     deviation = exp_avg_sq.double().sqrt().to(weights.dtype)
     change = size * exp_avg / (deviation / root + rounded(eps))
     weights = rounded(1 - learning_rate * weight_decay) * weights + change

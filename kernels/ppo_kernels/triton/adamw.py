@@ -1,7 +1,7 @@
 """`adamw`: one launch for all tensors, a program for each tile of one.
 
-Where the tensors lie is a table in memory, as there may be hundreds. It is made on the host and kept
-while the addresses stay the same, which they do from step to step.
+Where the tensors lie is a table in memory, as there may be hundreds. It is made on the host, and
+kept for when the addresses are the same again, as they often are from step to step.
 """
 
 # No `from __future__ import annotations`: triton reads the annotations of kernels.
@@ -137,8 +137,8 @@ def adamw(
     mix, near_mean, beta2, rest = mixing
     with on(device):
         update[(tiles,)](
-            _table((*addresses, counts, tuple(begins)), device), in_memory, scale_in_memory, len(weights), *factors,
-            grad_scale, mix, beta2, rest, eps, _TYPES[weights[0].dtype], _TYPES[grads[0].dtype],
+            _table((*addresses, counts, tuple(begins)), device), in_memory, scale_in_memory,
+            len(weights), *factors, grad_scale, mix, beta2, rest, eps, _TYPES[weights[0].dtype], _TYPES[grads[0].dtype],
             bool(remainder), near_mean, all(x % 16 == 0 for row in addresses for x in row),
             TILE // EACH, EACH, min(triton.next_power_of_2(len(weights)), SEARCHED),
             num_warps=4, **UNFUSED,
@@ -153,9 +153,8 @@ def _tensor(x: Any, device: torch.device) -> Tensor:
 
 _Rows = tuple[tuple[int, ...], ...]
 _MOST_KEPT = 8
-_kept: dict[
-    tuple[_Rows, torch.device, int], Tensor
-] = {}  # by what they hold, where, and the stream
+# By what they hold, where that is, and the stream.
+_kept: dict[tuple[_Rows, torch.device, int], Tensor] = {}
 _captured: list[Tensor] = []  # a graph knows their addresses alone: never freed
 
 
