@@ -2,9 +2,9 @@
 //
 //   y = x W^T + b
 //
-// The weights of kPanel outputs lie together, input by input (ops.h), so that a tile, some rows of x
-// by one panel, is a sum in registers: a vector of weights, loaded once, times a number of each row.
-// A task is some panels that fit the cache, by all rows: from memory every weight is read once.
+// The weights of kPanel outputs lie together, input by input (ops.h), so that a tile, some rows of
+// x by one panel, is a sum in registers: a vector of weights, loaded once, times a number of each
+// row. A task is some panels that fit the cache, by all rows: from memory every weight is read once.
 #include <algorithm>
 #include <vector>
 
@@ -22,7 +22,7 @@ constexpr int kRows = 6;
 #else
 constexpr int kRows = 3;
 #endif
-constexpr int64_t kInputs = 64;              // that are packed at a time
+constexpr int64_t kInputs = 64;             // that are put in order at a time
 constexpr int64_t kTaskBytes = 256 * 1024;  // of weights
 constexpr int64_t kAhead = 4096;            // bytes that are prefetched before they are used
 constexpr int64_t kWorthWaking = 65536;     // numbers of x
@@ -54,8 +54,8 @@ inline void multiply(const float* x, const float* panel, int64_t in, Tile<rows>&
 }
 
 #if defined(__AVX512F__)
-// Two inputs at a time: the instruction's pairs of products are summed in float32. (Of another target
-// than its caller, the function is not inlined: in `tile`, the sums would be stored at each step.)
+// Two inputs at a time: the instruction's pairs of products are summed in float32. (Of another
+// target than its caller, it is not inlined: in `tile`, the sums would be stored at each step.)
 template <int rows>
 __attribute__((target("avx512bf16"))) inline void multiply(const bf16* x, const bf16* panel,
                                                            int64_t in, Tile<rows>& tile) {
@@ -110,9 +110,9 @@ void multiply_all(const PackedLinear& args, const W* x) {
   const int64_t panels = (args.outs + kPanel - 1) / kPanel;
   const int64_t bytes = kPanel * padded<W>(args.in) * int64_t(sizeof(W));
   const int64_t most = std::max<int64_t>(kTaskBytes / std::max<int64_t>(bytes, 1), 1);
-  const int64_t threads = args.threads;
   // As many tasks for each thread, as even as panels can be shared.
-  const int64_t tasks = std::min(panels, (panels + most * threads - 1) / (most * threads) * threads);
+  const int64_t threads = args.threads, round = most * threads;
+  const int64_t tasks = std::min(panels, (panels + round - 1) / round * threads);
   parallel_for(tasks, args.threads, [&](int64_t task) {
     const int64_t begin = task * panels / tasks, end = (task + 1) * panels / tasks;
     for (int64_t row = 0; row < args.rows; row += kRows) {

@@ -18,6 +18,7 @@ from ppo_engine.pretrained.adapters import add_lora
 from ppo_engine.rollout import products
 from ppo_engine.rollout.products import Products
 from ppo_engine.settings.schema import LoraConfig
+from ppo_kernels import can_pack
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -135,6 +136,11 @@ def test_an_optimizers_step_is_seen_after_refresh(family, tied, dtype, packed):
     distance = (logits(model, ours) - expected).float().norm()
     assert distance <= 2 * rounding(dtype) * expected.float().norm()
     assert distance < 0.1 * (before - expected).float().norm()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_cpu_packs_what_it_can(dtype):
+    assert taken(model_of("qwen2"), dtype).packed == can_pack(dtype)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
