@@ -94,7 +94,7 @@ def rank_answers(model: str, cache: Path, rounds: int) -> None:
     torch.manual_seed(0)
     topics = TRAINING_TOPICS * rounds
     with Progress(math.ceil(len(topics) / TOPICS_PER_BATCH), "Answers") as progress:
-        rankings = rank_candidates(policy, topics, 24, load_vader(), progress)
+        rankings = rank_candidates(policy, topics, 1, 24, load_vader(), progress)
     cache.write_text("".join(json.dumps(row) + "\n" for row in rankings), encoding="utf-8")
 
 

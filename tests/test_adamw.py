@@ -309,6 +309,10 @@ def test_errors(impl: str) -> None:
         ({"weights": x.double()}, "weights must be bfloat16 or float32, but is float64"),
         ({"exp_avg": half}, "exp_avg[0] must be float32, but is bfloat16"),
         ({"grads": x.double()}, "grads must be bfloat16 or float16 or float32, but is float64"),
+        (
+            {name: [x, None] for name in ("weights", "grads", "exp_avg", "exp_avg_sq")},
+            "weights[1] must be a tensor, but is NoneType",
+        ),
         ({"betas": 0.9}, "betas must be two numbers"),
         ({"weights": []}, "weights must be a tensor"),
     ):

@@ -138,11 +138,10 @@ def adamw(
     with on(device):
         update[(tiles,)](
             _table((*addresses, counts, tuple(begins)), device), in_memory, scale_in_memory,
-            len(weights), *factors, grad_scale, mix, beta2, rest, eps,
-            _TYPES[weights[0].dtype], _TYPES[grads[0].dtype], bool(remainder), near_mean,
-            all(x % 16 == 0 for row in addresses for x in row),
-            TILE // EACH, EACH, min(triton.next_power_of_2(len(weights)), SEARCHED),
-            num_warps=4, **UNFUSED,
+            len(weights), *factors, grad_scale, mix, beta2, rest, eps, _TYPES[weights[0].dtype],
+            _TYPES[grads[0].dtype], bool(remainder), near_mean,
+            all(x % 16 == 0 for row in addresses for x in row), TILE // EACH, EACH,
+            min(triton.next_power_of_2(len(weights)), SEARCHED), num_warps=4, **UNFUSED,
         )  # fmt: skip
 
 
