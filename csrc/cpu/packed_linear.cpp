@@ -4,7 +4,7 @@
 //
 // The weights of kPanel outputs lie together, input by input (ops.h), so that a tile, some rows of
 // x by one panel, is a sum in registers: a vector of weights, loaded once, times a number of each
-// row. A task is some panels that fit the cache, by all rows: from memory every weight is read once.
+// row. A task is some panels that fit the cache, by all rows: a weight is read from memory once.
 #include "simd.h"
 #include "threads.h"
 
