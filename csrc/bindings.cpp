@@ -601,6 +601,8 @@ void packed_linear(const Tensor& x, const Tensor& panels, const Tensor& bias, co
   args.panels = panels.data();
   args.bias = bias ? bias.data<const float>() : nullptr;
   args.out = out.data();
+  const std::unique_ptr<float[]> tiles(new float[size_t(args.rows * (args.in + 1))]);
+  args.tiles = tiles.get();
   args.threads = threads_for(args.outs * args.in, threads);
   active_isa().kernels->packed_linear(args);
 }

@@ -351,6 +351,7 @@ struct PackedLinear {
   const void* panels;
   const float* bias;  // [outs], or null
   void* out;          // [rows, outs]
+  void* tiles;        // scratch, [rows, in, an odd one of bfloat16 plus 1] in the panels' dtype
   int threads;
 };
 

@@ -4,10 +4,7 @@
 //
 // The weights of kPanel outputs lie together, input by input (ops.h), so that a tile, some rows of
 // x by one panel, is a sum in registers: a vector of weights, loaded once, times a number of each
-// row. A task is some panels that fit the cache, by all rows: from memory every weight is read once.
-#include <algorithm>
-#include <vector>
-
+// row. A task is some panels that fit the cache, by all rows: a weight is read from memory once.
 #include "simd.h"
 #include "threads.h"
 
@@ -26,6 +23,8 @@ constexpr int64_t kInputs = 64;             // that are put in order at a time
 constexpr int64_t kTaskBytes = 256 * 1024;  // of weights
 constexpr int64_t kAhead = 4096;            // bytes that are prefetched before they are used
 constexpr int64_t kWorthWaking = 65536;     // numbers of x
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Inputs of an output that lie together in a panel, and how many a panel has for `in`.
 template <class W> constexpr int64_t kTogether = sizeof(W) == 2 ? 2 : 1;
@@ -73,10 +72,11 @@ __attribute__((target("avx512bf16"))) inline void multiply(const bf16* x, const 
 #endif
 
 template <class W, int rows>
-void one_tile(const PackedLinear& args, const W* x, int64_t row, int64_t panel) {
+void one_tile(const PackedLinear& args, int64_t row, int64_t panel) {
   const int64_t width = padded<W>(args.in), first = panel * kPanel;
   Tile<rows> tile{};
-  multiply<rows>(x + row * width, static_cast<const W*>(args.panels) + first * width, width, tile);
+  multiply<rows>(static_cast<const W*>(args.tiles) + row * width,
+                 static_cast<const W*>(args.panels) + first * width, width, tile);
   for (int v = 0; v < kVectors; ++v) {
     const int64_t at = first + v * kLanes<float>, left = args.outs - at;
     if (left <= 0) return;
@@ -98,29 +98,29 @@ void one_tile(const PackedLinear& args, const W* x, int64_t row, int64_t panel) 
 
 // The last rows, fewer than a tile has.
 template <class W, int rows = kRows - 1>
-void last_tile(const PackedLinear& args, const W* x, int64_t row, int64_t panel) {
+void last_tile(const PackedLinear& args, int64_t row, int64_t panel) {
   if constexpr (rows > 0) {
-    if (args.rows - row == rows) return one_tile<W, rows>(args, x, row, panel);
-    last_tile<W, rows - 1>(args, x, row, panel);
+    if (args.rows - row == rows) return one_tile<W, rows>(args, row, panel);
+    last_tile<W, rows - 1>(args, row, panel);
   }
 }
 
 template <class W>
-void multiply_all(const PackedLinear& args, const W* x) {
+void multiply_all(const PackedLinear& args) {
   const int64_t panels = (args.outs + kPanel - 1) / kPanel;
   const int64_t bytes = kPanel * padded<W>(args.in) * int64_t(sizeof(W));
-  const int64_t most = std::max<int64_t>(kTaskBytes / std::max<int64_t>(bytes, 1), 1);
+  const int64_t most = larger<int64_t>(kTaskBytes / larger<int64_t>(bytes, 1), 1);
   // As many tasks for each thread, as even as panels can be shared.
   const int64_t threads = args.threads, round = most * threads;
-  const int64_t tasks = std::min(panels, (panels + round - 1) / round * threads);
+  const int64_t tasks = smaller(panels, (panels + round - 1) / round * threads);
   parallel_for(tasks, args.threads, [&](int64_t task) {
     const int64_t begin = task * panels / tasks, end = (task + 1) * panels / tasks;
     for (int64_t row = 0; row < args.rows; row += kRows) {
       for (int64_t panel = begin; panel < end; ++panel) {
         if (row + kRows <= args.rows) {
-          one_tile<W, kRows>(args, x, row, panel);
+          one_tile<W, kRows>(args, row, panel);
         } else {
-          last_tile<W>(args, x, row, panel);
+          last_tile<W>(args, row, panel);
         }
       }
     }
@@ -152,32 +152,30 @@ inline void interleave(const W (*block)[kInputs], int64_t begin, int64_t end, in
 // x as tiles read it: in the dtype of the panels, the numbers of a tile's rows side by side. (With
 // each row in a place of its own, a tile needs more addresses than there are registers.)
 template <class W, class X>
-std::vector<W> in_tiles(const PackedLinear& args, const X* x) {
+void put_in_tiles(const PackedLinear& args, const X* x) {
   const int64_t width = padded<W>(args.in), blocks = (width + kInputs - 1) / kInputs;
-  std::vector<W> room(size_t(args.rows * width));
   const int threads = args.rows * width < kWorthWaking ? 1 : args.threads;
   parallel_for((args.rows + kRows - 1) / kRows * blocks, threads, [&](int64_t task) {
     const int64_t row = task / blocks * kRows, k = task % blocks * kInputs;
-    const int64_t rows = std::min<int64_t>(args.rows - row, kRows);
-    const int64_t real = std::min(kInputs, args.in - k), count = std::min(kInputs, width - k);
+    const int64_t rows = smaller(args.rows - row, kRows);
+    const int64_t real = smaller(kInputs, args.in - k), count = smaller(kInputs, width - k);
     alignas(64) W block[kRows][kInputs];
     for (int64_t r = 0; r < rows; ++r) {
       round_to(x + (row + r) * args.row_stride + k, real, block[r]);
       if (real < count) block[r][real] = W{};
     }
-    W* to = room.data() + row * width + k * rows;
+    W* to = static_cast<W*>(args.tiles) + row * width + k * rows;
     rows == kRows ? interleave(block, 0, kRows, count, kRows, to)
                   : interleave(block, 0, rows, count, rows, to);
   });
-  return room;
 }
 
 template <class W>
 void multiply_with(const PackedLinear& args) {
   with_dtype(args.x_dtype, [&](auto zero) {
-    const std::vector<W> x = in_tiles<W>(args, static_cast<const decltype(zero)*>(args.x));
-    multiply_all<W>(args, x.data());
+    put_in_tiles<W>(args, static_cast<const decltype(zero)*>(args.x));
   });
+  multiply_all<W>(args);
 }
 
 // Some inputs of a panel at a time go through a block in L1, so that memory is read along the rows
@@ -188,15 +186,15 @@ void pack(const PackWeight& args) {
   const int64_t begin = args.first / kPanel, end = (args.first + args.count + kPanel - 1) / kPanel;
   parallel_for(end - begin, args.threads, [&](int64_t task) {
     const int64_t first = (begin + task) * kPanel;  // output of the panel
-    const int64_t low = std::max<int64_t>(args.first - first, 0);
-    const int64_t high = std::min(args.first + args.count - first, kPanel);
+    const int64_t low = larger<int64_t>(args.first - first, 0);
+    const int64_t high = smaller(args.first + args.count - first, kPanel);
     const int64_t last = first + high == args.last ? kPanel : high;
     const From* from = static_cast<const From*>(args.from) +
                        (first + low - args.first) * args.out_stride;
     W* to = static_cast<W*>(args.panels) + first * width;
     alignas(64) W block[kPanel][kInputs] = {};
     for (int64_t k = 0; k < width; k += kInputs) {
-      const int64_t real = std::min(kInputs, args.in - k), count = std::min(kInputs, width - k);
+      const int64_t real = smaller(kInputs, args.in - k), count = smaller(kInputs, width - k);
       for (int64_t lane = low; lane < high; ++lane) {
         const From* row = from + (lane - low) * args.out_stride + k * args.in_stride;
         if (args.in_stride == 1) {
