@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ppo_engine.pretrained import architecture
+from ppo_engine.rollout import fused, products
 from ppo_engine.spans import PREFIX
 
 _ROLLOUT, _PREFILL = "bench.rollout", "bench.prefill"
@@ -25,7 +27,7 @@ OTHER, HOST, IDLE = "other operations", "host: Python and launches", "no kernel 
 # a kernel. The outermost counts, so that all of a prefill is one.
 PHASES: Mapping[str, re.Pattern[str]] = {
     "prefill": re.compile(re.escape(_PREFILL)),
-    "packing": re.compile("reorder_linear_weight"),
+    "packing": re.compile("pack_weight"),
     "attention": re.compile("scaled_dot_product|attention|flash|fmha", re.IGNORECASE),
     "sampling": re.compile(
         "multinomial|exponential|cumsum|searchsorted|aten::(log_)?softmax|sample|^draw|cunn_SoftMax"
@@ -51,7 +53,7 @@ def profiled(run: Callable[[], object], model: Any, device: torch.device) -> dic
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)
     recorder = profile(activities=activities, acc_events=True)  # torch 2.11 warns without
-    with _prefill_spans(model), recorder as found, record_function(_ROLLOUT):
+    with _named_ops(), _prefill_spans(model), recorder as found, record_function(_ROLLOUT):
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -100,6 +102,25 @@ def _kernels(events: Sequence[Any], _: Any) -> Iterator[Part]:
             inside = any(span.start <= start < span.end for span in prefills)
             names = [_PREFILL, event.name] if inside else [event.name]
             yield Part(names, event.time_range.elapsed_us())
+
+
+@contextmanager
+def _named_ops() -> Iterator[None]:
+    """The ops of a step that are called directly, which a profiler does not see, by their names."""
+
+    def named(op: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function(f"ppo_kernels::{op.__name__}"):
+                return op(*args, **kwargs)
+
+        return run
+
+    users = {fused: ("rms_norm", "rotary_embedding"), products: ("packed_linear", "pack_weight")}
+    with ExitStack() as patches:
+        for module, ops in users.items():
+            for op in ops:
+                patches.enter_context(mock.patch.object(module, op, named(getattr(module, op))))
+        yield
 
 
 @contextmanager
