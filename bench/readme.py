@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -145,8 +146,8 @@ def _demo(command: str, rows: list[_Row]) -> str:
     lines = [
         f"The demo on **{first['device']}**, {first['threads']} threads, torch {first['torch']}, "
         f"commit {first['commit']}, by `{command}`: the rise of VADER on held-out prompts, how "
-        "many standard errors it is, and the held-out rankings that the reward model had right. A "
-        f"run took {min(seconds):.0f} to {max(seconds):.0f} s.",
+        "many standard errors it is, and the held-out rankings that the reward model had right. "
+        f"Half of the runs took at most {median(seconds):.0f} s.",
         "",
         "| seed | algorithm | rise of VADER | standard errors | reward model right |",
         "| --: | --- | --: | --: | --: |",
