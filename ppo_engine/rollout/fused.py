@@ -53,7 +53,7 @@ class Fused:
                 setattr(family, _ROTATE, rotate)
 
 
-def _epsilon(module: Any) -> float | None:
+def _epsilon(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
