@@ -8,7 +8,6 @@
 // sum above l are kept of each, and merged in order. A row's new key and value, where given, are
 // written into its last place before that is read.
 #include <cmath>
-#include <type_traits>
 
 #include "exp.h"
 #include "sums_of_lanes.h"
@@ -246,7 +245,7 @@ void write(const Heads& from, DType dtype, int64_t row, int64_t kv_head, int64_t
     using N = decltype(zero);
     const N* x = static_cast<const N*>(from.data) + row * from.row_stride +
                  kv_head * from.head_stride;
-    if constexpr (std::is_same_v<N, K>) {
+    if constexpr (kSame<N, K>) {
       std::memcpy(to, x, size_t(count) * sizeof(K));
     } else {
       for (int64_t i = 0; i < count; ++i) narrow(Accumulator<K>(widen(x[i])), to[i]);

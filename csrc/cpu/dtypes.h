@@ -13,6 +13,13 @@ namespace {
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
+// As the standard library's, whose inline code instruction sets would share (ops.h).
+template <class A, class B> constexpr bool kSame = false;
+template <class A> constexpr bool kSame<A, A> = true;
+template <bool first, class A, class B> struct Either { using type = A; };
+template <class A, class B> struct Either<false, A, B> { using type = B; };
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T> struct AccumulatorOf { using type = float; };
 template <> struct AccumulatorOf<double> { using type = double; };
 template <class T> using Accumulator = typename AccumulatorOf<T>::type;

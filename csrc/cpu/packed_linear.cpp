@@ -24,8 +24,6 @@ constexpr int64_t kTaskBytes = 256 * 1024;  // of weights
 constexpr int64_t kAhead = 4096;            // bytes that are prefetched before they are used
 constexpr int64_t kWorthWaking = 65536;     // numbers of x
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Inputs of an output that lie together in a panel, and how many a panel has for `in`.
 template <class W> constexpr int64_t kTogether = sizeof(W) == 2 ? 2 : 1;
 template <class W>

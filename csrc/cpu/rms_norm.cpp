@@ -10,9 +10,7 @@
 //   dw_j = sum over the rows of g_j x_j r
 //
 // The last sum is taken of kNormRows rows at a time, and then of these parts, in order.
-#include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "rows.h"
 #include "sums_of_lanes.h"
@@ -42,20 +40,20 @@ Two<A> multiply_add(Two<A> x, Two<A> y, Two<A> z) {
 // In which order two vectors are read: that of load_two where x and y are of one dtype, else that
 // of memory. What is in scratch lies in the same order.
 template <class T, class Y, class A = Accumulator<T>>
-using OrderOf = std::conditional_t<std::is_same_v<T, Y>, T, A>;
+using OrderOf = typename Either<kSame<T, Y>, T, A>::type;
 
 template <class Order, class A = Accumulator<Order>>
 struct Whole {
   template <class T>
   Two<A> read(const T* p) const {
-    if constexpr (!std::is_same_v<T, Order>) return {load(p), load(p + kLanes<A>)};
+    if constexpr (!kSame<T, Order>) return {load(p), load(p + kLanes<A>)};
     Two<A> x;
     load_two(p, x.a, x.b);
     return x;
   }
   template <class T>
   void write(T* p, Two<A> x) const {
-    if constexpr (std::is_same_v<T, Order>) return store_two(p, x.a, x.b);
+    if constexpr (kSame<T, Order>) return store_two(p, x.a, x.b);
     store(p, x.a);
     store(p + kLanes<A>, x.b);
   }
@@ -65,7 +63,7 @@ struct Whole {
 template <class A>
 struct Last {
   int64_t n;
-  int64_t of_a() const { return std::min<int64_t>(n, kLanes<A>); }
+  int64_t of_a() const { return smaller(n, kLanes<A>); }
   template <class T>
   Two<A> read(const T* p) const {
     return {load_first(p, of_a()), load_first(p + kLanes<A>, n - of_a())};
@@ -91,7 +89,7 @@ void means(int64_t width, A (&found)[count], const Body& body) {
   constexpr int64_t two = 2 * kLanes<A>;
   double totals[count] = {};
   for (int64_t j = 0; j < width;) {
-    const int64_t end = std::min(j + kBlock, width);
+    const int64_t end = smaller(j + kBlock, width);
     Two<A> sums[count][2] = {};
     for (; j + 2 * two <= end; j += 2 * two) {
       body(Whole<Order>{}, j, sums, 0);
@@ -126,8 +124,8 @@ const A* accumulated_weight(const RmsNorm& args) {
   with_dtype(args.weight_dtype, [&](auto zero) {
     using W = decltype(zero);
     const W* from = static_cast<const W*>(args.weight);
-    constexpr bool as_it_lies = kStepOfTwo<Order> == 1 || std::is_same_v<W, Order>;
-    if constexpr (as_it_lies && std::is_same_v<Accumulator<W>, A>) {
+    constexpr bool as_it_lies = kStepOfTwo<Order> == 1 || kSame<W, Order>;
+    if constexpr (as_it_lies && kSame<Accumulator<W>, A>) {
       for_vectors<Order>(width, [&](auto vectors, int64_t j) {
         vectors.write(to + j, vectors.read(from + j) + both(A(args.added)));
       });
@@ -145,9 +143,9 @@ void forward(const RmsNorm& args) {
   using Order = OrderOf<T, Y>;
   using A = Accumulator<T>;
   const A* weight = accumulated_weight<Order>(args);
-  const int64_t width = args.x.vocab, rows = std::max<int64_t>(kNumbersPerTask / width, 1);
+  const int64_t width = args.x.vocab, rows = width < kNumbersPerTask ? kNumbersPerTask / width : 1;
   parallel_for((args.count + rows - 1) / rows, args.threads, [&](int64_t task) {
-    for (int64_t i = task * rows; i < std::min((task + 1) * rows, args.count); ++i) {
+    for (int64_t i = task * rows; i < smaller((task + 1) * rows, args.count); ++i) {
       const T* x = logits_row<const T>(args.x, i);
       Y* y = static_cast<Y*>(args.y) + i * width;
       A square[1];
@@ -169,8 +167,8 @@ void backward(const RmsNorm& args, const A* weight, A* parts, int64_t part) {
   using Order = OrderOf<T, G>;
   const int64_t width = args.x.vocab;
   A* sums_of_part = parts + part * width;
-  if (for_weight) std::fill_n(sums_of_part, width, A(0));
-  for (int64_t i = part * kNormRows; i < std::min((part + 1) * kNormRows, args.count); ++i) {
+  for (int64_t j = 0; for_weight && j < width; ++j) sums_of_part[j] = A(0);
+  for (int64_t i = part * kNormRows; i < smaller((part + 1) * kNormRows, args.count); ++i) {
     const T* x = logits_row<const T>(args.x, i);
     const G* g = logits_row<const G>(args.grad_y, i);
     T* dx = static_cast<T*>(args.grad_x) + i * width;
@@ -201,7 +199,7 @@ template <class Order, class A>
 void add_parts(const RmsNorm& args, const A* parts, int64_t count) {
   const int64_t width = args.x.vocab;
   parallel_for((width + kColumns - 1) / kColumns, args.threads, [&](int64_t task) {
-    const int64_t first = task * kColumns, n = std::min(kColumns, width - first);
+    const int64_t first = task * kColumns, n = smaller(kColumns, width - first);
     double sums[kColumns] = {};
     for (int64_t part = 0; part < count; ++part) {
       for (int64_t j = 0; j < n; ++j) sums[j] += parts[part * width + first + j];
