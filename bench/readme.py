@@ -143,8 +143,9 @@ def _rollout(command: str, rows: list[_Row]) -> str:
 def _demo(command: str, rows: list[_Row]) -> str:
     first = rows[0]
     seconds = [float(row["seconds"]) for row in rows]
+    threads = " or ".join(sorted({row["threads"] for row in rows}))
     lines = [
-        f"The demo on **{first['device']}**, {first['threads']} threads, torch {first['torch']}, "
+        f"The demo on **{first['device']}**, {threads} threads, torch {first['torch']}, "
         f"commit {first['commit']}, by `{command}`: the rise of VADER on held-out prompts, how "
         "many standard errors it is, and the held-out rankings that the reward model had right. "
         f"Half of the runs took at most {median(seconds):.0f} s.",
