@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import of_family
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from ppo_engine.rollout import fused
 from ppo_engine.rollout.fused import Fused
@@ -88,3 +88,8 @@ def test_the_rotary_embedding_is_one_kernel_where_it_is_the_same(
             ):
                 assert torch.equal(x, y)
     assert module.apply_rotary_pos_emb is own
+
+
+def test_a_function_that_rotates_the_other_way_is_left_alone() -> None:
+    assert fused._rotates(apply_rotary_pos_emb)
+    assert not fused._rotates(lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos, -sin))
