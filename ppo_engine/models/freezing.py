@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ppo_engine.errors import UserError
 from ppo_engine.models.probes import check_repeatable
 from ppo_engine.pretrained.adapters import add_lora, is_quantized
-from ppo_engine.pretrained.architecture import decoder_layers, unwrap
+from ppo_engine.pretrained.architecture import checkpoint_gradients, decoder_layers, unwrap
 from ppo_engine.settings.schema import ModelConfig
 
 
@@ -39,10 +39,7 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str)
     else:
         freeze_lower_layers(model, config.trainable_layers)
     if config.gradient_checkpointing:
-        inner = unwrap(model)
-        # Renamed in transformers 5.2x; older ones have the second name only.
-        enable = getattr(inner, "activation_checkpointing_enable", None)
-        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_gradients(unwrap(model))
     check_repeatable(model)
     return model.train()
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import precision, probes
+from ppo_engine.models import probes
 from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
 from ppo_engine.models.output_head import find_output_head
-from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.models.reader import Reader
+from ppo_engine.models.token_rows import TokenRows, pick
 from ppo_engine.pretrained import architecture, generation_config, loading
 from ppo_engine.pretrained.storage import in_fp32
 from ppo_engine.pretrained.weights import read_language_model
@@ -121,6 +122,7 @@ class LanguageModel:
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model).requires_grad_(False)
         share_frozen_parameters(twin.model, self.model)
+        twin.reader = Reader(twin.model)
         return twin
 
     def without_adapter(self) -> AbstractContextManager[Any]:
@@ -137,6 +139,11 @@ class LanguageModel:
         """True where log-probs cannot come straight from hidden states: the model's own logits are
         used, or those of an output layer that is more than a matrix (adapters, quantization)."""
         return self._head is None or type(self._output_layer) is not nn.Linear
+
+    @cached_property
+    def reader(self) -> Reader:
+        """How it reads rows of tokens."""
+        return Reader(self.model)
 
     @cached_property
     def continues_from_cache(self) -> bool:
@@ -159,7 +166,7 @@ class LanguageModel:
         """`logprobs` from several `states` before the same `targets`; the head is read once."""
         stacked = torch.stack([*states]) if len(states) > 1 else states[0][None]  # no copy
         targets = targets.expand(len(states), -1)
-        with span("logprobs"), precision.compute(self.device, self.dtype):
+        with span("logprobs"):
             if self.makes_logits:
                 logprobs, entropy = token_logprobs(
                     self._logits(stacked),
@@ -201,8 +208,8 @@ class LanguageModel:
         Without `old_logprobs`, on policy: the log-probs of this same pass are used.
         """
         (states, routed), targets = self._read(rows), rows.targets
-        balance = share * self.balance(routed, rows.owners[:, :-1] >= 0)
-        with span("losses"), precision.compute(self.device, self.dtype):
+        balance = share * self.balance(routed, rows.mask)
+        with span("losses"):
             if not self.makes_logits:
                 loss, stats = linear_ppo_loss(
                     states,
@@ -234,10 +241,10 @@ class LanguageModel:
         so that its passes add up to the mean over its tokens. A balance loss (`experts`) is added,
         weighted by these rows' share of them."""
         (states, routed), targets = self._read(rows), rows.targets
-        balance = len(targets) / normalizer * self.balance(routed, rows.owners[:, :-1] >= 0)
+        balance = len(targets) / normalizer * self.balance(routed, rows.mask)
         if self.makes_logits:
             return self._nll(states, targets).sum() / normalizer + balance
-        with span("losses"), precision.compute(self.device, self.dtype):
+        with span("losses"):
             loss, _ = linear_ppo_loss(
                 states,
                 targets=targets,
@@ -250,36 +257,16 @@ class LanguageModel:
         return loss + balance
 
     def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
-        with span("losses"), precision.compute(self.device, self.dtype):
+        with span("losses"):
             if self.makes_logits:
                 return -token_logprobs(self._logits(states), targets)
             return -linear_logprobs(states, targets=targets, **self._linear(temperature=1.0))
 
     def _read(self, rows: TokenRows) -> tuple[Tensor, Any]:
         """What `states` gives, and the logits of the experts' routers, where they are recorded."""
-        row, column = rows.indices
-        # The last token predicts nothing that is needed.
-        mask = None if rows.mask is None else rows.mask[:, :-1]
-        positions = None if rows.positions is None else rows.positions[:, :-1]
-        states, routed = self._run(rows.ids[:, :-1], mask, positions)
-        return states[row, column - 1], routed
-
-    def _run(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """The last hidden states of `[B, L]` tokens, or the logits where the model's own are used;
-        and the logits of its routers, where its configuration asks for them.
-
-        Padded ones have a mask, packed ones positions and no mask."""
-        model = architecture.unwrap(self.model)
-        if mask is not None:
-            inputs = architecture.base_inputs(model.base_model, ids, mask)
-        else:
-            inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-        with precision.compute(self.device, self.dtype):
-            output = (self.model if self._head is None else model.base_model)(**inputs)
-        found: Tensor = output.logits if self._head is None else output.last_hidden_state
-        return found, getattr(output, "router_logits", None)
+        output = self.reader.read(rows, self.model if self._head is None else None)
+        found = output.logits if self._head is None else output.last_hidden_state
+        return pick(found, rows.places), getattr(output, "router_logits", None)
 
     @property
     def _output_layer(self) -> Any:

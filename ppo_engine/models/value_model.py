@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import freezing
+from ppo_engine.models.reader import Reader
+from ppo_engine.models.token_rows import TokenRows, pick, scored
 from ppo_engine.pretrained import adapters, architecture, loading, storage
 from ppo_engine.pretrained.classifier import value_model_class
 from ppo_engine.pretrained.weights import SCORE_HEADS, read_checkpoint, refuse_missing
@@ -163,33 +165,17 @@ def score_head(model: Any) -> nn.Linear:
     return _find_head(architecture.unwrap(model))[1]
 
 
-def token_values(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, start: int | Tensor = 0
-) -> Tensor:
-    """Values at the positions from `start` on: `[B, L - start]`, fp32, differentiable.
-
-    `input_ids` and `attention_mask` are `[B, L]`, padded on either side. The value at a position
-    has seen that token and those before it. Values at padding are meaningless.
-    """
-    order = architecture.real_tokens_first(attention_mask)
-    hidden = _hidden_states(model, input_ids, attention_mask, order)
-    places = order.argsort(1)[:, start:]
-    return _apply_head(model, hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2])))
-
-
-def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The score of each sequence, at its last real token by the mask: `[B]`, fp32.
-
-    By the mask, not by the pad token's id: a pad token inside the text changes nothing.
-    """
-    order = architecture.real_tokens_first(attention_mask)
-    hidden = _hidden_states(model, input_ids, attention_mask, order)
-    last = attention_mask.long().sum(1) - 1
-    return _apply_head(model, hidden[torch.arange(len(hidden), device=hidden.device), last])
+def read_values(model: Any, reader: Reader, rows: TokenRows) -> Tensor:
+    """The value at each place of `rows` whose state is wanted: `[places]` fp32, differentiable. It
+    has seen that token and those before it."""
+    hidden = pick(reader.read(rows).last_hidden_state, rows.places)
+    # In fp32: bf16 has 8 bits, too few for scores whose differences are the signal.
+    head = score_head(model)
+    return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a UserError unless `sequence_scores` equals the model's own pooled logits."""
+    """Raise a UserError unless `read_values` at a text's end are the model's own pooled logits."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     # With EOS, as responses end: a pooling that takes it for padding is detected.
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE]
@@ -200,7 +186,8 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
     with torch.no_grad():
         own = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
-        ours = sequence_scores(model, ids, mask)
+        reader = Reader(model)
+        ours = read_values(model, reader, reader.stack([scored(row) for row in rows]))
     # `own` has another shape where the model does not pool at the last token.
     if own.shape != ours.shape or not torch.allclose(own, ours, _PROBE_TOLERANCE, _PROBE_TOLERANCE):
         raise UserError(
@@ -208,20 +195,6 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             "linear layer on the last token's hidden state. Use a decoder model, such as a causal "
             "language model."
         )
-
-
-def _hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, order: Tensor) -> Tensor:
-    """The base model's last hidden states, `[B, L, H]`, of the columns in this `order`."""
-    base = architecture.unwrap(model).base_model
-    ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-    return base(**architecture.base_inputs(base, ids, mask)).last_hidden_state
-
-
-def _apply_head(model: Any, hidden: Tensor) -> Tensor:
-    # Outside autocast: bf16 has 8 bits, too few for scores whose differences are the signal.
-    head = score_head(model)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def _find_head(model: PreTrainedModel) -> tuple[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ppo_engine.models import freezing, precision, value_model
+from ppo_engine.models import freezing, value_model
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.ppo.experience import Experience
+from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.ppo.experience import Experience, parts_of
 from ppo_engine.rewards.model import RewardModel
-from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import ModelConfig, PPOSettings
 from ppo_engine.spans import span
 from ppo_kernels import ppo_value_loss
@@ -48,36 +49,35 @@ class Critic:
         )
         if source is not None:
             freezing.share_frozen_parameters(self.model, source)
+        self.reader = Reader(self.model)
         self.learner = Learner(self.model, config.optimizer, updates, "the critic")
 
     @span("critic")
-    def values(self, rollout: Rollout) -> Tensor:
-        """The value before each response token, [B, T] fp32; meaningless elsewhere."""
-        ids, mask = rollout.sequences()
-        start = rollout.prompt_ids.shape[1] - 1
-        with precision.compute(self.device, self.dtype):
-            return value_model.token_values(self.model, ids[:, :-1], mask[:, :-1], start)
+    def values(self, rows: TokenRows) -> Tensor:
+        """The value before each token that `rows` predict, [tokens] fp32."""
+        return value_model.read_values(self.model, self.reader, rows)
 
     def update(
-        self, parts: Iterable[Experience], tokens: Tensor, settings: PPOSettings
+        self, experience: Experience, numbers: Sequence[int], settings: PPOSettings, limit: Limit
     ) -> dict[str, Tensor]:
-        """One optimizer step on a mini-batch of `tokens` (0-dim) tokens, in micro-batches."""
+        """One optimizer step on the responses of these `numbers`, a mini-batch."""
+        assert experience.values is not None and experience.returns is not None
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        parts = parts_of(experience.rollout, numbers, self.reader, limit)
+        tokens = sum(len(part.places) for part in parts)
         for part in parts:
-            assert part.values is not None and part.returns is not None
+            values = self.values(part.rows)
             with span("losses"):
                 loss, stats = ppo_value_loss(
-                    self.values(part.rollout),
-                    part.values,
-                    part.returns,
-                    mask=part.rollout.mask,
+                    values,
+                    part.of(experience.values),
+                    part.of(experience.returns),
                     clip_range=settings.value_clip_range,
                     normalizer=tokens,
                 )
             with span("backward"):
                 loss.backward()
-            share = part.rollout.mask.sum() / tokens
             found["value/loss"] += loss.detach()
-            found["value/clip_fraction"] += stats.clip_fraction * share
+            found["value/clip_fraction"] += stats.clip_fraction * (len(part.places) / tokens)
         found["value/grad_norm"] = self.learner.step()
         return found

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
+from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.ppo.critic import Critic
 from ppo_engine.ppo.estimators import (
     ESTIMATORS,
@@ -33,7 +34,12 @@ from ppo_engine.ppo.estimators import (
     equal_groups,
     rounding_of,
 )
-from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
+from ppo_engine.ppo.experience import (
+    Experience,
+    importance_weights,
+    objective_metrics,
+    parts_of,
+)
 from ppo_engine.ppo.kl_control import KLController
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike, load_rewards
@@ -94,6 +100,7 @@ class PPOEngine:
             date=config.run.date,
         )
         self.sampler = Sampler(self.policy)
+        self.limit = Limit.of(config.ppo, self.policy.model)
         self.reference = self.policy.reference()
         self.rewards = load_rewards(
             reward,
@@ -101,7 +108,7 @@ class PPOEngine:
             self.policy.renderer,
             device=self.device,
             dtype=self.dtype,
-            micro_batch_size=config.ppo.micro_batch_size,
+            limit=self.limit,
         )
         self.environment = load_environment(config.environment, environment)
         per_step = config.ppo.epochs * math.ceil(
@@ -258,16 +265,16 @@ class PPOEngine:
     def compare_with_reference(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of policy and reference, and the policy's entropies: each [B, T] fp32, 0 at
         padding. Their difference, summed over a response, estimates the KL divergence."""
-        logprobs, ref_logprobs, entropy = self._over(rollout, self._compare)
+        logprobs, ref_logprobs, entropy = self._over(rollout, self.policy.reader, self._compare)
         return logprobs, ref_logprobs, entropy
 
     @torch.no_grad()
     def values(self, rollout: Rollout) -> Tensor:
-        """The critic's value before each response token, [B, T] fp32; meaningless elsewhere."""
+        """The critic's value before each of the policy's tokens, [B, T] fp32; 0 elsewhere."""
         critic = self.critic
         if critic is None:
             raise ValueError(f"ppo.estimator={self.config.ppo.estimator} has no critic.")
-        (values,) = self._over(rollout, lambda part: (critic.values(part),))
+        (values,) = self._over(rollout, critic.reader, lambda rows: (critic.values(rows),))
         return values
 
     @span("update")
@@ -285,11 +292,12 @@ class PPOEngine:
         for _ in range(settings.epochs):
             order = torch.randperm(len(experience), generator=self.shuffle)
             for rows in order.split(settings.mini_batch_size):
-                parts = [experience.select(part) for part in rows.split(settings.micro_batch_size)]
-                tokens = experience.rollout.mask[rows].sum()
-                found = {} if self._warms_up else self._update_policy(parts, tokens, kl_coef)
+                numbers = rows.tolist()
+                found: dict[str, Tensor] = {}
+                if not self._warms_up:
+                    found |= self._update_policy(experience, numbers, kl_coef)
                 if self.critic is not None:
-                    found |= self.critic.update(parts, tokens, settings)
+                    found |= self.critic.update(experience, numbers, settings, self.limit)
                 for name, value in found.items():
                     records[name].append(value)
         self.steps_done += 1
@@ -334,40 +342,42 @@ class PPOEngine:
         return self.steps_done < self.config.ppo.critic_warmup_steps
 
     def _update_policy(
-        self, parts: Sequence[Experience], tokens: Tensor, kl_coef: float
+        self, experience: Experience, numbers: Sequence[int], kl_coef: float
     ) -> dict[str, Tensor]:
-        """One optimizer step on a mini-batch of `tokens` (0-dim) tokens, in micro-batches."""
+        """One optimizer step on the responses of these `numbers`, a mini-batch."""
         settings = self.config.ppo
-        normalizer = self._normalizer(tokens, sum(map(len, parts)))
+        parts = parts_of(experience.rollout, numbers, self.policy.reader, self.limit)
+        tokens = sum(len(part.places) for part in parts)
+        normalizer = self._normalizer(tokens, len(numbers))
+        weights = experience.is_weights
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         penalized = settings.kl_in == "loss"
         self.policy.model.train()
         for part in parts:
             # Until the first step the old log-probs are those of this same pass: computed in
             # another batch they would differ by rounding, and the ratio would not be 1.
-            on_policy = self.policy_version == part.policy_version
-            rollout, weights = part.rollout, part.is_weights
-            share = rollout.mask.sum() / tokens
+            on_policy = self.policy_version == experience.policy_version
+            share = len(part.places) / tokens
             with span("policy"):
                 loss, stats = self.policy.policy_loss(
-                    rollout.token_rows(),
-                    None if on_policy else rollout.tokens(part.logprobs),
-                    rollout.tokens(part.advantages),
+                    part.rows,
+                    None if on_policy else part.of(experience.logprobs),
+                    part.of(experience.advantages),
                     self.config.generation.temperature,
                     share=share,
-                    cu_seqlens=pad(rollout.lengths.cumsum(0), (1, 0)),
+                    cu_seqlens=part.cu_seqlens,
                     objective=settings.objective,
                     ratio_level=settings.ratio_level,
                     clip_range=settings.clip_range,
                     dual_clip=settings.dual_clip,
-                    moments=part.moments if settings.whiten_advantages else None,
+                    moments=experience.moments if settings.whiten_advantages else None,
                     reduction=settings.reduction,
                     normalizer=normalizer,
                     entropy_coef=settings.entropy_coef,
-                    ref_logprobs=rollout.tokens(part.ref_logprobs) if penalized else None,
+                    ref_logprobs=part.of(experience.ref_logprobs) if penalized else None,
                     kl_coef=kl_coef if penalized else 0.0,
                     kl_estimator=settings.kl_estimator,
-                    is_weights=None if weights is None else rollout.tokens(weights),
+                    is_weights=None if weights is None else part.of(weights),
                 )
             with span("backward"):
                 loss.backward()
@@ -380,11 +390,11 @@ class PPOEngine:
         self.policy_version += 1
         return found
 
-    def _normalizer(self, tokens: Tensor, responses: int) -> Tensor | float:
-        """What a mini-batch's sum of losses is divided by, whatever its micro-batches."""
+    def _normalizer(self, tokens: int, responses: int) -> float:
+        """What a mini-batch's sum of losses is divided by, whatever its passes."""
         match self.config.ppo.reduction:
             case "token_mean":
-                return tokens
+                return float(tokens)
             case "sequence_mean":
                 return float(responses)
             case _:
@@ -400,10 +410,10 @@ class PPOEngine:
         scores = self.shaped_scores(rollout.greedy, self.score(rollout.greedy))
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
 
-    def _compare(self, rollout: Rollout) -> tuple[Tensor, ...]:
-        """(log-probs, reference's log-probs, entropies) of a micro-batch."""
+    def _compare(self, rows: TokenRows) -> tuple[Tensor, ...]:
+        """(log-probs, reference's log-probs, entropies) of the tokens that `rows` predict."""
         policy, reference = self.policy, self.reference or self.policy
-        temperature, rows = self.config.generation.temperature, rollout.token_rows()
+        temperature = self.config.generation.temperature
         unadapted = nullcontext() if self.reference else policy.without_adapter()
         with span("policy"):
             states = policy.states(rows)
@@ -416,18 +426,20 @@ class PPOEngine:
             [(logprobs, entropy)] = policy.stacked_logprobs([states], rows.targets, temperature)
             with span("reference"), unadapted:
                 ref_logprobs, _ = reference.logprobs(rows, temperature)
-        return tuple(rollout.padded(x) for x in (logprobs, ref_logprobs, entropy))
+        return logprobs, ref_logprobs, entropy
 
     def _over(
-        self, rollout: Rollout, measure: Callable[[Rollout], tuple[Tensor, ...]]
+        self, rollout: Rollout, reader: Reader, measure: Callable[[TokenRows], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`measure` in micro-batches, its [b, t] results concatenated to [B, T]."""
-        width = rollout.mask.shape[1]
-        rows = torch.arange(len(rollout)).split(self.config.ppo.micro_batch_size)
-        found = [measure(rollout.select(part)) for part in rows]
+        """What `measure` finds of the policy's tokens, in passes: each [B, T], 0 elsewhere."""
+        parts = parts_of(rollout, range(len(rollout)), reader, self.limit)
+        places = torch.cat([part.places for part in parts])
+        found = zip(*(measure(part.rows) for part in parts), strict=True)
         return tuple(
-            torch.cat([pad(x, (0, width - x.shape[1])) for x in column])
-            for column in zip(*found, strict=True)
+            rollout.mask.new_zeros(rollout.mask.numel(), dtype=torch.float32)
+            .index_copy(0, places, torch.cat(column))
+            .view(rollout.mask.shape)
+            for column in found
         )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.rollout.batch import Rollout
 
 _OF_THE_WHOLE = {"moments", "kl_coef"}
@@ -46,6 +50,33 @@ class Experience:
             if entry.name not in _OF_THE_WHOLE and isinstance(value, Tensor):
                 picked[entry.name] = value[rows, :width] if value.ndim == 2 else value[rows]
         return replace(self, rollout=rollout, **picked)
+
+
+class Part(NamedTuple):
+    """Responses of a rollout that one forward pass reads."""
+
+    numbers: list[int]
+    rows: TokenRows
+    places: Tensor  # [tokens] of the policy's, in [B, T] flattened, response by response
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of numbers [B, T], those of the policy's tokens: `[tokens]`."""
+        return x.flatten().index_select(0, self.places)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """`[responses + 1]`: where each response's tokens begin, and the end of the last."""
+        return torch.tensor([0, *accumulate(self.rows.counts)], device=self.places.device)
+
+
+def parts_of(rollout: Rollout, numbers: Sequence[int], reader: Reader, limit: Limit) -> list[Part]:
+    """The passes in which `reader` reads the responses of these `numbers`."""
+    rows = [rollout.rows[number] for number in numbers]
+    found = []
+    for planned in reader.plan(rows, limit):
+        own = [numbers[i] for i in planned]
+        found.append(Part(own, reader.stack([rows[i] for i in planned]), rollout.places(own)))
+    return found
 
 
 def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def checkpoint_gradients(model: PreTrainedModel, around: Callable[[], Any] | None = None) -> None:
+    """Keep of each layer only what it reads, and run it again for its gradients. `around` gives
+    two contexts: of a layer's run, and of its run again."""
+    # Renamed in transformers 5.2x; older ones have the second name only.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    settings = {"use_reentrant": False} | ({"context_fn": around} if around else {})
+    (enable or model.gradient_checkpointing_enable)(settings)
 
 
 def find_base(model: PreTrainedModel) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.models import precision
-from ppo_engine.models.token_rows import pad_left
-from ppo_engine.models.value_model import read_value_model, ready_value_model, sequence_scores
+from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.token_rows import scored
+from ppo_engine.models.value_model import read_value_model, read_values, ready_value_model
 from ppo_engine.pretrained import architecture, loading
 from ppo_engine.text.options import row_options
 from ppo_engine.text.prompt import Prompt
@@ -32,7 +32,7 @@ class RewardModel:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        micro_batch_size: int = 8,
+        limit: Limit | None = None,
         max_tokens: int | None = None,
         renderer: Renderer | None = None,
     ) -> None:
@@ -44,7 +44,8 @@ class RewardModel:
         self.renderer = renderer.of(tokenizer) if renderer else Renderer(tokenizer)
         self.device = device
         self.dtype = dtype
-        self.micro_batch_size = micro_batch_size
+        self.limit = limit or Limit.automatic(self.model)
+        self.reader = Reader(self.model)
         self.max_tokens = min(max_tokens or sys.maxsize, architecture.context_length(model))
 
     def __call__(
@@ -95,17 +96,10 @@ class RewardModel:
     @torch.no_grad()
     def _score_each(self, rows: Sequence[Sequence[int]]) -> Tensor:
         scores = torch.zeros(len(rows), device=self.device)
-        # By length, so that short rows are not padded to the longest of all.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), self.micro_batch_size):
-            picked = order[start : start + self.micro_batch_size]
-            ids, mask = pad_left([rows[i] for i in picked], self.tokenizer.pad_token_id)
-            with precision.compute(self.device, self.dtype):
-                scores[picked] = sequence_scores(
-                    self.model,
-                    torch.tensor(ids, device=self.device),
-                    torch.tensor(mask, device=self.device),
-                )
+        texts = [scored(row) for row in rows]
+        for planned in self.reader.plan(texts, self.limit):
+            part = self.reader.stack([texts[i] for i in planned])
+            scores[planned] = read_values(self.model, self.reader, part)
         return scores
 
 
@@ -114,7 +108,7 @@ def load_reward_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    micro_batch_size: int = 8,
+    limit: Limit | None = None,
     renderer: Renderer | None = None,
 ) -> RewardModel:
     """The reward model at `path`, a folder or name; a UserError where it has no score head."""
@@ -125,6 +119,6 @@ def load_reward_model(
         tokenizer,
         device=device,
         dtype=dtype,
-        micro_batch_size=micro_batch_size,
+        limit=limit,
         renderer=renderer,
     )

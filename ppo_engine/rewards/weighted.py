@@ -20,6 +20,7 @@ from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models import precision
+from ppo_engine.models.reader import Limit
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
 from ppo_engine.rewards.model import RewardModel, load_reward_model
@@ -157,7 +158,7 @@ def load_rewards(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    micro_batch_size: int = 8,
+    limit: Limit | None = None,
 ) -> Rewards:
     """The rewards `given`, or else those that `config` names, with the weights of `config`.
 
@@ -182,7 +183,7 @@ def load_rewards(
             http=config.http,
             device=device,
             dtype=dtype,
-            micro_batch_size=micro_batch_size,
+            limit=limit,
             renderer=renderer,
         )
         for _, reward in rewards
@@ -197,7 +198,7 @@ def load_reward(
     http: RewardEndpointConfig | None = None,
     device: torch.device,
     dtype: torch.dtype,
-    micro_batch_size: int = 8,
+    limit: Limit | None = None,
     renderer: Renderer | None = None,
 ) -> Reward:
     """One reward: a source, what `parse_source` takes for one, a function, or a reward object."""
@@ -224,7 +225,7 @@ def load_reward(
         given.path or "",
         device=device,
         dtype=dtype,
-        micro_batch_size=micro_batch_size,
+        limit=limit,
         renderer=renderer,
     )
 

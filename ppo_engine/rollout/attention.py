@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,57 +12,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from ppo_engine.models.attention import using
+from ppo_engine.models.windows import Unsupported
 from ppo_engine.pretrained import architecture
 
 ATTENTION = "ppo_slots"  # the name under which transformers finds `_attend`
 UNCAPPED = "ppo_slots_uncapped"  # in place of "sdpa", which up to transformers 5.17 caps no logits
-
-
-class Unsupported(Exception):
-    """A model that cannot be run over slots, and why."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How far back the layers of a model look, by their kind."""
-
-    sliding: int | None  # tokens
-    kinds: tuple[str, ...]  # of layers, where there are several
-
-    @classmethod
-    def of(cls, config: Any) -> Windows:
-        """As a model's configuration has it; raises `Unsupported` for other kinds of layers."""
-        text = config.get_text_config()
-        kinds = tuple(sorted(set(getattr(text, "layer_types", None) or ())))
-        other = set(kinds) - {"full_attention", "sliding_attention"}
-        if other:
-            raise Unsupported(f"it has layers of the kind {min(other)!r}")
-        sliding = getattr(text, "sliding_window", None)
-        if getattr(text, "use_sliding_window", True) is False:
-            sliding = None
-        return cls(sliding, kinds)
-
-    @property
-    def only(self) -> str:
-        """The kind of all layers, where the configuration does not tell them apart."""
-        return self.kinds[0] if self.kinds else "sliding_attention"
-
-    def width(self, kind: str) -> int | None:
-        return self.sliding if kind == "sliding_attention" else None
-
-    def masks(self, positions: Tensor, length: int) -> Any:
-        """For queries at `positions` [rows, tokens] and `length` keys, True is what is attended
-        to: `[rows, 1, tokens, length]`, by kind where there are several."""
-        keys = torch.arange(length, device=positions.device)
-        distance = positions[:, None, :, None] - keys
-        causal = distance >= 0
-
-        def mask(kind: str) -> Tensor:
-            width = self.width(kind)
-            return causal if width is None else causal & (distance < width)
-
-        several = len(self.kinds) > 1
-        return {kind: mask(kind) for kind in self.kinds} if several else mask(self.only)
 
 
 class How(NamedTuple):
@@ -140,10 +94,6 @@ AttentionInterface.register(
 def attending(model: Any) -> Iterator[None]:
     """Inside, the attention of `model` is that over slots."""
     config = architecture.unwrap(model).config
-    of_text = config.get_text_config()
-    before = of_text._attn_implementation
-    of_text._attn_implementation = UNCAPPED if before == "sdpa" else ATTENTION
-    try:
+    before = config.get_text_config()._attn_implementation
+    with using(config, UNCAPPED if before == "sdpa" else ATTENTION):
         yield
-    finally:
-        of_text._attn_implementation = before

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_engine.models.token_rows import TokenRows
-from ppo_engine.pretrained.architecture import real_tokens_first
+from ppo_engine.models.token_rows import Row, predicting
 from ppo_engine.text.prompt import Message, Prompt
 
 
@@ -76,31 +75,34 @@ class Rollout:
         ]
         return list(zip(*parts, strict=True))
 
-    def token_rows(self) -> TokenRows:
-        """Prompts and responses as a language model reads them, each from the first column on; the
-        policy's tokens are trained."""
-        ids, real = self.sequences()
-        trained = torch.cat((torch.zeros_like(self.prompt_mask), self.mask), 1)
-        numbers = torch.arange(len(ids), device=ids.device)[:, None]
-        order = real_tokens_first(real)
-        return TokenRows(
-            ids=ids.gather(1, order),
-            positions=None,
-            trained=trained.gather(1, order),
-            owners=torch.where(real, numbers, -1).gather(1, order),
-        )
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Prompts and responses as a language model reads them to predict the policy's tokens."""
+        found = []
+        for (prompt, response), own in zip(self.written, self._own, strict=True):
+            trained = [False] * (len(prompt) + len(response))
+            for place in own:
+                trained[len(prompt) + place] = True
+            found.append(predicting(prompt + response, trained))
+        return found
+
+    def places(self, numbers: Sequence[int]) -> Tensor:
+        """Where the policy's tokens of these responses stand in [B, T] flattened: `[tokens]`,
+        response by response."""
+        width = self.mask.shape[1]
+        found = [number * width + place for number in numbers for place in self._columns[number]]
+        return torch.tensor(found, dtype=torch.long, device=self.mask.device)
 
     @cached_property
-    def _indices(self) -> tuple[Tensor, ...]:
-        return self.mask.nonzero(as_tuple=True)
+    def _columns(self) -> list[list[int]]:
+        """Of the policy's tokens of each response, on the host."""
+        return [own.nonzero()[:, 0].tolist() for own in self.mask.cpu()]
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Of numbers [B, T], those of the policy's tokens: `[tokens]`, row by row."""
-        return x[self._indices]
-
-    def padded(self, of_tokens: Tensor) -> Tensor:
-        """Values of the policy's tokens, `[tokens]` row by row, as [B, T]; 0 elsewhere."""
-        return of_tokens.new_zeros(self.mask.shape).masked_scatter(self.mask, of_tokens)
+    @cached_property
+    def _own(self) -> list[list[int]]:
+        """Which of each response's real tokens, counted without padding, the policy wrote."""
+        real, own = self.response_mask.cpu(), self.mask.cpu()
+        return [x[kept].nonzero()[:, 0].tolist() for x, kept in zip(own, real, strict=True)]
 
     def select(self, rows: Tensor) -> Rollout:
         """The given rows, without the padding columns that none of them needs; `greedy`, which

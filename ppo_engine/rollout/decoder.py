@@ -15,8 +15,9 @@ from transformers import DynamicCache
 from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.windows import Unsupported, Windows
 from ppo_engine.pretrained import architecture
-from ppo_engine.rollout.attention import Unsupported, Windows, attending
+from ppo_engine.rollout.attention import attending
 from ppo_engine.rollout.fused import Fused
 from ppo_engine.rollout.graphs import Graphs, Step
 from ppo_engine.rollout.products import Products

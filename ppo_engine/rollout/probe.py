@@ -10,8 +10,8 @@ from torch import Tensor
 from ppo_engine.messages import first_line
 from ppo_engine.models import precision, probes
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.windows import Unsupported
 from ppo_engine.pretrained import architecture
-from ppo_engine.rollout.attention import Unsupported
 from ppo_engine.rollout.decoder import Decoder, Draw, Seat
 from ppo_engine.rollout.graphs import Graphs
 

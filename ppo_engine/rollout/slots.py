@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ppo_engine.rollout.attention import CURRENT, How, Unsupported, Windows, attend_masked
+from ppo_engine.models.windows import Unsupported, Windows
+from ppo_engine.rollout.attention import CURRENT, How, attend_masked
 from ppo_engine.spans import span
 from ppo_kernels import decode_attention
 

@@ -46,8 +46,11 @@ _FREE_KEYS = {
     "evaluation.patience",
     # What one changes after a run that was out of memory, or whose endpoint was too slow.
     "ppo.micro_batch_size",
+    "ppo.micro_batch_tokens",
     "reward.micro_batch_size",
+    "reward.micro_batch_tokens",
     "sft.micro_batch_size",
+    "sft.micro_batch_tokens",
     "reward.http.timeout",
 }
 

@@ -173,7 +173,10 @@ class PPOSettings:
     group_size: PositiveInt = 1  # responses to each prompt
     rollout_batch_size: PositiveInt = 64  # responses per step
     mini_batch_size: PositiveInt = 32  # responses per optimizer step
-    micro_batch_size: PositiveInt = 8  # responses per forward pass; memory only, not the result
+    # Of prompts and responses, in a forward pass; memory only, not the result. By default as many
+    # as make it fast, or fit into the memory that is free.
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    micro_batch_size: PositiveInt | None = None  # responses per forward pass, at most
     epochs: PositiveInt = 1
     gamma: Fraction = 1.0
     lam: Fraction = 0.95  # of gae
@@ -312,7 +315,8 @@ class RewardModelSettings:
     """Bradley-Terry training of the reward model."""
 
     batch_size: PositiveInt = 16  # pairs or rankings per optimizer step
-    micro_batch_size: PositiveInt = 4  # pairs or rankings per forward pass; memory only
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"  # per forward pass; memory only
+    micro_batch_size: PositiveInt | None = None  # pairs or rankings per forward pass, at most
     epochs: PositiveInt = 1
     center_coef: NonNegativeFloat = 0.0  # of pairs' scores; not defined for longer rankings
 
@@ -334,8 +338,7 @@ class DemonstrationDataConfig:
     path: str = ""
     eval_path: str | None = None  # instead of holding out a share
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # Per example (longer ones are truncated) and per packed row.
-    max_tokens: Annotated[int, Field(ge=2)] = 1024
+    max_tokens: Annotated[int, Field(ge=2)] = 1024  # per example; longer ones are truncated
     as_chat: bool = False  # text becomes a user's and the assistant's message
     on_bad_line: Literal["error", "skip"] = "error"
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
@@ -346,7 +349,8 @@ class SFTSettings:
     """Supervised fine-tuning: the negative log-likelihood of response tokens."""
 
     batch_size: PositiveInt = 16  # examples per optimizer step
-    micro_batch_size: PositiveInt = 4  # times data.max_tokens: tokens per forward pass; memory only
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"  # per forward pass; memory only
+    micro_batch_size: PositiveInt | None = None  # examples per forward pass, at most
     epochs: PositiveInt = 1
 
 

@@ -19,9 +19,10 @@ from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, 
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
-from ppo_engine.models import freezing, precision, value_model
+from ppo_engine.models import freezing, value_model
 from ppo_engine.models.experts import asks_for_balance
-from ppo_engine.models.token_rows import pad_left
+from ppo_engine.models.reader import Limit, Reader, plan
+from ppo_engine.models.token_rows import scored
 from ppo_engine.pretrained import architecture, loading, storage
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
@@ -132,7 +133,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 "The experts' balance loss is not part of a reward model's loss, as transformers "
                 "has none for its sequence classifiers."
             )
-        return freezing.prepare_for_training(model, config, "SEQ_CLS")
+        model = freezing.prepare_for_training(model, config, "SEQ_CLS")
+        self.reader = Reader(model)
+        self.limit = Limit.of(self.config.reward, model)
+        return model
 
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
         limit = min(self.config.data.max_tokens, architecture.context_length(self.model))
@@ -160,10 +164,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         settings = self.config.reward
         found = torch.zeros(3, device=self.device)
         pairs = sum(count_pairs(ranking.ranks) for ranking in examples)
-        # By length within the mini-batch, which stays random: less padding, the same gradient.
-        ordered = sorted(examples, key=len)
-        for start in range(0, len(ordered), settings.micro_batch_size):
-            part = ordered[start : start + settings.micro_batch_size]
+        for planned in self._plan(examples):
+            part = [examples[i] for i in planned]
             scores = self._table(self._forward(_rows(part)), part)
             loss, stats = self._loss(scores, part, settings.center_coef)
             share = len(part) / len(examples)
@@ -183,14 +185,22 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         margins = torch.tensor([r.margin or 0.0 for r in rankings], device=self.device)
         return pairwise_loss(scores[:, 0], scores[:, 1], margin=margins, center_coef=center_coef)
 
+    def _plan(self, rankings: Sequence[EncodedRanking]) -> list[list[int]]:
+        """Forward passes over all responses of each, as indices of rankings."""
+        width = max(len(ranking.rows) for ranking in rankings)
+        # Padded, a ranking takes as much as the longest of its responses for each.
+        lengths = [
+            sum(map(len, r.rows)) if self.reader.packs else width * max(map(len, r.rows))
+            for r in rankings
+        ]
+        return plan(lengths, self.limit, packed=self.reader.packs)
+
     def _forward(self, rows: Sequence[list[int]]) -> Tensor:
-        ids, mask = pad_left(rows, self.tokenizer.pad_token_id)
-        with precision.compute(self.device, self.dtype):
-            return value_model.sequence_scores(
-                self.model,
-                torch.tensor(ids, device=self.device),
-                torch.tensor(mask, device=self.device),
-            )
+        # The longest first, as attention has the least padding so.
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        part = self.reader.stack([scored(rows[i]) for i in order])
+        scores = value_model.read_values(self.model, self.reader, part)
+        return scores[torch.tensor(order, device=self.device).argsort()]
 
     def _ranks(self, rankings: Sequence[EncodedRanking]) -> Tensor:
         """`[P, K]`, -1 where a ranking has fewer than K responses."""
@@ -204,15 +214,12 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         return scores.new_zeros(there.shape).masked_scatter(there, scores).T
 
     def _held_out_scores(self, progress: Progress | None) -> Tensor:
-        """Scores of all held-out responses, `[P, K]`, in micro-batches of similar length."""
+        """Scores of all held-out responses, `[P, K]`."""
         rows = _rows(self.held_out)
         scores = torch.zeros(len(rows), device=self.device)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        # As many sequences as in training.
-        size = self.config.reward.micro_batch_size * max(len(r.rows) for r in self.held_out)
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        for picked in progress.track(parts, "held-out batch") if progress else parts:
-            scores[picked] = self._forward([rows[i] for i in picked])
+        passes = self.reader.plan([scored(row) for row in rows], self.limit)
+        for planned in progress.track(passes, "held-out batch") if progress else passes:
+            scores[planned] = self._forward([rows[i] for i in planned])
         return self._table(scores, self.held_out)
 
     def _tokens(self, example: EncodedRanking) -> int:

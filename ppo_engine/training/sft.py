@@ -25,8 +25,8 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
-from ppo_engine.models.packing import can_pack, plan, stack_rows
-from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.models.reader import Limit
+from ppo_engine.models.token_rows import predicting
 from ppo_engine.pretrained import architecture
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import SFTConfig, SFTSettings
@@ -69,12 +69,14 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             raise UserError("Nothing is held out: set data.eval_fraction or data.eval_path.")
         groups = torch.tensor([example.group for example in self.held_out], device=self.device)
         found = torch.zeros(2, int(groups.max()) + 1, device=self.device)
-        passes = self._plan(self.held_out)
+        rows = [predicting(example.ids, example.trained) for example in self.held_out]
+        passes = self.policy.reader.plan(rows, self.limit)
         for planned in progress.track(passes, "held-out batch") if progress else passes:
-            rows = self._stack(self.held_out, planned)
-            nll = self.policy.nll(rows)
-            owners = rows.owners[:, 1:][rows.trained[:, 1:]]
-            found.index_add_(1, groups[owners], torch.stack((nll, torch.ones_like(nll))))
+            part = self.policy.reader.stack([rows[i] for i in planned])
+            nll = self.policy.nll(part)
+            counts = torch.tensor(part.counts, device=self.device)
+            of_tokens = groups[planned].repeat_interleave(counts)
+            found.index_add_(1, of_tokens, torch.stack((nll, torch.ones_like(nll))))
         loss, error = mean_by_cluster(*found)
         return {
             "eval/loss": loss,
@@ -99,12 +101,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             date=self.config.run.date,
         )
         self.notes += training_notes(self.policy)
-        self.packed = can_pack(architecture.unwrap(self.policy.model), self.tokenizer)
-        if not self.packed:
-            self.notes.append(
-                "Examples are padded, not packed: in a probe of this model, packed texts attended "
-                "to each other. More time, but the same results."
-            )
+        self.limit = Limit.of(self.config.sft, self.policy.model)
         return self.policy.model.train()
 
     def _encode(self, rows: Sequence[Demonstration], name: str) -> list[EncodedExample]:
@@ -122,24 +119,15 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return min(self.config.data.max_tokens, architecture.context_length(self.policy.model))
 
     def _backward(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
-        tokens = sum(sum(example.trained) for example in examples)
+        rows = [predicting(example.ids, example.trained) for example in examples]
+        tokens = sum(len(row.places) for row in rows)
         total = torch.zeros((), device=self.device)
-        for planned in self._plan(examples):
-            loss = self.policy.nll_loss(self._stack(examples, planned), tokens)
+        for planned in self.policy.reader.plan(rows, self.limit):
+            part = self.policy.reader.stack([rows[i] for i in planned])
+            loss = self.policy.nll_loss(part, tokens)
             loss.backward()
             total += loss.detach()
         return {"loss": total}
-
-    def _plan(self, examples: Sequence[EncodedExample]) -> list[list[list[int]]]:
-        """Forward passes over `examples`, as `packing.plan`."""
-        room, rows = self._limit_of_tokens(), self.config.sft.micro_batch_size
-        return plan([len(example) for example in examples], room, rows, self.packed)
-
-    def _stack(
-        self, examples: Sequence[EncodedExample], planned: Sequence[Sequence[int]]
-    ) -> TokenRows:
-        pad = self.tokenizer.pad_token_id
-        return stack_rows(examples, planned, pad, self.device, self.packed)
 
     def _tokens(self, example: EncodedExample) -> int:
         return len(example)

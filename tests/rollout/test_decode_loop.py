@@ -16,9 +16,9 @@ from rollouts import EOS, TOKENIZER, sharp_model
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.models.windows import Windows
 from ppo_engine.pretrained import adapters
 from ppo_engine.rollout import by_generate, decoder, sampling
-from ppo_engine.rollout.attention import Windows
 from ppo_engine.rollout.graphs import Graphs
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.rollout.schedule import Request, Response

@@ -11,7 +11,8 @@ from decoding import policy_of, write
 from families import of_family
 from torch import Tensor
 
-from ppo_engine.rollout.attention import CURRENT, How, Unsupported, Windows, attend_masked
+from ppo_engine.models.windows import Unsupported, Windows
+from ppo_engine.rollout.attention import CURRENT, How, attend_masked
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.rollout.slots import Heads, OneToken, Slots
 

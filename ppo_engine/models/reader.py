@@ -1,0 +1,189 @@
+"""How a model reads rows of tokens: in which passes, and with what around its matrix products."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_engine.memory import free_memory
+from ppo_engine.models import probes
+from ppo_engine.models.attention import ATTENTION, using
+from ppo_engine.models.segments import Segments
+from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
+from ppo_engine.models.windows import Unsupported, Windows
+from ppo_engine.pretrained import architecture
+from ppo_engine.settings.schema import PPOSettings, RewardModelSettings, SFTSettings
+
+# Of what a text before another changes in it; the products of a pass round by its shape.
+_ROUNDING = 0.05
+_ENOUGH = {"cuda": 8192, "cpu": 2048}  # tokens, from which on a pass is no faster a token
+_FEWEST = 256
+_SHARE = 0.5  # of the free memory, for what a pass keeps for its gradients
+_OF_WIDTH, _OF_INNER = 12, 5
+
+
+class Limit(NamedTuple):
+    """What one forward pass has at most: for its memory, not the result."""
+
+    tokens: int  # padding included
+    rows: int | None = None
+
+    @classmethod
+    def of(cls, settings: PPOSettings | RewardModelSettings | SFTSettings, model: Any) -> Limit:
+        """As the `settings` have it, for passes of `model`."""
+        tokens = settings.micro_batch_tokens
+        return cls(_enough(model) if tokens == "auto" else tokens, settings.micro_batch_size)
+
+    @classmethod
+    def automatic(cls, model: Any) -> Limit:
+        return cls(_enough(model))
+
+
+class Reader:
+    """Reads with `model`, a language model, a classifier, or either with adapters."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = architecture.unwrap(model)
+        self.device = next(self._model.parameters()).device
+        self._packed: bool | None = None  # while it reads: whether that is packed
+        if getattr(self._model, "is_gradient_checkpointing", False):
+            architecture.checkpoint_gradients(self._model, self._again)
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether texts are packed, end to end in one row: in a probe they must not see each other,
+        and read as they do alone."""
+        return _can_pack(self, self._model)
+
+    def plan(self, rows: Sequence[Row], limit: Limit) -> list[list[int]]:
+        """Passes over `rows`, as `plan`."""
+        return plan([len(row.ids) for row in rows], limit, packed=self.packs)
+
+    def stack(self, rows: Sequence[Row]) -> TokenRows:
+        """The tensors of one pass."""
+        pad = self._model.config.get_text_config().pad_token_id or 0
+        return stack(rows, pad=pad, device=self.device, packed=self.packs)
+
+    def read(self, rows: TokenRows, whole: Any = None) -> Any:
+        """The output of the base model, or of `whole`, the model around it."""
+        base = self._model.base_model
+        inputs: dict[str, Any] = {"input_ids": rows.ids, "use_cache": False}
+        if rows.segments is not None:
+            inputs |= {"position_ids": rows.positions, "segments": rows.segments}
+        else:
+            inputs |= architecture.base_inputs(base, rows.ids, rows.mask)
+        with self._reading(packed=rows.segments is not None):
+            return (whole or base)(**inputs)
+
+    @contextlib.contextmanager
+    def _reading(self, packed: bool | None) -> Iterator[None]:
+        before, self._packed = self._packed, packed
+        try:
+            with using(self._model.config, ATTENTION) if packed else contextlib.nullcontext():
+                yield
+        finally:
+            self._packed = before
+
+    def _again(self) -> tuple[Any, Any]:
+        """In what a checkpointed layer is run, and in what again while gradients are made: then
+        nothing else says how its rows are read."""
+        return contextlib.nullcontext(), self._reading(self._packed)
+
+
+def _enough(model: Any) -> int:
+    """Tokens of a pass of `model` that keep its products busy, and fit into what is free."""
+    config = architecture.unwrap(model).config.get_text_config()
+    weight = next(model.parameters())
+    # A layer keeps for its gradients about as many numbers a token (bench/notes/cpu.md).
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    numbers = config.num_hidden_layers * (_OF_WIDTH * config.hidden_size + _OF_INNER * width)
+    fit = _SHARE * free_memory(weight.device) / (numbers * weight.dtype.itemsize)
+    return max(_FEWEST, min(_ENOUGH[weight.device.type], int(fit)))
+
+
+def plan(lengths: Sequence[int], limit: Limit, *, packed: bool) -> list[list[int]]:
+    """Forward passes as indices into `lengths`, the longest of each first.
+
+    As few as the limit allows and, packed, as even as can be: the longest text first, each into
+    the pass that has the fewest tokens. Padded, texts of similar length are together. A text that
+    is longer than the limit is a pass of its own. What is planned together is a mini-batch, so that
+    mini-batches stay as random as they were.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    most = limit.rows or len(lengths)
+    if not packed:
+        passes: list[list[int]] = []
+        for index in longest_first:
+            room = passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= limit.tokens
+            if not room or len(passes[-1]) == most:
+                passes.append([])
+            passes[-1].append(index)
+        return passes
+    fewest = max(math.ceil(sum(lengths) / limit.tokens), math.ceil(len(lengths) / max(most, 1)))
+    passes = [[] for _ in range(fewest)]
+    emptiest = [(0, number) for number in range(fewest)]  # a heap of tokens and passes
+    for index in longest_first:
+        used, number = emptiest[0] if emptiest else (limit.tokens, -1)
+        if used and used + lengths[index] > limit.tokens:
+            used, number = 0, len(passes)
+            passes.append([])
+            heapq.heappush(emptiest, (used, number))
+        passes[number].append(index)
+        if len(passes[number]) < most:
+            heapq.heapreplace(emptiest, (used + lengths[index], number))
+        else:
+            heapq.heappop(emptiest)
+    return [indices for indices in passes if indices]
+
+
+@torch.no_grad()
+def _can_pack(reader: Reader, model: Any) -> bool:
+    """Whether texts in one row do not see each other and are read as they are alone, the layers'
+    windows included."""
+    if not architecture.takes_positions(model.base_model):
+        return False
+    ids = probes.probe_ids(model)[0].tolist()
+    third = len(ids) // 3
+    texts = [ids[third:], ids[third:-1], ids[: third + 1]]
+    others = [texts[0], texts[1][::-1], texts[2]]
+
+    def read(packed: bool, *texts: list[int]) -> list[Tensor]:
+        rows = stack([scored(text) for text in texts], pad=0, device=reader.device, packed=packed)
+        if packed:
+            rows = replace(rows, segments=_Watched([len(text) for text in texts], reader.device))
+            watched.append(rows.segments)
+        output = reader.read(rows)
+        found = output.last_hidden_state if "last_hidden_state" in output else output.logits
+        return [*found[0].float().split([len(text) for text in texts])]
+
+    watched: list[Any] = []
+    try:
+        windows = Windows.of(model.config)
+        packed, changed = read(True, *texts), read(True, *others)
+        alone = [read(False, text)[0] for text in texts]
+        [joined] = read(False, texts[0] + texts[1])
+    except (Unsupported, TypeError):  # whatever it calls attention is not told where texts begin
+        return False
+    # How much a text depends on one before it: less of that is rounding.
+    limit = _ROUNDING * (joined[len(texts[0]) :] - alone[1]).norm()
+    stays = all((packed[i] - changed[i]).norm() <= limit for i in (0, 2))
+    same = all((a - b).norm() <= limit for a, b in zip(packed, alone, strict=True))
+    return stays and same and min(x.windows for x in watched) >= windows.count(model.config)
+
+
+class _Watched(Segments):
+    """Counts the layers that say how far back they look."""
+
+    windows = 0
+
+    def window(self, tokens: int | None) -> int | None:
+        self.windows += tokens is not None
+        return super().window(tokens)
