@@ -16,12 +16,13 @@ from bench import (
     rms_norm,
     rotary_embedding,
     sample,
+    swiglu,
 )
 from bench.case import Case
 
 _FILES = (
     gae, logprob, linear_logprob, ppo_loss, pairwise_loss, sample, decode_attention,
-    rotary_embedding, rms_norm, packed_linear, adamw,
+    rotary_embedding, rms_norm, swiglu, packed_linear, adamw,
 )  # fmt: skip
 
 

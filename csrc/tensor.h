@@ -81,6 +81,15 @@ class Tensor {
     return view_.bits == 64 ? DType::f64 : view_.bits == 32 ? DType::f32 : DType::f16;
   }
 
+  bool is_contiguous() const {
+    int64_t next = 1;
+    for (int d = dims() - 1; d >= 0; --d) {
+      if (size(d) != 1 && stride(d) != next) return false;
+      next *= size(d);
+    }
+    return true;
+  }
+
   bool same_device(const Tensor& other) const {
     return view_.device_type == other.view_.device_type &&
            view_.device_id == other.view_.device_id;

@@ -16,6 +16,8 @@ void adamw(const AdamWArgs&);
 void rms_norm(const RmsNorm&);
 void rms_norm_backward(const RmsNorm&);
 void rotary_embedding(const RotaryEmbedding&);
+void swiglu(const SwiGLU&);
+void swiglu_backward(const SwiGLU&);
 void pack_weight(const PackWeight&);
 void packed_linear(const PackedLinear&);
 
@@ -33,6 +35,8 @@ const Kernels kernels = {gae,
                          rms_norm,
                          rms_norm_backward,
                          rotary_embedding,
+                         swiglu,
+                         swiglu_backward,
                          pack_weight,
                          packed_linear};
 

@@ -327,6 +327,16 @@ struct RotaryEmbedding {
   int threads;
 };
 
+// Gate, up and the gradient of y have one shape and dtype; y and the gradients are contiguous.
+struct SwiGLU {
+  LogitRows gate, up;         // rows of numbers as they are of logits; if contiguous, one row
+  int64_t count;              // of rows
+  void* y;                    // out, of a forward pass
+  LogitRows grad_y;           // of a backward pass, as what follows
+  void *grad_gate, *grad_up;  // out; one of them may be null
+  int threads;
+};
+
 // Outputs of packed_linear whose weights lie together: a panel. Of the input `in`, a panel has
 // [in][kPanel] float32, or [ceil(in / 2)][kPanel][2] bfloat16, the last of an odd `in` with 0.
 constexpr int64_t kPanel = 16;
@@ -370,6 +380,8 @@ struct Kernels {
   void (*rms_norm)(const RmsNorm&);
   void (*rms_norm_backward)(const RmsNorm&);
   void (*rotary_embedding)(const RotaryEmbedding&);
+  void (*swiglu)(const SwiGLU&);
+  void (*swiglu_backward)(const SwiGLU&);
   void (*pack_weight)(const PackWeight&);
   void (*packed_linear)(const PackedLinear&);
 };

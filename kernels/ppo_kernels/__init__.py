@@ -13,6 +13,7 @@ from ppo_kernels.ppo_loss import PolicyStats, ValueStats, ppo_policy_loss, ppo_v
 from ppo_kernels.rms_norm import rms_norm
 from ppo_kernels.rotary_embedding import rotary_embedding
 from ppo_kernels.sample import sample
+from ppo_kernels.swiglu import swiglu
 
 __all__ = [
     "PackedWeight",
@@ -39,5 +40,6 @@ __all__ = [
     "rotary_embedding",
     "sample",
     "split_master",
+    "swiglu",
     "token_logprobs",
 ]

@@ -33,6 +33,7 @@ OPS = (
     "adamw",
     "rms_norm",
     "rotary_embedding",
+    "swiglu",
     "packed_linear",
 )
 

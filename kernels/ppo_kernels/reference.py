@@ -585,6 +585,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+# SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6), of the two products of its input:
+#   y = gate sigmoid(gate) up
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`[...]` in the dtype of gate and up, both `[...]`."""
+    dtype = gate.dtype
+    gate, up = _accumulated(gate, up)
+    return (torch.nn.functional.silu(gate) * up).to(dtype)
+
+
 #   y = x W^T + b
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`[..., out]` in `dtype`, from `[..., in]`, `[out, in]` and `[out]`."""
