@@ -69,9 +69,7 @@ def _backward(
     if impl == "triton":
         dispatch.triton_kernels(OP).swiglu_backward(grad_y, gate, up, grad_gate, grad_up)
     else:
-        dispatch.cpu.swiglu_backward(
-            grad_y, gate, up, grad_gate, grad_up, torch.get_num_threads()
-        )
+        dispatch.cpu.swiglu_backward(grad_y, gate, up, grad_gate, grad_up, torch.get_num_threads())
     return grad_gate, grad_up
 
 

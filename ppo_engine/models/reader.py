@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,14 +16,16 @@ from torch import Tensor
 from ppo_engine.memory import free_memory
 from ppo_engine.models import probes
 from ppo_engine.models.attention import ATTENTION, using
+from ppo_engine.models.fused import Fused
 from ppo_engine.models.segments import Segments
 from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
 from ppo_engine.models.windows import Unsupported, Windows
 from ppo_engine.pretrained import architecture
 from ppo_engine.settings.schema import PPOSettings, RewardModelSettings, SFTSettings
 
-# Of what a text before another changes in it; the products of a pass round by its shape.
-_ROUNDING = 0.05
+# Of what a text before another changes in it; the products of a pass round by its shape. Attention
+# that is wrong changes about as much.
+_OF_FP32, _ROUNDING = 0.05, 0.2
 _ENOUGH = {"cuda": 8192, "cpu": 2048}  # tokens, from which on a pass is no faster a token
 _FEWEST = 256
 _SHARE = 0.5  # of the free memory, for what a pass keeps for its gradients
@@ -53,6 +55,7 @@ class Reader:
     def __init__(self, model: Any) -> None:
         self._model = architecture.unwrap(model)
         self.device = next(self._model.parameters()).device
+        self._fused = Fused(model, self._model.get_input_embeddings().weight.dtype)
         self._packed: bool | None = None  # while it reads: whether that is packed
         if getattr(self._model, "is_gradient_checkpointing", False):
             architecture.checkpoint_gradients(self._model, self._again)
@@ -83,11 +86,12 @@ class Reader:
         with self._reading(packed=rows.segments is not None):
             return (whole or base)(**inputs)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _reading(self, packed: bool | None) -> Iterator[None]:
         before, self._packed = self._packed, packed
         try:
-            with using(self._model.config, ATTENTION) if packed else contextlib.nullcontext():
+            attention = using(self._model.config, ATTENTION) if packed else nullcontext()
+            with attention, self._fused.active() if packed is not None else nullcontext():
                 yield
         finally:
             self._packed = before
@@ -95,7 +99,7 @@ class Reader:
     def _again(self) -> tuple[Any, Any]:
         """In what a checkpointed layer is run, and in what again while gradients are made: then
         nothing else says how its rows are read."""
-        return contextlib.nullcontext(), self._reading(self._packed)
+        return nullcontext(), self._reading(self._packed)
 
 
 def _enough(model: Any) -> int:
@@ -150,7 +154,9 @@ def _can_pack(reader: Reader, model: Any) -> bool:
     windows included."""
     if not architecture.takes_positions(model.base_model):
         return False
-    ids = probes.probe_ids(model)[0].tolist()
+    # From all over the vocabulary: a model is chaotic where tokens are all special.
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = ((probes.probe_ids(model)[0] * 137 + vocabulary // 3) % vocabulary).tolist()
     third = len(ids) // 3
     texts = [ids[third:], ids[third:-1], ids[: third + 1]]
     others = [texts[0], texts[1][::-1], texts[2]]
@@ -173,7 +179,8 @@ def _can_pack(reader: Reader, model: Any) -> bool:
     except (Unsupported, TypeError):  # whatever it calls attention is not told where texts begin
         return False
     # How much a text depends on one before it: less of that is rounding.
-    limit = _ROUNDING * (joined[len(texts[0]) :] - alone[1]).norm()
+    rounding = _OF_FP32 if model.get_input_embeddings().weight.dtype == torch.float32 else _ROUNDING
+    limit = rounding * (joined[len(texts[0]) :] - alone[1]).norm()
     stays = all((packed[i] - changed[i]).norm() <= limit for i in (0, 2))
     same = all((a - b).norm() <= limit for a, b in zip(packed, alone, strict=True))
     return stays and same and min(x.windows for x in watched) >= windows.count(model.config)

@@ -14,11 +14,11 @@ from transformers import DynamicCache
 
 from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
+from ppo_engine.models.fused import Fused
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.windows import Unsupported, Windows
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.attention import attending
-from ppo_engine.rollout.fused import Fused
 from ppo_engine.rollout.graphs import Graphs, Step
 from ppo_engine.rollout.products import Products
 from ppo_engine.rollout.slots import (
@@ -105,7 +105,7 @@ class Decoder:
         self._windows = Windows.of(self._model.config)
         self.heads = _heads(self._model, self.device)
         self._products = Products(policy.model, device=self.device, dtype=self.dtype)
-        self._fused = Fused(self._model)
+        self._fused = Fused(self._model, self.dtype, products=False)
         self.steps = STEPS[self.device.type]
         self._graphs = graphs
         self._ends: dict[tuple[int, ...], Tensor] = {}  # on the device, where graphs read them
