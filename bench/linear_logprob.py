@@ -86,6 +86,8 @@ def _loss_case(
         "eager, compiled": compiled(partial(_eager_loss, tokens)),
         "chunks, checkpointed": partial(_chunked_loss, tokens, _CHUNK[device]),
     }
+    in_its_dtype = device == "cpu" and multiplies(dtype, torch.device(device))
+    of_weight = dtype.itemsize if in_its_dtype else 4  # bytes of its gradient
     if device == "cuda":
         alternatives["liger GRPO, sequences of 1"] = partial(_liger, tokens)
         alternatives["CCE, then the loss"] = partial(_cce_loss, tokens)
@@ -103,7 +105,7 @@ def _loss_case(
         shared=("weight",),
         chunk=256,
         least=_products,
-        kept={"both": 4 * width * (tokens + vocab)},
+        kept={"both": width * (4 * tokens + of_weight * vocab)},
     )
 
 

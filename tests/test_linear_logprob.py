@@ -335,12 +335,14 @@ def test_the_watch_sees_logits() -> None:
 def test_chunks_adapt_to_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(head, "_TOKENS", {"cpu": 256})
-    assert [head.chunk_tokens(n, 4, cpu) for n in (0, 1, 16, 100, 256)] == [0, 1, 16, 100, 256]
-    assert head.chunk_tokens(300, 4, cpu) == 160  # two of about the same size
-    row = 2**20
+    tokens = partial(head.chunk_tokens, vocab=2**18, dtype=torch.float32, device=cpu)
+    monkeypatch.setattr(head, "_free_bytes", lambda device: 2**34)
+    assert [tokens(n) for n in (0, 1, 16, 100, 256)] == [0, 1, 16, 100, 256]
+    assert tokens(300) == 160  # two of about the same size
+    assert tokens(1024, dtype=torch.bfloat16) == 512  # as many bytes
     for free, expected in ((2**34, 256), (2**29, 128), (2**20, head._FEWEST_TOKENS)):
         monkeypatch.setattr(head, "_free_bytes", lambda device, free=free: free)
-        assert head.chunk_tokens(1024, row, cpu) == expected
+        assert tokens(1024) == expected
     monkeypatch.undo()
     assert head._free_bytes(cpu) > 0
 

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from bench.timing import peak_extra_bytes
 from ppo_kernels import (
     head,
     linear_logprobs,
@@ -291,6 +292,30 @@ def test_autocast(kernel: str) -> None:
         check(inputs(), kernel, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("products")
+def test_bfloat16_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of 64 chunks' gradients in bfloat16 would err by more than its products do."""
+    monkeypatch.setattr(head, "_TOKENS", {"cpu": 8})
+    check(inputs((1024,), dtype=torch.bfloat16), "cpp")
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_memory_in_bfloat16(chunks: int, either_cpu: bool) -> None:
+    """Where the CPU multiplies it, the weight's gradient and the logits of a chunk. The sum of more
+    than two chunks is in float32, beside its copy in bfloat16 when there are no more logits."""
+    vocab, width = 4000, 64
+    given = inputs((32 * chunks,), vocab, width, torch.bfloat16)
+    trained = [given[name].requires_grad_() for name in ("hidden", "weight")]
+
+    def step() -> None:
+        torch.autograd.grad(linear_ppo_loss(**given)[0], trained)
+
+    step()
+    logits, gradient = 2 * 32 * vocab, 2 * vocab * width
+    least = gradient + logits if either_cpu and chunks <= 2 else 3 * gradient
+    assert peak_extra_bytes(torch.device("cpu"), step) < least + 0.6 * logits
+
+
 # --- torch.compile --------------------------------------------------------------------------------
 
 
@@ -315,14 +340,15 @@ def test_new_coefficients_do_not_compile_again() -> None:
         torch.testing.assert_close(compiled(**again), linear_ppo_loss(**again))
 
 
-def test_opcheck() -> None:
-    given = inputs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, either_cpu: bool) -> None:
+    given = inputs(dtype=dtype)
     tensors = [given[name].requires_grad_() for name in WRT]
     numbers = ppo_loss.traced_numbers(0.7, 4.0, 0.2, 0.28, 1.3, 0.01, 0.1)
     tokens = [given[name] for name in TOKENS]
     for wanted in ((True, True, True), (False, True, False)):
         arguments = (*tensors, *tokens, None, None, given["moments"], numbers, None)
-        settings = ("token_mean", "k3", "clip", torch.float32, "cpp")
+        settings = ("token_mean", "k3", "clip", dtype, "cpp")
         torch.library.opcheck(
             torch.ops.ppo_kernels.linear_ppo_loss, (*arguments, *settings, *wanted)
         )

@@ -18,7 +18,8 @@ from ppo_kernels import dispatch
 from ppo_kernels.reference import IGNORED_TARGET
 
 # Tokens per chunk. Each chunk reads the whole weight, and adds to its whole gradient: just enough
-# that this costs a few percent of the products (bench/notes/cpu.md, gpu.md).
+# that this costs a few percent of the products (bench/notes/cpu.md, gpu.md). A CPU takes twice as
+# many in 16 bits: as many bytes, for products that take a fraction of the time.
 _TOKENS = {"cpu": 256, "cuda": 4096}
 # The same for logits in tiles of classes, small enough to be used while in the cache.
 _TOKENS_OF_TILES, _BYTES_OF_TILES = 1024, 4 * 2**20
@@ -26,7 +27,7 @@ _FEWEST_TOKENS = 32  # however little memory there is
 _MULTIPLE = 16  # of tokens per chunk, for fast products
 _ASK_FROM = 64 * 2**20  # bytes of logits from which on the free memory is checked
 _SHARE = 1 / 4  # of the free memory that they may take
-_TILE_BYTES = 4 * 2**20  # of the weight, converted to another dtype on a CPU
+_TILE_BYTES = 4 * 2**20  # of the weight or its gradient, converted to another dtype on a CPU
 _MEMORY = Path("/proc/meminfo")  # Linux's
 
 
@@ -75,17 +76,21 @@ class Head:
             fit = _BYTES_OF_TILES // (max(self._chunk, 1) * self.dtype.itemsize)
             self._classes = min(self.vocab, fit)
         else:
-            self._chunk = chunk_tokens(count, self.vocab * self.dtype.itemsize, hidden.device)
+            self._chunk = chunk_tokens(count, self.vocab, self.dtype, hidden.device)
         self._logits = hidden.new_empty(self._chunk, self._classes, dtype=self.dtype)
         sums = dispatch.accumulator(self.dtype)
 
-        def room(x: Tensor, filled: bool) -> Tensor:
-            return (x.new_empty if filled else x.new_zeros)(x.shape, dtype=sums)
+        self._of_weight = weight_gradient_dtype(weight, dtype)
+        # Two chunks may be summed in bfloat16: the sum is rounded once, as one of float32 would be.
+        of_weight = self._of_weight if count <= 2 * self._chunk else sums
+
+        def room(x: Tensor, filled: bool, dtype: torch.dtype = sums) -> Tensor:
+            return (x.new_empty if filled else x.new_zeros)(x.shape, dtype=dtype)
 
         self._grad_hidden = (
             room(self._hidden, self._rows is None and self.vocab > 0) if want[0] else None
         )
-        self._grad_weight = room(weight, count > 0) if want[1] else None
+        self._grad_weight = room(weight, count > 0, of_weight) if want[1] else None
         self._grad_bias = room(bias, False) if bias is not None and want[2] else None
         self._hidden_shape = hidden.shape
 
@@ -149,11 +154,15 @@ class Head:
             self._grad_bias += grad_logits.sum(0, dtype=self._grad_bias.dtype)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight and bias, None where not wanted: float32, or float64 for float64."""
-        of_hidden = self._grad_hidden
+        """Of hidden, weight and bias, None where not wanted: float32, or float64 for float64; of
+        the weight in its `weight_gradient_dtype`. No chunk may follow."""
+        del self._logits  # before a sum that is converted is there twice
+        of_hidden, of_weight = self._grad_hidden, self._grad_weight
         if of_hidden is not None:
             of_hidden = of_hidden.view(self._hidden_shape)
-        return of_hidden, self._grad_weight, self._grad_bias
+        if of_weight is not None:
+            of_weight = of_weight.to(self._of_weight)
+        return of_hidden, of_weight, self._grad_bias
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Classes, and their rows of the weight in the dtype of the products."""
@@ -169,15 +178,28 @@ class Head:
             yield classes, weight if room is None else room[: len(weight)].copy_(weight)
 
 
-def chunk_tokens(count: int, token_bytes: int, device: torch.device) -> int:
-    """Tokens per chunk for `count` tokens, at `token_bytes` bytes of logits each."""
-    most = _TOKENS[device.type]
+def chunk_tokens(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens per chunk for `count` tokens, with `vocab` logits of `dtype` each."""
+    most, token_bytes = _TOKENS[device.type], vocab * dtype.itemsize
+    if device.type == "cpu" and dtype.itemsize == 2:
+        most *= 2
     if min(most, count) * token_bytes > _ASK_FROM:
         fit = _SHARE * _free_bytes(device) / token_bytes
         most = max(_FEWEST_TOKENS, int(min(most, fit)) // _MULTIPLE * _MULTIPLE)
     chunks = math.ceil(count / most)
     even = math.ceil(count / max(chunks, 1))
     return min(count, math.ceil(even / _MULTIPLE) * _MULTIPLE)
+
+
+def weight_gradient_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of the weight's gradient as `Head.gradients` returns it, with `dtype` as for `Head`.
+
+    That of the weight where a CPU multiplies bfloat16: half the memory until backward, and nothing
+    to convert there. float16 might lose what scaling restores.
+    """
+    if weight.device.type == "cpu" and weight.dtype is dtype is torch.bfloat16:
+        return dtype if multiplies(dtype, weight.device) else torch.float32
+    return dispatch.accumulator(dtype)
 
 
 def leaves_out(device: torch.device) -> bool:
@@ -223,7 +245,10 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
         into.addmm_(a, b, beta=0 if fresh else 1)
     elif a.device.type == "cuda":  # without a product in the narrow dtype between
         torch.addmm(into, a, b, beta=0 if fresh else 1, out_dtype=into.dtype, out=into)
-    elif fresh:
-        into.copy_(a @ b)
-    else:
-        into += a @ b
+    else:  # a tile at a time: whole, the product and what it is widened to go through memory
+        step = max(1, _TILE_BYTES // max(into[:1].nbytes, 1))
+        room = a.new_empty(min(step, len(into)), into.shape[1])
+        for first in range(0, len(into), step):
+            part = into[first : first + step]
+            product = torch.mm(a[first : first + step], b, out=room[: len(part)])
+            part.copy_(product) if fresh else part.add_(product)

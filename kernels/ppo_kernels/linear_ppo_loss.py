@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import checks, dispatch, fused_loss, ppo_loss, reference
-from ppo_kernels.head import Head
+from ppo_kernels.head import Head, weight_gradient_dtype
 from ppo_kernels.linear_logprob import (
     check_head,
     check_values,
@@ -58,7 +58,8 @@ def linear_ppo_loss(
     The gradient of a token's log-prob depends on that token alone, so each chunk's logits become
     their gradient at once, and that becomes those of `hidden`, `weight` and `bias`: 6 N V H
     operations in all, the logits computed once. Backward only multiplies by the incoming gradient.
-    Extra memory: as `linear_logprobs`, and until backward the gradients in float32.
+    Extra memory: as `linear_logprobs`, and until backward the gradients in float32 (of a bfloat16
+    weight in bfloat16 where a CPU multiplies it).
 
     The ratio of a sequence (`ratio_level="sequence"`) depends on all of its tokens: there it is
     those two ops, one after the other, and the backward pass recomputes the logits, 8 N V H
@@ -310,9 +311,10 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     logprobs = hidden.new_empty(0, dtype=dtype)
     of_tokens = dispatch.common_dtype(logprobs, *rest[1:5])
     loss, stats = ppo_loss.outputs(hidden, of_tokens, len(PolicyStats._fields))
+    dtypes = (dtype, weight_gradient_dtype(weight, rest[-5]), dtype)
     made = (
-        dispatch.empty_like(x, dtype) if wants and x is not None else None
-        for x, wants in zip((hidden, weight, bias), want, strict=True)
+        dispatch.empty_like(x, of_x) if wants and x is not None else None
+        for x, of_x, wants in zip((hidden, weight, bias), dtypes, want, strict=True)
     )
     return fused_loss.without_none((loss, stats, *made))
 
