@@ -12,12 +12,16 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.probes import check_repeatable
 from ppo_engine.pretrained.adapters import add_lora, is_quantized
 from ppo_engine.pretrained.architecture import decoder_layers, unwrap
+from ppo_engine.pretrained.masters import to_compute_dtype
 from ppo_engine.settings.schema import ModelConfig
 
 
-def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
+def prepare_for_training(
+    model: PreTrainedModel, config: ModelConfig, task: str, dtype: torch.dtype
+) -> Any:
     """Freeze, wrap and checkpoint as configured, in training mode; a score head is always trained.
-    A model that is random in training mode is a UserError.
+    Weights, fp32 until then, are afterwards in the compute `dtype` (`pretrained.masters`). A model
+    that is random in training mode is a UserError.
 
     `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
     """
@@ -44,7 +48,7 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str)
         enable = getattr(inner, "activation_checkpointing_enable", None)
         (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
     check_repeatable(model)
-    return model.train()
+    return to_compute_dtype(model, dtype).train()
 
 
 def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) -> None:

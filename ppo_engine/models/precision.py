@@ -43,11 +43,6 @@ def rounding(dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
 
 
-def compute(
-    device: torch.device, dtype: torch.dtype, *, cache_casts: bool = True
-) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype` over fp32 weights; nothing where compute is fp32. With `cache_casts`, a
-    weight that is trained is cast once in the context, and must not change there."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=cache_casts)
+def compute(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Nothing: weights are in the compute dtype themselves."""
+    return contextlib.nullcontext()

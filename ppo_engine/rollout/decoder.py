@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import architecture
@@ -104,7 +103,7 @@ class Decoder:
         self._windows = Windows.of(self._model.config)
         self.heads = _heads(self._model, self.device)
         self._products = Products(policy.model, device=self.device, dtype=self.dtype)
-        self._fused = Fused(self._model)
+        self._fused = Fused(self._model, self.dtype)
         self.steps = STEPS[self.device.type]
         self._graphs = graphs
         self._ends: dict[tuple[int, ...], Tensor] = {}  # on the device, where graphs read them
@@ -249,7 +248,7 @@ class Decoder:
         positions = self._rows.length[:rows]
         access = OneToken(positions, self.slots.length)
         ids = self._rows.token[:rows, None]
-        with self._compute(), self.slots.reading(access) as arguments:
+        with self.slots.reading(access) as arguments:
             output = self._model(**self._inputs(ids, positions[:, None]), **arguments)
         found: Tensor = output.logits[:, 0]
         return found
@@ -284,16 +283,12 @@ class Decoder:
 
     def _read(self, ids: Tensor, places: Tensor, access: Any) -> None:
         assert self.slots is not None
-        with span("prefill"), self._compute(), self.slots.reading(access) as arguments:
+        with span("prefill"), self.slots.reading(access) as arguments:
             self._model.base_model(**self._inputs(ids, places), **arguments)
 
     def _inputs(self, ids: Tensor, places: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids, **self._extra}
         return inputs | ({"position_ids": places} if self._takes_positions else {})
-
-    def _compute(self) -> Any:
-        # A cast that is cached would be part of a graph, and of weights that have changed since.
-        return precision.compute(self.device, self.dtype, cache_casts=False)
 
     def _to_host(self, tokens: Tensor, logprobs: Tensor, done: Tensor) -> Written:
         if self.device.type != "cuda":

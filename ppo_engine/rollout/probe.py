@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_engine.messages import first_line
-from ppo_engine.models import precision, probes
+from ppo_engine.models import probes
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.attention import Unsupported
@@ -63,8 +63,7 @@ def _check(decoder: Decoder, policy: LanguageModel) -> None:
         raise Unsupported("captured as a CUDA graph, a step draws other tokens")
     for row, logits, new in zip(rows, found.float(), tokens.tolist(), strict=True):
         whole = torch.tensor([[*row, *new[:-1]]], device=decoder.device)
-        with precision.compute(policy.device, policy.dtype):
-            expected = architecture.unwrap(policy.model)(whole, use_cache=False).logits
+        expected = architecture.unwrap(policy.model)(whole, use_cache=False).logits
         expected = expected[0, len(row) - 1 :].float()
         # What is added to all of a token's logits changes nothing, and may be large.
         logits, expected = (x - x.mean(-1, keepdim=True) for x in (logits, expected))

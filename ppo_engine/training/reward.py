@@ -132,7 +132,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 "The experts' balance loss is not part of a reward model's loss, as transformers "
                 "has none for its sequence classifiers."
             )
-        return freezing.prepare_for_training(model, config, "SEQ_CLS")
+        return freezing.prepare_for_training(model, config, "SEQ_CLS", self.dtype)
 
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
         limit = min(self.config.data.max_tokens, architecture.context_length(self.model))
