@@ -33,12 +33,13 @@ class AdamW(torch.optim.Optimizer):
                 alike[kind].append(parameter)
             for (dtype, _, step), parameters in alike.items():
                 states = [self.state[x] for x in parameters]
+                halves = dtype != torch.float32
                 adamw(
                     parameters,
                     [x.grad for x in parameters],
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
-                    remainder=None if dtype == torch.float32 else [x.remainder for x in parameters],
+                    remainder=[x.master_remainder for x in parameters] if halves else None,
                     step=step,
                     learning_rate=group["lr"],
                     betas=group["betas"],

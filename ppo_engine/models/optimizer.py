@@ -143,7 +143,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def remainders(model: nn.Module) -> dict[str, Tensor]:
     """What is missing of them to their fp32 masters, by name, where they are bf16."""
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: p.remainder for name, p in trained if hasattr(p, "remainder")}
+    return {name: p.master_remainder for name, p in trained if hasattr(p, "master_remainder")}
 
 
 def load_trainable_state(

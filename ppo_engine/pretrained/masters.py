@@ -1,5 +1,5 @@
 """Weights in the compute dtype. A bfloat16 parameter that is trained has, as its attribute
-`remainder` (int16), the bits that are missing to its float32 master (`ppo_kernels.split_master`).
+`master_remainder` (int16), the bits that are missing to its float32 master (`ppo_kernels.split_master`).
 
 A deep copy of a parameter has no remainder: what is copied to be trained is joined first, as
 `in_fp32` does (`pretrained.storage`).
@@ -39,9 +39,9 @@ def to_compute_dtype(model: Any, dtype: torch.dtype) -> Any:
         if wanted(name) == torch.bfloat16:
             whole, remainder = split_master(whole)
         parameter.data = whole
-        vars(parameter).pop("remainder", None)
+        vars(parameter).pop("master_remainder", None)
         if remainder is not None and parameter.requires_grad:
-            parameter.remainder = remainder
+            parameter.master_remainder = remainder
     # Those that are not saved, such as the frequencies of a rotary embedding, are made in float32.
     saved = inner.state_dict().keys() if dtype != torch.float32 else None
     for name, buffer in inner.named_buffers():
@@ -63,7 +63,7 @@ def kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
 def master(x: Tensor, device: torch.device | str | None = None) -> Tensor:
     """The float32 values of a parameter or another tensor, on `device`; `x` itself where it is
     that already. Without gradient."""
-    remainder = getattr(x, "remainder", None)
+    remainder = getattr(x, "master_remainder", None)
     x = x.detach().to(device)
     return x.float() if remainder is None else join_master(x, remainder.to(device))
 
@@ -72,7 +72,7 @@ def master(x: Tensor, device: torch.device | str | None = None) -> Tensor:
 def set_master(parameter: nn.Parameter, values: Tensor) -> None:
     """Give a parameter float32 `values`, in place: rounded to its dtype, with what is left in its
     remainder, if it has one."""
-    remainder: Tensor | None = getattr(parameter, "remainder", None)
+    remainder: Tensor | None = getattr(parameter, "master_remainder", None)
     if remainder is None:
         parameter.copy_(values)
         return

@@ -19,7 +19,7 @@ _STEPS = 3
 # No token is -1, so no row ends.
 _GREEDY = Draw(temperature=1.0, top_k=0, top_p=1.0, greedy=True, ends=(-1,), min_new_tokens=0)
 # Of the logits' size. A wrong mask, place or weight changes about as much as there is of them.
-_TOLERANCE, _OF_FP32 = 0.05, 1e-3
+_OF_FP32 = 1e-3
 
 
 def probed_decoder(policy: LanguageModel) -> tuple[Decoder | None, str]:
@@ -68,7 +68,7 @@ def _check(decoder: Decoder, policy: LanguageModel) -> None:
         # What is added to all of a token's logits changes nothing, and may be large.
         logits, expected = (x - x.mean(-1, keepdim=True) for x in (logits, expected))
         error = ((logits - expected).norm() / expected.norm()).item()
-        if not error <= (_OF_FP32 if policy.dtype == torch.float32 else _TOLERANCE):
+        if not error <= (_OF_FP32 if policy.dtype == torch.float32 else probes.ROUNDING_IN_HALF):
             raise Unsupported(f"in a probe, its logits were off by {error:.1%} of their size")
 
 
