@@ -17,8 +17,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ppo_engine.models import fused
 from ppo_engine.pretrained import architecture
-from ppo_engine.rollout import fused, products
+from ppo_engine.rollout import products
 from ppo_engine.spans import PREFIX
 
 _ROLLOUT, _PREFILL = "bench.rollout", "bench.prefill"

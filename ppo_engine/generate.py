@@ -25,6 +25,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import loading
+from ppo_engine.pretrained.masters import to_compute_dtype
 from ppo_engine.rewards.best_of_n import best_of_n_table
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rewards.weighted import Rewards, load_rewards
@@ -89,6 +90,7 @@ def generate(config: GenerateConfig) -> None:
         template_arguments=data.chat_template_kwargs,
         date=date,
     )
+    to_compute_dtype(policy.model.requires_grad_(False), dtype)  # no masters: none is trained
     sampler = Sampler(policy)
     notes += sampler.notes
     rewards = None

@@ -9,6 +9,7 @@ import torch
 from rollouts import TOKENIZER
 
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.pretrained.masters import to_compute_dtype
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.rollout.schedule import Request, Response
 from ppo_engine.settings.schema import GenerationConfig
@@ -17,7 +18,9 @@ NEW = 24
 
 
 def policy_of(model: Any, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    return LanguageModel(model, TOKENIZER, device=torch.device("cpu"), dtype=dtype)
+    made = LanguageModel(model, TOKENIZER, device=torch.device("cpu"), dtype=dtype)
+    to_compute_dtype(made.model, dtype)
+    return made
 
 
 def some_rows(*lengths: int) -> list[list[int]]:

@@ -88,7 +88,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
-        return *_backward(grad_y, *ctx.saved_tensors, ctx.impl, *wanted), None
+        gate, up = ctx.saved_tensors
+        return *_backward(grad_y, gate, up, ctx.impl, *wanted), None
 
 
 # --- The same under torch.compile -----------------------------------------------------------------

@@ -12,12 +12,16 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.probes import check_repeatable
 from ppo_engine.pretrained.adapters import add_lora, is_quantized
 from ppo_engine.pretrained.architecture import checkpoint_gradients, decoder_layers, unwrap
+from ppo_engine.pretrained.masters import to_compute_dtype
 from ppo_engine.settings.schema import ModelConfig
 
 
-def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str) -> Any:
+def prepare_for_training(
+    model: PreTrainedModel, config: ModelConfig, task: str, dtype: torch.dtype
+) -> Any:
     """Freeze, wrap and checkpoint as configured, in training mode; a score head is always trained.
-    A model that is random in training mode is a UserError.
+    Weights, fp32 until then, are afterwards in the compute `dtype` (`pretrained.masters`). A model
+    that is random in training mode is a UserError.
 
     `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
     """
@@ -41,7 +45,7 @@ def prepare_for_training(model: PreTrainedModel, config: ModelConfig, task: str)
     if config.gradient_checkpointing:
         checkpoint_gradients(unwrap(model))
     check_repeatable(model)
-    return model.train()
+    return to_compute_dtype(model, dtype).train()
 
 
 def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) -> None:

@@ -39,7 +39,8 @@ from ppo_kernels.reference import PolicyStats
 class LanguageModel:
     """A causal language model with its tokenizer, device and compute dtype.
 
-    Weights are fp32, so that the optimizer works on fp32; `dtype` is for compute (autocast).
+    Weights are in `dtype`; those that are trained in bf16 have the rest of their fp32 masters
+    beside them (`pretrained.masters`).
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class LanguageModel:
         template_arguments: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
     ) -> None:
-        """`template_arguments` and `date` go to the chat template, see `text.template`."""
+        """Of a `model` in fp32, for probes, whose weights `open` then turns into `dtype`.
+        `template_arguments` and `date` go to the chat template, see `text.template`."""
         architecture.find_base(model)
         self.model = model.to(device)
         self.tokenizer = tokenizer
@@ -99,7 +101,7 @@ class LanguageModel:
             separate_pad_from_eos(tokenizer)
             model = in_fp32(model)
         opened = cls(model, tokenizer, device=device, dtype=dtype, **template)
-        opened.model = prepare_for_training(model, config, "CAUSAL_LM").eval()
+        opened.model = prepare_for_training(model, config, "CAUSAL_LM", dtype).eval()
         return opened
 
     def save(
@@ -113,7 +115,7 @@ class LanguageModel:
             generation_config.as_sampled(model, sampling).save_pretrained(folder)
 
     def reference(self) -> LanguageModel | None:
-        """A frozen copy; layers that this one never trains are shared with it.
+        """A frozen copy, in the compute dtype; layers that this one never trains are shared.
 
         None with adapters: the model without them is the reference (`without_adapter`).
         """

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ppo_engine.errors import UserError
+from ppo_engine.models.adamw import AdamW
+from ppo_engine.pretrained.masters import set_master
 from ppo_engine.settings.schema import OptimizerConfig
 from ppo_engine.spans import span
+from ppo_kernels import join_master
 
 
 class Learner:
@@ -37,12 +39,12 @@ class Learner:
 
     @span("optimizer")
     def step(self) -> Tensor:
-        """Clip the gradients, take a step, clear them; returns the norm before clipping."""
+        """Take a step with the clipped gradients, clear them; returns the norm before clipping."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         where = f"{self.name}, step {self.scheduler.last_epoch + 1}"
-        norm = clip_gradients(parameters, self.config.max_grad_norm, where)
+        norm, factor = clip_factor(parameters, self.config.max_grad_norm, where)
         self.begun += 1
-        self.optimizer.step()
+        self.optimizer.step(factor)
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return norm
@@ -51,13 +53,15 @@ class Learner:
         """What to resume from: tensors are the model's and the optimizer's own, not copies."""
         return {
             "weights": trainable_state(self.model),
+            "remainders": remainders(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A run may be resumed for more steps than it began with: the new schedule applies."""
-        load_trainable_state(self.model, state["weights"])
+        """A run may be resumed for more steps than it began with: the new schedule applies. Nor
+        need it be in the same compute dtype: masters and moments are the same in both."""
+        load_trainable_state(self.model, state["weights"], state.get("remainders", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         settings = zip(
@@ -81,10 +85,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     ]
     return AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=all(p.device.type in ("cpu", "cuda") for p in trained),
+        {
+            "lr": config.learning_rate,
+            "betas": (config.beta1, config.beta2),
+            "eps": config.eps,
+        },
     )
 
 
@@ -108,21 +113,26 @@ def make_scheduler(optimizer: AdamW, config: OptimizerConfig, total_steps: int) 
     return LambdaLR(optimizer, factor)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float, where: str = "") -> Tensor:
-    """Scale the gradients to a total norm of at most `max_norm`; returns the norm before, 0-dim.
+def clip_factor(
+    parameters: Sequence[Tensor], max_norm: float, where: str = ""
+) -> tuple[Tensor, Tensor]:
+    """The total norm of the gradients, and what to multiply them by so that it is at most
+    `max_norm`, both 0-dim: `clip_grad_norm_`, but in fp32 for gradients of any dtype.
 
     A norm that is not finite raises a UserError before any weight has changed: neither a step
     with it nor a silently skipped step would leave a model that can be trusted. `where` names
     the model and step in the message.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    grads = [x.grad for x in parameters if x.grad is not None]
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float32) if grads else [torch.zeros(())]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if not torch.isfinite(norm):
         raise UserError(
             f"The gradient{f' of {where}' if where else ''} is not finite (its norm is "
             f"{norm.item()}). The step was not taken. Try a lower learning rate, float32 compute "
             "(run.dtype=float32), or look for extreme rewards in the data."
         )
-    return norm
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -130,14 +140,23 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy saved parameters into `model`, which must train exactly these."""
+def remainders(model: nn.Module) -> dict[str, Tensor]:
+    """What is missing of them to their fp32 masters, by name, where they are bf16."""
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: p.master_remainder for name, p in trained if hasattr(p, "master_remainder")}
+
+
+def load_trainable_state(
+    model: nn.Module, state: dict[str, Tensor], remainders: dict[str, Tensor]
+) -> None:
+    """Copy saved parameters, with their `remainders` if they have any, into `model`, which must
+    train exactly these, in whichever compute dtype."""
     mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if mine.keys() != state.keys() or any(mine[n].shape != state[n].shape for n in mine):
         raise UserError(
             "The checkpoint was made by another model or with other trainable layers: resume with "
             "the model and settings of the run's config.yaml."
         )
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(state[name])
+    for name, parameter in mine.items():
+        saved, rest = state[name], remainders.get(name)
+        set_master(parameter, saved if rest is None else join_master(saved, rest))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 
 from ppo_engine.errors import UserError
@@ -41,13 +38,3 @@ def rounding(dtype: torch.dtype) -> float:
     4e-6 in fp32, 0.016 in bf16.
     """
     return 2 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
-
-
-def compute(
-    device: torch.device, dtype: torch.dtype, *, cache_casts: bool = True
-) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype` over fp32 weights; nothing where compute is fp32. With `cache_casts`, a
-    weight that is trained is cast once in the context, and must not change there."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=cache_casts)

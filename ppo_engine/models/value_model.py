@@ -22,9 +22,10 @@ from ppo_engine.errors import UserError
 from ppo_engine.models import freezing
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows, pick, scored
-from ppo_engine.pretrained import adapters, architecture, loading, storage
+from ppo_engine.pretrained import adapters, architecture, loading, masters, storage
+from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.classifier import value_model_class
-from ppo_engine.pretrained.weights import SCORE_HEADS, read_checkpoint, refuse_missing
+from ppo_engine.pretrained.weights import read_checkpoint, refuse_missing
 from ppo_engine.settings.schema import ModelConfig
 
 _PROBE = ("A short one.", "A longer text, so that the two are not equally long.")
@@ -109,7 +110,7 @@ def make_critic(
     seed: int = 0,
 ) -> Any:
     """The critic, ready to be trained: from its own path, else a copy of the reward model (head
-    included), else the policy's weights with a new head.
+    included, as it computes: in bf16 rounded), else the policy's weights with a new head.
 
     `tokenizer` is the policy's, whose tokens the critic reads: pass a reward model only where
     it shares them (`text.tokenizer.same_tokenizer`).
@@ -121,7 +122,7 @@ def make_critic(
         critic = storage.in_fp32(copy.deepcopy(reward_model)).requires_grad_(True)
     else:
         critic = value_model_from_policy(policy, tokenizer, seed)
-    return freezing.prepare_for_training(critic, config, "SEQ_CLS")
+    return freezing.prepare_for_training(critic, config, "SEQ_CLS", dtype)
 
 
 def value_model_from_policy(
@@ -136,7 +137,8 @@ def value_model_from_policy(
     model = storage.in_fp32(model, storage.stored_dtype(policy))
     source = getattr(policy, model.base_model_prefix)  # of a few families not their base_model
     try:
-        model.base_model.load_state_dict(source.state_dict())
+        state = source.state_dict(keep_vars=True)
+        model.base_model.load_state_dict({name: masters.master(x) for name, x in state.items()})
     except RuntimeError as error:  # Bart's reads with an encoder, Bert's has a pooler
         raise UserError(
             f"No critic can be made from {type(policy).__name__}: {type(model).__name__} has other "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.pretrained.architecture import unwrap
+from ppo_engine.pretrained.masters import master
 from ppo_engine.settings.schema import LoraConfig
 
 
@@ -43,7 +44,8 @@ def is_quantized(model: Any) -> bool:
 
 
 def merged(model: Any) -> Any:
-    """A copy with its adapters merged into the weights, or the model itself where it has none.
+    """A copy with its adapters merged into the weights, in fp32 from their masters, or the model
+    itself where it has none.
 
     The weights of a quantized base are those it computed with, in fp32, not those that it was
     quantized from: the result is the model that was trained and measured, except that 8-bit
@@ -92,8 +94,8 @@ def untie_adapted(model: Any) -> None:
 
 def copy_on_cpu(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None = None) -> Any:
     """A copy that takes no GPU memory, all of which a run may need, except for one quantized layer
-    at a time, which becomes a plain one in fp32. `dtypes` has those of tensors, by their `id`, that
-    get another one."""
+    at a time, which becomes a plain one in fp32. Its parameters are in fp32, their masters; or in
+    what `dtypes` has for them, by their `id`."""
     dtypes = dtypes or {}
     copies: dict[int, Any] = {
         id(layer): _dequantized(layer) for layer in model.modules() if hasattr(layer, "source_cls")
@@ -101,10 +103,12 @@ def copy_on_cpu(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None = Non
     for x in itertools.chain(model.parameters(), model.buffers()):
         if type(x) not in (nn.Parameter, Tensor):
             continue  # a quantized weight, copied already
-        on_cpu = x.detach().to("cpu", dtypes.get(id(x)), copy=True)
-        copies[id(x)] = (
-            nn.Parameter(on_cpu, x.requires_grad) if isinstance(x, nn.Parameter) else on_cpu
-        )
+        if isinstance(x, nn.Parameter) and x.is_floating_point():
+            dtype = dtypes.get(id(x), torch.float32)
+            found = x.detach() if x.dtype == dtype else master(x, "cpu")
+            copies[id(x)] = nn.Parameter(found.to("cpu", dtype, copy=True), x.requires_grad)
+        else:
+            copies[id(x)] = x.detach().to("cpu", copy=True)
     return copy.deepcopy(model, copies)
 
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from ppo_engine.errors import UserError
 
+SCORE_HEADS = ("score", "classifier")  # what families call the head of a sequence classifier
+
 
 def unwrap(model: Any) -> Any:
     """The Hugging Face model under an adapter, or the model itself."""

@@ -1,13 +1,13 @@
-"""The dtype that a model's weights are stored in: in training they are fp32, saved as they came."""
+"""The dtype that a model's weights are stored in: saved as they came, whatever they compute in."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 
 from ppo_engine.pretrained.adapters import copy_on_cpu
+from ppo_engine.pretrained.masters import kept_in_fp32, to_compute_dtype
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +23,7 @@ def in_fp32(model: Any, dtype: torch.dtype | None = None) -> Any:
     `dtype`, else what it has."""
     if not hasattr(model, "stored_dtype"):
         model.stored_dtype = dtype or model.dtype
-    return model.float()
+    return to_compute_dtype(model, torch.float32)
 
 
 def stored_dtype(model: Any) -> torch.dtype:
@@ -32,24 +32,17 @@ def stored_dtype(model: Any) -> torch.dtype:
 
 
 def as_stored(model: Any, name: str) -> Any:
-    """The model with its weights in the dtype `name`, or the one that it came in ("auto"): itself,
-    or a copy on the CPU, as the weights in training stay fp32.
+    """The model with its weights in the dtype `name`, or the one that it came in ("auto"): itself
+    where they are, else a copy on the CPU, from their masters.
 
-    Those that its family keeps in fp32, such as the biases of a router, are kept so, as
-    transformers does when it loads them.
+    Those that its family keeps in fp32 are kept so.
     """
     dtype = stored_dtype(model) if name == "auto" else _DTYPES[name]
-    if dtype == torch.float32:
-        return model
-    kept = [*(model._keep_in_fp32_modules_strict or ())]
-    if dtype == torch.float16:
-        kept += model._keep_in_fp32_modules or ()
-    patterns = [re.compile(part.replace("*", ".*")) for part in kept]
-    return copy_on_cpu(
-        model,
-        {
-            id(x): dtype
-            for name, x in model.named_parameters()
-            if x.is_floating_point() and not any(pattern.search(name) for pattern in patterns)
-        },
-    )
+    kept = kept_in_fp32(model, dtype)
+    dtypes = {
+        id(x): torch.float32 if kept(name) else dtype
+        for name, x in model.named_parameters()
+        if x.is_floating_point()
+    }
+    same = all(x.dtype == dtypes.get(id(x), x.dtype) for x in model.parameters())
+    return model if same else copy_on_cpu(model, dtypes)

@@ -15,9 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.pretrained.adapter_folder import unstack
+from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.storage import in_fp32, named_dtype
-
-SCORE_HEADS = ("score", "classifier")  # what families call the head of a sequence classifier
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from ppo_engine.models.reader import Limit, Reader
 from ppo_engine.models.token_rows import scored
 from ppo_engine.models.value_model import read_value_model, read_values, ready_value_model
 from ppo_engine.pretrained import architecture, loading
+from ppo_engine.pretrained.masters import to_compute_dtype
+from ppo_engine.pretrained.storage import in_fp32
 from ppo_engine.text.options import row_options
 from ppo_engine.text.prompt import Prompt
 from ppo_engine.text.renderer import Renderer
@@ -23,7 +25,8 @@ from ppo_engine.text.tokenizer import separate_pad_from_eos
 
 
 class RewardModel:
-    """A frozen reward model with its own tokenizer and chat template."""
+    """A frozen reward model with its own tokenizer and chat template, its weights in the compute
+    `dtype` but for the score head, which stays in fp32."""
 
     def __init__(
         self,
@@ -39,7 +42,8 @@ class RewardModel:
         """`max_tokens` of prompt and response together; the model's own limit unless given. The
         `renderer` is the policy's, with what a run hands to chat templates."""
         separate_pad_from_eos(tokenizer)
-        self.model = ready_value_model(model, tokenizer, device).requires_grad_(False)
+        ready = ready_value_model(in_fp32(model), tokenizer, device)
+        self.model = to_compute_dtype(ready.requires_grad_(False), dtype)
         self.tokenizer = tokenizer
         self.renderer = renderer.of(tokenizer) if renderer else Renderer(tokenizer)
         self.device = device

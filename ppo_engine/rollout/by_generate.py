@@ -16,7 +16,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import pad_left
@@ -86,21 +85,20 @@ def _generate(
     warpers.append(recorder)
     of_model.generation_config = plain
     try:
-        with precision.compute(policy.device, policy.dtype):
-            output = policy.model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.tensor(mask, device=policy.device).long(),
-                logits_processor=warpers,
-                **unrouted(of_model),
-                generation_config=transformers.GenerationConfig(
-                    do_sample=not draw.greedy,
-                    **sampling,
-                    **ends,
-                    max_new_tokens=limit,
-                    min_new_tokens=min(draw.min_new_tokens, limit) or None,
-                    use_cache=policy.continues_from_cache,
-                ),
-            )
+        output = policy.model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.tensor(mask, device=policy.device).long(),
+            logits_processor=warpers,
+            **unrouted(of_model),
+            generation_config=transformers.GenerationConfig(
+                do_sample=not draw.greedy,
+                **sampling,
+                **ends,
+                max_new_tokens=limit,
+                min_new_tokens=min(draw.min_new_tokens, limit) or None,
+                use_cache=policy.continues_from_cache,
+            ),
+        )
     finally:
         of_model.generation_config = shipped
     written = output[:, input_ids.shape[1] :]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ppo_engine.models import precision
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.language_model import LanguageModel
@@ -250,7 +249,7 @@ class Decoder:
         positions = self._rows.length[:rows]
         access = OneToken(positions, self.slots.length)
         ids = self._rows.token[:rows, None]
-        with self._compute(), self.slots.reading(access) as arguments:
+        with self.slots.reading(access) as arguments:
             output = self._model(**self._inputs(ids, positions[:, None]), **arguments)
         found: Tensor = output.logits[:, 0]
         return found
@@ -285,16 +284,12 @@ class Decoder:
 
     def _read(self, ids: Tensor, places: Tensor, access: Any) -> None:
         assert self.slots is not None
-        with span("prefill"), self._compute(), self.slots.reading(access) as arguments:
+        with span("prefill"), self.slots.reading(access) as arguments:
             self._model.base_model(**self._inputs(ids, places), **arguments)
 
     def _inputs(self, ids: Tensor, places: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": ids, **self._extra}
         return inputs | ({"position_ids": places} if self._takes_positions else {})
-
-    def _compute(self) -> Any:
-        # A cast that is cached would be part of a graph, and of weights that have changed since.
-        return precision.compute(self.device, self.dtype, cache_casts=False)
 
     def _to_host(self, tokens: Tensor, logprobs: Tensor, done: Tensor) -> Written:
         if self.device.type != "cuda":

@@ -133,7 +133,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 "The experts' balance loss is not part of a reward model's loss, as transformers "
                 "has none for its sequence classifiers."
             )
-        model = freezing.prepare_for_training(model, config, "SEQ_CLS")
+        model = freezing.prepare_for_training(model, config, "SEQ_CLS", self.dtype)
         self.reader = Reader(model)
         self.limit = Limit.of(self.config.reward, model)
         return model

@@ -369,13 +369,6 @@ def test_adapters_have_the_rank_and_the_scale_that_are_set():
         open_policy(tiny_model(), ModelConfig(lora=lora, trainable_layers=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_of_the_dtype_of_compute(dtype):
-    weight = torch.ones(2, 2)
-    with precision.compute(CPU, dtype):
-        assert (weight @ weight).dtype == dtype
-
-
 def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):
     pytest.importorskip("peft")
     from ppo_engine.settings.schema import LoraConfig

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ppo_engine.errors import UserError
-from ppo_engine.models.optimizer import Learner, clip_gradients, make_optimizer, make_scheduler
+from ppo_engine.models.optimizer import Learner, clip_factor, make_optimizer, make_scheduler
 from ppo_engine.settings.schema import OptimizerConfig
 
 
@@ -109,8 +109,9 @@ def test_a_learners_step_by_hand():
 def test_gradients_are_clipped_to_the_norm():
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
-    assert clip_gradients([parameter], 1.0).item() == pytest.approx(5.0)
-    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+    norm, factor = clip_factor([parameter], 1.0)
+    assert (norm.item(), factor.item()) == pytest.approx((5.0, 0.2))
+    assert clip_factor([parameter], 6.0)[1] == 1.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -118,4 +119,4 @@ def test_a_gradient_that_is_not_finite_says_where(bad):
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([bad, 1.0])
     with pytest.raises(UserError, match="gradient of the policy, step 7 is not finite"):
-        clip_gradients([parameter], 1.0, "the policy, step 7")
+        clip_factor([parameter], 1.0, "the policy, step 7")

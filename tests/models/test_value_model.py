@@ -87,7 +87,7 @@ def test_saved_model_gives_the_same_scores_in_plain_transformers(folder, tmp_pat
 def test_adapters_are_merged_where_the_model_is_saved(folder, tmp_path):
     pytest.importorskip("peft", reason="the optional package peft is not installed")
     model = load_value_model(folder, tiny_tokenizer(), device=CPU)
-    model = prepare_for_training(model, ModelConfig(lora=LoraConfig(rank=2)), "SEQ_CLS")
+    model = prepare_for_training(model, ModelConfig(lora=LoraConfig(rank=2)), "SEQ_CLS", torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -199,7 +199,7 @@ def test_critic_without_a_reward_model_is_the_policy_under_a_new_head(model):
 
 def test_only_the_upper_layers_and_the_head_are_trained(folder):
     model = load_value_model(folder, tiny_tokenizer(), device=CPU)
-    prepare_for_training(model, ModelConfig(trainable_layers=1), "SEQ_CLS")
+    prepare_for_training(model, ModelConfig(trainable_layers=1), "SEQ_CLS", torch.float32)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in trained and "model.norm.weight" in trained
     assert {name.split(".")[2] for name in trained if ".layers." in name} == {"1"}
@@ -210,7 +210,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
     gradients = []
     for checkpointing in (False, True):
         model = load_value_model(folder, tiny_tokenizer(), device=CPU)
-        prepare_for_training(model, ModelConfig(gradient_checkpointing=checkpointing), "SEQ_CLS")
+        prepare_for_training(model, ModelConfig(gradient_checkpointing=checkpointing), "SEQ_CLS", torch.float32)
         sequence_scores(model, *batch("right")).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):

@@ -29,7 +29,7 @@ def test_root_mean_square_norms_are_one_kernel_and_give_what_they_gave(family: s
     model: Any = of_family(family)
     expected = [x for x in model.modules() if type(x).__name__.endswith("RMSNorm")]
     assert bool(expected) == (family != "gpt2")
-    prepared = Fused(model)
+    prepared = Fused(model, torch.float32)
     for _ in range(2):
         for norm in expected:
             norm.weight += 0.5 * torch.randn_like(norm.weight)
@@ -50,7 +50,7 @@ def test_norms_of_another_kind_or_that_something_has_replaced_stay_as_they_are()
     wrapped = LlamaRMSNorm(8)
     own = vars(wrapped)["forward"] = wrapped.forward
     model = nn.Sequential(TwiceRMSNorm(8), wrapped)
-    prepared = Fused(model)
+    prepared = Fused(model, torch.float32)
     with prepared.active():
         assert replaced(model) == [wrapped]
         assert vars(wrapped)["forward"] is own
@@ -72,7 +72,7 @@ def test_the_rotary_embedding_is_one_kernel_where_it_is_the_same(
         return rotary_embedding(*given)
 
     logits = model(IDS).logits
-    prepared = Fused(model)
+    prepared = Fused(model, torch.float32)
     monkeypatch.setattr(fused, "rotary_embedding", counted)
     with prepared.active():
         torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)

@@ -37,7 +37,7 @@ def test_trained_weights_alone_are_saved_and_copied_back(tmp_path: Path) -> None
     save_training_state(tmp_path, {"weights": trainable_state(one), "step": 3})
     state = load_training_state(tmp_path, CPU)
     assert state["step"] == 3
-    load_trainable_state(two, state["weights"])
+    load_trainable_state(two, state["weights"], {})
     assert torch.equal(one[1].weight, two[1].weight) and torch.equal(one[1].bias, two[1].bias)
     assert torch.equal(two[0].weight, frozen) and not torch.equal(two[0].weight, one[0].weight)
 
@@ -54,7 +54,7 @@ def test_the_weights_of_another_model_are_refused(other: nn.Module) -> None:
     model = small_model()
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(UserError, match="made by another model"):
-        load_trainable_state(model, trainable_state(other))
+        load_trainable_state(model, trainable_state(other), {})
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -211,7 +211,7 @@ def slow_reward(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
         (slow_function(critic, "ppo_value_loss"), "update: losses", False),
         (slow_layer_backward, "update: backward", True),
         (slow_function(logprob, "backward"), "update: losses", False),
-        (slow_function(optimizer, "clip_gradients"), "update: optimizer", False),
+        (slow_function(optimizer, "clip_factor"), "update: optimizer", False),
         (slow_function(engine, "objective_metrics"), "update: other", False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
