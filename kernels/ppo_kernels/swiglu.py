@@ -69,9 +69,7 @@ def _backward(
     if impl == "triton":
         dispatch.triton_kernels(OP).swiglu_backward(grad_y, gate, up, grad_gate, grad_up)
     else:
-        dispatch.cpu.swiglu_backward(
-            grad_y, gate, up, grad_gate, grad_up, torch.get_num_threads()
-        )
+        dispatch.cpu.swiglu_backward(grad_y, gate, up, grad_gate, grad_up, torch.get_num_threads())
     return grad_gate, grad_up
 
 
@@ -89,8 +87,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:2]
-        return *_backward(grad_y, *ctx.saved_tensors, ctx.impl, *wanted), None
+        gate, up = ctx.saved_tensors
+        return *_backward(grad_y, gate, up, ctx.impl, *ctx.needs_input_grad[:2]), None
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
