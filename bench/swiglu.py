@@ -1,4 +1,5 @@
-"""`swiglu`, of two tensors and of the halves of one product, against PyTorch, eager and compiled."""
+"""`swiglu`, of two tensors and of the halves of one product, against PyTorch's, eager and
+compiled."""
 
 from __future__ import annotations
 
@@ -32,9 +33,7 @@ def cases(device: str) -> list[Case]:
     return [_case(device, *shape) for shape in _SHAPES[device]]
 
 
-def _case(
-    device: str, size: Size, rows: int, width: int, dtype: torch.dtype, halves: bool
-) -> Case:
+def _case(device: str, size: Size, rows: int, width: int, dtype: torch.dtype, halves: bool) -> Case:
     def inputs(on: torch.device) -> Inputs:
         both = normal(rows, 2 * width, device=on, dtype=dtype, seed=1).chunk(2, -1)
         gate, up = both if halves else (x.contiguous() for x in both)

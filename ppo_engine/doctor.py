@@ -248,6 +248,7 @@ _EXAMPLES: dict[str, Callable[[torch.Generator], Example]] = {
     "adamw": _adamw_example,
     "rms_norm": lambda g: ([torch.randn(n, generator=g) for n in ((5, 40), (40,))], {"eps": 1e-6}),
     "rotary_embedding": _rotary_example,
+    "swiglu": lambda g: (list(torch.randn((2, 5, 40), generator=g)), {}),
     "packed_linear": _packed_example,
 }
 

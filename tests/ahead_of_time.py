@@ -261,6 +261,27 @@ def calls() -> Iterator[Callable[[], object]]:
     ):  # fmt: skip
         yield rotary(heads, kv_heads, width, rotated, torch.bfloat16, torch.float32)
 
+    def gated(
+        width: int, dtype: torch.dtype, halves: bool, wrt: tuple[bool, bool] = (True, True)
+    ) -> Callable[[], object]:
+        both = torch.randn(3, 2 * width).to(dtype)
+        given = both.chunk(2, -1) if halves else both.view(2, 3, width).unbind()
+        given = [x.detach().requires_grad_(want) for x, want in zip(given, wrt, strict=True)]
+        trained = [x for x in given if x.requires_grad]
+
+        def both_passes() -> object:
+            y = ppo_kernels.swiglu(*given, impl="triton")
+            return torch.autograd.grad(y, trained, torch.randn(y.shape).to(dtype))
+
+        return both_passes
+
+    for dtype in (torch.float32, *halves, torch.float64):
+        for of_one in (False, True):
+            yield gated(1536, dtype, of_one)
+    yield gated(100, torch.bfloat16, True)  # several rows of a program; nothing divides them
+    for wrt in ((True, False), (False, True)):
+        yield gated(1536, torch.bfloat16, False, wrt)
+
     gradient, factor = torch.randn(9), torch.tensor(2.0)
     yield lambda: dispatch.triton_kernels("fused_loss").scale(gradient, factor)
 

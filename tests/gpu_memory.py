@@ -38,6 +38,7 @@ def main() -> None:
     rows = torch.randn(3, 300, device="cuda", requires_grad=True)
     weight = torch.randn(300, device="cuda", requires_grad=True)
     ppo_kernels.rms_norm(rows, weight, eps=1e-6).sum().backward()
+    ppo_kernels.swiglu(*rows.view(3, 2, 150).unbind(1)).sum().backward()
     angles = torch.randn(2, 1, 300, 18, device="cuda")
     ppo_kernels.rotary_embedding(slots[0].requires_grad_(), slots[1], *angles)[0].sum().backward()
     model = Model(True, device="cuda")

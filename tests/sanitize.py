@@ -23,6 +23,7 @@ COMPILER = os.environ.get("CXX", "c++")
 TESTS = (
     "gae", "logprob", "linear_logprob", "ppo_loss", "policy_objectives", "pairwise_loss",
     "decode_attention", "rotary_embedding", "sample", "rms_norm", "packed_linear", "adamw",
+    "swiglu",
 )  # fmt: skip
 FUZZ_CASES = 200
 

@@ -93,7 +93,7 @@ def test_every_op_with_kernels_comes_in_every_dtype() -> None:
     assert {case.op for case in found} == {
         "gae", "kl_shaped_gae", "token_logprobs", "ppo_policy_loss", "ppo_value_loss",
         "pairwise_loss", "ranking_loss", "sample", "decode_attention", "rotary_embedding",
-        "rms_norm", "adamw",
+        "rms_norm", "swiglu", "adamw",
     }  # fmt: skip
     for case in found:
         inputs = case.inputs(isa.CPU)

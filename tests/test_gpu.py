@@ -20,6 +20,8 @@ from test_rms_norm import SHAPES as NORM_SHAPES
 from test_rms_norm import arguments as norm_arguments
 from test_rotary_embedding import SHAPES as ROTARY_SHAPES
 from test_rotary_embedding import arguments as rotary_arguments
+from test_swiglu import SHAPES as SWIGLU_SHAPES
+from test_swiglu import arguments as swiglu_arguments
 from torch import Tensor
 
 import ppo_kernels
@@ -161,7 +163,9 @@ def everything(seed: int = 0) -> Callable[[], list[Tensor]]:
         value, _ = ppo_kernels.ppo_value_loss(values, old, returns, mask=mask)
         pairs, _ = ppo_kernels.pairwise_loss(scores, bootstrap)
         normed = ppo_kernels.rms_norm(logits, norm_weight, eps=1e-5)
-        total = policy + 2 * value + pairs + sum(x.sum() for x in (*found, *rotated, normed))
+        gated = ppo_kernels.swiglu(*logits.chunk(2, -1))
+        total = policy + 2 * value + pairs
+        total = total + sum(x.sum() for x in (*found, *rotated, normed, gated))
         gradients = torch.autograd.grad(total, (*trained, turned))
         results = [x for found in (*shapeds, in_chunks) for x in found]
         return [*results, *attended, *stats, total.detach(), *gradients]
@@ -221,6 +225,16 @@ def test_rms_norm(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
         op = on_gpu("rms_norm", "triton")
         given = norm_arguments(shape, dtypes)
         ops.assert_error_rule(op, reference.rms_norm, given, ("x", "weight"))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_swiglu(dtype: torch.dtype) -> None:
+    """One row and rows of their own; many programs."""
+    op = on_gpu("swiglu", "triton")
+    for shape in (*SWIGLU_SHAPES[4:], (2000, 1536), (30, 8960)):
+        for together in (False, True):
+            given = swiglu_arguments(shape, dtype, together)
+            ops.assert_error_rule(op, reference.swiglu, given, ("gate", "up"))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -87,9 +87,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:2]
         gate, up = ctx.saved_tensors
-        return *_backward(grad_y, gate, up, ctx.impl, *wanted), None
+        return *_backward(grad_y, gate, up, ctx.impl, *ctx.needs_input_grad[:2]), None
 
 
 # --- The same under torch.compile -----------------------------------------------------------------
