@@ -35,8 +35,10 @@ from ppo_engine.ppo.estimators import (
     rounding_of,
 )
 from ppo_engine.ppo.experience import (
+    SAMPLERS_BOUND,
     Experience,
     importance_weights,
+    logprob_difference,
     objective_metrics,
     parts_of,
 )
@@ -133,6 +135,11 @@ class PPOEngine:
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
         self.normalizer = ScoreNormalizer() if config.reward.normalize else None
+        # Whether old log-probs are the sampler's; None until the first rollout has shown it.
+        choices = {"sampler": True, "recompute": False}
+        self.takes_samplers = choices.get(config.ppo.old_logprobs)
+        if config.ppo.importance_cap is not None:  # they are what it compares with
+            self.takes_samplers = False
         self.steps_done = 0
         self.policy_version = 0
 
@@ -217,7 +224,7 @@ class PPOEngine:
         greedy_scores = self._greedy_scores(rollout)
 
         settings = self.config.ppo
-        logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
+        logprobs, ref_logprobs, entropy = self._measure(rollout)
         values = self.values(rollout) if self.critic else None
         in_reward = settings.kl_in == "reward"
         with span("gae"):
@@ -225,7 +232,7 @@ class PPOEngine:
                 Evidence(
                     scores,
                     logprobs,
-                    ref_logprobs,
+                    logprobs if ref_logprobs is None else ref_logprobs,
                     rollout.mask,
                     kl_coef=self.kl.coef if in_reward else torch.zeros_like(self.kl.coef),
                     rounding=rounding,
@@ -235,7 +242,8 @@ class PPOEngine:
                 settings,
             )
         kl_coef = self.kl.coef.clone()
-        if not self._warms_up:  # until then the KL is 0, whatever its coefficient
+        # Until then the KL is 0, whatever its coefficient.
+        if ref_logprobs is not None and not self._warms_up:
             self.kl.update((logprobs - ref_logprobs).sum(1).mean(), len(rollout))
         return Experience(
             rollout=rollout,
@@ -252,6 +260,7 @@ class PPOEngine:
             values=values,
             returns=None if values is None else shaped.returns,
             is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
+            sampled=entropy is None,
         )
 
     def shaped_scores(self, rollout: Rollout, scores: Tensor, *, learn: bool = False) -> Tensor:
@@ -268,6 +277,51 @@ class PPOEngine:
         logprobs, ref_logprobs, entropy = self._over(rollout, self.policy.reader, self._compare)
         return logprobs, ref_logprobs, entropy
 
+    def _measure(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs of the policy before the update; those of the reference, where something uses
+        the KL; the policy's entropies, where its log-probs are not the sampler's."""
+        settings = self.config.ppo
+        # Also on the first rollout, so that what is measured there is exact: a KL of 0.
+        if self.takes_samplers and rollout.logprobs is not None:
+            ref_logprobs = self._of_reference(rollout) if settings.uses_kl else None
+            return torch.where(rollout.mask, rollout.logprobs, 0.0), ref_logprobs, None
+        ref_logprobs = None
+        if settings.uses_kl:
+            logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
+        else:
+            logprobs, entropy = self._of_policy(rollout)
+        if self.takes_samplers is None:
+            mean, _ = logprob_difference(rollout, logprobs)
+            self.takes_samplers = self._samples_all and float(mean) <= SAMPLERS_BOUND
+        return logprobs, ref_logprobs, entropy
+
+    @property
+    def _samples_all(self) -> bool:
+        """Whether tokens are drawn from the very distribution whose log-probs are trained."""
+        of = self.config.generation
+        return not (of.top_k or of.top_p < 1 or of.min_new_tokens)
+
+    @torch.no_grad()
+    def _of_policy(self, rollout: Rollout) -> tuple[Tensor, ...]:
+        temperature = self.config.generation.temperature
+        with span("policy"):
+            return self._over(
+                rollout,
+                self.policy.reader,
+                lambda rows: self.policy.logprobs(rows, temperature),
+            )
+
+    @torch.no_grad()
+    def _of_reference(self, rollout: Rollout) -> Tensor:
+        reference = self.reference or self.policy
+        temperature = self.config.generation.temperature
+        unadapted = nullcontext() if self.reference else self.policy.without_adapter()
+        with span("reference"), unadapted:
+            found = self._over(
+                rollout, reference.reader, lambda rows: reference.logprobs(rows, temperature)
+            )
+        return found[0]
+
     @torch.no_grad()
     def values(self, rollout: Rollout) -> Tensor:
         """The critic's value before each of the policy's tokens, [B, T] fp32; 0 elsewhere."""
@@ -281,7 +335,7 @@ class PPOEngine:
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
         settings = self.config.ppo
-        metrics = objective_metrics(experience)
+        metrics = objective_metrics(experience, settings.importance_cap)
         metrics["policy/learning_rate"] = self.learner.learning_rate
         if settings.compares_groups:
             metrics["objective/equal_groups"] = equal_groups(
@@ -301,6 +355,10 @@ class PPOEngine:
                 for name, value in found.items():
                     records[name].append(value)
         self.steps_done += 1
+        entropies = records.pop("policy/entropy", [])
+        if entropies and "objective/entropy" not in metrics:  # nothing else has measured it
+            mini_batches = math.ceil(len(experience) / settings.mini_batch_size)
+            metrics["objective/entropy"] = float(torch.stack(entropies[:mini_batches]).mean())
         for name, values in records.items():
             over_steps = torch.stack(values)
             metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())
@@ -316,6 +374,7 @@ class PPOEngine:
             "critic": self.critic.learner.state_dict() if self.critic else None,
             "steps_done": self.steps_done,
             "policy_version": self.policy_version,
+            "takes_samplers": self.takes_samplers,
             "kl_coef": self.kl.coef.clone(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
             "shuffle": self.shuffle.get_state(),
@@ -327,6 +386,7 @@ class PPOEngine:
             self.critic.learner.load_state_dict(state["critic"])
         self.steps_done = state["steps_done"]
         self.policy_version = state["policy_version"]
+        self.takes_samplers = state["takes_samplers"]
         self.kl.coef.copy_(state["kl_coef"])
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
@@ -349,7 +409,7 @@ class PPOEngine:
         parts = parts_of(experience.rollout, numbers, self.policy.reader, self.limit)
         tokens = sum(len(part.places) for part in parts)
         normalizer = self._normalizer(tokens, len(numbers))
-        weights = experience.is_weights
+        weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         penalized = settings.kl_in == "loss"
         self.policy.model.train()
@@ -374,7 +434,9 @@ class PPOEngine:
                     reduction=settings.reduction,
                     normalizer=normalizer,
                     entropy_coef=settings.entropy_coef,
-                    ref_logprobs=part.of(experience.ref_logprobs) if penalized else None,
+                    ref_logprobs=None
+                    if ref_logprobs is None or not penalized
+                    else part.of(ref_logprobs),
                     kl_coef=kl_coef if penalized else 0.0,
                     kl_estimator=settings.kl_estimator,
                     is_weights=None if weights is None else part.of(weights),
@@ -382,7 +444,13 @@ class PPOEngine:
             with span("backward"):
                 loss.backward()
             found["policy/loss"] += loss.detach()
-            for name in ("approx_kl", "clip_fraction", "ratio_mean", *["kl"] * penalized):
+            for name in (
+                "approx_kl",
+                "clip_fraction",
+                "ratio_mean",
+                "entropy",
+                *["kl"] * penalized,
+            ):
                 found[f"policy/{name}"] += getattr(stats, name) * share
             found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
         self.policy.model.eval()

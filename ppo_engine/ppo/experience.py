@@ -16,6 +16,9 @@ from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.rollout.batch import Rollout
 
 _OF_THE_WHOLE = {"moments", "kl_coef"}
+# Nats, on average over tokens, by which a sampler's log-probs may differ from the policy's and be
+# the old ones of PPO all the same: a tenth of its usual clip range.
+SAMPLERS_BOUND = 0.02
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,18 @@ class Experience:
     rollout: Rollout
     scores: Tensor  # [B] the rewards' scores, shaped (`rewards.shaping`)
     logprobs: Tensor  # of the policy before the update, at the sampling temperature
-    ref_logprobs: Tensor
+    ref_logprobs: Tensor | None  # None where nothing uses the KL
     advantages: Tensor  # not whitened: the loss whitens with `moments`
     kl: Tensor  # [B] sum over the response, by `ppo.kl_estimator`
     kl_coef: Tensor  # 0-dim, the weight of the KL penalty
     moments: Tensor  # [3] (count, mean, M2) of the advantages
-    entropy: Tensor  # of the policy at each token
+    entropy: Tensor | None  # of the policy at each token; None where `logprobs` are the sampler's
     policy_version: int  # optimizer steps the policy had taken when it was measured
     values: Tensor | None = None  # of the critic, where there is one
     returns: Tensor | None = None  # what the critic learns
     is_weights: Tensor | None = None  # truncated importance weights of the sampler's tokens
     rounding: Tensor | None = None  # [B] of the scores, as `estimators.Evidence` has it
+    sampled: bool = False  # whether `logprobs` are the sampler's
 
     def __len__(self) -> int:
         return len(self.rollout)
@@ -93,24 +97,41 @@ def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) ->
     return log_ratio.clamp(max=math.log(cap)).exp()
 
 
-def objective_metrics(experience: Experience) -> dict[str, float]:
-    """Metrics of a step's rollout, as it was before the update."""
+def logprob_difference(rollout: Rollout, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and largest |log pi - log pi_sampler| of the policy's tokens, in nats; infinite where
+    the sampler's are not known."""
+    if rollout.logprobs is None:
+        unknown = logprobs.new_tensor(math.inf)
+        return unknown, unknown
+    difference = (logprobs - rollout.logprobs)[rollout.mask].abs()
+    return difference.mean(), difference.max()
+
+
+def objective_metrics(experience: Experience, cap: float | None) -> dict[str, float]:
+    """Metrics of a step's rollout, as it was before the update; `cap` of its importance weights."""
     rollout, mask = experience.rollout, experience.rollout.mask
-    kl = torch.where(mask, experience.logprobs - experience.ref_logprobs, 0.0).sum(1)
     found = {
         "objective/scores": experience.scores.mean(),
         "objective/scores_std": experience.scores.std(unbiased=False),
-        # Unbiased, whatever the estimator of the penalty.
-        "objective/kl": kl.mean(),
         "objective/kl_coef": experience.kl_coef,
-        "objective/entropy": experience.entropy[mask].mean(),
         "objective/response_length": rollout.lengths.float().mean(),
         "objective/finished": rollout.finished.float().mean(),
     }
+    if experience.ref_logprobs is not None:
+        # Unbiased, whatever the estimator of the penalty.
+        difference = experience.logprobs - experience.ref_logprobs
+        found["objective/kl"] = torch.where(mask, difference, 0.0).sum(1).mean()
+    if experience.entropy is not None:
+        found["objective/entropy"] = experience.entropy[mask].mean()
+    if rollout.logprobs is not None and not experience.sampled:
+        mean, largest = logprob_difference(rollout, experience.logprobs)
+        found |= {"rollout/logprob_diff": mean, "rollout/logprob_diff_max": largest}
     if experience.values is not None and experience.returns is not None:
         errors = (experience.values - experience.returns)[mask]
         variance = experience.returns[mask].var(unbiased=False).clamp_min(1e-8)
         found["value/explained_variance"] = 1 - errors.var(unbiased=False) / variance
-    if experience.is_weights is not None:
+    if experience.is_weights is not None and cap is not None:
         found["objective/importance_weight"] = experience.is_weights[mask].mean()
+        capped = experience.is_weights[mask] >= cap
+        found["objective/importance_capped"] = capped.float().mean()
     return {name: float(value) for name, value in found.items()}

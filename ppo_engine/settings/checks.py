@@ -43,6 +43,18 @@ def check_settings(config: PPOConfig) -> None:
         )
     if settings.adaptive_kl is not None and settings.kl_coef == 0:
         raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: set it above 0.")
+    if settings.old_logprobs == "sampler":
+        filters = config.generation
+        if filters.top_k or filters.top_p < 1 or filters.min_new_tokens:
+            raise UserError(
+                "ppo.old_logprobs=sampler needs tokens drawn from the whole distribution: leave "
+                "generation.top_k, top_p and min_new_tokens unset, or choose recompute."
+            )
+        if settings.importance_cap is not None:
+            raise UserError(
+                "ppo.importance_cap corrects for the sampler's log-probs, and with "
+                "ppo.old_logprobs=sampler there is nothing to correct: leave one of them unset."
+            )
     if settings.critic_warmup_steps >= config.steps:
         raise UserError(
             f"ppo.critic_warmup_steps={settings.critic_warmup_steps} leaves none of the "

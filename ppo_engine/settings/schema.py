@@ -199,6 +199,10 @@ class PPOSettings:
     # The source's own. "sum" is over a constant, responses times generation.max_new_tokens.
     reduction: Literal["token_mean", "sequence_mean", "sum"] = cast(Any, None)
     entropy_coef: NonNegativeFloat = 0.0
+    # Whose log-probs the ratio starts from: the sampler's own, which cost nothing, or those of a
+    # pass over what it wrote; auto takes the sampler's if on the first rollout they differ by less
+    # than 0.02 nats a token (rollout/logprob_diff).
+    old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     # Weight tokens by min(pi_old / pi_sampler, cap) where the sampler's log-probs, recorded in
     # `Rollout.logprobs`, differ from the trainer's.
     importance_cap: PositiveFloat | None = None
@@ -209,6 +213,11 @@ class PPOSettings:
     @property
     def has_critic(self) -> bool:
         return self.estimator in ("gae", "monte_carlo", "td")
+
+    @property
+    def uses_kl(self) -> bool:
+        """Whether the KL to the reference is part of the reward or the loss."""
+        return self.kl_coef > 0
 
     @property
     def compares_groups(self) -> bool:
