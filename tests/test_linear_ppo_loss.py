@@ -292,11 +292,21 @@ def test_autocast(kernel: str) -> None:
         check(inputs(), kernel, torch.bfloat16)
 
 
-@pytest.mark.usefixtures("products")
-def test_bfloat16_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum of 64 chunks' gradients in bfloat16 would err by more than its products do."""
-    monkeypatch.setattr(head, "_TOKENS", {"cpu": 8})
-    check(inputs((1024,), dtype=torch.bfloat16), "cpp")
+@pytest.mark.parametrize("tokens", [8, 256, 512])  # of bfloat16 twice as many to a chunk
+def test_sums_of_bfloat16(tokens: int, monkeypatch: pytest.MonkeyPatch, either_cpu: bool) -> None:
+    """64 chunks and two err about as little as one: a sum in bfloat16 is rounded 63 times."""
+    monkeypatch.setattr(head, "_TOKENS", {"cpu": tokens})
+    hidden, weight = torch.rand(1024, 12).bfloat16(), torch.rand(71, 12).bfloat16()
+    targets, grad_logits = torch.zeros(1024, dtype=torch.int64), torch.rand(1024, 71).bfloat16()
+    made = head.Head(hidden, weight, None, targets, torch.bfloat16, (False, True, False))
+    for place in made.chunks():
+        states = made.states(place)
+        made.add_gradients(place, states, grad_logits[place].to(states.dtype))
+    _, found, _ = made.gradients()
+    assert found is not None
+    exact = grad_logits.double().t() @ hidden.double()
+    rounding = (exact.bfloat16() - exact).square().mean()
+    assert (found - exact).square().mean() < 3 * rounding
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])

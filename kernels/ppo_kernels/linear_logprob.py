@@ -68,7 +68,8 @@ def linear_logprobs(
     the backward pass recomputes the logits, a chunk at a time (8 N V H operations in all;
     `linear_ppo_loss` takes 6). Extra memory: the logits of one chunk, 256 tokens on a CPU (512 in
     16 bits) and 4,096 on a GPU (fewer where memory is short; without gradients a CPU needs 4 MiB),
-    the gradients in float32 as they are summed, and on a GPU under autocast the weight in its dtype.
+    the gradients as they are summed, in float32 but for those of `head.weight_gradient_dtype`, and
+    on a GPU under autocast the weight in its dtype.
 
     For several sets of hidden states under one head (a policy and its reference with equal heads,
     or with an adapter on and off), stack them: `[2, N, H]` with targets `[2, N]` reads the weight
