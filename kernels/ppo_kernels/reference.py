@@ -547,6 +547,54 @@ def adamw(
     return weights, exp_avg, exp_avg_sq
 
 
+# Moments in 8 bits: blocks of 256 elements that lie side by side, the last may be shorter, with one
+# float32 number each, the largest magnitude M in it (after Dettmers et al. 2022, arXiv:2110.02861,
+# section 2). A magnitude a is kept as its code round(n (a / M)^(1/4)), that is as n^-4 M code^4: to
+# 1.6 % (exp_avg, n 127, with a sign) and 0.8 % (the root of exp_avg_sq, n 255) where it is largest,
+# and 1e-6 of the largest is not 0. (The cube, square and softsign of arXiv:2602.23349 lose more of
+# what is small: bench/notes/cpu.md.) No root becomes 0 that was not.
+MOMENT_BLOCK = 256
+_LARGEST_MOMENT = 2.0**126  # what is beyond, or NaN, makes its block NaN
+
+
+def quantize_moments(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(int8, uint8, scales float32 `[2, blocks]`) of float32 moments of one shape."""
+    mean, of_mean = _quantized(exp_avg, 127)
+    root, of_root = _quantized(exp_avg_sq.double().sqrt().float(), 255)
+    root = torch.where(exp_avg_sq > 0, root.clamp(min=1), root)
+    return mean.to(torch.int8), root.to(torch.uint8), torch.stack((of_mean, of_root))
+
+
+def dequantize_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The float32 moments that are kept so."""
+    root = _dequantized(exp_avg_sq, scales[1], 255)
+    return _dequantized(exp_avg, scales[0], 127), root * root
+
+
+def _quantized(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    count = x.numel()
+    blocks = torch.nn.functional.pad(x.flatten(), (0, -count % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
+    # Of no block there is no largest.
+    scales = blocks.abs().amax(1) if count else blocks.new_empty(0)
+    scales = torch.where(scales <= _LARGEST_MOMENT, scales, torch.nan)
+    # The inverse of less than the least normal number may be infinite: such a block is as good as 0.
+    inverse = torch.where(scales >= 2.0**-126, 1 / scales, 0.0)
+    part = blocks.abs() * inverse[:, None]
+    part = torch.where(part < 2, part, 0.0)  # not NaN
+    # Roots to the nearest by way of float64, as below.
+    fourth = part.double().sqrt().float().double().sqrt().float()
+    codes = (fourth * most).round().copysign(blocks)
+    return codes.flatten()[:count].view(x.shape), scales
+
+
+def _dequantized(codes: Tensor, scales: Tensor, most: int) -> Tensor:
+    part = codes.float() * torch.tensor(1 / most, device=codes.device)
+    scale = scales.repeat_interleave(MOMENT_BLOCK)[: codes.numel()].view(codes.shape)
+    return part * part * (part * part.abs()) * scale
+
+
 # Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4):
 #   y_j = x_j / sqrt(mean x^2 + eps) (w_j + added)
 def rms_norm(
