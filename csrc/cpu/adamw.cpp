@@ -108,29 +108,60 @@ void piece(const AdamWArgs& args, const AdamWTensor& t, int64_t first, int64_t l
   std::memcpy(exp_avg_sq + i, square_room, rest * sizeof(float));
 }
 
-// kLanes codes at code, as numbers n in [-128, 127] or [0, 255]; and back. A float32 in [2^23, 2^24)
-// has its integer in its low bits, and adding to one rounds to the nearest even.
+// kLanes bytes; GCC 12 moves them one by one for __builtin_convertvector.
+inline U load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __mmask16 all = 0xffff;
+  return bit_cast<U>(_mm512_maskz_cvtepu8_epi32(all, load_bits<__m128i>(p)));
+#elif defined(__AVX2__)
+  return bit_cast<U>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(load_bits<VectorTypes<float>::Bytes>(p), U);
+#endif
+}
+inline void store_bytes(uint8_t* p, U bits) {  // the lowest of each lane
+#if defined(__AVX512F__)
+  const __mmask16 all = 0xffff;
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(all, bit_cast<__m512i>(bits));
+  std::memcpy(p, &bytes, sizeof(bytes));
+#elif defined(__AVX2__)
+  const __m256i lowest = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i four = _mm256_shuffle_epi8(bit_cast<__m256i>(bits), lowest);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
+                   _mm_unpacklo_epi32(_mm256_castsi256_si128(four),
+                                      _mm256_extracti128_si256(four, 1)));
+#else
+  const auto bytes = __builtin_convertvector(bits, VectorTypes<float>::Bytes);
+  std::memcpy(p, &bytes, sizeof(bytes));
+#endif
+}
+
+// kLanes codes as numbers, of int8 or uint8; and back. A float32 in [2^23, 2^24) has its integer in
+// its low bits, and adding to one rounds to the nearest, of two to the even one.
 constexpr uint32_t kTwo23 = 0x4b000000;
 template <bool is_signed> constexpr uint32_t kZero = is_signed ? 128 : 0;
 
 template <bool is_signed>
 inline V load_codes(const uint8_t* codes) {
-  using Types = VectorTypes<float>;
-  const U bits = __builtin_convertvector(load_bits<Types::Bytes>(codes), U) ^ kZero<is_signed>;
+  const U bits = load_bytes(codes) ^ kZero<is_signed>;
   return bit_cast<V>(bits | kTwo23) - (0x1p23f + kZero<is_signed>);
 }
 template <bool is_signed>
 inline void store_codes(uint8_t* codes, V x) {
-  const U bits = bit_cast<U>(x + (0x1p23f + kZero<is_signed>)) ^ kZero<is_signed>;
-  const auto bytes = __builtin_convertvector(bits, VectorTypes<float>::Bytes);
-  std::memcpy(codes, &bytes, sizeof(bytes));
+  store_bytes(codes, bit_cast<U>(x + (0x1p23f + kZero<is_signed>)) ^ kZero<is_signed>);
 }
 
 inline U magnitude(V x) { return bit_cast<U>(x) & 0x7fffffffu; }
 
+// f and its inverse, of magnitudes up to 1: bits as a logarithm.
+constexpr uint32_t kOne = 0x3f800000, kShift = kOne - (kOne >> 2);
+
 inline V dequantized(V code, float most, float scale) {
   const V part = code * (1 / most);
-  return part * part * (part * bit_cast<V>(magnitude(part))) * scale;
+  const U bits = magnitude(part);
+  const U x = ((bits > kShift ? bits : U{} + kShift) - kShift) << 2;
+  return bit_cast<V>(x | (bit_cast<U>(part) & 0x80000000u)) * scale;
 }
 
 // Of magnitudes, as bits: in their order that of the numbers, with NaN above all.
@@ -142,10 +173,10 @@ inline float scale_of(U largest) {
 }
 
 inline V quantized(V x, float most, float inverse) {
-  V part = bit_cast<V>(magnitude(x)) * inverse;
-  part = part < 2.0f ? part : V{};  // not NaN
-  const V code = root_of(root_of(part)) * most;
-  return bit_cast<V>(bit_cast<U>(code) | (bit_cast<U>(x) & 0x80000000u));
+  const U bits = magnitude(bit_cast<V>(magnitude(x)) * inverse);
+  const U part = (bits < kOne ? bits : U{} + kOne) >> 2;  // NaN as 1
+  const U negative = x < 0.0f ? U{} + 0x80000000u : U{};  // not a NaN
+  return bit_cast<V>((part + kShift) | negative) * most;
 }
 
 // One block of moments in 8 bits, all kMomentBlock elements of it.

@@ -549,18 +549,23 @@ def adamw(
 
 # Moments in 8 bits: blocks of 256 elements that lie side by side, the last may be shorter, with one
 # float32 number each, the largest magnitude M in it (after Dettmers et al. 2022, arXiv:2110.02861,
-# section 2). A magnitude a is kept as its code round(n (a / M)^(1/4)), that is as n^-4 M code^4: to
-# 1.6 % (exp_avg, n 127, with a sign) and 0.8 % (the root of exp_avg_sq, n 255) where it is largest,
-# and 1e-6 of the largest is not 0. (The cube, square and softsign of arXiv:2602.23349 lose more of
-# what is small: bench/notes/cpu.md.) No root becomes 0 that was not.
+# section 2). A magnitude a is kept as its code
+#   round(n f(a / M)),   f(x) about x^(1/4), f(0) = 0, f(1) = 1
+# n is 127 for exp_avg, with a sign, and 255 for the root of exp_avg_sq, of which none becomes 0 that
+# was not. f goes through float32's bits as if they were a logarithm, which they are nearly, and so
+# takes no root; its inverse is as exact as a float is. What is a 1e-4th of the largest is kept to
+# a sixth, what is near it to 2.7 % and 1.4 %. (Of less range, as the codes of arXiv:2602.23349, more
+# is lost: bench/notes/cpu.md.)
 MOMENT_BLOCK = 256
 _LARGEST_MOMENT = 2.0**126  # what is beyond, or NaN, makes its block NaN
+_ONE = 0x3F800000  # the bits of 1
+_SHIFT = _ONE - (_ONE >> 2)
 
 
 def quantize_moments(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(int8, uint8, scales float32 `[2, blocks]`) of float32 moments of one shape."""
     mean, of_mean = _quantized(exp_avg, 127)
-    root, of_root = _quantized(exp_avg_sq.double().sqrt().float(), 255)
+    root, of_root = _quantized(exp_avg_sq.double().sqrt().float(), 255)  # to the nearest, as above
     root = torch.where(exp_avg_sq > 0, root.clamp(min=1), root)
     return mean.to(torch.int8), root.to(torch.uint8), torch.stack((of_mean, of_root))
 
@@ -579,20 +584,20 @@ def _quantized(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     # Of no block there is no largest.
     scales = blocks.abs().amax(1) if count else blocks.new_empty(0)
     scales = torch.where(scales <= _LARGEST_MOMENT, scales, torch.nan)
-    # The inverse of less than the least normal number may be infinite: such a block is as good as 0.
+    # The inverse of a subnormal number may be infinite: such a block is as good as 0.
     inverse = torch.where(scales >= 2.0**-126, 1 / scales, 0.0)
-    part = blocks.abs() * inverse[:, None]
-    part = torch.where(part < 2, part, 0.0)  # not NaN
-    # Roots to the nearest by way of float64, as below.
-    fourth = part.double().sqrt().float().double().sqrt().float()
-    codes = (fourth * most).round().copysign(blocks)
+    bits = (blocks.abs() * inverse[:, None]).view(torch.int32).clamp(max=_ONE)  # NaN too
+    part = ((bits >> 2) + _SHIFT).view(torch.float32)
+    codes = (part * most).round()
+    codes = torch.where(blocks < 0, -codes, codes)
     return codes.flatten()[:count].view(x.shape), scales
 
 
 def _dequantized(codes: Tensor, scales: Tensor, most: int) -> Tensor:
-    part = codes.float() * torch.tensor(1 / most, device=codes.device)
+    part = codes.float().abs() * torch.tensor(1 / most, device=codes.device)
+    bits = (part.view(torch.int32).clamp(min=_SHIFT) - _SHIFT) << 2
     scale = scales.repeat_interleave(MOMENT_BLOCK)[: codes.numel()].view(codes.shape)
-    return part * part * (part * part.abs()) * scale
+    return bits.view(torch.float32).copysign(codes) * scale
 
 
 # Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4):

@@ -15,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.dispatch import on
-from ppo_kernels.reference import MOMENT_BLOCK
+from ppo_kernels.reference import _ONE, _SHIFT, MOMENT_BLOCK
 from ppo_kernels.triton.common import number, read, write
 
 TILE = 1024  # elements of a program, whole blocks of moments in 8 bits
 BLOCK = tl.constexpr(MOMENT_BLOCK)
+ONE = tl.constexpr(_ONE)
+SHIFT = tl.constexpr(_SHIFT)
 EACH = 4  # adjacent ones of a thread: 16 bytes of float32
 SEARCHED = 1024  # tensors, at most, that are searched at a time
 
@@ -47,8 +49,10 @@ def _number(given, pointer, place):
 
 @triton.jit
 def _dequantized(codes, scales, MOST: tl.constexpr):
-    part = codes.to(tl.float32) * (1 / MOST)
-    return part * part * (part * tl.abs(part)) * scales[:, None, None]
+    x = codes.to(tl.float32) * (1 / MOST)
+    bits = tl.maximum(tl.abs(x).to(tl.int32, bitcast=True), SHIFT) - SHIFT
+    part = (bits << 2).to(tl.float32, bitcast=True)
+    return tl.where(x < 0, -part, part) * scales[:, None, None]
 
 
 @triton.jit
@@ -59,23 +63,15 @@ def _scales(x):
 
 
 @triton.jit
-def _fourth_roots(x, scales, MOST: tl.constexpr):
-    """Codes of magnitudes, not rounded yet."""
+def _quantized(x, scales, MOST: tl.constexpr):
+    """The codes of magnitudes, int32."""
     normal = scales >= 2.0**-126
-    inverse = tl.where(
-        normal,
-        tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), tl.where(normal, scales, 1.0)),
-        0.0,
-    )
-    part = tl.abs(x) * inverse[:, None, None]
-    part = tl.where(part < 2, part, 0)  # not NaN
-    return tl.sqrt_rn(tl.sqrt_rn(part)) * MOST
-
-
-@triton.jit
-def _rounded(codes):
-    """To the nearest, of two the even one."""
-    return (codes + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
+    inverse = tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), tl.where(normal, scales, 1.0))
+    x = tl.abs(x) * tl.where(normal, inverse, 0.0)[:, None, None]
+    bits = tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, ONE)
+    part = ((bits >> 2) + SHIFT).to(tl.float32, bitcast=True)
+    # Adding to 2^23 rounds to the nearest, of two to the even one.
+    return (part * MOST + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
 
 
 @triton.jit
@@ -109,10 +105,10 @@ def _step(
         of_means, of_roots = _scales(mean), _scales(deviation)
         tl.store(scales + block, of_means, mask=block < blocks)
         tl.store(scales + blocks + block, of_roots, mask=block < blocks)
-        codes = _rounded(_fourth_roots(mean, of_means, 127))
+        codes = _quantized(mean, of_means, 127)
         codes = tl.where(mean < 0, -codes, codes)
         write(exp_avg, at, codes.to(tl.int8), inside, WHOLE)
-        codes = _rounded(_fourth_roots(deviation, of_roots, 255))
+        codes = _quantized(deviation, of_roots, 255)
         codes = tl.where((deviation > 0) & (codes == 0), 1, codes)
         write(exp_avg_sq, at, codes.to(tl.uint8), inside, WHOLE)
     if remainder is None:
