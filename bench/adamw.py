@@ -155,5 +155,5 @@ def _case(
             "codes_sq",
             "scales",
             "steps",
-        ),  # fmt: skip
+        ),
     )
