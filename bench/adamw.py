@@ -1,4 +1,5 @@
-"""`adamw`, against torch's on float32 weights: fused, or one operation at a time for all."""
+"""`adamw`, against torch's on float32 weights: fused, or one operation at a time for all; and with
+moments in 8 bits, against the same with float32 moments."""
 
 from __future__ import annotations
 
@@ -37,13 +38,16 @@ def cases(device: str) -> list[Case]:
         _case(device, *shape, dtype)
         for shape in _SHAPES[device]
         for dtype in (torch.float32, torch.bfloat16)
-    ]
+    ] + [_case(device, *shape, torch.bfloat16, "8-bit moments") for shape in _SHAPES[device]]
 
 
-def _case(device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtype) -> Case:
+def _case(
+    device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtype, variant: str = ""
+) -> Case:
     """`dtype` of the weights, in bfloat16 with a remainder, and of the gradients."""
     counts = [math.prod(shape) for shape in shapes]
     count = sum(counts)
+    blocks = [2 * math.ceil(n / reference.MOMENT_BLOCK) for n in counts]  # numbers of their scales
     halves = dtype == torch.bfloat16
 
     def inputs(on: torch.device) -> Inputs:
@@ -54,6 +58,21 @@ def _case(device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtyp
         if halves:
             found["master"] = weights  # for torch's
             weights, found["remainder"] = split_master(weights)
+        if variant:  # the reference, and what has float32 moments, begin with the same
+            kept = zip(
+                *map(reference.quantize_moments, each(exp_avg), each(exp_avg_sq)), strict=True
+            )
+            codes, codes_sq, scales = (torch.cat([x.flatten() for x in part]) for part in kept)
+            found |= {"codes": codes, "codes_sq": codes_sq, "scales": scales}
+            means, squares = zip(
+                *map(
+                    reference.dequantize_moments, each(codes), each(codes_sq), each_scales(scales)
+                ),
+                strict=True,
+            )
+            found["exp_avg"], found["exp_avg_sq"] = (
+                torch.cat([x.flatten() for x in part]) for part in (means, squares)
+            )
         steps = torch.full((len(shapes),), float(_STEP - 1), device=on)  # torch's counters
         return found | {"weights": weights, "steps": steps}
 
@@ -62,8 +81,11 @@ def _case(device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtyp
             return [x]  # a view would be a good part of a small call
         return [part.view(shape) for part, shape in zip(x.split(counts), shapes, strict=True)]
 
+    def each_scales(x: Tensor) -> list[Tensor]:
+        return [part.view(2, -1) for part in x.split(blocks)]
+
     def results(x: Inputs, weights: Tensor) -> Outputs:
-        return weights, x["exp_avg"], x["exp_avg_sq"]
+        return (weights,) if variant else (weights, x["exp_avg"], x["exp_avg_sq"])
 
     def ours(x: Inputs, impl: str) -> Outputs:
         if impl == "reference":  # which takes float64, whole
@@ -75,10 +97,18 @@ def _case(device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtyp
                 learning_rate=_LEARNING_RATE, betas=_BETAS, eps=_EPS, weight_decay=_DECAY,
                 grad_scale=1.0,
             )  # fmt: skip
-            return tuple(map(Tensor.float, exact))  # half the memory, of a whole model
+            # Half the memory, of a whole model.
+            return tuple(map(Tensor.float, exact[:1] if variant else exact))
+        if variant:
+            return step(x, "codes", "codes_sq", impl, each_scales(x["scales"]))
+        return step(x, "exp_avg", "exp_avg_sq", impl)
+
+    def step(
+        x: Inputs, mean: str, square: str, impl: str = "auto", scales: list[Tensor] | None = None
+    ) -> Outputs:
         adamw(
-            *map(each, (x["weights"], x["grads"], x["exp_avg"], x["exp_avg_sq"])),
-            remainder=each(x["remainder"]) if halves else None, step=_STEP,
+            *map(each, (x["weights"], x["grads"], x[mean], x[square])),
+            remainder=each(x["remainder"]) if halves else None, moment_scales=scales, step=_STEP,
             learning_rate=_LEARNING_RATE, betas=_BETAS, eps=_EPS, weight_decay=_DECAY, impl=impl,
         )  # fmt: skip
         return results(x, x["weights"])
@@ -95,7 +125,9 @@ def _case(device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtyp
         )  # fmt: skip
         return results(x, x["weights"].copy_(master) if halves else master)
 
-    kept = 2 + 2 + 8 if halves else 4 + 8  # read and written
+    # Bytes that are read and written; of scales two numbers for 256.
+    kept = (2 + 2 if halves else 4) + (2 + 8 / reference.MOMENT_BLOCK if variant else 8)
+    with_float32 = {"float32 moments": lambda x: step(x, "exp_avg", "exp_avg_sq")}
     return Case(
         op="adamw",
         size=size,
@@ -104,12 +136,24 @@ def _case(device: str, size: Size, name: str, shapes: _Shapes, dtype: torch.dtyp
         device=device,
         inputs=inputs,
         ours=ours,
-        alternatives={
+        variant=variant,
+        alternatives=(with_float32 if variant else {})
+        | {
             "AdamW, fused": lambda x: torchs(x, True),
             "AdamW, foreach": lambda x: torchs(x, False),
         },
         costs={"fwd": Cost((kept + dtype.itemsize) * count, kept * count, 20 * count)},
         chunk=2**22,
-        shared=("steps",),
-        changed=("weights", "remainder", "master", "exp_avg", "exp_avg_sq", "steps"),
+        shared=("steps", "scales"),
+        changed=(
+            "weights",
+            "remainder",
+            "master",
+            "exp_avg",
+            "exp_avg_sq",
+            "codes",
+            "codes_sq",
+            "scales",
+            "steps",
+        ),
     )

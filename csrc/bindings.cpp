@@ -444,14 +444,16 @@ int64_t decode_attention(const Tensor& query, const Tensor& keys, const Tensor& 
 
 using Tensors = std::vector<Tensor>;
 
-// As many contiguous tensors of each kind, of one dtype for each; without remainders of float32.
+// As many contiguous tensors of each kind, of one dtype for each; without remainders of float32, and
+// without scales of moments in float32.
 void adamw(const Tensors& weights, const Tensors& grads, const Tensors& exp_avg,
-           const Tensors& exp_avg_sq, const Tensors& remainder, double decay, double size,
-           double root, double mix, bool near_mean, double beta2, double rest, double eps,
-           double grad_scale, int threads) {
+           const Tensors& exp_avg_sq, const Tensors& remainder, const Tensors& scales, double decay,
+           double size, double root, double mix, bool near_mean, double beta2, double rest,
+           double eps, double grad_scale, int threads) {
   AdamWArgs args{};
   args.weights = weights[0].dtype();
   args.grads = grads[0].dtype();
+  args.eight_bits = !scales.empty();
   std::vector<AdamWTensor> tensors;
   std::vector<AdamWPiece> pieces;
   int64_t all = 0;
@@ -459,8 +461,8 @@ void adamw(const Tensors& weights, const Tensors& grads, const Tensors& exp_avg,
     int64_t count = 1;
     for (int d = 0; d < weights[i].dims(); ++d) count *= weights[i].size(d);
     tensors.push_back({weights[i].data(), remainder.empty() ? nullptr : remainder[i].data<uint16_t>(),
-                       grads[i].data(), exp_avg[i].data<float>(), exp_avg_sq[i].data<float>(),
-                       count});
+                       grads[i].data(), exp_avg[i].data(), exp_avg_sq[i].data(),
+                       scales.empty() ? nullptr : scales[i].data<float>(), count});
     for (int64_t first = 0; first < count; first += kElementsPerPiece) {
       pieces.push_back({int64_t(i), first, std::min(count, first + kElementsPerPiece)});
     }

@@ -198,9 +198,13 @@ def calls() -> Iterator[Callable[[], object]]:
         yield attention(12, 2, 128, 1024, dtype, dtype, of_new)
     yield attention(8, 8, 256, 100, torch.bfloat16, torch.bfloat16, torch.bfloat16, softcap=50.0)
 
-    def step(*dtypes: torch.dtype, first: int = 0, **settings: Any) -> Callable[[], object]:
+    def step(
+        *dtypes: torch.dtype, first: int = 0, bits: int = 32, **settings: Any
+    ) -> Callable[[], object]:
         weights, grads = (torch.zeros(5000).to(dtype)[first:] for dtype in dtypes)
         moments = torch.zeros(2, 5000)[:, first:]
+        if bits == 8:
+            *moments, settings["moment_scales"] = ppo_kernels.zero_moments(weights)
         if dtypes[0] == torch.bfloat16:
             settings["remainder"] = torch.zeros(5000, dtype=torch.int16)[first:]
         settings = {"step": 1, "learning_rate": 1e-3, "impl": "triton"} | settings
@@ -209,12 +213,13 @@ def calls() -> Iterator[Callable[[], object]]:
     for weights in (torch.float32, torch.bfloat16):
         for grads in (torch.float32, *halves):
             yield step(weights, grads)
+        yield step(weights, weights, bits=8)
         yield step(weights, weights, first=1)
         yield step(weights, weights, betas=(0.0, 0.9))
     # What is 0-dim on a GPU is read there.
     one = torch.zeros(4096)
     yield lambda: dispatch.triton_kernels("adamw").adamw(
-        ([one], [one], [one], [one], []), (torch.tensor(1.0),) * 3, (0.1, True, 0.9, 0.1), 1e-8,
+        ([one], [one], [one], [one], [], []), (torch.tensor(1.0),) * 3, (0.1, True, 0.9, 0.1), 1e-8,
         torch.tensor(1.0),
     )  # fmt: skip
 

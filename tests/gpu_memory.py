@@ -41,8 +41,8 @@ def main() -> None:
     ppo_kernels.swiglu(*rows.view(3, 2, 150).unbind(1)).sum().backward()
     angles = torch.randn(2, 1, 300, 18, device="cuda")
     ppo_kernels.rotary_embedding(slots[0].requires_grad_(), slots[1], *angles)[0].sum().backward()
-    model = Model(True, device="cuda")
-    model.step(1, [g.cuda() for g in gradients(1)])
+    for bits in (32, 8):
+        Model(True, device="cuda", bits=bits).step(1, [g.cuda() for g in gradients(1)])
     long = torch.randn(2, 2, 9000, device="cuda")
     for impl in implementations("gae"):
         ppo_kernels.gae(*long, impl=impl)

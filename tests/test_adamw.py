@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_kernels import adamw, dispatch, join_master, reference, split_master
+from ppo_kernels import adamw, dispatch, join_master, reference, split_master, zero_moments
 
 IMPLS = pytest.mark.parametrize("impl", ops.implementations_of("adamw"))
 KERNELS = pytest.mark.parametrize("kernel", ops.implementations_of("adamw", but=("reference",)))
+BITS = pytest.mark.parametrize("bits", [32, 8])
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Around a vector, Triton's tile and a thread's piece; with nothing in one.
+# Around a vector, a block of moments, Triton's tile and a thread's piece; with nothing in one.
 SHAPES = [(3,), (), (0, 4), (33, 31), (1024,), (1025,), (16401,)]
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -42,10 +43,14 @@ def gradients(
 
 
 class Model:
-    """Weights and the state of AdamW; `halves`: bfloat16 with a remainder."""
+    """Weights and the state of AdamW; `halves`: bfloat16 with a remainder; `bits` of moments."""
 
     def __init__(
-        self, halves: bool = False, device: str = "cpu", shapes: list[tuple[int, ...]] = SHAPES
+        self,
+        halves: bool = False,
+        device: str = "cpu",
+        shapes: list[tuple[int, ...]] = SHAPES,
+        bits: int = 32,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(s, generator=generator).to(device) for s in shapes]
@@ -57,17 +62,22 @@ class Model:
         if halves:
             pairs = [split_master(x) for x in weights]
             self.state["weights"], self.state["remainder"] = map(list, zip(*pairs, strict=True))
+        if bits == 8:
+            names = ("exp_avg", "exp_avg_sq", "moment_scales")
+            moments = zip(*map(zero_moments, weights), strict=True)
+            self.state |= zip(names, map(list, moments), strict=True)
 
     def step(self, number: int | Tensor, grads: list[Tensor], **settings: Any) -> None:
         settings = {"learning_rate": 3e-3} | settings
         adamw(grads=grads, step=number, **self.state, **settings)
 
     def tensors(self) -> list[Tensor]:
-        """In float32: weights, and both moments."""
+        """In float32: weights, and both moments, or their codes and scales."""
         weights = self.state["weights"]
         if "remainder" in self.state:
             weights = [*map(join_master, weights, self.state["remainder"])]
-        return [*weights, *self.state["exp_avg"], *self.state["exp_avg_sq"]]
+        moments = (self.state.get(n, []) for n in ("exp_avg", "exp_avg_sq", "moment_scales"))
+        return [*weights, *(x.float() for tensors in moments for x in tensors)]
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -76,8 +86,10 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(map(torch.equal, *bits))
 
 
-def after(steps: int, dtype: torch.dtype = F32, halves: bool = False, **settings: Any) -> Model:
-    model = Model(halves)
+def after(
+    steps: int, dtype: torch.dtype = F32, halves: bool = False, bits: int = 32, **settings: Any
+) -> Model:
+    model = Model(halves, bits=bits)
     for number in range(1, steps + 1):
         model.step(number, gradients(number, dtype), **settings)
     return model
@@ -117,14 +129,15 @@ def test_every_remainder_goes_through_a_step(impl: str) -> None:
 
 
 @IMPLS
+@BITS
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_bits_of_the_reference(impl: str, settings: dict[str, Any]) -> None:
+def test_bits_of_the_reference(impl: str, settings: dict[str, Any], bits: int) -> None:
     """50 steps in bfloat16 with a remainder are 50 steps of the reference in float32."""
     few = 3 if impl == "triton" else 50  # Triton's interpreter takes milliseconds a tile
     for dtype, steps in ((F32, few), (BF16, 3), (F16, 3)):
-        expected = after(steps, dtype, impl="reference", **settings).tensors()
+        expected = after(steps, dtype, bits=bits, impl="reference", **settings).tensors()
         for halves in (False, True):
-            found = after(steps, dtype, halves, impl=impl, **settings)
+            found = after(steps, dtype, halves, bits, impl=impl, **settings)
             assert equal(found.tensors(), expected), (dtype, halves)
 
 
@@ -178,8 +191,9 @@ def test_a_product_and_a_sum_are_rounded_once() -> None:
 
 
 @IMPLS
-def test_one_list_and_one_at_a_time(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    together, alone = Model(True), Model(True)
+@BITS
+def test_one_list_and_one_at_a_time(impl: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, alone = Model(True, bits=bits), Model(True, bits=bits)
     if impl == "triton":
         monkeypatch.setattr(dispatch.triton_kernels("adamw"), "SEARCHED", 2)
     together.step(1, gradients(1), impl=impl)
@@ -228,13 +242,14 @@ def test_nan_and_infinite_gradients(kernel: str) -> None:
 
 
 @IMPLS
-def test_resumed_is_uninterrupted(impl: str) -> None:
+@BITS
+def test_resumed_is_uninterrupted(impl: str, bits: int) -> None:
     file = io.BytesIO()
-    torch.save(after(3, BF16, True, impl=impl).state, file)
+    torch.save(after(3, BF16, True, bits, impl=impl).state, file)
     resumed = Model(True)
     resumed.state = torch.load(io.BytesIO(file.getvalue()))
     resumed.step(4, gradients(4, BF16), impl=impl)
-    assert equal(resumed.tensors(), after(4, BF16, True, impl=impl).tensors())
+    assert equal(resumed.tensors(), after(4, BF16, True, bits, impl=impl).tensors())
 
 
 @IMPLS
@@ -259,7 +274,7 @@ def test_numbers_in_the_memory_of_a_gpu(kernel: str) -> None:
     assert all(isinstance(x, Tensor) for x in factors[1:])
     lists = (
         *(found.state["weights"], gradients(1), found.state["exp_avg"]),
-        *(found.state["exp_avg_sq"], []),
+        *(found.state["exp_avg_sq"], [], []),
     )
     dispatch.triton_kernels("adamw").adamw(
         lists, factors, _mixing((0.9, 0.999)), 1e-8, torch.tensor(0.3)
@@ -267,12 +282,13 @@ def test_numbers_in_the_memory_of_a_gpu(kernel: str) -> None:
     assert equal(found.tensors(), expected.tensors())
 
 
-def test_same_bits_for_any_threads() -> None:
+@BITS
+def test_same_bits_for_any_threads(bits: int) -> None:
     if dispatch.cpu is None:
         pytest.skip("the extension is not built")
-    expected = after(2, BF16, True, impl="cpp").tensors()
+    expected = after(2, BF16, True, bits, impl="cpp").tensors()
     torch.set_num_threads(3)
-    assert equal(after(2, BF16, True, impl="cpp").tensors(), expected)
+    assert equal(after(2, BF16, True, bits, impl="cpp").tensors(), expected)
 
 
 @IMPLS

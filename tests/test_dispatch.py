@@ -218,7 +218,7 @@ def test_every_instruction_set(isa: str) -> None:
     )
     names = ("gae", "logprob", "ppo_loss", "policy_objectives", "pairwise_loss", "linear_logprob",
              "linear_ppo_loss", "sample", "decode_attention", "rotary_embedding", "rms_norm",
-             "swiglu", "packed_linear", "adamw")  # fmt: skip
+             "swiglu", "packed_linear", "adamw", "adamw_8bit")  # fmt: skip
     torchs, onednns, mkls = LIBRARIES[isa]
     native = "yes" if isa == "avx512" else "no"
     result = python(

@@ -302,14 +302,15 @@ def test_a_graph_of_attention_is_right_for_other_lengths() -> None:
         torch.testing.assert_close(found, call(impl="reference"))
 
 
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_adamw_has_the_bits_of_a_cpu(dtype: torch.dtype, halves: bool) -> None:
+def test_adamw_has_the_bits_of_a_cpu(dtype: torch.dtype, halves: bool, bits: int) -> None:
     """With numbers, and with numbers in the GPU's memory, without waiting for it."""
     settings: dict[str, Any] = {"weight_decay": 0.1, "grad_scale": 0.37}
-    expected = after(5, dtype, **settings, impl="reference").tensors()
+    expected = after(5, dtype, bits=bits, **settings, impl="reference").tensors()
     for in_memory in (False, True):
-        model = Model(halves, device="cuda")
+        model = Model(halves, device="cuda", bits=bits)
         for number in range(1, 6):
             grads = [g.cuda() for g in gradients(number, dtype)]
             step: Any = number

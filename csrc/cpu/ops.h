@@ -262,12 +262,16 @@ struct AdamWTensor {
   void* weights;
   uint16_t* remainder;  // of bf16 weights, the bits of an int16; else null
   const void* grads;
-  float *exp_avg, *exp_avg_sq;
+  void *exp_avg, *exp_avg_sq;  // float, or with scales int8_t and uint8_t
+  float* scales;               // [2, blocks of kMomentBlock elements], or null
   int64_t count;
 };
 
-// What one thread does of adamw at a time.
+constexpr int64_t kMomentBlock = 256;  // elements that have one scale
+
+// What one thread does of adamw at a time: whole blocks.
 constexpr int64_t kElementsPerPiece = 16384;
+static_assert(kElementsPerPiece % kMomentBlock == 0);
 
 struct AdamWPiece {
   int64_t tensor, first, last;  // elements [first, last)
@@ -275,6 +279,7 @@ struct AdamWPiece {
 
 struct AdamWArgs {
   DType weights, grads;  // bf16 or f32; any but f64
+  bool eight_bits;       // of the moments
   const AdamWTensor* tensors;
   const AdamWPiece* pieces;
   int64_t piece_count;

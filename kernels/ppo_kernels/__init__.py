@@ -1,6 +1,6 @@
 """Fused kernels for what RLHF adds to a transformer. Needs torch only."""
 
-from ppo_kernels.adamw import adamw, join_master, split_master
+from ppo_kernels.adamw import adamw, join_master, split_master, zero_moments
 from ppo_kernels.decode_attention import decode_attention
 from ppo_kernels.dispatch import implementations
 from ppo_kernels.gae import ShapedGAE, gae, kl_shaped_gae
@@ -42,4 +42,5 @@ __all__ = [
     "split_master",
     "swiglu",
     "token_logprobs",
+    "zero_moments",
 ]

@@ -25,6 +25,7 @@ def adamw(
     exp_avg_sq: Tensors,
     *,
     remainder: Tensors | None = None,
+    moment_scales: Tensors | None = None,
     step: float | Tensor,
     learning_rate: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -47,9 +48,13 @@ def adamw(
         grads: of the weights' shapes; float32, bfloat16 or float16, all of one. Copied where they
             are not contiguous. Not changed.
         exp_avg, exp_avg_sq: float32 of the weights' shapes, contiguous; zeros before the first
-            step.
+            step. With `moment_scales` int8 and uint8: codes, as `zero_moments` makes them.
         remainder: int16 of the weights' shapes, contiguous: with bfloat16 weights the rest of the
             float32 master weights (`split_master`).
+        moment_scales: float32 `[2, ceil(elements / 256)]` for each, contiguous, with moments in 8
+            bits, the largest magnitude in each block (`reference.quantize_moments`). A step is
+            taken with the new moments in float32, and rounds them to the nearest codes then. A
+            number that is not finite makes NaN of its block, from the next step on.
         step: 1 for the first.
         learning_rate: 0 or more.
         betas: each in [0, 1).
@@ -67,7 +72,7 @@ def adamw(
         ValueError, TypeError: for shapes, dtypes, devices, strides or values that do not fit.
         RuntimeError: for an `impl` that cannot run, with the reason.
     """
-    lists = _Lists(*map(_listed, (weights, grads, exp_avg, exp_avg_sq, remainder)))
+    lists = _Lists(*map(_listed, (weights, grads, exp_avg, exp_avg_sq, remainder, moment_scales)))
     if not _checked(lists):
         return
     first = ("weights", lists.weights[0])
@@ -94,6 +99,15 @@ def adamw(
             dispatch.triton_kernels("adamw").adamw(lists, factors, mixing, eps, grad_scale)
     # What a graph has saved of them is no longer what it was: a backward pass is to say so.
     torch.autograd.graph.increment_version(lists.weights)
+
+
+def zero_moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp_avg int8, exp_avg_sq uint8, moment_scales) before the first step, in 8 bits."""
+    exp_avg, exp_avg_sq = (
+        torch.zeros(weights.shape, dtype=dtype, device=weights.device)
+        for dtype in (torch.int8, torch.uint8)
+    )
+    return exp_avg, exp_avg_sq, torch.zeros(_scales_shape(weights), device=weights.device)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,13 +140,15 @@ def join_master(weights: Tensor, remainder: Tensor) -> Tensor:
 
 
 class _Lists(NamedTuple):
-    """The tensors, of each kind as many; no `remainder` with float32 weights."""
+    """The tensors, of each kind as many; no `remainder` with float32 weights, and no
+    `moment_scales` with float32 moments."""
 
     weights: list[Tensor]
     grads: list[Tensor]
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
     remainder: list[Tensor]
+    moment_scales: list[Tensor]
 
 
 def _listed(tensors: Tensors | None) -> list[Tensor]:
@@ -155,26 +171,29 @@ def _checked(lists: _Lists) -> bool:
             f"are {str(first.dtype).removeprefix('torch.')}"
         )
     for name, tensors in zip(lists._fields, lists, strict=True):
-        if len(tensors) != len(weights) and (halves or name != "remainder"):
+        optional = name in ("remainder", "moment_scales")
+        if len(tensors) != len(weights) and (tensors or not optional):
             raise ValueError(
                 f"{OP}: {name} must be as many tensors as weights, {len(weights)}, but are "
                 f"{len(tensors)}"
             )
     checks.tensor(OP, "grads", lists.grads[0], GRAD_DTYPES)
     of_grads = lists.grads[0].dtype
-    dtypes = (first.dtype, of_grads, torch.float32, torch.float32, torch.int16)
+    moments = (torch.int8, torch.uint8) if lists.moment_scales else (torch.float32, torch.float32)
+    dtypes = (first.dtype, of_grads, *moments, torch.int16, torch.float32)
     device, like = first.device, ("weights[0]", first)
     for name, tensors, dtype in zip(lists._fields, lists, dtypes, strict=True):
+        shape_of = _scales_shape if name == "moment_scales" else _shape
         for i, x in enumerate(tensors):
             # `checks` says what is wrong, but takes several times as long: there may be hundreds.
             if not (
                 type(x) in _PLAIN
                 and x.dtype is dtype
-                and x.shape == weights[i].shape
+                and x.shape == shape_of(weights[i])
                 and x.device == device
             ):
                 at = f"{name}[{i}]"
-                shape = None if x is weights[i] else tuple(weights[i].shape)
+                shape = None if x is weights[i] else shape_of(weights[i])
                 checks.tensor(OP, at, x, (dtype,), shape=shape, like=like)
             if name != "grads" and not x.is_contiguous():
                 raise ValueError(
@@ -182,6 +201,14 @@ def _checked(lists: _Lists) -> bool:
                     f"strides {x.stride()} for shape {tuple(x.shape)}"
                 )
     return True
+
+
+def _shape(weights: Tensor) -> tuple[int, ...]:
+    return tuple(weights.shape)
+
+
+def _scales_shape(weights: Tensor) -> tuple[int, ...]:
+    return 2, -(-weights.numel() // reference.MOMENT_BLOCK)
 
 
 def _betas(betas: object) -> tuple[float, float]:
@@ -217,16 +244,18 @@ def _mixing(betas: tuple[float, float]) -> tuple[float, bool, float, float]:
 @torch.no_grad()
 def _by_reference(lists: _Lists, **settings: Any) -> None:
     for i, x in enumerate(lists.weights):
-        halves = bool(lists.remainder)
-        master = join_master(x, lists.remainder[i]) if halves else x
-        master, exp_avg, exp_avg_sq = reference.adamw(
-            master, lists.grads[i], lists.exp_avg[i], lists.exp_avg_sq[i], **settings
-        )
-        lists.exp_avg[i].copy_(exp_avg)
-        lists.exp_avg_sq[i].copy_(exp_avg_sq)
-        for kept, found in zip(
-            (x, lists.remainder[i]) if halves else (x,),
-            split_master(master) if halves else (master,),
-            strict=True,
-        ):
-            kept.copy_(found)
+        master = join_master(x, lists.remainder[i]) if lists.remainder else x
+        moments = (lists.exp_avg[i], lists.exp_avg_sq[i])
+        kept = [x, *moments]
+        if lists.moment_scales:
+            kept.append(lists.moment_scales[i])
+            moments = reference.dequantize_moments(*moments, lists.moment_scales[i])
+        master, *found = reference.adamw(master, lists.grads[i], *moments, **settings)
+        if lists.moment_scales:
+            found = [*reference.quantize_moments(*found)]
+        if lists.remainder:
+            kept.append(lists.remainder[i])
+            master, remainder = split_master(master)
+            found.append(remainder)
+        for old, new in zip(kept, (master, *found), strict=True):
+            old.copy_(new)

@@ -547,6 +547,59 @@ def adamw(
     return weights, exp_avg, exp_avg_sq
 
 
+# Moments in 8 bits: blocks of 256 elements that lie side by side, the last may be shorter, with one
+# float32 number each, the largest magnitude M in it (after Dettmers et al. 2022, arXiv:2110.02861,
+# section 2). A magnitude a is kept as its code
+#   round(n f(a / M)),   f(x) about x^(1/4), f(0) = 0, f(1) = 1
+# n is 127 for exp_avg, with a sign, and 255 for the root of exp_avg_sq, of which none becomes 0
+# that was not. f goes through float32's bits as if they were a logarithm, which they nearly are,
+# and so takes no root; its inverse is exact. Near the largest, numbers change by up to 3.1 % and
+# 1.6 %, at a 1e-4th of it by 20 % and 11 %. (Codes of less range, as in arXiv:2602.23349, lose
+# more: bench/notes/cpu.md.)
+MOMENT_BLOCK = 256
+_LARGEST_MOMENT = 2.0**126  # what is beyond, or NaN, makes its block NaN
+_ONE = 0x3F800000  # the bits of 1
+_SHIFT = _ONE - (_ONE >> 2)
+
+
+def quantize_moments(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(int8, uint8, scales float32 `[2, blocks]`) of float32 moments of one shape."""
+    mean, of_mean = _quantized(exp_avg, 127)
+    root, of_root = _quantized(exp_avg_sq.double().sqrt().float(), 255)  # to the nearest, as above
+    root = torch.where(exp_avg_sq > 0, root.clamp(min=1), root)
+    return mean.to(torch.int8), root.to(torch.uint8), torch.stack((of_mean, of_root))
+
+
+def dequantize_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The float32 moments that are kept so."""
+    root = _dequantized(exp_avg_sq, scales[1], 255)
+    return _dequantized(exp_avg, scales[0], 127), root * root
+
+
+def _quantized(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    count = x.numel()
+    blocks = torch.nn.functional.pad(x.flatten(), (0, -count % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
+    # Of no block there is no largest.
+    scales = blocks.abs().amax(1) if count else blocks.new_empty(0)
+    scales = torch.where(scales <= _LARGEST_MOMENT, scales, torch.nan)
+    # The inverse of a subnormal number may be infinite: such a block is as good as 0.
+    inverse = torch.where(scales >= 2.0**-126, 1 / scales, 0.0)
+    bits = (blocks.abs() * inverse[:, None]).view(torch.int32).clamp(max=_ONE)  # NaN too
+    part = ((bits >> 2) + _SHIFT).view(torch.float32)
+    codes = (part * most).round()
+    codes = torch.where(blocks < 0, -codes, codes)
+    return codes.flatten()[:count].view(x.shape), scales
+
+
+def _dequantized(codes: Tensor, scales: Tensor, most: int) -> Tensor:
+    part = codes.float().abs() * torch.tensor(1 / most, device=codes.device)
+    bits = (part.view(torch.int32).clamp(min=_SHIFT) - _SHIFT) << 2
+    scale = scales.repeat_interleave(MOMENT_BLOCK)[: codes.numel()].view(codes.shape)
+    return bits.view(torch.float32).copysign(codes) * scale
+
+
 # Root mean square norm (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4):
 #   y_j = x_j / sqrt(mean x^2 + eps) (w_j + added)
 def rms_norm(

@@ -15,9 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.dispatch import on
+from ppo_kernels.reference import _ONE, _SHIFT, MOMENT_BLOCK
 from ppo_kernels.triton.common import number, read, write
 
-TILE = 1024  # elements of a program
+TILE = 1024  # elements of a program, whole blocks of moments in 8 bits
+BLOCK = tl.constexpr(MOMENT_BLOCK)
+ONE = tl.constexpr(_ONE)
+SHIFT = tl.constexpr(_SHIFT)
 EACH = 4  # adjacent ones of a thread: 16 bytes of float32
 SEARCHED = 1024  # tensors, at most, that are searched at a time
 
@@ -44,9 +48,36 @@ def _number(given, pointer, place):
 
 
 @triton.jit
+def _dequantized(codes, scales, MOST: tl.constexpr):
+    x = codes.to(tl.float32) * (1 / MOST)
+    bits = tl.maximum(tl.abs(x).to(tl.int32, bitcast=True), SHIFT) - SHIFT
+    part = (bits << 2).to(tl.float32, bitcast=True)
+    return tl.where(x < 0, -part, part) * scales[:, None, None]
+
+
+@triton.jit
+def _scales(x):
+    """Of each block, from its magnitudes; as bits these are in their order, with NaN above all."""
+    most = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 2), 1).to(tl.float32, bitcast=True)
+    return tl.where(most <= 2.0**126, most, float("nan"))
+
+
+@triton.jit
+def _quantized(x, scales, MOST: tl.constexpr):
+    """The codes of magnitudes, int32."""
+    normal = scales >= 2.0**-126
+    inverse = tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), tl.where(normal, scales, 1.0))
+    x = tl.abs(x) * tl.where(normal, inverse, 0.0)[:, None, None]
+    bits = tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, ONE)
+    part = ((bits >> 2) + SHIFT).to(tl.float32, bitcast=True)
+    # Adding to 2^23 rounds to the nearest, of two to the even one.
+    return (part * MOST + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
+
+
+@triton.jit
 def _step(
-    weights, grads, exp_avg, exp_avg_sq, remainder, at, inside, decay, size, root, scale, mix,
-    beta2, rest, eps, NEAR_MEAN: tl.constexpr, WHOLE: tl.constexpr,
+    weights, grads, exp_avg, exp_avg_sq, remainder, scales, blocks, at, inside, decay, size, root,
+    scale, mix, beta2, rest, eps, NEAR_MEAN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The formula, and its roundings, of `reference.adamw`."""
     w = read(weights, at, inside, WHOLE)
@@ -56,13 +87,30 @@ def _step(
         w = ((high << 16) + low).to(tl.float32, bitcast=True)
     g = read(grads, at, inside, WHOLE).to(tl.float32) * scale
     mean = read(exp_avg, at, inside, WHOLE)
+    square = read(exp_avg_sq, at, inside, WHOLE)
+    if scales is not None:
+        block = tl.min(tl.min(at, 2), 1) // BLOCK
+        mean = _dequantized(mean, tl.load(scales + block, mask=block < blocks, other=0), 127)
+        of_roots = tl.load(scales + blocks + block, mask=block < blocks, other=0)
+        square = _dequantized(square, of_roots, 255)
+        square *= square
     mean = tl.fma(tl.zeros_like(g) + mix, g - mean, mean if NEAR_MEAN else g)
-    square = beta2 * read(exp_avg_sq, at, inside, WHOLE)
-    square = tl.fma(rest * g, g, square)
-    deviation = tl.div_rn(tl.sqrt_rn(square), tl.zeros_like(g) + root)
-    w = decay * w + tl.div_rn(size * mean, deviation + eps)
-    write(exp_avg, at, mean, inside, WHOLE)
-    write(exp_avg_sq, at, square, inside, WHOLE)
+    square = tl.fma(rest * g, g, beta2 * square)
+    deviation = tl.sqrt_rn(square)
+    w = decay * w + tl.div_rn(size * mean, tl.div_rn(deviation, tl.zeros_like(g) + root) + eps)
+    if scales is None:
+        write(exp_avg, at, mean, inside, WHOLE)
+        write(exp_avg_sq, at, square, inside, WHOLE)
+    else:
+        of_means, of_roots = _scales(mean), _scales(deviation)
+        tl.store(scales + block, of_means, mask=block < blocks)
+        tl.store(scales + blocks + block, of_roots, mask=block < blocks)
+        codes = _quantized(mean, of_means, 127)
+        codes = tl.where(mean < 0, -codes, codes)
+        write(exp_avg, at, codes.to(tl.int8), inside, WHOLE)
+        codes = _quantized(deviation, of_roots, 255)
+        codes = tl.where((deviation > 0) & (codes == 0), 1, codes)
+        write(exp_avg_sq, at, codes.to(tl.uint8), inside, WHOLE)
     if remainder is None:
         write(weights, at, w, inside, WHOLE)
     else:
@@ -79,39 +127,47 @@ def update(
     table, factors, grad_scale, tensors: tl.int32, decay: tl.float32, size: tl.float32,
     root: tl.float32, scale: tl.float32, mix: tl.float32, beta2: tl.float32, rest: tl.float32,
     eps: tl.float32, WEIGHT: tl.constexpr, GRAD: tl.constexpr, HALVES: tl.constexpr,
-    NEAR_MEAN: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
-    SEARCHED: tl.constexpr,
+    EIGHT_BITS: tl.constexpr, NEAR_MEAN: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
+    EACH: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """`table` `[7, tensors]`: the addresses, in the order of the public op, the number of elements,
+    """`table` `[8, tensors]`: the addresses, in the order of the public op, the number of elements,
     and the number of the first tile. `factors` `[3]` (decay, size, root) and `grad_scale`, 0-dim,
     take the place of the numbers where they are given."""
     tile = tl.program_id(0).to(tl.int64)
     i = tl.full((), -1, tl.int32)  # the last tensor that begins at this tile or before
     for first in range(0, tensors, SEARCHED):
         j = first + tl.arange(0, SEARCHED)
-        begins = tl.load(table + 6 * tensors + j, mask=j < tensors, other=2**62)
+        begins = tl.load(table + 7 * tensors + j, mask=j < tensors, other=2**62)
         i += tl.sum((begins <= tile).to(tl.int32))
     weights = _pointer(table, 0, tensors, i, WEIGHT, ALIGNED)
     grads = _pointer(table, 1, tensors, i, GRAD, ALIGNED)
-    exp_avg = _pointer(table, 2, tensors, i, tl.float32, ALIGNED)
-    exp_avg_sq = _pointer(table, 3, tensors, i, tl.float32, ALIGNED)
+    exp_avg = _pointer(table, 2, tensors, i, tl.int8 if EIGHT_BITS else tl.float32, ALIGNED)
+    exp_avg_sq = _pointer(table, 3, tensors, i, tl.uint8 if EIGHT_BITS else tl.float32, ALIGNED)
     remainder = _pointer(table, 4, tensors, i, tl.int16, ALIGNED) if HALVES else None
-    count = tl.load(table + 5 * tensors + i)
-    begin = (tile - tl.load(table + 6 * tensors + i)) * (LANES * EACH)
+    scales = _pointer(table, 5, tensors, i, tl.float32, ALIGNED) if EIGHT_BITS else None
+    count = tl.load(table + 6 * tensors + i)
+    begin = (tile - tl.load(table + 7 * tensors + i)) * (LANES * EACH)
     decay, size = _number(decay, factors, 0), _number(size, factors, 1)
     root, scale = _number(root, factors, 2), _number(scale, grad_scale, 0)
     mix, beta2 = number(mix, tl.float32), number(beta2, tl.float32)
     rest, eps = number(rest, tl.float32), number(eps, tl.float32)
-    at = begin + tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    if EIGHT_BITS:  # [blocks, a block's lanes, EACH]
+        BLOCK_LANES: tl.constexpr = BLOCK // EACH
+        lanes = tl.arange(0, LANES // BLOCK_LANES)[:, None] * BLOCK_LANES
+        lanes = (lanes + tl.arange(0, BLOCK_LANES)[None, :])[:, :, None]
+        at = begin + lanes * EACH + tl.arange(0, EACH)[None, None, :]
+    else:
+        at = begin + tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    blocks = (count + BLOCK - 1) // BLOCK
     if begin + LANES * EACH <= count:
         _step(
-            weights, grads, exp_avg, exp_avg_sq, remainder, at, at < count, decay, size, root,
-            scale, mix, beta2, rest, eps, NEAR_MEAN, True,
+            weights, grads, exp_avg, exp_avg_sq, remainder, scales, blocks, at, at < count, decay,
+            size, root, scale, mix, beta2, rest, eps, NEAR_MEAN, True,
         )  # fmt: skip
     else:
         _step(
-            weights, grads, exp_avg, exp_avg_sq, remainder, at, at < count, decay, size, root,
-            scale, mix, beta2, rest, eps, NEAR_MEAN, False,
+            weights, grads, exp_avg, exp_avg_sq, remainder, scales, blocks, at, at < count, decay,
+            size, root, scale, mix, beta2, rest, eps, NEAR_MEAN, False,
         )  # fmt: skip
 
 
@@ -120,7 +176,7 @@ def adamw(
     mixing: tuple[float, bool, float, float], eps: float, grad_scale: Any,
 ) -> None:  # fmt: skip
     """A step over the lists of `ppo_kernels.adamw`, all contiguous; its numbers likewise."""
-    weights, grads, _, _, remainder = lists
+    weights, grads, _, _, remainder, scales = lists
     device = weights[0].device
     none = (0,) * len(weights)
     addresses = tuple(tuple(x.data_ptr() for x in tensors) or none for tensors in lists)
@@ -139,7 +195,7 @@ def adamw(
         update[(tiles,)](
             _table((*addresses, counts, tuple(begins)), device), in_memory, scale_in_memory,
             len(weights), *factors, grad_scale, mix, beta2, rest, eps, _TYPES[weights[0].dtype],
-            _TYPES[grads[0].dtype], bool(remainder), near_mean,
+            _TYPES[grads[0].dtype], bool(remainder), bool(scales), near_mean,
             all(x % 16 == 0 for row in addresses for x in row), TILE // EACH, EACH,
             min(triton.next_power_of_2(len(weights)), SEARCHED), num_warps=4, **UNFUSED,
         )  # fmt: skip
