@@ -38,8 +38,8 @@ from ppo_kernels.reference import PolicyStats
 class LanguageModel:
     """A causal language model with its tokenizer, device and compute dtype.
 
-    Weights are in `dtype`; those that are trained in bf16 have the rest of their fp32 masters beside
-    them (`pretrained.masters`).
+    Weights are in `dtype`; those that are trained in bf16 have the rest of their fp32 masters
+    beside them (`pretrained.masters`).
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class LanguageModel:
             generation_config.as_sampled(model, sampling).save_pretrained(folder)
 
     def reference(self) -> LanguageModel | None:
-        """A frozen copy, in the compute dtype; layers that this one never trains are shared with it.
+        """A frozen copy, without masters; layers that this one never trains are shared with it.
 
         None with adapters: the model without them is the reference (`without_adapter`).
         """

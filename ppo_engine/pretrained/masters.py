@@ -1,5 +1,6 @@
 """Weights in the compute dtype. A bfloat16 parameter that is trained has, as its attribute
-`master_remainder` (int16), the bits that are missing to its float32 master (`ppo_kernels.split_master`).
+`master_remainder` (int16), the bits that are missing to its float32 master
+(`ppo_kernels.split_master`).
 
 A deep copy of a parameter has no remainder: what is copied to be trained is joined first, as
 `in_fp32` does (`pretrained.storage`).

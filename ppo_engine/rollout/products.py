@@ -123,8 +123,9 @@ def _matrix(layer: Any) -> Tensor:
 
 
 def _is_matrix(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether `layer` is a matrix in `dtype` and perhaps a bias, and nothing else. Libraries quantize
-    by a class of their own, for the layer or its weight, and offload by replacing its forward."""
+    """Whether `layer` is a matrix in `dtype` and perhaps a bias, and nothing else. Libraries
+    quantize by a class of their own, for the layer or its weight, and offload by replacing its
+    forward."""
     plain = type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer)
     return plain and type(layer.weight) is nn.Parameter and layer.weight.dtype == dtype
 

@@ -373,9 +373,7 @@ def bytes_of(model, learner=None):
     return sum({x.data_ptr(): x.nbytes for x in found}.values())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "trained", "frozen"), [("float32", 12, 4), ("bfloat16", 12, 2)]
-)
+@pytest.mark.parametrize(("dtype", "trained", "frozen"), [("float32", 12, 4), ("bfloat16", 12, 2)])
 def test_bytes_of_every_role(dtype, trained, frozen):
     """Trained: 2 + 2 or 4 of a master, 8 of moments. A critic's head is fp32."""
     config = PPOConfig(
