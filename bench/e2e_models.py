@@ -87,10 +87,11 @@ def needed_bytes(parameters: int, side: str, dtype: torch.dtype) -> int:
     """Of weights, gradients and optimizer states, before any activation.
 
     Four models, of which two are trained, with two moments for each of their parameters. Ours
-    holds all of it in fp32, and the gradients of one model at a time; TRL holds it in `dtype`.
+    holds frozen weights and the gradients of one model at a time in `dtype`, masters and moments in
+    fp32; TRL holds all in `dtype`.
     """
     if side == "ours":
-        return 4 * parameters * (4 + 1 + 2 * 2)
+        return parameters * (dtype.itemsize * (2 + 1) + 2 * (4 + 2 * 4))
     return dtype.itemsize * parameters * (4 + 2 + 2 * 2)
 
 

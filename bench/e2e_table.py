@@ -125,7 +125,7 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
             0,
             (
                 "weights, gradients, Adam states",
-                "fp32; compute in bf16 (autocast)",
+                "bf16, with the rest of an fp32 master; Adam states fp32",
                 "bf16: its sampling does not use mixed precision",
             ),
         )

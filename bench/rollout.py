@@ -30,7 +30,7 @@ from bench.results import Row, write_csv
 from bench.rollout_cases import CASES, EARLY, Case, early_ends, prompt_rows
 from bench.rollout_compare import Result, compare, rows_of, write_weights_anew
 from bench.rollout_profile import profiled
-from bench.rollout_sides import AUTOCAST, GENERATE, OURS, SIDES, Sides
+from bench.rollout_sides import GENERATE, OURS, SIDES, Sides
 from bench.rollout_table import print_case, print_profile
 from ppo_engine.errors import UserError
 from ppo_engine.memory import keep_freed_memory
@@ -111,8 +111,6 @@ def _measure(
         with table.waiting("A first rollout, for where to end"):
             sides.end_with(early_ends(sides.write(2 * EARLY, prompts)))
     wanted = [name for name in (OURS, *case.sides) if name in (options.sides or SIDES)]
-    if policy.dtype == torch.float32:
-        wanted = [name for name in wanted if name != AUTOCAST]  # there is none
     results = [Result(name) for name in wanted]
     compare(results, case, sides, prompts, options.repeats)
     rows = rows_of(results, case, prompts, policy, ceilings)
@@ -121,7 +119,7 @@ def _measure(
         for name in (OURS, GENERATE):
             if name in wanted:
                 write_weights_anew(policy)
-                run, model = sides.run(name, case), sides.model(name)
+                run, model = sides.run(name, case), policy.model
                 print_profile(name, profiled(partial(run, prompts), model, policy.device))
     return results, rows
 

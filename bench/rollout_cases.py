@@ -46,7 +46,7 @@ class Case:
     prompt_tokens: int | None = None
     rows: int | None = None
     varied: bool = False
-    sides: Sequence[str] = ("generate", "autocast", "continuous")
+    sides: Sequence[str] = ("generate", "continuous")
     targets: Mapping[str, Target] = field(default_factory=dict)  # by dtype
 
 

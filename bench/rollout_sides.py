@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +12,6 @@ import transformers
 
 from bench.e2e_floor import Shape
 from bench.rollout_cases import Case
-from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import pad_left
 from ppo_engine.rollout.sampling import Sampler
@@ -25,13 +22,12 @@ Rows = Sequence[Sequence[int]]
 Written = list[list[int]]  # the tokens of each response
 Run = Callable[[Rows], Written]
 
-OURS, NO_REFILL, GENERATE, AUTOCAST = "ours", "no refill", "generate", "autocast"
+OURS, NO_REFILL, GENERATE = "ours", "no refill", "generate"
 SIDES = {
-    OURS: "`rollout.sampling.Sampler`, its log-probs recorded, weights fp32 in training",
+    OURS: "`rollout.sampling.Sampler`, its log-probs recorded",
     NO_REFILL: "the same, in batches of as many rows as the memory holds, one after the other",
-    GENERATE: "`model.generate`, weights in the compute dtype, in batches likewise",
-    AUTOCAST: "`model.generate` as the engine called it: weights fp32, compute by autocast",
-    "continuous": "`model.generate_batch` of transformers, weights in the compute dtype",
+    GENERATE: "`model.generate`, in batches likewise",
+    "continuous": "`model.generate_batch` of transformers",
 }
 _PAGE = 256  # tokens of a block of keys and values in `generate_batch`
 _PREFILL = 2048  # tokens of a pass there
@@ -47,7 +43,6 @@ class Sides:
 
     def __init__(self, policy: LanguageModel) -> None:
         self.policy = policy
-        self._plain: Any = None
         self.sampler = Sampler(policy)
         self.end_with([])
 
@@ -64,16 +59,7 @@ class Sides:
             return partial(_in_batches, batch, partial(self.write, new_tokens))
         if name == "continuous":
             return partial(self._continuous, case)
-        if name == GENERATE:
-            generate = partial(self._generate, self._in_dtype(), nullcontext, new_tokens)
-            return partial(_in_batches, batch, generate)
-        compute = partial(precision.compute, self.policy.device, self.policy.dtype)
-        generate = partial(self._generate, self.policy.model, compute, new_tokens)
-        return partial(_in_batches, batch, generate)
-
-    def model(self, name: str) -> Any:
-        """The model that a side samples from."""
-        return self._in_dtype() if name == GENERATE else self.policy.model
+        return partial(_in_batches, batch, partial(self._generate, new_tokens))
 
     def write(self, new_tokens: int, rows: Rows, cache: float | None = None) -> Written:
         """Ours; `cache` is the memory for keys and values in GiB."""
@@ -90,14 +76,6 @@ class Sides:
         of_token = Shape.of(self.policy.model.config).cache * self.policy.dtype.itemsize
         return self.write(case.new_tokens, rows, case.rows * length * of_token / 2**30)
 
-    def _in_dtype(self) -> Any:
-        """The policy's model with its weights in the compute dtype."""
-        if self._plain is None:
-            same = self.policy.dtype == torch.float32
-            model = self.policy.model
-            self._plain = model if same else copy.deepcopy(model).to(self.policy.dtype)
-        return self._plain
-
     def _settings(self, new_tokens: int, ends: Any) -> transformers.GenerationConfig:
         return transformers.GenerationConfig(
             do_sample=True,
@@ -110,24 +88,17 @@ class Sides:
         )
 
     @torch.no_grad()
-    def _generate(
-        self,
-        model: Any,
-        compute: Callable[[], AbstractContextManager[Any]],
-        new_tokens: int,
-        rows: Rows,
-    ) -> Written:
-        device = self.policy.device
+    def _generate(self, new_tokens: int, rows: Rows) -> Written:
+        device, model = self.policy.device, self.policy.model
         ids, mask = pad_left(rows, self.policy.tokenizer.pad_token_id)
         shipped, settings = model.generation_config, self._settings(new_tokens, self.ends)
         model.generation_config = settings  # else the checkpoint's own fill what is not set
         try:
-            with compute():
-                output = model.generate(
-                    input_ids=torch.tensor(ids, device=device),
-                    attention_mask=torch.tensor(mask, device=device).long(),
-                    generation_config=settings,
-                )
+            output = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device).long(),
+                generation_config=settings,
+            )
         finally:
             model.generation_config = shipped
         return [until_end(row, self.ends) for row in output[:, len(ids[0]) :].tolist()]
@@ -136,7 +107,7 @@ class Sides:
     def _continuous(self, case: Case, rows: Rows) -> Written:
         longest = max(map(len, rows)) + case.new_tokens
         blocks = (case.rows or case.responses) * math.ceil(longest / _PAGE)
-        found = self._in_dtype().generate_batch(
+        found = self.policy.model.generate_batch(
             inputs=[list(row) for row in rows],
             generation_config=self._settings(case.new_tokens, self.ends or _NO_TOKEN),
             continuous_batching_config=transformers.ContinuousBatchingConfig(

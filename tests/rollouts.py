@@ -250,8 +250,10 @@ def recorded_steps(learner: Learner, passes: list[list[int]]) -> list[Step]:
     """The steps that `learner` takes from now on; `passes` gathers the rows that went before."""
     steps: list[Step] = []
 
-    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        gradients = [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
+    def before(optimizer: torch.optim.Optimizer, given: tuple[Any, ...], _: Any) -> None:
+        factor = given[-1]  # of clipping, in the step itself
+        trained = [p for p in learner.model.parameters() if p.grad is not None]
+        gradients = [p.grad * factor for p in trained]
         rate = optimizer.param_groups[0]["lr"]
         steps.append(Step(list(passes), rate, double(learner.model), gradients))
         passes.clear()

@@ -179,7 +179,7 @@ def test_targets_are_judged(target: Target | None, verdict: str) -> None:
     assert judged([ours | {"seconds": None}], target, "NVIDIA H200") == ""
 
 
-@pytest.mark.parametrize("name", ["ours", "generate", "autocast", "no refill"])
+@pytest.mark.parametrize("name", ["ours", "generate", "no refill"])
 def test_every_side_ends_where_it_is_told(name: str) -> None:
     sides = Sides(a_policy(torch.bfloat16))
     shipped = sides.policy.model.generation_config
@@ -251,7 +251,7 @@ def test_kernels_within_a_prefill() -> None:
 def test_every_moment_of_a_rollout_is_in_one_phase() -> None:
     sides = Sides(a_policy())
     run = partial(sides.run("generate", CASE), ROWS)
-    found = profiled(run, sides.model("generate"), CPU)
+    found = profiled(run, sides.policy.model, CPU)
     assert found.keys() == {*PHASES, OTHER, HOST}
     assert all(found[name] > 0 for name in (*PHASES, OTHER, HOST) if name != "packing")
     assert 0.001 < sum(found.values()) < 60
@@ -266,7 +266,7 @@ def test_from_the_command_line(
     }  # fmt: skip
     monkeypatch.setitem(e2e_models._RANDOM, "tiny", tiny)
     cases = (
-        Case("flat", "tiny", 4, 3, 2, 5, sides=("generate", "autocast"),
+        Case("flat", "tiny", 4, 3, 2, 5, sides=("generate",),
              targets={"float32": Target(1e9, "generate")}),
         Case("varied", "tiny", 16, 20, 8, 5, rows=8, varied=True, sides=("no refill",)),
     )  # fmt: skip

@@ -17,7 +17,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, grad_scale: float | Tensor = 1.0) -> None:  # type: ignore[override]
-        """Of the parameters that have a gradient, times `grad_scale`; gradients stay."""
+        """Of the parameters that have a gradient, times `grad_scale`; no gradient is changed."""
         for group in self.param_groups:
             alike: dict[Any, list[Any]] = defaultdict(list)
             for parameter in group["params"]:

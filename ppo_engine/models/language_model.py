@@ -115,7 +115,7 @@ class LanguageModel:
             generation_config.as_sampled(model, sampling).save_pretrained(folder)
 
     def reference(self) -> LanguageModel | None:
-        """A frozen copy, in the compute dtype; layers that this one never trains are shared.
+        """A frozen copy, without masters; layers that this one never trains are shared with it.
 
         None with adapters: the model without them is the reference (`without_adapter`).
         """

@@ -154,9 +154,7 @@ def _can_pack(reader: Reader, model: Any) -> bool:
     windows included."""
     if not architecture.takes_positions(model.base_model):
         return False
-    # From all over the vocabulary: a model is chaotic where tokens are all special.
-    vocabulary = len(model.get_input_embeddings().weight)
-    ids = ((probes.probe_ids(model)[0] * 137 + vocabulary // 3) % vocabulary).tolist()
+    ids = probes.probe_ids(model)[0].tolist()
     third = len(ids) // 3
     texts = [ids[third:], ids[third:-1], ids[: third + 1]]
     others = [texts[0], texts[1][::-1], texts[2]]

@@ -33,7 +33,8 @@ def _settings(cls: type[T]) -> type[T]:
 
 @_settings
 class OptimizerConfig:
-    """AdamW over fp32 weights; the learning rate decays to zero over the run unless constant."""
+    """AdamW over fp32 weights, or the fp32 masters of bf16 ones; the learning rate decays to zero
+    over the run unless constant."""
 
     learning_rate: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.0
@@ -278,8 +279,9 @@ class RunConfig:
     seed: int = 0
     date: datetime.date | None = None  # for chat templates that show it; None: the day it began
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for compute; weights in training: fp32
-    # Of saved models; auto: the dtype they came in. Checkpoints to resume from keep fp32.
+    # Of weights and compute. In bfloat16, what is trained has the rest of an fp32 master beside it.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Of saved models; auto: the dtype they came in. Checkpoints to resume from keep every bit.
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: bool = False  # continue from the newest checkpoint in output_dir
     checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one, or a failure's

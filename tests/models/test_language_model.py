@@ -190,13 +190,16 @@ def test_a_trained_bias_is_not_the_references():
     assert policy.model.lm_head.bias.requires_grad and not policy.shares_head(reference)
 
 
-def test_weights_are_trained_in_fp32_and_the_references_not_at_all():
-    policy = open_policy(tiny_model().bfloat16())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_of_the_dtype_of_compute_and_the_references_not_trained(dtype):
+    policy = LanguageModel.open(
+        tiny_model(), ModelConfig(), device=CPU, dtype=dtype, tokenizer=tiny_tokenizer()
+    )
     reference = policy.reference()
     for model, trained in ((policy.model, True), (reference.model, False)):
-        assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {
-            (torch.float32, trained)
-        }
+        assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(dtype, trained)}
+        kept = {hasattr(p, "master_remainder") for p in model.parameters()}
+        assert kept == {trained and dtype == torch.bfloat16}
     with torch.no_grad():
         policy.model.model.norm.weight.add_(1)
     assert not torch.equal(policy.model.model.norm.weight, reference.model.model.norm.weight)

@@ -1,13 +1,18 @@
-"""Optimizer groups, learning-rate schedules, gradient clipping."""
+"""Optimizer groups, learning-rate schedules, gradient clipping, masters of weights in bf16."""
 
 from __future__ import annotations
 
+import copy
+import io
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import Learner, clip_factor, make_optimizer, make_scheduler
+from ppo_engine.pretrained.masters import master, to_compute_dtype
 from ppo_engine.settings.schema import OptimizerConfig
 
 
@@ -120,3 +125,110 @@ def test_a_gradient_that_is_not_finite_says_where(bad):
     parameter.grad = torch.tensor([bad, 1.0])
     with pytest.raises(UserError, match="gradient of the policy, step 7 is not finite"):
         clip_factor([parameter], 1.0, "the policy, step 7")
+
+
+# --- Weights in bf16 ------------------------------------------------------------------------------
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def trained(dtype: torch.dtype, seed: int = 0) -> Learner:
+    """One layer of it stays fp32, as a score head does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # Sizes that fill vectors: the end of a tensor torch rounds otherwise.
+        model = nn.ModuleDict({"inner": nn.Linear(64, 64), "score": nn.Linear(64, 1, bias=False)})
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e-2)
+    return Learner(to_compute_dtype(model, dtype), config, 40, "the model")
+
+
+def gradients(step: int) -> list[Tensor]:
+    """Small ones are not clipped; representable in bf16."""
+    generator = torch.Generator().manual_seed(step)
+    size = 1e-6 if step % 3 else 1.0
+    shapes = ((64, 64), (64,), (1, 64))
+    return [(torch.randn(s, generator=generator) * size).bfloat16() for s in shapes]
+
+
+def steps(learner: Learner, begin: int, end: int) -> Learner:
+    for step in range(begin, end):
+        for parameter, gradient in zip(learner.model.parameters(), gradients(step), strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        learner.step()
+    return learner
+
+
+def state_of(learner: Learner) -> list[Tensor]:
+    """Masters and moments."""
+    states = learner.optimizer.state
+    parameters = [*learner.model.parameters()]
+    moments = [states[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")]
+    assert {x.dtype for x in moments} == {F32}
+    return [*map(master, parameters), *moments]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="torch has no fused multiply-add on this CPU",
+)
+def test_masters_go_where_fp32_weights_go():
+    """For 30 steps in every bit: as in fp32, and as torch's AdamW takes them there."""
+    ours, in_fp32 = (steps(trained(dtype), 0, 30) for dtype in (BF16, F32))
+    assert {p.dtype for p in ours.model["inner"].parameters()} == {BF16}
+    assert ours.model["score"].weight.dtype == F32
+    assert same(state_of(ours), state_of(in_fp32))
+    for inner in ours.model["inner"].parameters():  # rounded to nearest, of two as near up
+        assert (inner - master(inner)).abs().max() <= 2**-8 * inner.abs().max()
+
+    theirs = trained(F32).model
+    optimizer = torch.optim.AdamW(
+        make_optimizer(theirs, ours.config).param_groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-5,
+        fused=True,
+    )  # fmt: skip
+    for step in range(30):
+        for parameter, gradient in zip(theirs.parameters(), gradients(step), strict=True):
+            parameter.grad = gradient.float()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1e-2)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 40)
+        optimizer.step()
+    assert same(state_of(in_fp32)[:3], [p.detach() for p in theirs.parameters()])
+
+
+@pytest.mark.parametrize("before", [F32, BF16], ids=str)
+@pytest.mark.parametrize("after", [F32, BF16], ids=str)
+def test_a_run_goes_on_exactly_in_either_dtype(before, after):
+    saved = steps(trained(before), 0, 10).state_dict()
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    resumed = trained(after, seed=1)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert same(state_of(steps(resumed, 10, 20)), state_of(steps(trained(before), 0, 20)))
+
+
+def test_a_checkpoint_of_torchs_adamw_goes_on_too():
+    """As those of before there were masters."""
+    learner = trained(F32)
+    theirs = torch.optim.AdamW(learner.optimizer.param_groups, lr=1e-2)
+    steps(learner, 0, 3)
+    state: dict[str, Any] = learner.state_dict()
+    groups = theirs.state_dict()["param_groups"]
+    old = {place: {**s, "step": torch.tensor(3.0)} for place, s in
+           state["optimizer"]["state"].items()}  # fmt: skip
+    state = copy.deepcopy({k: v for k, v in state.items() if k != "remainders"})
+    state["optimizer"] = {"state": copy.deepcopy(old), "param_groups": copy.deepcopy(groups)}
+    resumed = trained(BF16, seed=1)
+    resumed.load_state_dict(state)
+    assert same(state_of(steps(resumed, 3, 6)), state_of(steps(learner, 3, 6)))
+
+
+def test_the_norm_of_gradients_in_bf16_is_not_rounded():
+    parameter = nn.Parameter(torch.zeros(1000, dtype=BF16))
+    parameter.grad = torch.ones(1000, dtype=BF16)
+    norm, _ = clip_factor([parameter, nn.Parameter(torch.zeros(2))], 1.0)
+    assert norm.dtype == F32 and norm.item() == pytest.approx(1000**0.5, rel=1e-6)

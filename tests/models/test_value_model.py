@@ -87,7 +87,9 @@ def test_saved_model_gives_the_same_scores_in_plain_transformers(folder, tmp_pat
 def test_adapters_are_merged_where_the_model_is_saved(folder, tmp_path):
     pytest.importorskip("peft", reason="the optional package peft is not installed")
     model = load_value_model(folder, tiny_tokenizer(), device=CPU)
-    model = prepare_for_training(model, ModelConfig(lora=LoraConfig(rank=2)), "SEQ_CLS", torch.float32)
+    model = prepare_for_training(
+        model, ModelConfig(lora=LoraConfig(rank=2)), "SEQ_CLS", torch.float32
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -210,7 +212,9 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
     gradients = []
     for checkpointing in (False, True):
         model = load_value_model(folder, tiny_tokenizer(), device=CPU)
-        prepare_for_training(model, ModelConfig(gradient_checkpointing=checkpointing), "SEQ_CLS", torch.float32)
+        prepare_for_training(
+            model, ModelConfig(gradient_checkpointing=checkpointing), "SEQ_CLS", torch.float32
+        )
         sequence_scores(model, *batch("right")).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):

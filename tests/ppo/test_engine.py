@@ -12,8 +12,11 @@ from ops import Watch
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.errors import UserError
+from ppo_engine.models.value_model import score_head, value_model_from_policy
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.kl_control import KLController
+from ppo_engine.pretrained import masters
+from ppo_engine.rewards.model import RewardModel
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import (
     AdaptiveKLConfig,
@@ -26,6 +29,8 @@ from ppo_engine.settings.schema import (
     RunConfig,
 )
 from ppo_kernels import head
+
+CPU = torch.device("cpu")
 
 
 def test_first_kl_is_exactly_zero():
@@ -339,7 +344,7 @@ def test_learning_rate_decays_to_zero():
     assert engine.learner.learning_rate == 0.0
 
 
-def test_update_of_a_half_precision_run_keeps_fp32_weights():
+def test_an_update_of_a_half_precision_run_changes_fp32_masters():
     config = PPOConfig(
         ppo=PPOSettings(rollout_batch_size=8, mini_batch_size=8),
         generation=GenerationConfig(max_new_tokens=6),
@@ -348,10 +353,46 @@ def test_update_of_a_half_precision_run_keeps_fp32_weights():
     engine = PPOEngine(tiny_model(), vowels, config=config, tokenizer=tiny_tokenizer())
     experience = experience_of(engine)
     assert experience.kl.abs().max() == 0
+    matrix = engine.policy.model.model.layers[0].mlp.up_proj.weight
+    before = masters.master(matrix)
     engine.update(experience)
-    assert {p.dtype for p in engine.policy.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in engine.policy.model.parameters()} == {torch.bfloat16}
     states = engine.learner.optimizer.state.values()
     assert {s["exp_avg"].dtype for s in states} == {torch.float32}
+    # By a learning rate, of which bf16 weights themselves would not see most.
+    change = (masters.master(matrix) - before).abs()
+    assert 0.5 * 1e-5 < change.mean() < 1.01 * 1e-5 * 2
+
+
+def bytes_of(model, learner=None):
+    """Of weights, remainders and moments, each tensor once."""
+    found = [*model.parameters()]
+    found += [x.master_remainder for x in found if hasattr(x, "master_remainder")]
+    states = learner.optimizer.state.values() if learner else ()
+    found += [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    return sum({x.data_ptr(): x.nbytes for x in found}.values())
+
+
+@pytest.mark.parametrize(("dtype", "trained", "frozen"), [("float32", 12, 4), ("bfloat16", 12, 2)])
+def test_bytes_of_every_role(dtype, trained, frozen):
+    """Trained: 2 + 2 or 4 of a master, 8 of moments. A critic's head is fp32."""
+    config = PPOConfig(
+        ppo=PPOSettings(rollout_batch_size=8, mini_batch_size=8),
+        generation=GenerationConfig(max_new_tokens=6),
+        run=RunConfig(dtype=dtype),
+    )
+    tokenizer = tiny_tokenizer()
+    judge = value_model_from_policy(tiny_model(), tokenizer, seed=0)
+    reward = RewardModel(judge, tokenizer, device=CPU, dtype=getattr(torch, dtype))
+    engine = PPOEngine(tiny_model(), reward, config=config, tokenizer=tokenizer)
+    engine.update(experience_of(engine))
+    count = sum(x.numel() for x in engine.policy.model.parameters())
+    of_critic = sum(x.numel() for x in engine.critic.model.parameters())
+    head = score_head(engine.critic.model).weight.numel()
+    assert bytes_of(engine.policy.model, engine.learner) == trained * count
+    assert bytes_of(engine.critic.model, engine.critic.learner) == trained * of_critic
+    assert bytes_of(engine.reference.model) == frozen * count
+    assert bytes_of(reward.model) == frozen * (of_critic - head) + 4 * head
 
 
 def test_lora_reference_is_the_policy_without_adapter():

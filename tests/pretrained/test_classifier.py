@@ -118,7 +118,9 @@ def test_adapters_are_trained_and_merged(family, tmp_path):
     pytest.importorskip("peft", reason="the optional package peft is not installed")
     save_model(of_family(family), tiny_tokenizer(), tmp_path / "model")
     model = load_value_model(str(tmp_path / "model"), tiny_tokenizer(), device=CPU)
-    model = prepare_for_training(model, ModelConfig(lora=LoraConfig(rank=2)), "SEQ_CLS", torch.float32)
+    model = prepare_for_training(
+        model, ModelConfig(lora=LoraConfig(rank=2)), "SEQ_CLS", torch.float32
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

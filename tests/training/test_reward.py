@@ -376,7 +376,8 @@ def test_responses_that_are_cut_to_the_same_tokens_leave_a_ranking(folder):
 def test_a_tokenizer_that_pads_with_eos_or_not_at_all_is_given_a_pad_token(folder, tmp_path, pad):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = pad
-    made = RewardModelTrainer(trainer(folder).model, planted_pairs(32), tokenizer=tokenizer)
+    config = RewardModelConfig(run=RunConfig(dtype="float32"))
+    made = RewardModelTrainer(trainer(folder).model, planted_pairs(32), config, tokenizer)
     text = "How is it? Fine."
     with torch.no_grad():
         score = made._forward([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]).item()
