@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from reading import sequence_scores, token_values
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from torch import Tensor
 from transformers import (
@@ -22,8 +23,6 @@ from ppo_engine.models.value_model import (
     load_value_model,
     make_critic,
     score_head,
-    sequence_scores,
-    token_values,
 )
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.settings.schema import LoraConfig, ModelConfig
