@@ -32,7 +32,7 @@ def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def by_column(mask: Tensor, found: Tensor) -> Tensor:
-    """What was found of the tokens under `mask`, row by row, in their places [B, T]; 0 elsewhere."""
+    """What was found of the tokens under `mask`, row by row, in its place [B, T]; else 0."""
     return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
 

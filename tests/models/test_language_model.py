@@ -348,6 +348,7 @@ def test_checkpointed_layers_run_again_in_the_backward_pass(checkpointing):
     policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
     rollout = generate(Sampler(policy), ["Hello"], Sampling(max_new_tokens=5))
     policy.model.train()
+    assert policy.reader.packs  # a probe, which runs them too
     runs = []
     policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     response_logprobs(policy, rollout, 1.0)[0].sum().backward()

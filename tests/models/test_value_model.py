@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -152,9 +153,11 @@ def test_loading_prints_nothing(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_scores_stay_fp32_under_autocast(model):
+def test_scores_stay_fp32_over_layers_in_bf16(model):
     ids, mask = batch("right")
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    model = copy.deepcopy(model)
+    model.base_model.bfloat16()
+    with torch.no_grad():
         scores = sequence_scores(model, ids, mask)
         values = token_values(model, ids, mask)
     assert scores.dtype == values.dtype == torch.float32

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from reading import sequence_scores
+from rich.console import Console
 from tiny import tiny_model_folder, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

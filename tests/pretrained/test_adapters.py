@@ -15,8 +15,8 @@ from typing import Any, Literal
 import pytest
 import torch
 from engines import response_logprobs
-from rich.console import Console
 from reading import token_values
+from rich.console import Console
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from trainers import planted_pairs
 from transformers import (

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from templates import qwen3
 from reading import sequence_scores
+from templates import qwen3
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.errors import UserError

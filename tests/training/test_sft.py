@@ -13,8 +13,8 @@ from typing import Any
 import ops
 import pytest
 import torch
-from rich.console import Console
 from reading import spied
+from rich.console import Console
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from trainers import as_if_killed
 from transformers import (
@@ -100,9 +100,11 @@ def bloom() -> BloomForCausalLM:
 
 def model_without_positions() -> Any:
     """It takes position ids and ignores them."""
-    model = tiny_model()
-    inner = model.model.forward
-    model.model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
+    config = GPT2Config(vocab_size=259, n_positions=256, n_embd=32, n_layer=2, n_head=4,
+                        bos_token_id=None, eos_token_id=258)  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    inner = model.transformer.forward
+    model.transformer.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
     return model
 
 
@@ -125,8 +127,8 @@ def model_that_rounds_by_the_shape_of_a_batch() -> Any:
     model = tiny_model()
     inner = model.model.forward
 
-    def rounded(*args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
+    def rounded(position_ids: Any = None, **kwargs: Any) -> Any:
+        output = inner(position_ids=position_ids, **kwargs)
         states = output.last_hidden_state
         torch.manual_seed(states.numel())
         output.last_hidden_state = states * (1 + 0.004 * torch.randn_like(states))
