@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from reading import by_column
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -59,5 +60,5 @@ def response_logprobs(
     model: LanguageModel, rollout: Rollout, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the policy's tokens, each [B, T], 0 elsewhere."""
-    logprobs, entropy = model.logprobs(rollout.token_rows(), temperature)
-    return rollout.padded(logprobs), rollout.padded(entropy)
+    logprobs, entropy = model.logprobs(model.reader.stack(rollout.rows), temperature)
+    return by_column(rollout.mask, logprobs), by_column(rollout.mask, entropy)

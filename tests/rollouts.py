@@ -22,7 +22,9 @@ from transformers import LlamaForCausalLM
 
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
+from ppo_engine.models.reader import Limit, Reader
 from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.ppo.experience import Part, parts_of
 from ppo_engine.rewards.weighted import RewardsLike
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.sampling import Sampler
@@ -271,19 +273,15 @@ def record(engine: PPOEngine, monkeypatch: Any) -> Steps:
     """The steps that the engine's updates take from now on."""
     passes: tuple[list[list[int]], list[list[int]]] = ([], [])
 
-    def spied(owner: Any, name: str, rows: list[list[int]]) -> None:
-        inner = getattr(owner, name)
+    def spy(rollout: Rollout, numbers: Any, reader: Reader, limit: Limit) -> list[Part]:
+        parts = parts_of(rollout, numbers, reader, limit)
+        if torch.is_grad_enabled():
+            of_policy = reader is engine.policy.reader
+            rows = [[rollout.columns["row"][number] for number in part.numbers] for part in parts]
+            passes[not of_policy].extend(rows)
+        return parts
 
-        def spy(rollout: Rollout, *args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                rows.append(list(rollout.columns["row"]))
-            return inner(rollout, *args, **kwargs)
-
-        monkeypatch.setattr(owner, name, spy)
-
-    spied(Rollout, "token_rows", passes[0])  # what the policy's loss reads
-    of_critic: list[Step] = []
-    if engine.critic is not None:
-        spied(engine.critic, "values", passes[1])
-        of_critic = recorded_steps(engine.critic.learner, passes[1])
+    for module in ("engine", "critic"):
+        monkeypatch.setattr(f"ppo_engine.ppo.{module}.parts_of", spy)
+    of_critic = recorded_steps(engine.critic.learner, passes[1]) if engine.critic else []
     return Steps(recorded_steps(engine.learner, passes[0]), of_critic)

@@ -57,7 +57,7 @@ class Reader:
         self.device = next(self._model.parameters()).device
         self._fused = Fused(model, self._model.get_input_embeddings().weight.dtype)
         self._packed: bool | None = None  # while it reads: whether that is packed
-        if getattr(self._model, "is_gradient_checkpointing", False):
+        if architecture.checkpoints_gradients(self._model):
             architecture.checkpoint_gradients(self._model, self._again)
 
     @cached_property
@@ -173,12 +173,12 @@ def _can_pack(reader: Reader, model: Any) -> bool:
         windows = Windows.of(model.config)
         packed, changed = read(True, *texts), read(True, *others)
         alone = [read(False, text)[0] for text in texts]
-        [joined] = read(False, texts[0] + texts[1])
+        [joined] = read(False, texts[2] + texts[1])  # no longer than the probe, so than a context
     except (Unsupported, TypeError):  # whatever it calls attention is not told where texts begin
         return False
     # How much a text depends on one before it: less of that is rounding.
     rounding = _OF_FP32 if model.get_input_embeddings().weight.dtype == torch.float32 else _ROUNDING
-    limit = rounding * (joined[len(texts[0]) :] - alone[1]).norm()
+    limit = rounding * (joined[len(texts[2]) :] - alone[1]).norm()
     stays = all((packed[i] - changed[i]).norm() <= limit for i in (0, 2))
     same = all((a - b).norm() <= limit for a, b in zip(packed, alone, strict=True))
     return stays and same and min(x.windows for x in watched) >= windows.count(model.config)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine.errors import UserError
 from ppo_engine.models import freezing
 from ppo_engine.models.reader import Reader
-from ppo_engine.models.token_rows import TokenRows, pick, scored
+from ppo_engine.models.token_rows import TokenRows, pick, scored, stack
 from ppo_engine.pretrained import adapters, architecture, loading, masters, storage
 from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.classifier import value_model_class
@@ -188,8 +188,9 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
     with torch.no_grad():
         own = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
-        reader = Reader(model)
-        ours = read_values(model, reader, reader.stack([scored(row) for row in rows]))
+        # Padded as the model's own, so that in bf16 nothing but the head can differ.
+        padded = stack([scored(row) for row in rows], pad=pad, device=device, packed=False)
+        ours = read_values(model, Reader(model), padded)
     # `own` has another shape where the model does not pool at the last token.
     if own.shape != ours.shape or not torch.allclose(own, ours, _PROBE_TOLERANCE, _PROBE_TOLERANCE):
         raise UserError(

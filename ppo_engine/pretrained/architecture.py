@@ -48,6 +48,12 @@ def checkpoint_gradients(model: PreTrainedModel, around: Callable[[], Any] | Non
     (enable or model.gradient_checkpointing_enable)(settings)
 
 
+def checkpoints_gradients(model: PreTrainedModel) -> bool:
+    # As above.
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing"))
+
+
 def find_base(model: PreTrainedModel) -> None:
     """Let `base_model` be the base of a language model where its family names it otherwise than it
     calls it (Llama-4, Mllama): it would be the whole model."""

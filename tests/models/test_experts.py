@@ -15,7 +15,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
-from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.models.token_rows import Row, TokenRows, predicting, stack
 from ppo_engine.settings.schema import ModelConfig
 
 CPU = torch.device("cpu")
@@ -30,33 +30,24 @@ def open_policy(family: str, coefficient: float, **config: Any) -> LanguageModel
     )
 
 
+def texts(lengths: list[int]) -> list[Row]:
+    """Texts whose last three tokens are trained."""
+    random = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 256, (length,), generator=random).tolist() for length in lengths]
+    return [predicting(text, [False] * (len(text) - 3) + [True] * 3) for text in ids]
+
+
 def token_rows(lengths: list[int], packed: bool = False) -> TokenRows:
-    """One text in each row, its last three tokens trained."""
-    torch.manual_seed(1)
-    width = max(lengths) + 4
-    column, length = torch.arange(width)[None], torch.tensor(lengths)[:, None]
-    real = column < length
-    owners = torch.where(real, torch.arange(len(lengths))[:, None], -1)
-    return TokenRows(
-        ids=torch.randint(0, 256, real.shape).where(real, 256),
-        positions=torch.where(real, column, column - length) if packed else None,
-        trained=real & (column >= length - 3),
-        owners=owners,
-    )
-
-
-def select(rows: TokenRows, part: slice) -> TokenRows:
-    return TokenRows(rows.ids[part], None, rows.trained[part], rows.owners[part])
+    return stack(texts(lengths), pad=256, device=CPU, packed=packed)
 
 
 def balance(policy: LanguageModel, rows: TokenRows) -> torch.Tensor:
-    """As the library has it, at coefficient 1, without the last column, which predicts nothing."""
-    mask = (rows.owners >= 0)[:, :-1].long()
-    return policy.model(rows.ids[:, :-1], attention_mask=mask, use_cache=False).aux_loss
+    """As the library has it, at coefficient 1; of rows that are padded."""
+    return policy.model(rows.ids, attention_mask=rows.mask.long(), use_cache=False).aux_loss
 
 
 def losses(policy: LanguageModel, rows: TokenRows, method: str) -> torch.Tensor:
-    tokens = int(rows.trained.sum())
+    tokens = len(rows.targets)
     if method == "sft":
         return policy.nll_loss(rows, tokens)
     loss, _ = policy.policy_loss(rows, None, torch.linspace(-1, 1, tokens), 1.0)
@@ -84,30 +75,32 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(family, method):
 
 @pytest.mark.parametrize("method", ["sft", "ppo"])
 def test_passes_of_a_mini_batch_weigh_by_their_tokens(method):
-    policy, rows = open_policy("mixtral", 0.5), token_rows([5, 12, 9])
+    policy, rows = open_policy("mixtral", 0.5), texts([5, 12, 9])
     without = open_policy("mixtral", 0.0)
-    tokens, added = int(rows.trained.sum()), torch.zeros(())
+    tokens, added = 9, torch.zeros(())
     for part, share in ((slice(0, 1), 1 / 3), (slice(1, 3), 2 / 3)):
-        few = select(rows, part)
+        few = stack(rows[part], pad=256, device=CPU, packed=False)
         for model, sign in ((policy, 1), (without, -1)):
             if method == "sft":
                 loss = model.nll_loss(few, tokens)
             else:
                 loss, _ = model.policy_loss(
-                    few, None, torch.zeros(int(few.trained.sum())), 1.0, share=share
+                    few, None, torch.zeros(len(few.targets)), 1.0, share=share
                 )
             added = added + sign * loss
         added = added - share * 0.5 * balance(without, few)
     assert added.abs() < 1e-5
 
 
-def test_the_padding_of_packed_rows_is_not_balanced():
-    """It is masked nowhere else: what stands in it must not matter."""
-    policy, rows = open_policy("mixtral", 0.5), token_rows([12], packed=True)
-    found = [policy.nll_loss(rows, 3)]
-    rows.ids[:, 12:] = 7
-    found.append(policy.nll_loss(rows, 3))
-    torch.testing.assert_close(*found)
+def test_packed_and_padded_rows_balance_alike():
+    """What stands in the padding does not matter, either."""
+    policy = open_policy("mixtral", 0.5)
+    packed, padded = (token_rows([5, 12, 9], packed) for packed in (True, False))
+    found = [policy.nll_loss(packed, 9), policy.nll_loss(padded, 9)]
+    padded.ids[~padded.mask] = 7
+    found.append(policy.nll_loss(padded, 9))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
 
 
 def test_checkpointing_changes_no_gradient_of_the_balance():
@@ -176,6 +169,8 @@ def test_a_step_of_ppo_balances_once(micro_batch_size):
         experience = engine.estimate_advantages(rollout, engine.score(rollout))
         found.append(engine.update(experience)["policy/loss"])
     with torch.no_grad():
-        expected = 0.5 * balance(engine.policy, rollout.token_rows())
+        expected = 0.5 * balance(
+            engine.policy, stack(rollout.rows, pad=256, device=CPU, packed=False)
+        )
     # Of the updated weights, and of a product of means over each pass.
     assert found[1] - found[0] == pytest.approx(expected.item(), rel=0.1)

@@ -135,7 +135,7 @@ def test_adapters_on_the_head_are_not_passed_over():
     found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
     loss, stats = policy.policy_loss(
-        rollout.token_rows(), None, torch.ones(int(rollout.mask.sum())), 1.0
+        policy.reader.stack(rollout.rows), None, torch.ones(int(rollout.mask.sum())), 1.0
     )
     loss.backward()
     assert stats.ratio_max == 1
@@ -159,7 +159,7 @@ def test_the_loss_is_that_of_the_models_own_logits(make):
             loss, stats = ppo_policy_loss(logprobs, old, advantages, mask=rollout.mask)
         else:
             loss, stats = policy.policy_loss(
-                rollout.token_rows(), old[rollout.mask], advantages[rollout.mask], 1.0
+                policy.reader.stack(rollout.rows), old[rollout.mask], advantages[rollout.mask], 1.0
             )
         loss.backward()
         gradients = [p.grad.clone() for p in policy.model.parameters()]
@@ -173,7 +173,7 @@ def test_a_head_that_scales_and_caps():
     policy._head = OutputHead(scale=0.3, softcap=0.8)
     rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     with torch.no_grad():
-        states = policy.states(rollout.token_rows())
+        states = policy.states(policy.reader.stack(rollout.rows))
         logits = policy._head.logits(policy.model.lm_head, states)
     found, _ = response_logprobs(policy, rollout, 0.6)
     expected = token_logprobs(logits, rollout.response_ids[rollout.mask], temperature=0.6)
@@ -227,7 +227,7 @@ def test_states_under_one_head_are_compared_at_once():
     with torch.no_grad():
         policy.model.model.layers[1].mlp.up_proj.weight.mul_(2)
     rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
-    rows = rollout.token_rows()
+    rows = policy.reader.stack(rollout.rows)
     states = [p.states(rows) for p in (policy, reference)]
     both = policy.stacked_logprobs(states, rows.targets, 0.7)
     for one, found in zip((policy, reference), both, strict=True):
@@ -351,6 +351,7 @@ def test_checkpointed_layers_run_again_in_the_backward_pass(checkpointing):
     policy = open_policy(tiny_model(), ModelConfig(gradient_checkpointing=checkpointing))
     rollout = generate(Sampler(policy), ["Hello"], Sampling(max_new_tokens=5))
     policy.model.train()
+    assert policy.reader.packs  # a probe, which runs them too
     runs = []
     policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     response_logprobs(policy, rollout, 1.0)[0].sum().backward()

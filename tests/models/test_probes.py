@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from engines import response_logprobs
 from families import of_family
+from reading import sequence_scores, token_values
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,8 +16,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models import probes
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import sampling_notes
-from ppo_engine.models.packing import can_pack
-from ppo_engine.models.value_model import sequence_scores, token_values, value_model_from_policy
+from ppo_engine.models.value_model import value_model_from_policy
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.generation import generate
 from ppo_engine.rollout.sampling import Sampler
@@ -43,11 +44,13 @@ def test_the_sampler_draws_from_the_distribution_whose_logprobs_are_taken(family
     policy = open_policy(of_family(family))
     rollout = generate(Sampler(policy), PROMPTS, GenerationConfig(max_new_tokens=8))
     with torch.no_grad():
-        together = rollout.padded(policy.logprobs(rollout.token_rows())[0])
+        together, _ = response_logprobs(policy, rollout, 1.0)
         for row, length in enumerate(rollout.lengths):
             part = rollout.select(torch.tensor([row]))
-            alone, _ = policy.logprobs(part.token_rows())
-            torch.testing.assert_close(together[row, :length], alone, rtol=1e-4, atol=1e-4)
+            alone, _ = response_logprobs(policy, part, 1.0)
+            torch.testing.assert_close(
+                together[row, :length], alone[0, :length], rtol=1e-4, atol=1e-4
+            )
     torch.testing.assert_close(together, rollout.logprobs, rtol=1e-4, atol=1e-4)
 
 
@@ -136,7 +139,7 @@ def test_evaluation_does_not_change_the_weights_that_are_saved(used):
 def test_probes_fit_into_short_contexts(positions):
     model = of_family("gpt2", max_position_embeddings=positions)
     assert model.transformer.wpe.num_embeddings == positions
-    assert can_pack(open_policy(model).model, tiny_tokenizer())
+    assert open_policy(model).reader.packs
     value_model_from_policy(model, tiny_tokenizer(), seed=0)
 
 

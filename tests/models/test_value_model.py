@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from reading import sequence_scores, token_values
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from torch import Tensor
 from transformers import (
@@ -22,8 +24,6 @@ from ppo_engine.models.value_model import (
     load_value_model,
     make_critic,
     score_head,
-    sequence_scores,
-    token_values,
 )
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.settings.schema import LoraConfig, ModelConfig
@@ -155,9 +155,11 @@ def test_loading_prints_nothing(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_scores_stay_fp32_under_autocast(model):
+def test_scores_stay_fp32_over_layers_in_bf16(model):
     ids, mask = batch("right")
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    model = copy.deepcopy(model)
+    model.base_model.bfloat16()
+    with torch.no_grad():
         scores = sequence_scores(model, ids, mask)
         values = token_values(model, ids, mask)
     assert scores.dtype == values.dtype == torch.float32

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from reading import sequence_scores
 from rich.console import Console
 from tiny import tiny_model_folder, tiny_tokenizer
 from torch import Tensor
@@ -28,7 +29,7 @@ from ppo_engine import (
 from ppo_engine.errors import UserError
 from ppo_engine.generate import generate
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.value_model import load_value_model, sequence_scores
+from ppo_engine.models.value_model import load_value_model
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.adapter_folder import tokenizer_source
 from ppo_engine.pretrained.weights import read_language_model

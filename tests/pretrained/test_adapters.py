@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from engines import response_logprobs
+from reading import token_values
 from rich.console import Console
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from trainers import planted_pairs
@@ -27,7 +28,7 @@ from transformers import (
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.value_model import score_head, token_values
+from ppo_engine.models.value_model import score_head
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.experience import Experience
 from ppo_engine.pretrained.loading import save_model
@@ -148,7 +149,7 @@ def test_what_is_saved_is_what_was_trained(
     rollout = experience.rollout
     with torch.no_grad():
         logprobs, _ = response_logprobs(engine.policy, rollout, 1.0)
-        values = engine.critic.values(rollout)
+        values = engine.values(rollout)
     monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse_copy)
     for name in ("Params4bit", "Int8Params") if bits else ():
         monkeypatch.setattr(f"bitsandbytes.nn.{name}.__deepcopy__", refuse_copy)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engines import PROMPTS, vowels
 from families import of_family
+from reading import sequence_scores
 from tiny import tiny_tokenizer
 from trainers import planted_pairs
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, CLIPConfig, MarianConfig
@@ -26,7 +27,7 @@ from ppo_engine import (
     value_model_class,
 )
 from ppo_engine.models.freezing import prepare_for_training
-from ppo_engine.models.value_model import load_value_model, score_head, sequence_scores
+from ppo_engine.models.value_model import load_value_model, score_head
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import load_reward_model
 

@@ -8,6 +8,7 @@ from tiny import tiny_model_folder, tiny_tokenizer
 from tokenizers import pre_tokenizers
 
 from ppo_engine.errors import UserError
+from ppo_engine.models.reader import Limit
 from ppo_engine.models.value_model import load_value_model
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import RewardModel, load_reward_model
@@ -31,7 +32,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reward_model(reward_folder) -> RewardModel:
-    return load_reward_model(reward_folder, device=CPU, dtype=FP32, micro_batch_size=2)
+    return load_reward_model(reward_folder, device=CPU, dtype=FP32, limit=Limit(999, 2))
 
 
 def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_model, reward_folder):
@@ -45,7 +46,7 @@ def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_mode
     by_tokens = reward_model(PROMPTS, RESPONSES, FINISHED, {}, written)
     torch.testing.assert_close(by_tokens, by_text)
     # One row at a time, in the order given.
-    single = load_reward_model(reward_folder, device=CPU, dtype=FP32, micro_batch_size=1)
+    single = load_reward_model(reward_folder, device=CPU, dtype=FP32, limit=Limit(1))
     torch.testing.assert_close(single(PROMPTS, RESPONSES, FINISHED), by_text)
     assert len(set(by_text.tolist())) == 3 and not by_text.requires_grad
 
@@ -54,11 +55,12 @@ def test_the_same_response_has_the_same_score(reward_model, monkeypatch):
     """Whatever the shape of the batch that it stands in does to the products."""
     read = []
 
-    def noisy(model, ids, mask):
-        read.extend(map(len, ids))
-        return torch.randn(len(ids), generator=torch.Generator().manual_seed(len(read)))
+    def noisy(model, reader, rows):
+        read.extend(rows.counts)
+        generator = torch.Generator().manual_seed(len(read))
+        return torch.randn(len(rows.counts), generator=generator)
 
-    monkeypatch.setattr("ppo_engine.rewards.model.sequence_scores", noisy)
+    monkeypatch.setattr("ppo_engine.rewards.model.read_values", noisy)
     prompts = [PROMPTS[i] for i in (0, 1, 0, 2, 1, 0)]
     responses = ["same", "other", "same", "third", "other", "different"]
     found = reward_model(prompts, responses, [True] * 6)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from reading import sequence_scores
 from templates import qwen3
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import value_model
-from ppo_engine.models.value_model import load_value_model, sequence_scores
+from ppo_engine.models.value_model import load_value_model
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.function import RewardFunction

@@ -15,7 +15,7 @@ from rollouts import EOS, TOKENIZER, sharp_model
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.models.token_rows import predicting
 from ppo_engine.models.windows import Windows
 from ppo_engine.pretrained import adapters
 from ppo_engine.rollout import by_generate, decoder, sampling
@@ -291,11 +291,10 @@ def test_no_end_before_the_least_number_of_tokens(family: str) -> None:
 def test_log_probs_are_those_of_the_policy(dtype: torch.dtype) -> None:
     policy = policy_of(sharp_model(), dtype)
     for response in write(Sampler(policy), temperature=0.8):
-        ids = torch.tensor([[*response.request.tokens, *response.tokens]])
-        trained = torch.zeros_like(ids, dtype=torch.bool)
-        trained[:, len(response.request.tokens) :] = True
+        prompt, written = response.request.tokens, response.tokens
+        row = predicting([*prompt, *written], [False] * len(prompt) + [True] * len(written))
         with torch.no_grad():
-            expected, _ = policy.logprobs(TokenRows(ids, None, trained, ids * 0), 0.8)
+            expected, _ = policy.logprobs(policy.reader.stack([row]), 0.8)
         error = (torch.tensor(response.logprobs) - expected).abs().max().item()
         assert error < (2e-5 if dtype == torch.float32 else 0.15), error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from reading import spied
 from rich.console import Console
 from tiny import tiny_model_folder, tiny_tokenizer
 from trainers import as_if_killed, planted_pairs
@@ -106,14 +107,20 @@ def test_a_planted_preference_is_learned_and_saved(folder, tmp_path):
 @pytest.mark.parametrize(
     ("data", "center_coef"), [(planted_pairs(32), 0.1), (planted_rankings(32), 0.0)]
 )
-def test_micro_batches_add_up_to_the_same_gradient(folder, data, center_coef):
+def test_passes_add_up_to_the_same_gradient(folder, data, center_coef, monkeypatch):
     gradients, metrics = [], []
-    for size in (8, 3, 1):
-        reward = {"micro_batch_size": size, "center_coef": center_coef}
-        made = trainer(folder, pairs=data, reward=reward)
+    for size, tokens, packed, passes in (
+        (8, 9999, True, 1), (3, 9999, True, 3), (8, 1, True, 8), (8, 9999, False, 1),
+        (8, 1, False, 8),
+    ):  # fmt: skip
+        reward = {"micro_batch_size": size, "micro_batch_tokens": tokens}
+        made = trainer(folder, pairs=data, reward={**reward, "center_coef": center_coef})
+        made.reader.packs = packed
+        read = spied(made.reader, monkeypatch)
         made.learner.optimizer.zero_grad = lambda set_to_none: None  # keeps the gradients
         metrics.append(made.train_step(made.mini_batch(0)))
         gradients.append([p.grad for p in made.model.parameters()])
+        assert len(read) == passes and all((x.segments is not None) == packed for x in read)
     for other, found in zip(gradients[1:], metrics[1:], strict=True):
         for name in ("reward/loss", "reward/accuracy", "reward/margin", "reward/grad_norm"):
             assert found[name] == pytest.approx(metrics[0][name], rel=1e-4, abs=1e-6)

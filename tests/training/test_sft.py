@@ -13,6 +13,7 @@ from typing import Any
 import ops
 import pytest
 import torch
+from reading import spied
 from rich.console import Console
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from trainers import as_if_killed
@@ -26,7 +27,8 @@ from transformers import (
 
 from ppo_engine import RewardModelTrainer, SFTConfig, SFTTrainer
 from ppo_engine.errors import UserError
-from ppo_engine.models.packing import can_pack, stack_rows
+from ppo_engine.models.reader import Reader
+from ppo_engine.models.token_rows import predicting
 from ppo_engine.settings.schema import (
     DemonstrationDataConfig,
     LoraConfig,
@@ -98,9 +100,11 @@ def bloom() -> BloomForCausalLM:
 
 def model_without_positions() -> Any:
     """It takes position ids and ignores them."""
-    model = tiny_model()
-    inner = model.forward
-    model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
+    config = GPT2Config(vocab_size=259, n_positions=256, n_embd=32, n_layer=2, n_head=4,
+                        bos_token_id=None, eos_token_id=258)  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    inner = model.transformer.forward
+    model.transformer.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
     return model
 
 
@@ -121,28 +125,16 @@ def model_that_shifts_its_logits() -> Any:
 def model_that_rounds_by_the_shape_of_a_batch() -> Any:
     """As products in bf16 and in 8 bits do, and by so much."""
     model = tiny_model()
-    inner = model.forward
+    inner = model.model.forward
 
-    def rounded(*args: Any, **kwargs: Any) -> Any:
-        output = inner(*args, **kwargs)
-        torch.manual_seed(output.logits.numel())
-        output.logits = output.logits + 0.1 * torch.randn_like(output.logits)
+    def rounded(position_ids: Any = None, **kwargs: Any) -> Any:
+        output = inner(position_ids=position_ids, **kwargs)
+        states = output.last_hidden_state
+        torch.manual_seed(states.numel())
+        output.last_hidden_state = states * (1 + 0.004 * torch.randn_like(states))
         return output
 
-    model.forward = rounded
-    return model
-
-
-def model_that_packs_one_row_only() -> Any:
-    """As flash attention's variable lengths in transformers."""
-    model = tiny_model()
-    inner = model.forward
-
-    def forward(*args: Any, position_ids: Any, **kwargs: Any) -> Any:
-        one = len(position_ids) == 1
-        return inner(*args, position_ids=position_ids if one else None, **kwargs)
-
-    model.forward = forward
+    model.model.forward = rounded
     return model
 
 
@@ -152,28 +144,27 @@ def model_that_packs_one_row_only() -> Any:
         (tiny_model, True),
         (lambda: tiny_model().bfloat16(), True),
         (model_that_rounds_by_the_shape_of_a_batch, True),
-        (model_that_packs_one_row_only, False),
         (model_without_positions, False),
         (bloom, False),
     ],
 )
 def test_packing_is_for_models_whose_texts_do_not_see_each_other(make: Any, expected: bool) -> None:
-    assert can_pack(make(), tiny_tokenizer()) is expected
+    assert Reader(make()).packs is expected
 
 
 @pytest.mark.parametrize(
     ("make", "packed", "note"),
     [
         (tiny_model, True, ""),
-        (bloom, False, "padded, not packed"),
-        (model_without_positions, False, "padded, not packed"),
+        (bloom, False, ""),
+        (model_without_positions, False, ""),
         (model_that_shifts_its_logits, True, "Logits are the model's own"),
     ],
 )
 def test_the_loss_is_the_mean_over_learned_tokens(make: Any, packed: bool, note: str) -> None:
     made = trainer(make())
     [of_text, *notes] = made.notes
-    assert made.packed == packed and "plain text" in of_text
+    assert made.policy.reader.packs == packed and "plain text" in of_text
     assert len(notes) == bool(note) and note in " ".join(notes)
     batch = made.mini_batch(0)
     of_tokens = [x for example in plain_nll(made.policy.model, batch) for x in example]
@@ -210,15 +201,16 @@ def gradients_of_a_step(made: SFTTrainer) -> list[torch.Tensor]:
     return [p.grad for p in made.policy.model.parameters()]
 
 
-def test_packing_and_micro_batches_change_no_gradient(folder: str) -> None:
+def test_packing_and_micro_batches_change_no_gradient(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = []
-    for packed, rows in ((False, 100), (False, 1), (True, 100), (True, 1)):
-        made = trainer(folder, sft={"micro_batch_size": rows})
-        made.packed = packed
-        passes = made._plan(made.mini_batch(0))
-        assert (len(passes) == 1) == (rows == 100)
-        assert packed == any(len(row) > 1 for forward in passes for row in forward)
+    for packed, tokens, passes in ((False, 9999, 1), (False, 1, 8), (True, 9999, 1), (True, 1, 8)):
+        made = trainer(folder, sft={"micro_batch_size": None, "micro_batch_tokens": tokens})
+        made.policy.reader.packs = packed
+        read = spied(made.policy.reader, monkeypatch)
         found.append(gradients_of_a_step(made))
+        assert len(read) == passes and all((x.segments is not None) == packed for x in read)
     for other in found[1:]:
         for expected, gradient in zip(found[0], other, strict=True):
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
@@ -231,10 +223,10 @@ def test_an_example_does_not_see_the_others_of_its_row(folder: str) -> None:
     losses = []
     with torch.no_grad():
         for first in (batch[0], changed):
-            rows = stack_rows([first, *batch[1:]], [[0, 1, 2]], 0, made.device, pack=True)
-            owners = rows.owners[:, 1:][rows.trained[:, 1:]]
-            nll = made.policy.nll(rows)
-            losses.append([nll[owners == i].sum().item() for i in range(3)])
+            texts = [predicting(example.ids, example.trained) for example in [first, *batch[1:]]]
+            rows = made.policy.reader.stack(texts)
+            assert rows.segments is not None
+            losses.append([x.sum().item() for x in made.policy.nll(rows).split([*rows.counts])])
     assert losses[0][0] != losses[1][0]
     assert losses[0][1:] == losses[1][1:]
 
