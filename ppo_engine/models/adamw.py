@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_kernels import adamw
+from ppo_kernels import adamw, zero_moments
+
+_FEWEST_OF_EIGHT_BITS = 4096
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW over parameters in fp32, and in bf16 with remainders (`pretrained.masters`): the same
-    step of both, on the fp32 masters. Moments are fp32."""
+    step of both, on the fp32 masters. Moments are fp32, or with `eight_bits` 8 bits, but of small
+    tensors, as in Dettmers et al. 2022 (arXiv:2110.02861)."""
+
+    def __init__(self, params: Any, *, eight_bits: bool = False, **settings: Any) -> None:
+        super().__init__(params, settings)
+        self._eight_bits = eight_bits
 
     @torch.no_grad()
     def step(self, grad_scale: float | Tensor = 1.0) -> None:  # type: ignore[override]
@@ -25,13 +32,12 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = 0
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                    state |= {"step": 0, **self._no_moments(parameter)}
                 state["step"] += 1
-                kind = parameter.dtype, parameter.grad.dtype, state["step"]
+                scaled = "moment_scales" in state
+                kind = parameter.dtype, scaled, state["step"], parameter.grad.dtype
                 alike[kind].append(parameter)
-            for (dtype, _, step), parameters in alike.items():
+            for (dtype, scaled, step, _), parameters in alike.items():
                 states = [self.state[x] for x in parameters]
                 halves = dtype != torch.float32
                 adamw(
@@ -40,6 +46,7 @@ class AdamW(torch.optim.Optimizer):
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     remainder=[x.master_remainder for x in parameters] if halves else None,
+                    moment_scales=[state["moment_scales"] for state in states] if scaled else None,
                     step=step,
                     learning_rate=group["lr"],
                     betas=group["betas"],
@@ -58,6 +65,14 @@ class AdamW(torch.optim.Optimizer):
                 if place not in state_dict["state"]:
                     continue
                 found = state_dict["state"][place]
-                self.state[parameter] = {
-                    name: found[name].to(parameter.device) for name in ("exp_avg", "exp_avg_sq")
-                } | {"step": int(found["step"])}
+                moments = {
+                    name: found[name].to(parameter.device) for name in found.keys() - {"step"}
+                }
+                self.state[parameter] = {"step": int(found["step"]), **moments}
+
+    def _no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        if self._eight_bits and parameter.numel() >= _FEWEST_OF_EIGHT_BITS:
+            names = ("exp_avg", "exp_avg_sq", "moment_scales")
+            return dict(zip(names, zero_moments(parameter), strict=True))
+        zeros = torch.zeros_like(parameter, dtype=torch.float32)
+        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}

@@ -85,11 +85,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     ]
     return AdamW(
         [group for group in groups if group["params"]],
-        {
-            "lr": config.learning_rate,
-            "betas": (config.beta1, config.beta2),
-            "eps": config.eps,
-        },
+        eight_bits=config.moments == "8bit",
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
     )
 
 

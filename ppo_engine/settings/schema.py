@@ -41,6 +41,9 @@ class OptimizerConfig:
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-5
+    # 8bit takes 2 bytes a weight in place of 8; meant for a beta2 of up to 0.99 or so, see
+    # `ppo_kernels.adamw`.
+    moments: Literal["float32", "8bit"] = "float32"
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: Fraction = 0.0
     max_grad_norm: PositiveFloat = 1.0

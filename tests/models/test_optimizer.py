@@ -232,3 +232,40 @@ def test_the_norm_of_gradients_in_bf16_is_not_rounded():
     parameter.grad = torch.ones(1000, dtype=BF16)
     norm, _ = clip_factor([parameter, nn.Parameter(torch.zeros(2))], 1.0)
     assert norm.dtype == F32 and norm.item() == pytest.approx(1000**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_in_8_bits_follow_fp32_ones_and_go_on_exactly(dtype):
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 1))
+    x = torch.randn(256, 96)
+    target = x[:, :4].sum(1, keepdim=True)
+
+    def learner(moments: str) -> Learner:
+        model = to_compute_dtype(copy.deepcopy(start), dtype)
+        config = OptimizerConfig(learning_rate=3e-3, moments=moments)
+        return Learner(model, config, 400, "the model")
+
+    def train(made: Learner, steps: int) -> float:
+        for _ in range(steps):
+            loss = (made.model(x.to(dtype)).float() - target).square().mean()
+            loss.backward()
+            made.step()
+        return loss.item()
+
+    exact, small = learner("float32"), learner("8bit")
+    losses = [train(made, 60) for made in (exact, small)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[0] < 2
+    sizes = {
+        sum(x.nbytes for x in made.optimizer.state[made.model[0].weight].values() if x is not None
+            and isinstance(x, Tensor))
+        for made in (exact, small)
+    }  # fmt: skip
+    assert sizes == {96 * 64 * 8, 96 * 64 * 2 + 2 * 24 * 4}
+    saved = io.BytesIO()
+    torch.save(small.state_dict(), saved)
+    again = learner("8bit")
+    again.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
+    assert train(again, 20) == train(small, 20)
+    for a, b in zip(again.model.parameters(), small.model.parameters(), strict=True):
+        assert torch.equal(master(a), master(b))
