@@ -51,7 +51,6 @@ def _config(work: Work) -> PPOConfig:
         ppo=PPOSettings(
             rollout_batch_size=len(work.prompts),
             mini_batch_size=len(work.prompts),
-            micro_batch_size=work.micro_batch,
             epochs=work.epochs,
         ),
         run=RunConfig(device=work.device, dtype=work.dtype),  # type: ignore[arg-type]

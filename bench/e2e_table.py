@@ -68,8 +68,7 @@ def _same(work: Work) -> list[str]:
         "starts from the reward model. Every weight of policy and critic is trained.",
         f"{count} prompts, {prompt_tokens} tokens; every response {work.new_tokens} tokens, "
         "whatever is sampled: temperature 1, no top-k, no top-p, all prompts in one batch.",
-        f"{work.epochs} epochs of one mini-batch of {count}, so {work.epochs} optimizer steps; "
-        f"micro-batches of {work.micro_batch}.",
+        f"{work.epochs} epochs of one mini-batch of {count}, so {work.epochs} optimizer steps.",
         "Fused AdamW, learning rate 1e-6, policy and value clip 0.2, gamma 1, lambda 0.95, KL "
         "coefficient 0.05; PyTorch attention, no dropout, no gradient checkpointing.",
     ]
@@ -80,8 +79,13 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
     rows = [
         (
             "log-probs before the update",
-            "a forward pass of the policy, with the entropy",
+            "the sampler's where they agree with a pass's to 0.02 nats (in fp32), else that pass",
             "from the sampler's logits, which are kept for every token; no pass",
+        ),
+        (
+            "passes of the update",
+            "packed, by tokens, without padding",
+            f"{work.micro_batch} sequences, padded",
         ),
         (
             "logits of policy and reference",
@@ -90,7 +94,7 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
         ),
         (
             "passes without gradients",
-            f"{work.micro_batch} sequences at once, all but the last token",
+            "likewise, all but the last token",
             f"{count} at once (the setting that also sets the sampling batch), every token",
         ),
         (

@@ -35,7 +35,7 @@ class Work:
     prompt_ids: list[list[int]]  # the same as tokens
     new_tokens: int  # of every response
     epochs: int
-    micro_batch: int  # responses in one forward pass
+    micro_batch: int  # responses in one forward pass of TRL's; ours go by tokens
     steps: int  # the first one is warm-up
     device: str
     dtype: str

@@ -245,7 +245,7 @@ def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
             optimizer=OptimizerConfig(learning_rate=scale.reward_learning_rate),
         ),
         data=PreferenceDataConfig(eval_fraction=0.1),
-        reward=RewardModelSettings(batch_size=8, micro_batch_size=8, epochs=scale.reward_epochs),
+        reward=RewardModelSettings(batch_size=8, epochs=scale.reward_epochs),
         run=RunConfig(output_dir=str(folder / "reward"), seed=config.seed),
     )
 
@@ -257,7 +257,6 @@ def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
     settings: dict[str, Any] = {
         "rollout_batch_size": scale.responses,
         "mini_batch_size": scale.responses // 4,
-        "micro_batch_size": 16,
         "kl_coef": scale.kl_coef,  # in the reward: both algorithms have the same objective
     }
     if config.algorithm == "grpo":
