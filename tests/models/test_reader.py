@@ -17,7 +17,16 @@ from ppo_engine.pretrained.architecture import checkpoint_gradients
 from ppo_engine.settings.schema import PPOSettings
 
 CPU = torch.device("cpu")
-LENGTHS = [[5], [3] * 40, [64, 1, 1, 63, 2], [*range(1, 65)], [200, 7, 90, 3], [80] * 5]
+LENGTHS = [
+    [5],
+    [40] * 3,
+    [30, 20, *[1] * 5],
+    [3] * 40,
+    [64, 1, 1, 63, 2],
+    [*range(1, 65)],
+    [200, 7, 90, 3],
+    [80] * 5,
+]
 PACKED = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox",
     "olmo2", "granite", "smollm3", "gpt_oss", "mixtral",
