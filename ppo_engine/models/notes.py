@@ -18,6 +18,11 @@ def training_notes(model: LanguageModel) -> list[str]:
             "Logits are made for every response token, as the output layer has adapters or is "
             "quantized. More memory and time, but the same results."
         )
+    if not model.reader.packs:
+        notes.append(
+            "Texts are padded, not packed: in a probe of this model, packed texts saw each other, or "
+            "its attention could not be told where they begin. More time, but the same results."
+        )
     return notes
 
 

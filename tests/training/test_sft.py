@@ -156,8 +156,8 @@ def test_packing_is_for_models_whose_texts_do_not_see_each_other(make: Any, expe
     ("make", "packed", "note"),
     [
         (tiny_model, True, ""),
-        (bloom, False, ""),
-        (model_without_positions, False, ""),
+        (bloom, False, "padded, not packed"),
+        (model_without_positions, False, "padded, not packed"),
         (model_that_shifts_its_logits, True, "Logits are the model's own"),
     ],
 )

@@ -1,0 +1,112 @@
+"""Whose log-probs the ratio starts from, and what is not read where nothing needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import PROMPTS, make_engine
+
+from ppo_engine import PPOEngine
+from ppo_engine.errors import UserError
+from ppo_engine.models.language_model import LanguageModel
+
+
+def step(engine: PPOEngine) -> tuple[Any, dict[str, float]]:
+    rollout = engine.generate(PROMPTS)
+    experience = engine.estimate_advantages(rollout, engine.score(rollout))
+    return experience, engine.update(experience)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[LanguageModel]:
+    """The models that are read without gradients."""
+    models: list[LanguageModel] = []
+    inner = LanguageModel.states
+
+    def states(self: LanguageModel, rows: Any) -> Any:
+        models.append(self)
+        return inner(self, rows)
+
+    monkeypatch.setattr(LanguageModel, "states", states)
+    return models
+
+
+def test_after_the_first_rollout_they_are_the_samplers(read):
+    engine = make_engine()
+    first, metrics = step(engine)
+    assert not first.sampled and read.count(engine.policy) == 1
+    assert metrics["objective/kl"] == 0  # exactly: both are of a pass
+    assert 0 < metrics["rollout/logprob_diff"] <= metrics["rollout/logprob_diff_max"] < 1e-4
+    read.clear()
+    second, metrics = step(engine)
+    assert second.sampled and second.entropy is None
+    assert read == [engine.reference]
+    assert "rollout/logprob_diff" not in metrics and metrics["objective/kl"] != 0
+    assert 0 < metrics["objective/entropy"] < 6
+
+
+def test_they_are_those_of_a_pass_to_rounding():
+    engine = make_engine(ppo={"old_logprobs": "sampler"})
+    rollout = engine.generate(PROMPTS)
+    experience = engine.estimate_advantages(rollout, engine.score(rollout))
+    logprobs, ref_logprobs, entropy = engine.compare_with_reference(rollout)
+    torch.testing.assert_close(experience.logprobs, logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(experience.ref_logprobs, ref_logprobs)
+    measured = engine.update(experience)["objective/entropy"]
+    assert measured == pytest.approx(entropy[rollout.mask].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ppo": {"old_logprobs": "recompute"}},
+        {"generation": {"top_k": 20}},
+        {"generation": {"top_p": 0.9}},
+        {"generation": {"min_new_tokens": 2}},
+        {"ppo": {"importance_cap": 2.0}},
+    ],
+    ids=str,
+)
+def test_where_they_are_recomputed(settings):
+    engine = make_engine(**settings)
+    for _ in range(2):
+        experience, metrics = step(engine)
+        assert not experience.sampled and "rollout/logprob_diff" in metrics
+    capped = "importance_cap" in settings.get("ppo", {})
+    assert ("objective/importance_capped" in metrics) == capped
+
+
+def test_a_sampler_that_differs_is_not_believed(monkeypatch):
+    monkeypatch.setattr("ppo_engine.ppo.engine.SAMPLERS_BOUND", 0.0)
+    engine = make_engine()
+    assert not any(step(engine)[0].sampled for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"generation": {"top_p": 0.5}}, "from the whole distribution"),
+        ({"ppo": {"importance_cap": 2.0}}, "nothing to correct"),
+    ],
+)
+def test_what_contradicts_the_samplers_is_an_error(settings, match):
+    ppo = {"old_logprobs": "sampler", **settings.pop("ppo", {})}
+    with pytest.raises(UserError, match=match):
+        make_engine(ppo=ppo, **settings)
+
+
+def test_without_a_penalty_the_reference_is_not_read(read):
+    engine = make_engine(ppo={"kl_coef": 0.0})
+    experience, metrics = step(engine)
+    assert engine.reference not in read and experience.ref_logprobs is None
+    assert "objective/kl" not in metrics and not experience.kl.any()
+
+
+def test_a_resumed_run_takes_what_it_took():
+    engine = make_engine()
+    step(engine)
+    again = make_engine()
+    again.load_state_dict(engine.state_dict())
+    assert again.takes_samplers is True and step(again)[0].sampled
