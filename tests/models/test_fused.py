@@ -11,8 +11,8 @@ from families import of_family
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from ppo_engine.rollout import fused
-from ppo_engine.rollout.fused import Fused
+from ppo_engine.models import fused
+from ppo_engine.models.fused import Fused
 from ppo_kernels import rotary_embedding
 
 IDS = torch.arange(12).view(2, 6)
