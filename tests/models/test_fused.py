@@ -1,4 +1,4 @@
-"""The small operations of a model while it decodes: which are kernels, and what they give."""
+"""The operations of a model around its products: which are kernels, and what they give."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from ppo_kernels import rotary_embedding
 IDS = torch.arange(12).view(2, 6)
 
 
-def replaced(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if "forward" in vars(module)]
+def replaced(model: nn.Module, kind: str = "") -> list[nn.Module]:
+    """Modules whose class's name ends with `kind`."""
+    named = (module for module in model.modules() if type(module).__name__.endswith(kind))
+    return [module for module in named if "forward" in vars(module)]
 
 
 @torch.no_grad()
@@ -35,9 +37,41 @@ def test_root_mean_square_norms_are_one_kernel_and_give_what_they_gave(family: s
             norm.weight += 0.5 * torch.randn_like(norm.weight)
         logits = model(IDS).logits
         with prepared.active():
-            assert replaced(model) == expected
+            assert replaced(model, "RMSNorm") == expected
             torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
         assert not replaced(model)
+
+
+def logits_and_gradients(model: Any) -> list[Tensor]:
+    model.zero_grad()
+    logits = model(IDS).logits
+    logits.float().logsumexp(-1).mean().backward()
+    return [logits.detach(), *(x.grad.clone() for x in model.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_gated_layers_are_one_kernel_and_give_what_they_gave(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, so that no other kernel rounds."""
+    model: Any = of_family(family, tie_word_embeddings=False).to(dtype)
+    monkeypatch.setattr(fused, "_added", lambda *_: None)
+    monkeypatch.setattr(fused, "_rotates", lambda _: False)
+    expected = logits_and_gradients(model)
+    with Fused(model, dtype, products=False).active():
+        assert replaced(model) == [layer.mlp for layer in model.model.layers]
+        found = logits_and_gradients(model)
+    assert not replaced(model)
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).float().norm() <= 32 * torch.finfo(dtype).eps * y.float().norm()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_a_layer_with_another_activation_is_left_alone(activation: str) -> None:
+    model = of_family("llama", hidden_act=activation)
+    with Fused(model, torch.float32).active():
+        assert bool(replaced(model, "MLP")) == (activation == "silu")
 
 
 class TwiceRMSNorm(LlamaRMSNorm):  # a name that promises what it does not do

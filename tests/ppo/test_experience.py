@@ -61,7 +61,7 @@ def test_objective_metrics_count_the_policys_tokens_alone():
     """Those of the environment and the padding are NaN here."""
     experience = experience_of(rollout_of())
     rollout, mask = experience.rollout, experience.rollout.mask
-    found = objective_metrics(experience)
+    found = objective_metrics(experience, 0.5)
 
     def own(values: torch.Tensor) -> list[list[float]]:
         return [values[b][mask[b]].tolist() for b in range(len(mask))]
@@ -87,12 +87,14 @@ def test_objective_metrics_count_the_policys_tokens_alone():
         "objective/response_length": len(flat("entropy")) / 6,
         "objective/finished": 4 / 6,
         "objective/importance_weight": mean(flat("is_weights")),
+        "objective/importance_capped": mean([weight >= 0.5 for weight in flat("is_weights")]),
         "value/explained_variance": 1 - variance(errors) / variance(flat("returns")),
     }
     assert found == pytest.approx(expected, rel=1e-4)
     bare = dataclasses.replace(experience, values=None, returns=None, is_weights=None)
-    left = expected.keys() - {"objective/importance_weight", "value/explained_variance"}
-    assert objective_metrics(bare).keys() == left
+    of_those = {"importance_weight", "importance_capped", "explained_variance"}
+    left = {name for name in expected if name.partition("/")[2] not in of_those}
+    assert objective_metrics(bare, None).keys() == left
     assert rollout.finished.sum() == 4
 
 
