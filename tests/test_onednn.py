@@ -97,7 +97,10 @@ def test_it_is_for_cpus_of_amd(
 
 @torch.no_grad()
 def test_passes_of_a_float32_model_use_it(products: list[torch.Size]) -> None:
-    model: Any = of_family("llama")
+    model: Any = of_family("qwen2")  # some of its layers have a bias
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
     ids = torch.arange(80).view(2, 40)
     logits = model(ids).logits
     with Fused(model, torch.float32, products=False).active():
@@ -108,5 +111,4 @@ def test_passes_of_a_float32_model_use_it(products: list[torch.Size]) -> None:
     linear = [x for x in model.modules() if isinstance(x, torch.nn.Linear)]
     assert len(products) == len(linear)
     with Fused(model.bfloat16(), torch.bfloat16).active():
-        model(ids)
-    assert len(products) == len(linear)
+        assert not any("forward" in vars(x) for x in linear)
