@@ -20,8 +20,8 @@ def training_notes(model: LanguageModel) -> list[str]:
         )
     if not model.reader.packs:
         notes.append(
-            "Texts are padded, not packed: in a probe of this model, packed texts saw each other, or "
-            "its attention could not be told where they begin. More time, but the same results."
+            "Texts are padded, not packed: in a probe of this model, packed texts saw each other, "
+            "or its attention was not told where they begin. More time, but the same results."
         )
     return notes
 

@@ -58,7 +58,8 @@ class Reader:
         self._fused = Fused(model, self._model.get_input_embeddings().weight.dtype)
         self._packed: bool | None = None  # while it reads: whether that is packed
         if architecture.checkpoints_gradients(self._model):
-            architecture.checkpoint_gradients(self._model, self._again)
+            # A function, as copies of the model share it; a method would be copied with its reader.
+            architecture.checkpoint_gradients(self._model, lambda: self._again())
 
     @cached_property
     def packs(self) -> bool:

@@ -40,6 +40,7 @@ from ppo_engine.ppo.experience import (
     importance_weights,
     logprob_difference,
     objective_metrics,
+    of_sampler,
     parts_of,
 )
 from ppo_engine.ppo.kl_control import KLController
@@ -282,9 +283,9 @@ class PPOEngine:
         the KL; the policy's entropies, where its log-probs are not the sampler's."""
         settings = self.config.ppo
         # Also on the first rollout, so that what is measured there is exact: a KL of 0.
-        if self.takes_samplers and rollout.logprobs is not None:
-            ref_logprobs = self._of_reference(rollout) if settings.uses_kl else None
-            return torch.where(rollout.mask, rollout.logprobs, 0.0), ref_logprobs, None
+        sampled = of_sampler(rollout) if self.takes_samplers else None
+        if sampled is not None:
+            return sampled, self._of_reference(rollout) if settings.uses_kl else None, None
         ref_logprobs = None
         if settings.uses_kl:
             logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)

@@ -97,17 +97,27 @@ def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) ->
     return log_ratio.clamp(max=math.log(cap)).exp()
 
 
+def of_sampler(rollout: Rollout) -> Tensor | None:
+    """The sampler's log-probs, [B, T] fp32, 0 elsewhere; None where they are not known, as of a
+    rollout that was padded further without them."""
+    found = rollout.logprobs
+    if found is None or found.shape != rollout.mask.shape:
+        return None
+    return torch.where(rollout.mask, found, 0.0)
+
+
 def logprob_difference(rollout: Rollout, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and largest |log pi - log pi_sampler| of the policy's tokens, in nats; infinite where
     the sampler's are not known."""
-    if rollout.logprobs is None:
+    sampled = of_sampler(rollout)
+    if sampled is None:
         unknown = logprobs.new_tensor(math.inf)
         return unknown, unknown
-    difference = (logprobs - rollout.logprobs)[rollout.mask].abs()
+    difference = (logprobs - sampled)[rollout.mask].abs()
     return difference.mean(), difference.max()
 
 
-def objective_metrics(experience: Experience, cap: float | None) -> dict[str, float]:
+def objective_metrics(experience: Experience, cap: float | None = None) -> dict[str, float]:
     """Metrics of a step's rollout, as it was before the update; `cap` of its importance weights."""
     rollout, mask = experience.rollout, experience.rollout.mask
     found = {
@@ -123,15 +133,16 @@ def objective_metrics(experience: Experience, cap: float | None) -> dict[str, fl
         found["objective/kl"] = torch.where(mask, difference, 0.0).sum(1).mean()
     if experience.entropy is not None:
         found["objective/entropy"] = experience.entropy[mask].mean()
-    if rollout.logprobs is not None and not experience.sampled:
+    if not experience.sampled and of_sampler(rollout) is not None:
         mean, largest = logprob_difference(rollout, experience.logprobs)
         found |= {"rollout/logprob_diff": mean, "rollout/logprob_diff_max": largest}
     if experience.values is not None and experience.returns is not None:
         errors = (experience.values - experience.returns)[mask]
         variance = experience.returns[mask].var(unbiased=False).clamp_min(1e-8)
         found["value/explained_variance"] = 1 - errors.var(unbiased=False) / variance
-    if experience.is_weights is not None and cap is not None:
-        found["objective/importance_weight"] = experience.is_weights[mask].mean()
-        capped = experience.is_weights[mask] >= cap
-        found["objective/importance_capped"] = capped.float().mean()
+    if experience.is_weights is not None:
+        weights = experience.is_weights[mask]
+        found["objective/importance_weight"] = weights.mean()
+        if cap is not None:
+            found["objective/importance_capped"] = (weights >= cap).float().mean()
     return {name: float(value) for name, value in found.items()}

@@ -54,7 +54,7 @@ def config(**policy: Any) -> PPOConfig:
     return PPOConfig(
         policy=ModelConfig(**policy),
         generation=GenerationConfig(max_new_tokens=4),
-        ppo=PPOSettings(rollout_batch_size=4, mini_batch_size=4, micro_batch_size=4),
+        ppo=PPOSettings(rollout_batch_size=4, mini_batch_size=4, old_logprobs="recompute"),
         run=Run(dtype="float32"),
     )
 
@@ -99,7 +99,8 @@ def run(model: str, folder: Path, *settings: str) -> None:
     data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
     reward.write_text("def score(prompts, responses): return [len(r) / 10 for r in responses]\n")
     flags = ["--model", model, "--data", str(data), "--reward", f"{reward}:score"]
-    small = ["ppo.rollout_batch_size=4", "generation.max_new_tokens=4", "run.dtype=float32"]
+    small = ["ppo.rollout_batch_size=4", "generation.max_new_tokens=4", "run.dtype=float32",
+             "ppo.old_logprobs=recompute"]  # fmt: skip
     assert cli.main(["ppo", *flags, *small, *settings]) == 0
 
 

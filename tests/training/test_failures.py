@@ -115,7 +115,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError
         (ppo, "engine.score_each", 6, UserError, 2),
         (ppo, "engine.generate", 4, KeyboardInterrupt, 3),
         (ppo, "engine.policy.policy_loss", 5, OUT_OF_MEMORY, 2),  # of two passes in a step
-        (ppo, "engine.compare_with_reference", 4, OUT_OF_MEMORY, 2),  # of the evaluation of step 2
+        (ppo, "engine.compare_with_reference", 3, OUT_OF_MEMORY, 2),  # of the evaluation of step 2
         (ppo, "evaluator.evaluate", 3, UserError, STEPS),  # after the last step
         (ppo, "evaluator.keep", 2, OSError, 2),
         (ppo, "_show_samples", 3, OSError, 2),  # when step 2 is logged, and the best is kept
