@@ -64,7 +64,7 @@ class Critic:
         assert experience.values is not None and experience.returns is not None
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         parts = parts_of(experience.rollout, numbers, self.reader, limit)
-        tokens = sum(len(part.places) for part in parts)
+        tokens = max(1, sum(len(part.places) for part in parts))
         for part in parts:
             values = self.values(part.rows)
             with span("losses"):

@@ -408,7 +408,7 @@ class PPOEngine:
         """One optimizer step on the responses of these `numbers`, a mini-batch."""
         settings = self.config.ppo
         parts = parts_of(experience.rollout, numbers, self.policy.reader, self.limit)
-        tokens = sum(len(part.places) for part in parts)
+        tokens = max(1, sum(len(part.places) for part in parts))
         normalizer = self._normalizer(tokens, len(numbers))
         weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
