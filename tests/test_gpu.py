@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import ops
 import pytest
 import torch
+from families import of_family
 from fuzz.cases import CASES, Case, make_case
 from fuzz.check import Failure, check
 from test_adamw import Model, after, equal, gradients
@@ -25,6 +27,8 @@ from test_swiglu import arguments as swiglu_arguments
 from torch import Tensor
 
 import ppo_kernels
+from ppo_engine.models.reader import Reader
+from ppo_engine.models.token_rows import pick, scored, stack
 from ppo_kernels import dispatch, head, reference
 
 pytestmark = [
@@ -235,6 +239,30 @@ def test_swiglu(dtype: torch.dtype) -> None:
         for together in (False, True):
             given = swiglu_arguments(shape, dtype, together)
             ops.assert_error_rule(op, reference.swiglu, given, ("gate", "up"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_packed_passes(family: str) -> None:
+    """In bf16, as each text alone in fp32; Mistral has windows here, Gemma-2 a softcap."""
+    settings = {"sliding_window": 16} if family == "mistral" else {}
+    model = of_family(family, hidden_size=256, **settings).to("cuda")
+    with torch.no_grad():  # else what each layer adds is so large that bf16 rounds all away
+        for parameter in model.parameters():
+            parameter *= 0.2 if parameter.ndim == 2 else 1
+    readers = Reader(model), Reader(copy.deepcopy(model).bfloat16())
+    rows = [scored([*range(5, 5 + length)]) for length in (60, 17, 9)]
+    found = []
+    for reader, packed in zip(readers, (False, True), strict=True):
+        assert reader.packs
+        part = stack(rows, pad=0, device=torch.device("cuda"), packed=packed)
+        states = pick(reader.read(part).last_hidden_state, part.places).float()
+        (
+            states * torch.linspace(-1, 1, states.numel(), device="cuda").view_as(states)
+        ).sum().backward()
+        gradient = reader._model.get_input_embeddings().weight.grad
+        found.append((states.detach(), gradient.float()))
+    for expected, got in zip(*found, strict=True):
+        assert (got - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
