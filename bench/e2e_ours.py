@@ -10,6 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.e2e_worker import LEARNING_RATE, PhaseClock, Work, report_step
 from ppo_engine import PPOConfig, PPOEngine
+from ppo_engine.memory import keep_freed_memory
 from ppo_engine.settings.schema import (
     GenerationConfig,
     ModelConfig,
@@ -21,6 +22,7 @@ from ppo_engine.settings.schema import (
 
 
 def main(work: Work) -> None:
+    keep_freed_memory()  # as `ppo-engine` does
     engine = PPOEngine(config=_config(work))
     # No token is EOS, so that all responses have the same length.
     engine.policy.renderer.end_ids = []

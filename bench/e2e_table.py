@@ -123,6 +123,7 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
             "a Python loop over tokens",
         ),
         ("responses", "decoded to text", "left as tokens"),
+        ("memory that is freed", "kept for the next tensor, as ppo-engine does", "as torch has it"),
     ]
     if work.dtype == "bfloat16":
         rows.insert(
