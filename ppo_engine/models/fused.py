@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ppo_engine.models.remade import Remade
 from ppo_kernels import onednn, rms_norm, rotary_embedding, swiglu
 
 _Rotate = Callable[..., tuple[Tensor, Tensor]]
@@ -30,14 +31,15 @@ class Fused:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, products: bool = True) -> None:
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self.remade = Remade()
         linear = products and dtype == torch.float32 and onednn.is_faster()
         for module in model.modules():
             if "forward" in vars(module):  # something else has replaced it
                 continue
             if (added := _added(module, dtype)) is not None:
-                self._forwards.append((module, partial(_norm, module, added)))
+                self._forwards.append((module, partial(_norm, module, added, self.remade)))
             elif _is_gated(module, dtype):
-                self._forwards.append((module, partial(_gated, module)))
+                self._forwards.append((module, partial(_gated, module, self.remade)))
             elif linear and _is_plain(module, dtype):
                 self._forwards.append((module, partial(_linear, module)))
         families = {sys.modules[type(module).__module__] for module in model.modules()}
@@ -60,12 +62,12 @@ class Fused:
                 setattr(family, _ROTATE, rotate)
 
 
-def _norm(module: Any, added: float, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, eps=_epsilon(module), added=added)
+def _norm(module: Any, added: float, remade: Remade, x: Tensor) -> Tensor:
+    return remade(partial(rms_norm, eps=_epsilon(module), added=added), x, module.weight)
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
-    found: Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+def _gated(module: Any, remade: Remade, x: Tensor) -> Tensor:
+    found: Tensor = module.down_proj(remade(swiglu, module.gate_proj(x), module.up_proj(x)))
     return found
 
 
@@ -127,7 +129,7 @@ def _is_gated(module: Any, dtype: torch.dtype) -> bool:
         return False
     if not isinstance(expected, Tensor):
         return False
-    found = _gated(module, x)
+    found = _gated(module, Remade(), x)
     error, size = (found - expected).float().norm(), expected.float().norm()
     return found.shape == expected.shape and bool(error <= _ROUNDED * torch.finfo(dtype).eps * size)
 

@@ -29,7 +29,7 @@ _OF_FP32, _ROUNDING = 0.05, 0.2
 _ENOUGH = {"cuda": 8192, "cpu": 2048}  # tokens, from which on a pass is no faster a token
 _FEWEST = 256
 _SHARE = 0.5  # of the free memory, for what a pass keeps for its gradients
-_OF_WIDTH, _OF_INNER = 10, 3
+_OF_WIDTH, _OF_INNER = 10, 2
 
 
 class Limit(NamedTuple):
@@ -84,7 +84,7 @@ class Reader:
             inputs |= {"position_ids": rows.positions, "segments": rows.segments}
         else:
             inputs |= architecture.base_inputs(base, rows.ids, rows.mask)
-        with self._reading(packed=rows.segments is not None):
+        with self._reading(packed=rows.segments is not None), self._fused.remade.active():
             return (whole or base)(**inputs)
 
     @contextmanager

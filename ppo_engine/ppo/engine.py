@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.memory import release_freed_memory
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
@@ -143,6 +144,7 @@ class PPOEngine:
             self.takes_samplers = False
         self.steps_done = 0
         self.policy_version = 0
+        release_freed_memory()  # of weights that were loaded in fp32
 
     @span("generate")
     def generate(
