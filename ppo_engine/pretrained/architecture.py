@@ -117,6 +117,8 @@ def make_repeatable(model: nn.Module) -> None:
     - Routers of experts that jitter their inputs or draw the experts while they are trained: they
       always route as in evaluation.
     - RWKV's halving of its weights in evaluation, for float16's range: they would be saved so.
+    - Quantized layers of bitsandbytes, which on a CPU compute otherwise in evaluation, and change
+      their weights to what that reads: they always compute as in training.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -126,12 +128,18 @@ def make_repeatable(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
         if any("jitter" in name for name in vars(module)):
             module.register_forward_pre_hook(_evaluate)
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.register_forward_pre_hook(_train)
         if hasattr(module, "layers_are_rescaled"):
             _keep_weights(module)
 
 
 def _evaluate(module: nn.Module, _: Any) -> None:
     module.training = False
+
+
+def _train(module: nn.Module, _: Any) -> None:
+    module.training = True
 
 
 def _keep_weights(rwkv: Any) -> None:

@@ -258,7 +258,11 @@ def test_a_critic_in_full_precision_starts_from_a_quantised_policy(
     weight = critic.model.layers[0].mlp.up_proj.weight
     source = tiny_model().model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32 and weight.requires_grad
-    assert 0 < (weight - source).abs().max() < 0.02  # the policy's, as it was rounded
+    # The policy's, as it was rounded: by less than the widest gap between two levels. Half of it is
+    # exceeded: of 4 bits on a CPU, bitsandbytes gives the least of a block the second level.
+    gap = {"8bit": 1 / 127, "4bit": 0.304}[str(bits)]
+    rounding = (weight - source).abs().max()
+    assert 0 < rounding < 1.1 * gap * source.abs().max()
 
 
 def test_a_quantised_base_needs_adapters(folder: str) -> None:
