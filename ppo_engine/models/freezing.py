@@ -70,10 +70,11 @@ def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) ->
         layer.requires_grad_(False)
 
 
-def share_frozen_parameters(model: nn.Module, source: nn.Module) -> None:
-    """Let `model` share the tensors of `source` where both are frozen and hold equal values."""
-    theirs = dict(source.named_parameters())
-    for name, parameter in model.named_parameters():
+def share_frozen_parameters(model: Any, source: Any) -> None:
+    """Let `model` share the tensors of `source` where the base models of both have them, frozen and
+    with equal values: also those of a classifier and of a language model."""
+    theirs = dict(unwrap(source).base_model.named_parameters())
+    for name, parameter in unwrap(model).base_model.named_parameters():
         twin = theirs.get(name)
         if twin is None or twin.requires_grad or parameter.requires_grad:
             continue
