@@ -69,7 +69,7 @@ class Trunk:
     """The lower ones of a model's decoder `layers`, which give one tensor each, with the `levels`
     at which their states are kept."""
 
-    def __init__(self, layers: Sequence[nn.Module], levels: Sequence[Level]) -> None:
+    def __init__(self, layers: nn.ModuleList, levels: Sequence[Level]) -> None:
         self._layers = layers
         self._levels = sorted(levels, reverse=True, key=lambda level: level.depth)
 
@@ -88,7 +88,7 @@ class Trunk:
 
 
 @contextmanager
-def _giving(layers: Sequence[nn.Module], states: Tensor) -> Iterator[None]:
+def _giving(layers: nn.ModuleList, states: Tensor) -> Iterator[None]:
     """Inside, each of `layers` gives these states. The list of a model's layers stays as it is:
     families look up by a layer's number how it attends."""
     try:

@@ -132,10 +132,9 @@ class PPOEngine:
             if config.ppo.has_critic
             else None
         )
-        frozen = [self.reference, *scorers] if self.reference else [*scorers]
         self.trunks = Trunks(
             [self.policy, *([self.critic] if self.critic else [])],
-            frozen,
+            [*([self.reference] if self.reference else []), *scorers],
         )
         self.learner = Learner(
             self.policy.model,
