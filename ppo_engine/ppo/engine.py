@@ -167,8 +167,8 @@ class PPOEngine:
         """
         config = self.config
         size = config.ppo.group_size if group_size is None else group_size
-        columns = columns or {}
         self.trunks.clear()
+        columns = columns or {}
         rollout = generate(
             self.sampler,
             _each(prompts, size),
@@ -487,9 +487,7 @@ class PPOEngine:
         if rollout.greedy is None:
             raise ValueError("ReMax needs Rollout.greedy, which PPOEngine.generate makes.")
         # On the scale of the sampled responses' scores.
-        with span("score"):  # not of the rollout whose states are kept
-            each = self.rewards.score_each(rollout.greedy)
-        scores = self.shaped_scores(rollout.greedy, self.rewards.total(each))
+        scores = self.shaped_scores(rollout.greedy, self.score(rollout.greedy))
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
 
     def _compare(self, rows: TokenRows) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,18 +22,22 @@ from ppo_engine.ppo.trunks import Trunks
 from ppo_engine.pretrained.loading import save_model
 
 CPU = torch.device("cpu")
+ROLES = "policy", "reference", "critic", "reward"
+
+
+def saved_reward(folder: Path, moved: int) -> str:
+    """A reward model of which one layer alone has left the policy's model."""
+    of_family("llama", num_hidden_layers=4).save_pretrained(folder / "policy")
+    tokenizer = tiny_tokenizer()
+    model = value_model.load_value_model(str(folder / "policy"), tokenizer, device=CPU)
+    move(model.model.layers[moved])
+    save_model(model, tokenizer, folder / "reward")
+    return str(folder / "reward")
 
 
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A reward model whose last layer alone has left the policy's model."""
-    policy, folder = of_family("llama", num_hidden_layers=4), tmp_path_factory.mktemp("reward")
-    policy.save_pretrained(folder / "policy")
-    tokenizer = tiny_tokenizer()
-    model = value_model.load_value_model(str(folder / "policy"), tokenizer, device=CPU)
-    move(model.model.layers[3])
-    save_model(model, tokenizer, folder / "reward")
-    return str(folder / "reward")
+    return saved_reward(tmp_path_factory.mktemp("reward"), moved=3)
 
 
 def engine_of(reward: Any = length, *, critic: int | None = 2, **settings: Any) -> Any:
@@ -53,9 +58,9 @@ def counted(engine: Any) -> Counter[tuple[str, int]]:
 
         return add
 
-    roles = {name: getattr(engine, name) for name in ("policy", "reference", "critic")}
-    roles |= {"reward": next(iter(engine.rewards.by_tokens.values()), None)}
-    for name, role in roles.items():
+    [*scorers] = engine.rewards.by_tokens.values()
+    roles = engine.policy, engine.reference, engine.critic, *scorers
+    for name, role in zip(ROLES, roles, strict=False):
         for number, layer in enumerate(role.model.model.layers if role else ()):
             layer.mlp.register_forward_hook(count(name, number))
     return found
@@ -68,6 +73,11 @@ def step_of(engine: Any, rollout: Any) -> dict[str, float]:
     return metrics
 
 
+def layers_run(ran: Counter[tuple[str, int]]) -> list[dict[str, int]]:
+    """Of each layer, who ran it for how many tokens."""
+    return [{name: ran[name, n] for name in ROLES if ran[name, n]} for n in range(4)]
+
+
 def test_frozen_layers_run_once_a_step(reward_folder):
     engine = engine_of(reward_folder)
     step_of(engine, rollout_of())  # which has found out who shares what
@@ -76,19 +86,25 @@ def test_frozen_layers_run_once_a_step(reward_folder):
         ran.clear()
         rollout = rollout_of()
         step_of(engine, rollout)
-        own = {tuple(row.ids) for row in rollout.rows}
+        tokens = sum(len(row.ids) for row in rollout.rows)
         read = sum(len(a) + len(b) for a, b in rollout.written)  # by the reward model: ends too
-        tokens = sum(map(len, own))
-        by_layer = [
-            {name: ran[name, n] for name, number in ran if number == n and ran[name, n]}
-            for n in range(4)
-        ]
+        by_layer = layers_run(ran)
         assert by_layer[0] == by_layer[1] == {"reward": read}
         # The reward model reads for the policy and its reference, whose third layer it has.
         assert by_layer[2] == {"reward": read, "critic": 3 * tokens}
         assert by_layer[3] == {
             "reward": read, "policy": 3 * tokens, "reference": tokens, "critic": 3 * tokens
         }  # fmt: skip
+
+
+def test_a_critic_shares_with_a_reward_model_of_another_checkpoint(tmp_path):
+    engine = engine_of(saved_reward(tmp_path, moved=0))
+    step_of(engine, rollout_of())
+    ran, rollout = counted(engine), rollout_of()
+    step_of(engine, rollout)
+    tokens = sum(len(row.ids) for row in rollout.rows)
+    read = sum(len(a) + len(b) for a, b in rollout.written)
+    assert layers_run(ran)[0] == {"policy": tokens, "reward": read}
 
 
 WAYS: dict[str, dict[str, Any]] = {
