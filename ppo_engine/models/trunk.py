@@ -16,7 +16,8 @@ from ppo_engine.models.token_rows import TokenRows
 
 
 class Kept:
-    """The states of texts after some layer, `[tokens, H]` each, views of what the passes gave.
+    """The states of texts after some layer, `[tokens, H]`, with or without padding behind: views of
+    what the passes gave.
 
     In a causal model those of a text are also those of each text that it begins with.
     """
@@ -117,15 +118,14 @@ def _keeping(layer: nn.Module, kept: Kept, rows: TokenRows) -> Iterator[None]:
 
 
 def _apart(states: Tensor, rows: TokenRows) -> list[Tensor]:
-    """Those of each text, `[tokens, H]`, of a pass's `[B, L, H]`."""
-    lengths = [len(text) for text in rows.texts]
-    if rows.segments is not None:
-        return [*states[0].split(lengths)]
-    return [row[:length] for row, length in zip(states, lengths, strict=True)]
+    """Those of each text, `[tokens, H]`, of a pass's `[B, L, H]`; with its padding, if any."""
+    if rows.segments is None:
+        return [*states]
+    return [*states[0].split([len(text) for text in rows.texts])]
 
 
 def _joined(states: Sequence[Tensor], rows: TokenRows) -> Tensor:
-    """The inverse of `_apart`."""
+    """The states of each text as one pass has them."""
     if rows.segments is not None:
         return torch.cat([*states])[None]
     return pad_sequence([*states], batch_first=True)

@@ -46,13 +46,13 @@ class Trunks:
         self._trunks: list[tuple[Reader, Trunk]] = []
         self._kept: list[Kept] = []
         self._weights: list[tuple[int, int]] | None = None  # of which these are
-        self._rollout: Any = None
+        self._rollout: object = None
 
     @contextmanager
-    def of(self, rollout: Any) -> Iterator[None]:
+    def of(self, rollout: object) -> Iterator[None]:
         """Inside, what is found of texts of this `rollout` is kept and, where it was kept, taken.
         Another rollout, or other weights, begin anew."""
-        # A step that changes a weight in its place raises its version.
+        # What changes a weight where it lies raises its version.
         weights = [
             (parameter.data_ptr(), parameter._version)
             for role in self._roles
