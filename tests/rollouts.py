@@ -177,6 +177,7 @@ def moved_engine(
     ppo: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     policy: dict[str, Any] | None = None,
+    critic: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
     environment_function: Callable[..., Any] | None = None,
     seed: int = 0,
@@ -188,7 +189,7 @@ def moved_engine(
     sizes = {"rollout_batch_size": 6, "mini_batch_size": 4, "micro_batch_size": 3}
     config = PPOConfig(
         policy=ModelConfig(optimizer=learning, **(policy or {})),
-        critic=ModelConfig(optimizer=learning),
+        critic=ModelConfig(optimizer=learning, **(critic or {})),
         generation=GenerationConfig(
             **{"max_new_tokens": MAX_NEW_TOKENS, "temperature": TEMPERATURE, **(generation or {})}
         ),

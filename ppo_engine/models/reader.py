@@ -19,6 +19,7 @@ from ppo_engine.models.attention import ATTENTION, using
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.segments import Segments
 from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
+from ppo_engine.models.trunk import Trunk
 from ppo_engine.models.windows import Unsupported, Windows
 from ppo_engine.pretrained import architecture
 from ppo_engine.settings.schema import PPOSettings, RewardModelSettings, SFTSettings
@@ -57,6 +58,7 @@ class Reader:
         self.device = next(self._model.parameters()).device
         self._fused = Fused(model, self._model.get_input_embeddings().weight.dtype)
         self._packed: bool | None = None  # while it reads: whether that is packed
+        self.trunk: Trunk | None = None  # frozen layers whose states are kept, if any
         if architecture.checkpoints_gradients(self._model):
             # A function, as copies of the model share it; a method would be copied with its reader.
             architecture.checkpoint_gradients(self._model, lambda: self._again())
@@ -84,7 +86,8 @@ class Reader:
             inputs |= {"position_ids": rows.positions, "segments": rows.segments}
         else:
             inputs |= architecture.base_inputs(base, rows.ids, rows.mask)
-        with self._reading(packed=rows.segments is not None), self._fused.remade.active():
+        lower = self.trunk.active(rows) if self.trunk else nullcontext()
+        with self._reading(rows.segments is not None), self._fused.remade.active(), lower:
             return (whole or base)(**inputs)
 
     @contextmanager

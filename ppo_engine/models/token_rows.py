@@ -44,6 +44,7 @@ class TokenRows:
     targets: Tensor  # [n] the tokens behind them
     counts: Sequence[int]  # states of each row
     lengths: Tensor  # [B] tokens of each row
+    texts: Sequence[Sequence[int]]  # the tokens of each row, on the host
     segments: Segments | None  # of packed ones
 
     @property
@@ -82,6 +83,7 @@ def stack(rows: Sequence[Row], *, pad: int, device: torch.device, packed: bool) 
         targets=targets,
         counts=[len(row.places) for row in rows],
         lengths=torch.tensor(lengths, device=device),
+        texts=[row.ids for row in rows],
         segments=Segments(lengths, device) if packed else None,
     )
 

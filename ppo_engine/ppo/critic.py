@@ -47,8 +47,9 @@ class Critic:
             reward_model=source,
             seed=seed,
         )
-        if source is not None:
-            freezing.share_frozen_parameters(self.model, source)
+        for other in (policy.model, source):
+            if other is not None:
+                freezing.share_frozen_parameters(self.model, other)
         self.reader = Reader(self.model)
         self.learner = Learner(self.model, config.optimizer, updates, "the critic")
 

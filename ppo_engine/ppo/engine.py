@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.memory import release_freed_memory
-from ppo_engine.models import precision
+from ppo_engine.models import freezing, precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Limit, Reader
@@ -45,6 +45,7 @@ from ppo_engine.ppo.experience import (
     parts_of,
 )
 from ppo_engine.ppo.kl_control import KLController
+from ppo_engine.ppo.trunks import Trunks
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike, load_rewards
 from ppo_engine.rollout.batch import Rollout
@@ -114,6 +115,9 @@ class PPOEngine:
             dtype=self.dtype,
             limit=self.limit,
         )
+        scorers = self.rewards.by_tokens.values()
+        for scorer in scorers:
+            freezing.share_frozen_parameters(scorer.model, self.policy.model)
         self.environment = load_environment(config.environment, environment)
         per_step = config.ppo.epochs * math.ceil(
             config.ppo.rollout_batch_size / config.ppo.mini_batch_size
@@ -122,12 +126,16 @@ class PPOEngine:
             Critic(
                 config.critic,
                 self.policy,
-                next(iter(self.rewards.by_tokens.values()), None),
+                next(iter(scorers), None),
                 updates=config.steps * per_step,
                 seed=config.run.seed,
             )
             if config.ppo.has_critic
             else None
+        )
+        self.trunks = Trunks(
+            [self.policy, *([self.critic] if self.critic else [])],
+            [*([self.reference] if self.reference else []), *scorers],
         )
         self.learner = Learner(
             self.policy.model,
@@ -161,6 +169,7 @@ class PPOEngine:
         """
         config = self.config
         size = config.ppo.group_size if group_size is None else group_size
+        self.trunks.clear()
         columns = columns or {}
         rollout = generate(
             self.sampler,
@@ -195,7 +204,8 @@ class PPOEngine:
     @span("score")
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by the reward's name."""
-        return self.rewards.score_each(rollout)
+        with self.trunks.of(rollout):
+            return self.rewards.score_each(rollout)
 
     @span("advantages")
     def estimate_advantages(
@@ -346,17 +356,18 @@ class PPOEngine:
             )
         kl_coef = float(experience.kl_coef)  # once: it synchronizes with the GPU
         records: dict[str, list[Tensor]] = defaultdict(list)
-        for _ in range(settings.epochs):
-            order = torch.randperm(len(experience), generator=self.shuffle)
-            for rows in order.split(settings.mini_batch_size):
-                numbers = rows.tolist()
-                found: dict[str, Tensor] = {}
-                if not self._warms_up:
-                    found |= self._update_policy(experience, numbers, kl_coef)
-                if self.critic is not None:
-                    found |= self.critic.update(experience, numbers, settings, self.limit)
-                for name, value in found.items():
-                    records[name].append(value)
+        with self.trunks.of(experience.rollout):
+            for _ in range(settings.epochs):
+                order = torch.randperm(len(experience), generator=self.shuffle)
+                for rows in order.split(settings.mini_batch_size):
+                    numbers = rows.tolist()
+                    found: dict[str, Tensor] = {}
+                    if not self._warms_up:
+                        found |= self._update_policy(experience, numbers, kl_coef)
+                    if self.critic is not None:
+                        found |= self.critic.update(experience, numbers, settings, self.limit)
+                    for name, value in found.items():
+                        records[name].append(value)
         self.steps_done += 1
         entropies = records.pop("policy/entropy", [])
         if entropies and "objective/entropy" not in metrics:  # nothing else has measured it
@@ -505,7 +516,8 @@ class PPOEngine:
         """What `measure` finds of the policy's tokens, in passes: each [B, T], 0 elsewhere."""
         parts = parts_of(rollout, range(len(rollout)), reader, self.limit)
         places = torch.cat([part.places for part in parts])
-        found = zip(*(measure(part.rows) for part in parts), strict=True)
+        with self.trunks.of(rollout):
+            found = [*zip(*(measure(part.rows) for part in parts), strict=True)]
         return tuple(
             rollout.mask.new_zeros(rollout.mask.numel(), dtype=torch.float32)
             .index_copy(0, places, torch.cat(column))
