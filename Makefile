@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MINIMUM := .venv-minimum
 ROOMS := $(addprefix tests/,user_functions user_functions settings text data pretrained models rollout rewards run ppo training)
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0

@@ -65,6 +65,11 @@ class Tensor {
   int64_t stride(int d) const { return view_.strides[d]; }
   const int64_t* shape() const { return view_.shape; }
   const int64_t* strides() const { return view_.strides; }
+  int64_t count() const {
+    int64_t numbers = 1;
+    for (int d = 0; d < dims(); ++d) numbers *= size(d);
+    return numbers;
+  }
   bool is_bool() const { return view_.type_code == dlpack::kBool; }
   bool is_index() const { return view_.type_code == dlpack::kInt && view_.bits >= 32; }
   bool is_int64() const { return is_index() && view_.bits == 64; }

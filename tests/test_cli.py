@@ -16,6 +16,8 @@ from tiny import tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
+from ppo_engine.cli.run import DEBUG_VARIABLE
+from ppo_engine.errors import UserError
 from ppo_engine.rewards.best_of_n import expected_best
 from ppo_engine.settings.files import load_config
 from ppo_engine.settings.schema import (
@@ -43,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
 
 
 def write(name: str, *rows: object) -> str:
@@ -208,8 +210,8 @@ def test_unknown_arguments(argument: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
-    with pytest.raises(cli.UserError):
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    with pytest.raises(UserError):
         cli.main(["ppo"])
 
 

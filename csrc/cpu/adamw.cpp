@@ -1,5 +1,5 @@
 // A step of AdamW over many tensors, in one pass over each; the formula, with its roundings, is in
-// ppo_kernels/reference.py. Compiled without contraction (CMakeLists.txt), so that these are the
+// ppo_kernels/reference/. Compiled without contraction (CMakeLists.txt), so that these are the
 // roundings on every instruction set.
 //
 // A bf16 weight and a signed 16-bit remainder are together a float32 master weight: its bits are

@@ -250,7 +250,7 @@ def traced(value: float | Tensor) -> Tensor:
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
-# --- Tensors as csrc/bindings.cpp takes them ------------------------------------------------------
+# --- Tensors as csrc/bindings takes them ----------------------------------------------------------
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

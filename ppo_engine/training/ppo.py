@@ -46,11 +46,9 @@ from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig
-from ppo_engine.text.prompt import show_prompt
 from ppo_engine.training import anatomy
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
-
-_SAMPLES_LOGGED = 4  # of a sampled step's responses, and of the held-out ones for trackers
+from ppo_engine.training.samples import sample_rows, show_samples
 
 
 class PPOTrainer:
@@ -223,7 +221,7 @@ class PPOTrainer:
         run.log_metrics(self.step, metrics)
         trackers.log(self.step, metrics)
         progress.step(self.step, metrics)
-        self._show_samples(run, trackers, progress, samples)
+        show_samples(self.step, samples, run, trackers, progress)
         self._unreported = None
         return metrics
 
@@ -250,44 +248,14 @@ class PPOTrainer:
             run.log_metrics(0, evaluation.metrics)
             trackers.log(0, evaluation.metrics)
             progress.step(1, evaluation.metrics)
-            self._show_samples(run, trackers, progress, evaluation.samples)
+            show_samples(0, evaluation.samples, run, trackers, progress)
 
     def _samples(self, rollout: Rollout, rewards: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Rows for samples.jsonl, in the steps that log some."""
         every = self.config.run.sample_every
         if not every or (self.step - 1) % every:
             return []
-        scores = self.engine.rewards.total(rewards)
-        return [
-            {
-                "prompt": rollout.prompts[i],
-                "response": rollout.responses[i],
-                "score": float(scores[i]),
-                "rewards": {name: float(values[i]) for name, values in rewards.items()},
-                "finished": bool(rollout.finished[i]),
-            }
-            for i in range(min(_SAMPLES_LOGGED, len(rollout)))
-        ]
-
-    def _show_samples(
-        self,
-        run: RunDirectory,
-        trackers: Trackers,
-        progress: Progress,
-        samples: list[dict[str, Any]],
-    ) -> None:
-        """Write them, the first few for trackers too, and show the first of training and the first
-        of the held-out prompts."""
-        if samples:
-            run.log_samples(self.step, samples)
-        tracked = []
-        for name, held_out in (("sample", False), ("held-out sample", True)):
-            found = [row for row in samples if row.get("held_out", False) == held_out]
-            tracked += found[:_SAMPLES_LOGGED]
-            for row in found[:1]:
-                progress.sample(show_prompt(row["prompt"]), row["response"], row["score"], name)
-        if tracked:
-            trackers.log_samples(self.step, tracked)
+        return sample_rows(rollout, rewards, self.engine.rewards.total(rewards))
 
     def _open_run(self) -> RunDirectory:
         """The run's folder, created or opened where it has not been."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ppo_kernels import reference
-from ppo_kernels.reference import IGNORED_TARGET, MAX_LOG_RATIO
+from ppo_kernels.reference import IGNORED_TARGET, MAX_LOG_RATIO, losses
+from ppo_kernels.reference.common import token_mean
 from ppo_kernels.sequences import sequence_sums, token_means
 
 # Units in the last place, by the dtype that an op computes in. Plain PyTorch in float64 is float64
@@ -153,7 +154,7 @@ def _ppo_policy_loss(a: dict[str, Any], exact: Named, upstream: Named) -> Magnit
     }  # fmt: skip
     advantages = x["advantages"]
     if "moments" in a:
-        advantages = torch.where(mask, reference._whiten(advantages, a["moments"]), 0.0)
+        advantages = torch.where(mask, losses._whiten(advantages, a["moments"]), 0.0)
     log_ratio = x["logprobs"] - x["old_logprobs"]
     of_ratio = torch.ones_like(log_ratio)  # an error of the log-ratio is one of the ratio's digits
     if a["ratio_level"] == "sequence":
@@ -189,12 +190,12 @@ def _ppo_policy_loss(a: dict[str, Any], exact: Named, upstream: Named) -> Magnit
     weight = _token_weights(a, mask)
     total = (weight * loss).sum()
     stats = {name: x for name, x in exact.items() if name.startswith("output.1.")}
-    stats["output.1.kl"] = reference._token_mean(kl, mask)
+    stats["output.1.kl"] = token_mean(kl, mask)
     if mask.any():
-        stats["output.1.ratio_mean"] = reference._token_mean(ratio * of_ratio, mask)
+        stats["output.1.ratio_mean"] = token_mean(ratio * of_ratio, mask)
         stats["output.1.ratio_max"] = (ratio * of_ratio)[mask].max()
     if "entropy" in x:
-        stats["output.1.entropy"] = reference._token_mean(x["entropy"].abs(), mask)
+        stats["output.1.entropy"] = token_mean(x["entropy"].abs(), mask)
     gradients = {name: x.abs() for name, x in exact.items() if name.startswith("gradient")}
     rough = {}
     if "gradient of logprobs" in exact:
@@ -209,14 +210,14 @@ def _ppo_value_loss(a: dict[str, Any], exact: Named, upstream: Named) -> Magnitu
     mask = _mask(a, "values")
     values, returns = (torch.where(mask, a[name], 0.0) for name in ("values", "returns"))
     stats = {
-        "output.1.value_mean": reference._token_mean(values.abs(), mask),
-        "output.1.return_mean": reference._token_mean(returns.abs(), mask),
+        "output.1.value_mean": token_mean(values.abs(), mask),
+        "output.1.return_mean": token_mean(returns.abs(), mask),
     }
     rough = {}
     if returns.numel():
         mean = exact["output.1.return_mean"]
         deviation = torch.where(mask, (returns - mean).abs(), 0.0)
-        of_deviation = reference._token_mean(deviation, mask)
+        of_deviation = token_mean(deviation, mask)
         of_shift = deviation.max() * of_deviation
         stats["output.1.return_var"] = exact["output.1.return_var"] + of_shift
         # Where variances are merged, the means are those of float64.
@@ -287,5 +288,5 @@ def _kl_magnitude(log_ratio: Tensor, estimator: str) -> Tensor:
 def _token_weights(a: dict[str, Any], mask: Tensor) -> Tensor:
     """By how much each token's loss counts in the reduced one."""
     zeros = torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True)
-    loss = reference._reduce(zeros, mask, a.get("cu_seqlens"), a["reduction"], a.get("normalizer"))
+    loss = losses._reduce(zeros, mask, a.get("cu_seqlens"), a["reduction"], a.get("normalizer"))
     return torch.autograd.grad(loss, zeros)[0]

@@ -32,6 +32,7 @@ from ppo_engine.settings.schema import (
 )
 from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.training.reward import RewardModelTrainer
+from ppo_engine.training.samples import show_samples
 from ppo_engine.training.sft import SFTTrainer
 
 STEPS = 4
@@ -118,7 +119,8 @@ OUT_OF_MEMORY = torch.OutOfMemoryError
         (ppo, "engine.compare_with_reference", 3, OUT_OF_MEMORY, 2),  # of the evaluation of step 2
         (ppo, "evaluator.evaluate", 3, UserError, STEPS),  # after the last step
         (ppo, "evaluator.keep", 2, OSError, 2),
-        (ppo, "_show_samples", 3, OSError, 2),  # when step 2 is logged, and the best is kept
+        # When step 2 is logged, and the best is kept.
+        (ppo, "ppo_engine.training.ppo.show_samples", 3, OSError, 2),
         (sft, "policy.nll_loss", 3, OUT_OF_MEMORY, 2),
         (sft, "evaluate", 2, OUT_OF_MEMORY, STEPS),
         (reward_model, "learner.step", 2, UserError, 1),
@@ -126,13 +128,17 @@ OUT_OF_MEMORY = torch.OutOfMemoryError
     ],
 )
 def test_the_last_step_is_kept_and_goes_on_to_the_same_bits(
-    model: str, tmp_path: Path, make: Any, path: str, at: int, error: type[BaseException], kept: int
-) -> None:
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make: Any, path: str, at: int, error: type[BaseException], kept: int,
+) -> None:  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = make(model, whole)
     expected.train()
     failing = make(model, cut)
-    fails(failing, path, at, error)
+    if path.startswith("ppo_engine."):
+        monkeypatch.setattr(path, Failing(show_samples, at, error))
+    else:
+        fails(failing, path, at, error)
     with pytest.raises(error) as caught:
         failing.train()
     [note] = caught.value.__notes__

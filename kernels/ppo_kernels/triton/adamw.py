@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.dispatch import on
-from ppo_kernels.reference import _ONE, _SHIFT, MOMENT_BLOCK
+from ppo_kernels.reference.optimizer import _ONE, _SHIFT, MOMENT_BLOCK
 from ppo_kernels.triton.common import number, read, write
 
 TILE = 1024  # elements of a program, whole blocks of moments in 8 bits

@@ -1,0 +1,5 @@
+"""The command line: `ppo-engine demo | sft | reward | ppo | grpo | generate | inspect | doctor`."""
+
+from ppo_engine.cli.run import main
+
+__all__ = ["main"]

@@ -1,0 +1,181 @@
+"""What each command does with its options.
+
+torch and transformers are imported by the commands that need them, after the settings have been
+read, so that help and errors in settings are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from dataclasses import replace
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from ppo_engine.cli.overrides import Flag, load, overrides_of, reward_overrides
+from ppo_engine.errors import UserError
+
+
+def demo(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.settings.schema import DemoConfig
+
+    overrides = overrides_of(options, rest, output_dir="output_dir", seed="seed")
+    if options.smoke:
+        overrides.insert(0, "smoke=true")
+    if options.algorithm is not None:
+        overrides.insert(0, f"algorithm={options.algorithm}")
+    config = load(DemoConfig, options, overrides)
+    if config is not None:
+        _quiet_libraries()
+        from ppo_engine.demo import run_demo
+
+        run_demo(config)
+
+
+def sft(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.settings.schema import SFTConfig
+
+    config = _load_supervised(SFTConfig, options, rest, "examples")
+    if config is not None:
+        from ppo_engine.training.sft import SFTTrainer
+
+        SFTTrainer(config=config).train()
+
+
+def reward(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.settings.schema import RewardModelConfig
+
+    config = _load_supervised(RewardModelConfig, options, rest, "preferences")
+    if config is not None:
+        from ppo_engine.training.reward import RewardModelTrainer
+
+        RewardModelTrainer(config=config).train()
+
+
+def ppo(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.rewards.sources import configured_sources
+    from ppo_engine.settings.checks import check_settings
+    from ppo_engine.settings.schema import GRPO_DEFAULTS, PPOConfig
+
+    overrides = reward_overrides(options) + overrides_of(options, rest)
+    if options.profile:
+        overrides.insert(0, "profile=true")
+    defaults = GRPO_DEFAULTS if options.algorithm == "grpo" else None
+    config = load(PPOConfig, options, overrides, defaults, check_settings)
+    if config is None:
+        return
+    for value, what in (
+        (config.policy.path, "policy was given: --model NAME_OR_FOLDER, or policy.path=…"),
+        (config.data.path, "prompts were given: --data FILE.jsonl, or data.path=FILE"),
+        (
+            configured_sources(config.reward),
+            "reward was given: --reward FOLDER, --reward file.py:function or --reward URL",
+        ),
+    ):
+        if not value:
+            raise UserError(f"No {what}.")
+    _quiet_libraries()
+    from ppo_engine.training.ppo import PPOTrainer
+
+    PPOTrainer(config=config).train()
+
+
+def generate(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.settings.schema import GenerateConfig
+
+    if options.output_dir is not None:
+        options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
+        options.output_dir = None
+    overrides = reward_overrides(options) + overrides_of(options, rest, seed="seed")
+    if options.resume:
+        overrides.insert(0, "resume=true")
+    if options.n is not None:
+        overrides.insert(0, f"responses={options.n}")
+    config = load(GenerateConfig, options, overrides)
+    if config is None:
+        return
+    if not config.model:
+        raise UserError("No model was given: --model NAME_OR_FOLDER.")
+    _quiet_libraries()
+    from ppo_engine.generate import generate as write_responses
+
+    write_responses(config)
+
+
+def inspect(options: argparse.Namespace, rest: list[str]) -> None:
+    """With the settings of each command whose rows these may be: where the kind is not given, it is
+    guessed among those that have all the settings that are."""
+    from ppo_engine.settings.files import load_config
+    from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
+
+    if options.rows < 0:
+        raise UserError(f"--rows must be 0 or more, not {options.rows}.")
+    classes: dict[str, Any] = {
+        "preferences": RewardModelConfig,
+        "sft": SFTConfig,
+        "prompts": PPOConfig,
+    }
+    configs: dict[str, Any] = {}
+    problems = []
+    for kind in [options.kind] if options.kind else classes:
+        model = "policy.path" if kind == "prompts" else "model.path"
+        options.flags = [Flag("--model", model, ""), Flag("--data", "data.path", "")]
+        try:
+            configs[kind] = load_config(classes[kind], options.config, overrides_of(options, rest))
+        except UserError as problem:
+            problems.append(problem)
+    if not configs:
+        raise problems[0]
+    config = next(iter(configs.values()))
+    if not config.data.path:
+        raise UserError("No data were given: --data FILE.jsonl, or data.path=FILE.")
+    _quiet_libraries()
+    from ppo_engine.inspection.page import inspect as show_rows
+
+    if isinstance(sys.stdout, TextIOWrapper):  # data holds any character, an encoding perhaps not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    trained = config.policy if isinstance(config, PPOConfig) else config.model
+    show_rows(configs, trained.path or _demo_model(), options.rows, options.kind)
+
+
+def doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        raise UserError("doctor takes no settings.")
+    from ppo_engine.doctor import examine
+
+    return examine()
+
+
+def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], data: str) -> Any:
+    """Settings of a command that learns from `data`, by default with the demo's model."""
+    config = load(cls, options, overrides_of(options, rest))
+    if config is None:
+        return None
+    if not config.data.path:
+        raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
+    _quiet_libraries()
+    if not config.model.path:
+        config = replace(config, model=replace(config.model, path=_demo_model()))
+    return config
+
+
+def _demo_model() -> str:
+    from ppo_engine.demo.model import model_path
+
+    return model_path()
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would break the live display; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    from ppo_engine.pretrained.loading import hide_loading_bars
+
+    hide_loading_bars()
+    logging.set_verbosity_error()
+    # Meant for developers of other libraries.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

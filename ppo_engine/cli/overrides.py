@@ -1,0 +1,62 @@
+"""Settings from the command line: the file, then the flags, then `key=value`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A command-line option that sets the key of the same meaning."""
+
+    name: str
+    key: str
+    help: str
+    metavar: str = "PATH"
+
+
+def reward_overrides(options: argparse.Namespace) -> list[str]:
+    """--reward, instead of the rewards that a settings file names."""
+    from ppo_engine.rewards.sources import parse_source, source_settings
+
+    if options.reward is None:
+        return []
+    settings = source_settings([parse_source(text) for text in options.reward])
+    return [f"reward.{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def overrides_of(options: argparse.Namespace, rest: list[str], **keys: str) -> list[str]:
+    """Flags as overrides, ahead of the `key=value` ones; `keys` names those of shared flags."""
+    found = []
+    for flag in options.flags:
+        value = getattr(options, flag.name.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            found.append(f"{flag.key}={json.dumps(value)}")  # JSON is YAML: taken literally
+    if options.output_dir is not None:
+        found.append(f"{keys.get('output_dir', 'run.output_dir')}={json.dumps(options.output_dir)}")
+    if options.seed is not None:
+        found.append(f"{keys.get('seed', 'run.seed')}={options.seed}")
+    return found + rest
+
+
+def load(
+    cls: Any,
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+    check: Callable[[Any], None] | None = None,
+) -> Any:
+    """The command's settings, after `check`; None when a dry run has printed them."""
+    from ppo_engine.settings.files import dump_config, load_config
+
+    config = load_config(cls, options.config, overrides, defaults)
+    if check is not None:
+        check(config)
+    if options.dry_run:
+        print(dump_config(config), end="")
+        return None
+    return config

@@ -1,0 +1,170 @@
+"""The commands and their options, as `--help` shows them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ppo_engine.cli import commands
+from ppo_engine.cli.overrides import Flag
+
+_MODEL_HELP = "Hugging Face name or folder"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options that it finds say what is to `run`, and which `parser` to blame for mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="ppo-engine",
+        description="RLHF: fine-tune a language model on examples, train a reward model on ranked "
+        "answers, then tune the language model with PPO.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ppo-engine {_version()}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _add(
+        subparsers,
+        "demo",
+        commands.demo,
+        "run every stage of RLHF on an embedded model",
+        [Flag("--model", "model", f"{_MODEL_HELP} in place of the embedded one")],
+    )
+    demo.add_argument("--smoke", action="store_true", help="tiny models, within a minute")
+    demo.add_argument("--algorithm", choices=("ppo", "grpo"), help="of the last stage; default ppo")
+    _add(
+        subparsers,
+        "sft",
+        commands.sft,
+        "fine-tune a language model on examples of good answers",
+        [
+            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--data", "data.path", "examples: JSONL, parquet, a saved data set"),
+        ],
+    )
+    _add(
+        subparsers,
+        "reward",
+        commands.reward,
+        "train a reward model on preference pairs or rankings",
+        [
+            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--data", "data.path", "pairs or rankings: JSONL, parquet, a saved data set"),
+        ],
+    )
+    for name, summary in (
+        ("ppo", "fine-tune a language model against a reward with PPO"),
+        ("grpo", "the same with GRPO: groups of responses, no critic"),
+    ):
+        trains = _add(
+            subparsers,
+            name,
+            commands.ppo,
+            summary,
+            [
+                Flag("--model", "policy.path", f"{_MODEL_HELP} of the policy"),
+                Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
+            ],
+        )
+        _add_reward(trains, "what scores a response")
+        trains.add_argument(
+            "--profile", action="store_true", help="profile a step: a table of phases, and a trace"
+        )
+        trains.set_defaults(algorithm=name)
+    generate = _add(
+        subparsers,
+        "generate",
+        commands.generate,
+        "write a model's responses to prompts as JSON lines",
+        [
+            Flag("--model", "model", _MODEL_HELP),
+            Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
+            Flag("--prompt", "prompt", "one prompt, instead of --data", "TEXT"),
+            Flag("--out", "output", "file to write; default: standard output", "FILE"),
+        ],
+    )
+    generate.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the rows that a failure left: FILE.partial",
+    )
+    generate.add_argument("--n", metavar="K", help="responses to each prompt")
+    _add_reward(generate, "score the responses, and show best-of-n scores")
+
+    inspects = _add(
+        subparsers,
+        "inspect",
+        commands.inspect,
+        "show rows of data token by token, exactly as a command will give them to a model",
+        [
+            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--data", "data.path", "any data: JSONL, parquet, a saved data set"),
+        ],
+        writes=False,
+    )
+    inspects.add_argument(
+        "--as",
+        dest="kind",
+        choices=("sft", "preferences", "prompts"),
+        help="what the rows are: for sft, reward, or ppo and grpo; default: guessed",
+    )
+    inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
+
+    doctor = subparsers.add_parser(
+        "doctor", help="check what is installed, what runs, what is missing and what that costs"
+    )
+    doctor.set_defaults(run=commands.doctor, parser=doctor)
+    return parser
+
+
+def _add(
+    subparsers: Any,
+    name: str,
+    run: Callable[..., Any],
+    summary: str,
+    flags: Sequence[Flag],
+    *,
+    writes: bool = True,
+) -> argparse.ArgumentParser:
+    """A command with settings, and the options that all of these share."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="Any setting can be given as key=value; see them all: "
+        f"ppo-engine {name if writes else 'sft'} --dry-run",
+        usage=f"ppo-engine {name} [options] [key=value ...]",
+        allow_abbrev=False,
+    )
+    for flag in flags:
+        parser.add_argument(flag.name, metavar=flag.metavar, help=flag.help)
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings")
+    parser.set_defaults(output_dir=None)
+    if writes:
+        parser.add_argument(
+            "--output-dir", metavar="DIR", help="folder for the results; must be new"
+        )
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the resolved settings and stop"
+        )
+    parser.add_argument("--seed", metavar="N", help="random seed")
+    parser.set_defaults(run=run, parser=parser, flags=flags)
+    return parser
+
+
+def _add_reward(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--reward",
+        metavar="REWARD",
+        action="append",
+        help=f"{purpose}: a reward model's name or folder, file.py:function, or a URL; repeat "
+        "it for several, with weights reward.weights=[1,0.5]",
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ppo-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: running from a checkout)"

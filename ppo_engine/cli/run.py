@@ -1,0 +1,44 @@
+"""A command run: its exit status, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ppo_engine.cli.parser import make_parser
+from ppo_engine.errors import UserError
+from ppo_engine.memory import keep_freed_memory
+
+DEBUG_VARIABLE = "PPO_ENGINE_DEBUG"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 (doctor: broken), 2 (user error), 130."""
+    parser = make_parser()
+    # `key=value` may stand between options, where argparse's own positionals cannot.
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [text for text in rest if text.startswith("-") or "=" not in text]
+    if wrong:
+        options.parser.error(
+            f"unknown argument {wrong[0]!r}; settings are written key=value, such as run.seed=1"
+        )
+    keep_freed_memory()
+    try:
+        return int(options.run(options, rest) or 0)
+    except UserError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print("\n".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print("\n".join(["interrupted", *_notes(error)]), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was kept of the work, and how to go on, as it was added to the exception."""
+    return list(getattr(error, "__notes__", ()))
