@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_e2e import TINY, a_step
+from tiny import tiny_model, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import e2e_models, growth, growth_step, readme
 from bench.e2e_compare import WorkerFailed
-from bench.e2e_models import Sizes, prepare
+from bench.e2e_models import Sizes, prepare, save_models
 from bench.e2e_ours import config_of
 from bench.e2e_worker import read_report
 from bench.growth import Scale, Size, judged, response_lengths, rows_of
@@ -58,16 +59,25 @@ def test_warm_up_fills_a_pass(lengths: list[int], count: int, tmp_path: Path, ti
 
 
 def test_every_token_of_a_rollout_is_scored(
-    tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Responses that were equal as text would be read once."""
-    work = a_growth(tmp_path, tiny)
+    """In a chat, answers that were equal as text would be read once."""
+    save_models(tiny_model(), tiny_tokenizer(), tmp_path)
+    prompts = [[{"role": "user", "content": "Hi"}]] * 3
+    lengths = [70, 60, 80]
+    work = Growth(
+        folder=str(tmp_path), prompts=prompts, prompt_ids=[], new_tokens=80, epochs=1,
+        micro_batch=1, steps=STEPS, device="cpu", dtype="float32", lengths=lengths, pass_tokens=500,
+    )  # fmt: skip
     engine = PPOEngine(config=config_of(work))
-    rollout = random_rollout(engine, work)
-    assert rollout.mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
-    pad = engine.policy.tokenizer.pad_token_id
+    policy = engine.policy
+    prompt_ids = [policy.renderer.prompt(prompt) for prompt in prompts]
+    rollout = random_rollout(engine, replace(work, prompt_ids=prompt_ids))
+    assert rollout.mask.sum(1).tolist() == lengths and rollout.mask.shape == (3, 80)
+    pad, special = policy.tokenizer.pad_token_id, {*policy.tokenizer.all_special_ids}
     assert ((rollout.response_ids == pad) == ~rollout.mask).all()
-    assert [prompt for prompt, _ in rollout.written] == work.prompt_ids
+    assert [prompt for prompt, _ in rollout.written] == prompt_ids
+    assert not special & {token for _, response in rollout.written for token in response}
     read: list[Any] = []
     stack = Reader.stack
     monkeypatch.setattr(Reader, "stack", lambda self, rows: read.extend(rows) or stack(self, rows))
@@ -85,7 +95,14 @@ def test_a_process_steps_and_then_samples(
         passes.append(sum(len(row.ids) for row in rows))
         return stack(self, rows)
 
+    engines: list[PPOEngine] = []
+
+    def opened(config: Any) -> PPOEngine:
+        engines.append(PPOEngine(config=config))
+        return engines[0]
+
     monkeypatch.setattr(Reader, "stack", counted)
+    monkeypatch.setattr(growth_step, "PPOEngine", opened)
     growth_step.main(a_growth(tmp_path, tiny))
     reports = [read_report(line) for line in capsys.readouterr().out.splitlines()]
     first, step, *rollouts = [report for report in reports if report is not None]
@@ -96,6 +113,7 @@ def test_a_process_steps_and_then_samples(
         assert (rollout["prompt_tokens"], rollout["response_tokens"]) == (8, 6)
         assert rollout["seconds"]["generate"] > 0 == rollout["seconds"]["update"]
     assert len(rollouts) == 2 and max(passes) <= 12
+    assert not engines[0].policy.renderer.end_ids  # so that they have all their tokens
 
 
 def a_size(tokens: int, *scales: float) -> Size:
@@ -155,6 +173,7 @@ def test_from_the_command_line(
     assert [(row["tokens"], row["rounds"], row["status"]) for row in rows] == [
         ("20", "2", "ok"), ("120", "2", "ok"),
     ]  # fmt: skip
+    assert (rows[0]["score_ms_per_token"], rows[0]["generate_ms_per_token"]) == ("50", "200")
     said = capsys.readouterr().out
     assert "time a token, the most by the least: 6.000, target <= 1.15: MISSED" in said
     assert readme._growth(command, rows).count("\n| ") == 4  # two of them are the head
