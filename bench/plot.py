@@ -60,8 +60,11 @@ def plot_growth(rows: Sequence[Row], title: str, path: Path) -> None:
         label = "step without generate" if phase == "step" else phase
         style = "--" if phase == "generate" else "-"
         time.plot(tokens, [row[f"{phase}_ms_per_token"] for row in rows], f"o{style}", label=label)
-    for column, label in (("peak_bytes", "step without generate"), ("sampling_peak_bytes", "all")):
-        memory.plot(tokens, [row[column] / 2**30 for row in rows], "o-", label=label)
+    for column, style, label in (
+        ("peak_bytes", "o-", "step without generate"),
+        ("sampling_peak_bytes", ".--", "and with it"),
+    ):
+        memory.plot(tokens, [row[column] / 2**30 for row in rows], style, label=label)
     for axis, unit in ((time, "ms a response token"), (memory, "peak, GiB")):
         axis.set(xscale="log", xlabel="response tokens of a step", ylabel=unit)
         axis.set_xticks(tokens, [f"{n / 1024:g}k" for n in tokens], minor=False)
