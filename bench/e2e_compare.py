@@ -76,7 +76,7 @@ def compare(work: Work, sides: Sequence[Side], repeats: int) -> None:
 def _run(side: Side, work: Work) -> list[dict[str, Any]]:
     """The measured steps of one process, each printed as it ends."""
     steps: list[dict[str, Any]] = []
-    for step in _reports(SIDES[side.name], work):
+    for step in reports(SIDES[side.name], work):
         parts = ", ".join(f"{phase} {step['seconds'][phase]:.2f}" for phase in PHASES)
         note = "" if steps else " (warm-up, not counted)"
         table.say(f"  {side.name:<5} {sum(step['seconds'].values()):8.2f} s: {parts}{note}")
@@ -84,7 +84,7 @@ def _run(side: Side, work: Work) -> list[dict[str, Any]]:
     return steps[1:]
 
 
-def _reports(script: str, work: Work) -> Iterator[dict[str, Any]]:
+def reports(script: str, work: Work) -> Iterator[dict[str, Any]]:
     """Start a process and yield each step that it reports; raises WorkerFailed."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",

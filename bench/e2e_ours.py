@@ -23,7 +23,7 @@ from ppo_engine.settings.schema import (
 
 def main(work: Work) -> None:
     keep_freed_memory()  # as `ppo-engine` does
-    engine = PPOEngine(config=_config(work))
+    engine = PPOEngine(config=config_of(work))
     # No token is EOS, so that all responses have the same length.
     engine.policy.renderer.end_ids = []
     clock = PhaseClock(engine.device)
@@ -43,7 +43,7 @@ def main(work: Work) -> None:
         )
 
 
-def _config(work: Work) -> PPOConfig:
+def config_of(work: Work) -> PPOConfig:
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE)
     return PPOConfig(
         policy=ModelConfig(path=f"{work.folder}/policy", optimizer=optimizer),

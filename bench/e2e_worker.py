@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -44,7 +44,7 @@ class Work:
         (Path(self.folder) / _WORK_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str) -> Work:
+    def load(cls, folder: str) -> Self:
         return cls(**json.loads((Path(folder) / _WORK_FILE).read_text(encoding="utf-8")))
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Every number of a GPU from one command: bench/gpu.sh [OUTPUT_FOLDER [STEP...]]
 #
-# Steps: build, doctor, tests, memory, ops, e2e, rollout; all of them unless some are named. A step that
-# reaches its limit is ended, and the next one begins. The limits of all are 18 minutes together;
-# `bench/gpu.sh OUT tests e2e rollout` takes eight at most.
+# Steps: build, doctor, tests, memory, ops, e2e, rollout, passes, growth; all of them unless some are
+# named. A step that reaches its limit is ended, and the next one begins. The limits of all are 27
+# minutes together; `bench/gpu.sh OUT tests e2e rollout` takes eight at most, `OUT passes growth` nine.
 #
 # For a machine with an NVIDIA GPU and a Python that has torch, triton and transformers; no network.
 # What cannot be had there (a compiler, pytest, other packages) is left out, and log.txt says so.
@@ -11,7 +11,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results/gpu}}
 shift
-wanted=" ${*:-build doctor tests memory ops e2e rollout} "
+wanted=" ${*:-build doctor tests memory ops e2e rollout passes growth} "
 mkdir -p "$out"
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -41,4 +41,8 @@ step memory-planted 40 bash -c \
 step ops 300 "$python" bench/run.py --device cuda --seconds 0.1 --out "$out/ops.csv" --plot
 step e2e 170 "$python" bench/e2e.py --device cuda --model qwen2.5-1.5b --out "$out/e2e.csv"
 step rollout 150 "$python" bench/rollout.py --device cuda --repeats 2 --out "$out/rollout.csv"
+step passes 110 "$python" bench/passes.py --device cuda --model qwen2.5-1.5b --seconds 5 --out "$out/passes.csv"
+# Fewer tokens: plain's activations beside 7B weights and gradients are to fit into 80 GB.
+step passes-7b 110 "$python" bench/passes.py --device cuda --model qwen2.5-7b --tokens 4096 --seconds 5 --out "$out/passes-7b.csv"
+step growth 300 "$python" bench/growth.py --device cuda --out "$out/growth.csv" --plot
 echo "Everything is in $out"

@@ -1,4 +1,4 @@
-"""Curves of a run: time against size, both logarithmic, with the floor."""
+"""Curves of `run.py`: time against size, both logarithmic, with the floor; and of `growth.py`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,31 @@ def plot(rows: Sequence[Row], machine: str, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle(machine)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_growth(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Milliseconds a token and peak memory against the response tokens of a step."""
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(10.4, 3.9), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    for phase in ("step", "update", "advantages", "score", "generate"):
+        label = "step without generate" if phase == "step" else phase
+        style = "--" if phase == "generate" else "-"
+        time.plot(tokens, [row[f"{phase}_ms_per_token"] for row in rows], f"o{style}", label=label)
+    for column, style, label in (
+        ("peak_bytes", "o-", "step without generate"),
+        ("sampling_peak_bytes", ".--", "and with it"),
+    ):
+        memory.plot(tokens, [row[column] / 2**30 for row in rows], style, label=label)
+    for axis, unit in ((time, "ms a response token"), (memory, "peak, GiB")):
+        axis.set(xscale="log", xlabel="response tokens of a step", ylabel=unit)
+        axis.set_xticks(tokens, [f"{n / 1024:g}k" for n in tokens], minor=False)
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -163,7 +163,59 @@ def _demo(command: str, rows: list[_Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_SECTIONS = {"ops.csv": _ops, "e2e.csv": _e2e, "rollout.csv": _rollout, "demo.csv": _demo}
+def _passes(command: str, rows: list[_Row]) -> str:
+    first = rows[0]
+    lines = [
+        f"One update pass (the policy's loss, forward and backward) of {first['model']}, "
+        f"{first['dtype']}, {first['tokens']} tokens in {first['texts']} texts, on "
+        f"**{first['device']}**, {first['threads']} threads, torch {first['torch']}, commit "
+        f"{first['commit']}, by `{command}`; norms, rotary embedding and gates are made by:",
+        "",
+        "| | ms | times as fast as plain | x floor | MFU | memory beside the weights, GB |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    lines += [
+        f"| {row['side']} | {float(row['ms_p50']):.0f} | {float(row['x_plain']):.2f} "
+        f"| {float(row['x_floor']):.2f} | {float(row['mfu']):.0%} "
+        f"| {float(row['peak_bytes']) / 1e9:.1f} |"
+        for row in rows
+        if row["ms_p50"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _growth(command: str, rows: list[_Row]) -> str:
+    first = rows[0]
+    lines = [
+        f"Steps of {first['model']}, {first['dtype']}, as they grow: responses of 1 to "
+        f"{first['limit']} tokens, one epoch, on **{first['device']}**, {first['threads']} "
+        f"threads, torch {first['torch']}, commit {first['commit']}, by `{command}`. Milliseconds "
+        "for each response token; the step is without its rollout.",
+        "",
+        "| response tokens | step | score | advantages | update | peak, GiB | rollout |",
+        "| --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for row in (row for row in rows if row["status"] == "ok"):
+        step, score, advantages, update, generate = (
+            f"{float(row[f'{phase}_ms_per_token']):.3g}"
+            for phase in ("step", "score", "advantages", "update", "generate")
+        )
+        lines.append(
+            f"| {int(row['tokens']):,} | {step} | {score} | {advantages} | {update} "
+            f"| {float(row['peak_bytes']) / 2**30:.2f} | {generate} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_SECTIONS = {
+    "ops.csv": _ops,
+    "e2e.csv": _e2e,
+    "passes.csv": _passes,
+    "passes-7b.csv": _passes,
+    "growth.csv": _growth,
+    "rollout.csv": _rollout,
+    "demo.csv": _demo,
+}
 
 
 def main() -> int:
