@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,20 +70,12 @@ def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) ->
         layer.requires_grad_(False)
 
 
-def share_frozen_parameters(model: Any, source: Any) -> None:
-    """Let `model` share the tensors of `source` where both are frozen and hold equal values, also
-    where one of them is a classifier and the other a language model."""
-    theirs = dict(_parameters(source))
-    for name, parameter in _parameters(model):
+def share_frozen_parameters(model: nn.Module, source: nn.Module) -> None:
+    """Let `model` share the tensors of `source` where both are frozen and hold equal values."""
+    theirs = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
         twin = theirs.get(name)
         if twin is None or twin.requires_grad or parameter.requires_grad:
             continue
         if twin.dtype == parameter.dtype and torch.equal(twin, parameter):
             parameter.data = twin.data
-
-
-def _parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """With their names in the base model, whatever the model around it calls that."""
-    inner = unwrap(model)
-    for name, parameter in inner.named_parameters():
-        yield name.removeprefix(f"{inner.base_model_prefix}."), parameter
