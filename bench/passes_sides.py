@@ -79,7 +79,7 @@ class Sides:
             model.zero_grad()
 
     def _plain(self) -> AbstractContextManager[object]:
-        nothing = SimpleNamespace(active=nullcontext)
+        nothing = SimpleNamespace(active=nullcontext, remade=SimpleNamespace(active=nullcontext))
         return mock.patch.object(self._policy.reader, "_fused", nothing)
 
     @contextmanager
