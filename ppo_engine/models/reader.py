@@ -16,10 +16,12 @@ from torch import Tensor
 from ppo_engine.memory import free_memory
 from ppo_engine.models import probes
 from ppo_engine.models.attention import ATTENTION, using
+from ppo_engine.models.flop import Costs, Span
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.segments import Segments
 from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
 from ppo_engine.models.windows import Unsupported, Windows
+from ppo_engine.models.work import current_work, passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.settings.schema import PPOSettings, RewardModelSettings, SFTSettings
 
@@ -56,6 +58,7 @@ class Reader:
         self._model = architecture.unwrap(model)
         self.device = next(self._model.parameters()).device
         self._fused = Fused(model, self._model.get_input_embeddings().weight.dtype)
+        self.costs = Costs.of(self._model)
         self._packed: bool | None = None  # while it reads: whether that is packed
         if architecture.checkpoints_gradients(self._model):
             # A function, as copies of the model share it; a method would be copied with its reader.
@@ -84,8 +87,16 @@ class Reader:
             inputs |= {"position_ids": rows.positions, "segments": rows.segments}
         else:
             inputs |= architecture.base_inputs(base, rows.ids, rows.mask)
-        with self._reading(packed=rows.segments is not None):
+        self._count(rows)
+        with passing(), self._reading(packed=rows.segments is not None):
             return (whole or base)(**inputs)
+
+    def _count(self, rows: TokenRows) -> None:
+        work = current_work()
+        if work is not None:
+            spans, gradients = [Span(0, n) for n in rows.lengths], torch.is_grad_enabled()
+            states, read = len(rows.places), rows.ids.numel()
+            work.add(self.costs, spans, states, read=read, gradients=gradients)
 
     @contextmanager
     def _reading(self, packed: bool | None) -> Iterator[None]:

@@ -43,7 +43,7 @@ class TokenRows:
     places: Tensor  # [n] of the states that are wanted, in `ids` flattened; row by row
     targets: Tensor  # [n] the tokens behind them
     counts: Sequence[int]  # states of each row
-    lengths: Tensor  # [B] tokens of each row
+    lengths: Sequence[int]  # tokens of each row
     segments: Segments | None  # of packed ones
 
     @property
@@ -51,7 +51,8 @@ class TokenRows:
         """True is a real token, of `[B, L]`; all are where rows are packed."""
         if self.segments is not None:
             return torch.ones_like(self.ids, dtype=torch.bool)
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+        lengths = torch.tensor(self.lengths, device=self.ids.device)
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < lengths[:, None]
 
     @property
     def positions(self) -> Tensor:
@@ -81,7 +82,7 @@ def stack(rows: Sequence[Row], *, pad: int, device: torch.device, packed: bool) 
         places=places,
         targets=targets,
         counts=[len(row.places) for row in rows],
-        lengths=torch.tensor(lengths, device=device),
+        lengths=lengths,
         segments=Segments(lengths, device) if packed else None,
     )
 
