@@ -21,7 +21,7 @@ from ppo_engine.models.fused import Fused
 from ppo_engine.models.segments import Segments
 from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
 from ppo_engine.models.windows import Unsupported, Windows
-from ppo_engine.models.work import current_work, passing
+from ppo_engine.models.work import counting, current_work, passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.settings.schema import PPOSettings, RewardModelSettings, SFTSettings
 
@@ -68,7 +68,8 @@ class Reader:
     def packs(self) -> bool:
         """Whether texts are packed, end to end in one row: in a probe they must not see each other,
         and read as they do alone."""
-        return _can_pack(self, self._model)
+        with counting(None):
+            return _can_pack(self, self._model)
 
     def plan(self, rows: Sequence[Row], limit: Limit) -> list[list[int]]:
         """Passes over `rows`, as `plan`."""

@@ -77,8 +77,8 @@ _current: Work | None = None
 
 
 @contextmanager
-def counting(work: Work) -> Iterator[None]:
-    """Add to `work` what models do in the block."""
+def counting(work: Work | None) -> Iterator[None]:
+    """Add to `work` what models do in the block; None where that is not of a step, as in probes."""
     global _current
     before, _current = _current, work
     try:
