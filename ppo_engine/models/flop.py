@@ -113,6 +113,8 @@ class _Seen:
 
     def matrix(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = _read(args, kwargs)
+        if x is None:
+            return
         times = 1.0
         if not isinstance(module, nn.modules.conv._ConvNd):  # an expert reads its own tokens only
             times = x.numel() / x.shape[-1] / self.tokens
@@ -122,13 +124,14 @@ class _Seen:
         self.passed += elements * x.requires_grad
 
     def layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        trained = any(p.requires_grad for p in module.parameters())
-        self.layers.append(trained or _read(args, kwargs).requires_grad)
+        x, trained = _read(args, kwargs), any(p.requires_grad for p in module.parameters())
+        self.layers.append(trained or (x is not None and x.requires_grad))
 
 
-def _read(args: Any, kwargs: Any) -> Tensor:
-    """The states that a module is called with."""
-    return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+def _read(args: Any, kwargs: Any) -> Tensor | None:
+    """The states that a module is called with; None where it looks something up."""
+    given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return next((x for x in given if x.is_floating_point()), None)
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -142,11 +145,12 @@ def _elements(module: nn.Module, chosen: int | None) -> float:
     """Of the matrices by which a module multiplies each token; of experts, of the `chosen`."""
     if isinstance(module, nn.Linear):  # quantized, its weight has another shape
         return module.in_features * module.out_features
-    experts = chosen is not None and not isinstance(module, nn.modules.conv._ConvNd)
-    return sum(
-        p.numel() * (chosen / p.shape[0] if experts and p.ndim == 3 else 1)
-        for p in _matrices(module)
-    )
+    found = 0.0
+    for matrix in _matrices(module):
+        of_experts = matrix.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+        share = chosen / len(matrix) if chosen and of_experts else 1.0
+        found += share * matrix.numel()
+    return found
 
 
 def _layers(model: PreTrainedModel) -> Iterable[nn.Module]:
@@ -173,7 +177,7 @@ def _attention(config: Any, passed: list[bool]) -> tuple[Attention, ...]:
             of_kind = found[sliding if kind == "sliding_attention" else None]
             of_kind[0] += heads * size
             of_kind[1] += heads * size * (number < len(passed) and passed[number])
-    return tuple(Attention(*sizes, window) for window, sizes in found.items())
+    return tuple(Attention(size, trained, window) for window, (size, trained) in found.items())
 
 
 def _pairs(span: Span, window: int | None) -> int:
