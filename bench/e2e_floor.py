@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from bench.machine import Ceilings
+from ppo_engine.models.flop import Attention, Costs, Span
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,21 @@ class Shape:
     def of(cls, config: Any) -> Shape:
         """From a Hugging Face configuration, without making any weight."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        head = model.get_output_embeddings()
-        matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layer = config.num_hidden_layers * head_dim
+            # What other attention does in a pass hangs on what its masks hold.
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        costs = Costs.of(model)
+        attention = int(sum(part.size for part in costs.attention))
         return cls(
-            layer_weights=sum(matrix.numel() for matrix in matrices),
-            head_weights=head.weight.numel(),
-            attention=layer * heads,
-            cache=2 * layer * config.num_key_value_heads,
+            layer_weights=int(costs.weights),
+            head_weights=int(costs.head),
+            attention=attention,
+            cache=2 * attention // config.num_attention_heads * config.num_key_value_heads,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
+
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.layer_weights, (Attention(self.attention),), self.head_weights)
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,7 @@ class Pass:
 
 def forward(shape: Shape, lengths: Sequence[int], logits: int = 0) -> Pass:
     """A forward pass over sequences of these lengths, with logits at so many positions."""
-    flop = 2 * shape.layer_weights * sum(lengths)
-    flop += 4 * shape.attention * sum(n * (n + 1) // 2 for n in lengths)
-    flop += 2 * shape.head_weights * logits
+    flop = shape.costs.flop([Span(0, n) for n in lengths], logits)
     return Pass(flop, shape.layer_weights + (shape.head_weights if logits else 0))
 
 
@@ -95,7 +95,7 @@ def passes(
     count = len(prompts)
     weights = shape.layer_weights + shape.head_weights
     decode = [
-        Pass(2 * weights * count + 4 * shape.attention * (sum(prompts) + t * count), weights)
+        Pass(shape.costs.flop([Span(n + t - 1, 1) for n in prompts], count), weights)
         for t in range(1, new_tokens)
     ]
     whole = [length + new_tokens for length in prompts]

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from bench.timing import Call
-from ppo_kernels import onednn
+from ppo_engine.models.rates import best_seconds, matrix_rate, wait
 from ppo_kernels.head import multiplies
 
 _ROOT = Path(__file__).resolve().parents[1]
-_REPEATS, _SECONDS = 15, 0.5  # of each; the second cuts the first short
+_REPEATS = 15
 # Far larger than any cache, and on a GPU also long beside the launch.
 _BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
-_MATRIX = {"cpu": 1024, "cuda": 8192}
 _CALL_SHAPE = (8, 64)
 
 
@@ -44,24 +43,16 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> Ceilings:
-    """Bandwidths from fp32 buffers, matrix rates from square products in each of `dtypes`,
-    by the faster library."""
+    """Bandwidths from fp32 buffers, matrix rates in each of `dtypes`."""
     numbers = _BYTES[device.type] // 4
     source = torch.ones(numbers, device=device)
     target = torch.empty_like(source)
     size = numbers * 4
     # Which reduction is quickest differs between machines.
-    read = min(_seconds(device, source.sum), _seconds(device, source.amax))
-    write = _seconds(device, lambda: target.fill_(1.0))
-    copy = _seconds(device, lambda: target.copy_(source))
-    matmul = {}
-    for dtype in dtypes:
-        n = _MATRIX[device.type]
-        a = torch.randn(n, n, device=device).to(dtype)
-        seconds = _seconds(device, partial(torch.matmul, a, a))
-        if device.type == "cpu" and dtype == torch.float32 and onednn.is_faster():
-            seconds = min(seconds, _seconds(device, partial(onednn.product, a, a)))
-        matmul[dtype] = 2 * n**3 / seconds
+    read = min(best_seconds(device, source.sum), best_seconds(device, source.amax))
+    write = best_seconds(device, lambda: target.fill_(1.0))
+    copy = best_seconds(device, lambda: target.copy_(source))
+    matmul = {dtype: matrix_rate(device, dtype) for dtype in dtypes}
     return Ceilings(size / read, size / write, 2 * size / copy, matmul, _call_seconds(device))
 
 
@@ -97,36 +88,16 @@ def _each(calls: Sequence[Call]) -> None:
         call()
 
 
-def _seconds(device: torch.device, call: Call) -> float:
-    """The best of some calls. Some dtypes are so slow on some CPUs that one call must do."""
-    best, spent = math.inf, 0.0
-    for _ in range(_REPEATS):
-        _wait(device)
-        started = time.perf_counter()
-        call()
-        _wait(device)
-        seconds = time.perf_counter() - started
-        best, spent = min(best, seconds), spent + seconds
-        if spent > _SECONDS:
-            break
-    return best
-
-
 def _call_seconds(device: torch.device) -> float:
     call = least_call(device)
     best = math.inf
     for _ in range(_REPEATS):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         for _ in range(500):
             call()
         best = min(best, (time.perf_counter() - started) / 500)
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def describe(device: torch.device) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from bench.e2e_floor import Pass, Shape, forward
 from bench.machine import Ceilings
+from ppo_engine.models.flop import Span
 
 
 def decode(shape: Shape, prompts: Sequence[int], written: Sequence[int], rows: int) -> Pass:
@@ -29,9 +30,8 @@ def decode(shape: Shape, prompts: Sequence[int], written: Sequence[int], rows: i
     seen = sum(p * n + n * (n + 1) // 2 for p, n in zip(prompts, steps, strict=True))
     weights = shape.layer_weights + shape.head_weights
     times = max(max(steps), math.ceil(sum(steps) / rows))
-    return Pass(
-        2 * weights * sum(steps) + 4 * shape.attention * seen, weights * times + shape.cache * seen
-    )
+    flop = shape.costs.flop(list(map(Span, prompts, steps)), sum(steps))
+    return Pass(flop, weights * times + shape.cache * seen)
 
 
 def floor(

@@ -276,7 +276,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _measures_the_machine(key: Any) -> bool:
-    named = ("time/", "memory/", "tokens_per_second", "seconds", "peak_memory", "_name_or_path")
+    named = (
+        "time/", "memory/", "tokens_per_second", "mfu/", "overhead/", "seconds", "peak_memory",
+        "_name_or_path",
+    )  # fmt: skip
     return str(key).startswith(named)
 
 

@@ -28,6 +28,7 @@ from bench.results import Row, read_csv, write_csv
 from bench.targets import TARGETS, verdicts
 from bench.timing import Timing, peak_extra_bytes, time_in_turn
 from ppo_engine.memory import keep_freed_memory, release_freed_memory
+from ppo_engine.models import rates
 from ppo_kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
@@ -258,7 +259,7 @@ def test_least_traffic_moves_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ceilings_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules["bench.machine"]._BYTES, "cpu", 2**22)
-    monkeypatch.setitem(sys.modules["bench.machine"]._MATRIX, "cpu", 128)
+    monkeypatch.setitem(rates._SIZE, "cpu", 128)
     found = measure_ceilings(CPU, [torch.float32])
     assert min(found.read, found.write, found.copy) > 1e8
     assert found.matmul[torch.float32] > 1e8 and 1e-8 < found.call < 1e-2
@@ -286,6 +287,7 @@ _COUNT_FAULTS = """
 import resource, sys
 import torch
 from ppo_engine.memory import keep_freed_memory
+from ppo_engine.models import rates
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

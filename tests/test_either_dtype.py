@@ -155,7 +155,7 @@ def train(model: str, output: Path, reward: Any = letters, **sections: Any) -> l
     config = settings(PPOConfig(steps=4), **sections)
     PPOTrainer(model, reward, PROMPTS, config=config).train()
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    of_time = ("time/", "tokens_per_second", "memory/")
+    of_time = ("time/", "tokens_per_second", "memory/", "mfu/", "overhead/")
     return [{k: v for k, v in row.items() if not k.startswith(of_time)} for row in rows]
 
 

@@ -50,7 +50,7 @@ def rows(file: Path) -> list[dict]:
 
 
 def untimed(file: Path) -> list[dict[str, Any]]:
-    timing = ("time/", "tokens_per_second", "memory/")
+    timing = ("time/", "tokens_per_second", "memory/", "mfu/", "overhead/")
     return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in rows(file)]
 
 

@@ -25,6 +25,7 @@ from ppo_engine.models.freezing import prepare_for_training, share_frozen_parame
 from ppo_engine.models.output_head import find_output_head
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows, pick
+from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, generation_config, loading
 from ppo_engine.pretrained.storage import in_fp32
 from ppo_engine.pretrained.weights import read_language_model
@@ -168,7 +169,7 @@ class LanguageModel:
         """`logprobs` from several `states` before the same `targets`; the head is read once."""
         stacked = torch.stack([*states]) if len(states) > 1 else states[0][None]  # no copy
         targets = targets.expand(len(states), -1)
-        with span("logprobs"):
+        with span("logprobs"), passing():
             if self.makes_logits:
                 logprobs, entropy = token_logprobs(
                     self._logits(stacked),
@@ -211,7 +212,7 @@ class LanguageModel:
         """
         (states, routed), targets = self._read(rows), rows.targets
         balance = share * self.balance(routed, rows.mask)
-        with span("losses"):
+        with span("losses"), passing():
             if not self.makes_logits:
                 loss, stats = linear_ppo_loss(
                     states,
@@ -246,7 +247,7 @@ class LanguageModel:
         balance = len(targets) / normalizer * self.balance(routed, rows.mask)
         if self.makes_logits:
             return self._nll(states, targets).sum() / normalizer + balance
-        with span("losses"):
+        with span("losses"), passing():
             loss, _ = linear_ppo_loss(
                 states,
                 targets=targets,
@@ -259,7 +260,7 @@ class LanguageModel:
         return loss + balance
 
     def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
-        with span("losses"):
+        with span("losses"), passing():
             if self.makes_logits:
                 return -token_logprobs(self._logits(states), targets)
             return -linear_logprobs(states, targets=targets, **self._linear(temperature=1.0))

@@ -16,11 +16,13 @@ from torch import Tensor
 from ppo_engine.memory import free_memory
 from ppo_engine.models import probes
 from ppo_engine.models.attention import ATTENTION, using
+from ppo_engine.models.flop import Costs, Span
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.segments import Segments
 from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
 from ppo_engine.models.trunk import Trunk
 from ppo_engine.models.windows import Unsupported, Windows
+from ppo_engine.models.work import counting, current_work, passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.settings.schema import PPOSettings, RewardModelSettings, SFTSettings
 
@@ -57,6 +59,7 @@ class Reader:
         self._model = architecture.unwrap(model)
         self.device = next(self._model.parameters()).device
         self._fused = Fused(model, self._model.get_input_embeddings().weight.dtype)
+        self.costs = Costs.of(self._model)
         self._packed: bool | None = None  # while it reads: whether that is packed
         self.trunk: Trunk | None = None  # frozen layers whose states are kept, if any
         if architecture.checkpoints_gradients(self._model):
@@ -67,7 +70,8 @@ class Reader:
     def packs(self) -> bool:
         """Whether texts are packed, end to end in one row: in a probe they must not see each other,
         and read as they do alone."""
-        return _can_pack(self, self._model)
+        with counting(None):
+            return _can_pack(self, self._model)
 
     def plan(self, rows: Sequence[Row], limit: Limit) -> list[list[int]]:
         """Passes over `rows`, as `plan`."""
@@ -86,9 +90,22 @@ class Reader:
             inputs |= {"position_ids": rows.positions, "segments": rows.segments}
         else:
             inputs |= architecture.base_inputs(base, rows.ids, rows.mask)
-        lower = self.trunk.active(rows) if self.trunk else nullcontext()
-        with self._reading(rows.segments is not None), self._fused.remade.active(), lower:
+        lower = self.trunk.active(rows) if self.trunk else nullcontext(1.0)
+        with (
+            passing(),
+            self._reading(packed=rows.segments is not None),
+            self._fused.remade.active(),
+            lower as share,
+        ):
+            self._count(rows, share)
             return (whole or base)(**inputs)
+
+    def _count(self, rows: TokenRows, layers: float) -> None:
+        work = current_work()
+        if work is not None:
+            spans, gradients = [Span(0, n) for n in rows.lengths], torch.is_grad_enabled()
+            states, read = len(rows.places), rows.ids.numel()
+            work.add(self.costs, spans, states, read=read, gradients=gradients, layers=layers)
 
     @contextmanager
     def _reading(self, packed: bool | None) -> Iterator[None]:

@@ -43,16 +43,21 @@ class TokenRows:
     places: Tensor  # [n] of the states that are wanted, in `ids` flattened; row by row
     targets: Tensor  # [n] the tokens behind them
     counts: Sequence[int]  # states of each row
-    lengths: Tensor  # [B] tokens of each row
-    texts: Sequence[Sequence[int]]  # the tokens of each row, on the host
+    texts: Sequence[Sequence[int]]  # the tokens of each row
     segments: Segments | None  # of packed ones
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(text) for text in self.texts]
 
     @property
     def mask(self) -> Tensor:
         """True is a real token, of `[B, L]`; all are where rows are packed."""
         if self.segments is not None:
             return torch.ones_like(self.ids, dtype=torch.bool)
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+        lengths = torch.tensor(self.lengths, device=self.ids.device)
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < lengths[:, None]
 
     @property
     def positions(self) -> Tensor:
@@ -82,7 +87,6 @@ def stack(rows: Sequence[Row], *, pad: int, device: torch.device, packed: bool) 
         places=places,
         targets=targets,
         counts=[len(row.places) for row in rows],
-        lengths=torch.tensor(lengths, device=device),
         texts=[row.ids for row in rows],
         segments=Segments(lengths, device) if packed else None,
     )

@@ -75,17 +75,19 @@ class Trunk:
         self._levels = sorted(levels, reverse=True, key=lambda level: level.depth)
 
     @contextmanager
-    def active(self, rows: TokenRows) -> Iterator[None]:
+    def active(self, rows: TokenRows) -> Iterator[float]:
         """Inside, the model reads `rows` from the highest level on that has all of them, and keeps
-        what comes out at those above."""
+        what comes out at those above. Gives the share of the layers that run."""
+        share = 1.0
         with ExitStack() as stack:
             for depth, kept in self._levels:
                 known = kept.find(rows.texts)
                 if known is not None:
                     stack.enter_context(_giving(self._layers[:depth], _joined(known, rows)))
+                    share -= depth / len(self._layers)
                     break
                 stack.enter_context(_keeping(self._layers[depth - 1], kept, rows))
-            yield
+            yield share
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Limit, Reader
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.models.work import passing
 from ppo_engine.ppo.experience import Experience, parts_of
 from ppo_engine.rewards.model import RewardModel
 from ppo_engine.settings.schema import ModelConfig, PPOSettings
@@ -76,7 +77,7 @@ class Critic:
                     clip_range=settings.value_clip_range,
                     normalizer=tokens,
                 )
-            with span("backward"):
+            with span("backward"), passing():
                 loss.backward()
             found["value/loss"] += loss.detach()
             found["value/clip_fraction"] += stats.clip_fraction * (len(part.places) / tokens)

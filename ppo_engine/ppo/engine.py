@@ -27,6 +27,7 @@ from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Limit, Reader
 from ppo_engine.models.token_rows import TokenRows
+from ppo_engine.models.work import passing
 from ppo_engine.ppo.critic import Critic
 from ppo_engine.ppo.estimators import (
     ESTIMATORS,
@@ -455,7 +456,7 @@ class PPOEngine:
                     kl_estimator=settings.kl_estimator,
                     is_weights=None if weights is None else part.of(weights),
                 )
-            with span("backward"):
+            with span("backward"), passing():
                 loss.backward()
             found["policy/loss"] += loss.detach()
             for name in (

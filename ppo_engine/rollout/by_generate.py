@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from ppo_engine.models.experts import unrouted
+from ppo_engine.models.flop import Span
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.token_rows import pad_left
+from ppo_engine.models.work import current_work, passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.decoder import Draw
 from ppo_engine.rollout.schedule import FindStop, Request, Response
@@ -45,7 +47,18 @@ def write(
         tokens, logprobs = _generate(policy, [r.request.tokens for r in part], limit, draw)
         for response, of_row, logprobs_of_row in zip(part, tokens, logprobs, strict=True):
             _take(response, of_row, logprobs_of_row, draw.ends, find_stop)
+        _count(policy, part, len(tokens[0]))
     return responses
+
+
+def _count(policy: LanguageModel, responses: Sequence[Response], steps: int) -> None:
+    """Count what is read of rows that all write until the last is done, as with a cache."""
+    work = current_work()
+    if work is not None:
+        spans = [Span(0, len(r.request.tokens) + len(r.tokens) - 1) for r in responses]
+        width = max(len(r.request.tokens) for r in responses) + steps - 1
+        states = sum(len(r.tokens) for r in responses)
+        work.add(policy.reader.costs, spans, states, read=width * len(responses))
 
 
 def _take(
@@ -65,6 +78,7 @@ def _take(
     response.done = True
 
 
+@passing()
 def _generate(
     policy: LanguageModel, rows: Sequence[Sequence[int]], limit: int, draw: Draw
 ) -> tuple[list[list[int]], list[list[float]]]:

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ppo_engine.models.experts import unrouted
+from ppo_engine.models.flop import Costs, Span
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.windows import Unsupported, Windows
+from ppo_engine.models.work import current_work, passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.rollout.attention import attending
 from ppo_engine.rollout.graphs import Graphs, Step
@@ -97,6 +99,7 @@ class Decoder:
     def __init__(self, policy: LanguageModel, graphs: Graphs | None) -> None:
         """Raises `Unsupported`, or whatever a model raises that cannot be run so."""
         self._model = architecture.unwrap(policy.model)
+        self._costs = Costs.of(self._model)
         self._extra = unrouted(self._model)
         self._takes_positions = architecture.takes_positions(self._model.base_model)
         self.device = policy.device
@@ -189,6 +192,7 @@ class Decoder:
             targets = [target for _, targets in part for target in targets]
             owners = [owner for owner, (_, targets) in enumerate(part) for _ in targets]
             access = NewRows(width, *torch.tensor([targets, owners], device=self.device))
+            self.count([Span(0, len(tokens)) for tokens, _ in part], 0, read=ids.numel())
             self._read(ids, places, access)
 
     def read_more(self, rows: Sequence[tuple[Sequence[int], int, int]]) -> None:
@@ -202,6 +206,8 @@ class Decoder:
             _, slots, starts = zip(*part, strict=True)
             counts = [len(tokens) for tokens, *_ in part]
             access = MoreTokens(slots, starts, counts, self.device)
+            spans = [Span(*span) for span in zip(starts, counts, strict=True)]
+            self.count(spans, 0, read=ids.numel())
             self._read(ids, access.positions, access)
 
     def seat(self, seats: Sequence[Seat]) -> None:
@@ -236,7 +242,7 @@ class Decoder:
         if self._graphs:
             kind = rows, draw, self._adapted
             step = self._graphs.step(kind, step, [self._rows.all, self._place])
-        with span("decode"):
+        with span("decode"), passing():
             for _ in range(steps):
                 step()
         return self._to_host(
@@ -253,6 +259,12 @@ class Decoder:
             output = self._model(**self._inputs(ids, positions[:, None]), **arguments)
         found: Tensor = output.logits[:, 0]
         return found
+
+    def count(self, spans: Sequence[Span], states: int, *, read: int) -> None:
+        """Count the new tokens of `spans`, with logits of so many states; `read` with padding."""
+        work = current_work()
+        if work is not None:
+            work.add(self._costs, spans, states, read=read)
 
     def _step(self, rows: int, draw: Draw) -> None:
         """The next token of each of the first `rows` rows."""
@@ -284,7 +296,7 @@ class Decoder:
 
     def _read(self, ids: Tensor, places: Tensor, access: Any) -> None:
         assert self.slots is not None
-        with span("prefill"), self.slots.reading(access) as arguments:
+        with span("prefill"), passing(), self.slots.reading(access) as arguments:
             self._model.base_model(**self._inputs(ids, places), **arguments)
 
     def _inputs(self, ids: Tensor, places: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ppo_engine.models.flop import Span
 from ppo_engine.rollout.decoder import Decoder, Draw, Seat, Written
 
 # One in so many rows is to be free before others are seated or moved together.
@@ -54,6 +55,7 @@ class Schedule:
         self._keep = keep
         self._kept: dict[int, tuple[int, list[int]]] = {}  # by number: the row, and what it has
         self._seated: dict[int, Response] = {}  # by row
+        self._read = 0  # tokens of the steps, those of rows that are done included
         self._ahead = decoder.steps > 1  # the next steps run while the host looks at the last
 
     def write(
@@ -67,6 +69,7 @@ class Schedule:
         responses = [Response(request) for request in requests]
         waiting = deque(sorted(responses, key=self._urgency, reverse=True))
         running: tuple[Written, dict[int, Response]] | None = None
+        self._read = 0
         while waiting or self._seated:
             free = self._decoder.rows - len(self._seated)
             if waiting and (not self._seated or free * _FREE_SHARE >= self._decoder.rows):
@@ -76,6 +79,9 @@ class Schedule:
                 before, running = running, None
             if before is not None:
                 self._take(*before, draw.ends, find_stop)
+        # Each token that is written was read off the one before it.
+        spans = [Span(len(r.request.tokens) - 1, len(r.tokens)) for r in responses]
+        self._decoder.count(spans, sum(span.new for span in spans), read=self._read)
         return responses
 
     def make_room(self, requests: Sequence[Request], rows: int, length: int) -> None:
@@ -118,6 +124,7 @@ class Schedule:
         if gather:
             self._gather()
         steps = min(self._decoder.steps, left)
+        self._read += self._span * steps
         return self._decoder.write(self._span, steps, draw), dict(self._seated)
 
     def _take(

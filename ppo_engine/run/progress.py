@@ -37,6 +37,7 @@ _HEADLINES = (
     ("eval/scores", "held-out score", "{:+.3f}"),
     ("eval/win_rate", "win rate", "{:.1%}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("mfu/step", "MFU", "{:.0%}"),
 )
 _REFRESH_PER_SECOND = 4
 _PLAIN_SECONDS = 15.0  # between lines of `track` where there is no terminal

@@ -24,6 +24,7 @@ _MANY_POINTS = 40  # more are drawn faintly, behind their running mean
 _PANEL_INCHES = (3.6, 2.6)
 _GUIDE: dict[str, Any] = {"color": "#7a7a7a", "linewidth": 0.8, "linestyle": ":"}
 _ANTICIPATION = "value/anticipation_"
+_MFU = "mfu/"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
     phases = sorted({name for row in rows for name in row if name.startswith("time/")})
     if phases:
         panels.append(lambda axes, rows: _draw_times(axes, rows, phases))
+    if any(name.startswith(_MFU) for row in rows for name in row):
+        panels.append(_draw_mfu)
     if not panels:
         raise UserError(f"{file} has no metrics to draw.")
     columns = min(4, math.ceil(len(panels) / 2))
@@ -165,6 +168,24 @@ def _draw_times(axes: Axes, rows: list[dict], phases: list[str]) -> None:
     axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", handlelength=1.0)
     _over_steps(axes, rows)
     _label(axes, "Time of a step", "seconds")
+
+
+def _draw_mfu(axes: Axes, rows: list[dict]) -> None:
+    """Each phase's in the color of no other, the whole step's on top."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith(_MFU))
+    for number, name in enumerate(sorted(names, key=f"{_MFU}step".__eq__)):
+        steps, values = _points(rows, name)
+        whole = name == f"{_MFU}step"
+        style: dict[str, Any] = {"color": "black" if whole else _COLORS[number % len(_COLORS)]}
+        curve = _running_mean(values) if len(steps) > _MANY_POINTS else values
+        label = f"{name.removeprefix(_MFU)} {values.mean():.0%}"
+        axes.plot(steps, curve, lw=1.5, marker="o", ms=2.5, label=label, **style)
+    room = 1.15 + 0.13 * math.ceil(len(names) / 2)  # for the legend
+    axes.set_ylim(0, max(axes.get_ylim()[1] * room, 1e-9))
+    axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", handlelength=1.0)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    _over_steps(axes, rows)
+    _label(axes, "MFU", "of this machine's matrix rate")
 
 
 def _critic_panels(rows: list[dict], file: Path) -> list[Callable[[Axes, list[dict]], None]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.training import anatomy
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
+from ppo_engine.training.meter import Meter
 from ppo_engine.training.samples import sample_rows, show_samples
 
 
@@ -110,6 +111,7 @@ class PPOTrainer:
             self.engine.rewards.check_prompts(examples)
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
+        self._meter = Meter(self.engine.device, self.engine.dtype)
         self.step = 0
         # Metrics and samples of a step that has trained and is not yet evaluated and logged.
         self._unreported: dict[str, Any] | None = None
@@ -191,14 +193,16 @@ class PPOTrainer:
                 # Only now: a reward that fails on its first responses leaves nothing behind.
                 run = self._open_run()
                 self._open_trackers(run)
-                with progress.phase("advantages"):
+                with self._phase(progress, "advantages"):
                     experience = self.engine.estimate_advantages(rollout, scores, rounding)
                 updating.enter_context(interrupted_after())
-                with progress.phase("update"):
+                with self._phase(progress, "update"):
                     metrics = self.engine.update(experience)
             self.step += 1
             tokens = int(rollout.mask.sum())
-            metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            metrics["tokens_per_second"] = tokens / seconds
+            metrics |= self._meter.metrics(tokens, seconds)
             metrics |= reward_metrics(rewards) | progress.times
             self._unreported = {"metrics": metrics, "samples": self._samples(rollout, rewards)}
             self.checkpoints.mark()
@@ -228,10 +232,16 @@ class PPOTrainer:
     def _sample(self, progress: Progress) -> tuple[Rollout, dict[str, Tensor]]:
         """The step's responses, and each reward's scores of them."""
         examples = self.batch(self.step)
-        with progress.phase("generate"):
+        with self._phase(progress, "generate"):
             rollout = self.engine.generate([e.prompt for e in examples], columns_of(examples))
-        with progress.phase("score"):
+        with self._phase(progress, "score"):
             return rollout, self.engine.score_each(rollout)
+
+    @contextmanager
+    def _phase(self, progress: Progress, name: str) -> Iterator[None]:
+        """Name, time and count what runs in the block."""
+        with progress.phase(name), self._meter.phase(name):
+            yield
 
     def _done(self) -> bool:
         return self.step >= self.config.steps or self.evaluator.out_of_patience

@@ -23,6 +23,7 @@ from ppo_engine.models import freezing, value_model
 from ppo_engine.models.experts import asks_for_balance
 from ppo_engine.models.reader import Limit, Reader, plan
 from ppo_engine.models.token_rows import scored
+from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, loading, storage
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
@@ -169,7 +170,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             scores = self._table(self._forward(_rows(part)), part)
             loss, stats = self._loss(scores, part, settings.center_coef)
             share = len(part) / len(examples)
-            (loss * share).backward()
+            with passing():
+                (loss * share).backward()
             of_pairs = sum(count_pairs(ranking.ranks) for ranking in part) / pairs
             found += torch.stack(
                 (loss.detach() * share, stats.accuracy * of_pairs, stats.margin * of_pairs)

@@ -27,6 +27,7 @@ from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
 from ppo_engine.models.reader import Limit
 from ppo_engine.models.token_rows import predicting
+from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.run.progress import Progress, with_error
 from ppo_engine.settings.schema import SFTConfig, SFTSettings
@@ -125,7 +126,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         for planned in self.policy.reader.plan(rows, self.limit):
             part = self.policy.reader.stack([rows[i] for i in planned])
             loss = self.policy.nll_loss(part, tokens)
-            loss.backward()
+            with passing():
+                loss.backward()
             total += loss.detach()
         return {"loss": total}
 

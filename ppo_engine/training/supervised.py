@@ -41,6 +41,7 @@ from ppo_engine.settings.schema import (
     SFTConfig,
     SFTSettings,
 )
+from ppo_engine.training.meter import Meter
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
 Example = TypeVar("Example")  # the same as token ids
@@ -86,6 +87,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
         self.total_steps = self.steps_per_epoch * self.settings.epochs
         self.learner = Learner(self.model, config.model.optimizer, self.total_steps, "the model")
+        self._meter = Meter(self.device, self.dtype)
         self.step = 0
         self.before: dict[str, float] = {}  # held-out metrics of the untrained model
         # Of a step that has trained and is not yet evaluated and logged.
@@ -178,7 +180,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 if self._unreported is None:
                     with interrupted_after():
                         with progress.phase("update"):
-                            metrics = self.train_step(self.mini_batch(self.step))
+                            metrics = self._measured_step(self.mini_batch(self.step))
                         self._unreported = metrics | progress.times
                         self.checkpoints.mark()
                 metrics = dict(self._unreported)
@@ -219,6 +221,14 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             f"{self.command}/learning_rate": learning_rate,
             "tokens_per_second": sum(map(self._tokens, examples)) / seconds,
         }
+
+    def _measured_step(self, examples: Sequence[Example]) -> dict[str, float]:
+        """`train_step`, with what it achieves (`training.meter`)."""
+        started = time.perf_counter()
+        with self._meter.phase("update"):
+            metrics = self.train_step(examples)
+        tokens = sum(map(self._tokens, examples))
+        return metrics | self._meter.metrics(tokens, time.perf_counter() - started)
 
     def mini_batch(self, step: int) -> list[Example]:
         """The examples of step 0, 1, …: each epoch is a fresh permutation, fixed by the seed."""

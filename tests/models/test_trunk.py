@@ -8,9 +8,11 @@ import pytest
 import torch
 from families import of_family
 
+from ppo_engine.models.flop import Span
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import Row
 from ppo_engine.models.trunk import Kept, Level, Trunk
+from ppo_engine.models.work import Work, counting
 from ppo_engine.pretrained.architecture import decoder_layers
 
 TEXTS = [[*range(5, 25)], [*range(5, 25), 3], [70, 200, 1], [9], [*range(40, 52)]]
@@ -58,7 +60,12 @@ def test_reading_from_the_middle_gives_the_same(packed):
         reader.packs, reader.trunk = packed, trunk
         ran.clear()
         rows = reader.stack([Row(text, [len(text) - 1], [0]) for text in texts])
-        states = reader.read(rows).last_hidden_state[rows.mask]
+        work = Work(reader.device)
+        with counting(work):
+            states = reader.read(rows).last_hidden_state[rows.mask]
+        spans, share = [Span(0, len(text)) for text in texts], len(ran) / 3
+        done = reader.costs.flop(spans, len(texts), gradients=True, layers=share)
+        assert work.flop == pytest.approx(done)
         model.zero_grad()
         states.square().sum().backward()
         return states.detach(), [

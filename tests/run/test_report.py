@@ -19,6 +19,8 @@ PPO_ROW = {
     "objective/kl": 0.0,
     "value/explained_variance": None,
     "time/generate": 1.0,
+    "mfu/generate": 0.1,
+    "mfu/step": 0.3,
 }
 REWARD_ROW = {"reward/loss": 0.69, "reward/accuracy": 0.5}
 ANTICIPATION = [f"value/anticipation_{percent}" for percent in range(10, 101, 10)]
@@ -91,6 +93,9 @@ def test_pictures_of_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(axes["Held-out score"].get_lines()[0].get_xdata()) == [0, 5, 10]
     assert axes["KL to the reference"].get_lines()[1].get_label() == "held out"
     assert "Held out: wins against the reference" in axes
+    lines = axes["MFU"].get_lines()
+    assert [line.get_label() for line in lines] == ["generate 10%", "step 30%"]
+    assert [list(line.get_ydata()) for line in lines] == [[0.1], [0.3]]
 
 
 def test_run_without_metrics(tmp_path: Path) -> None:

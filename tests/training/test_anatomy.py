@@ -105,7 +105,7 @@ def run(model: str, folder: Path, *settings: str) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    timing = ("time/", "tokens_per_second", "memory/")
+    timing = ("time/", "tokens_per_second", "memory/", "mfu/", "overhead/")
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in rows]
 
