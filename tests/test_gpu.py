@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 import ppo_kernels
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import pick, scored, stack
+from ppo_engine.models.work import Work, counting, passing
 from ppo_kernels import dispatch, head, reference
 
 pytestmark = [
@@ -263,6 +265,19 @@ def test_packed_passes(family: str) -> None:
         found.append((states.detach(), gradient.float()))
     for expected, got in zip(*found, strict=True):
         assert (got - expected).norm() < 0.1 * expected.norm()
+
+
+def test_passes_are_timed_by_the_stream() -> None:
+    """Without waiting, though the host is done with them long before."""
+    x, work = torch.randn(4096, 4096, device="cuda"), Work(torch.device("cuda"))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    with counting(work), passing():
+        for _ in range(50):
+            x @ x
+    told = time.perf_counter() - started
+    torch.cuda.synchronize()
+    assert told < work.seconds <= time.perf_counter() - started
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -171,7 +171,7 @@ def _draw_times(axes: Axes, rows: list[dict], phases: list[str]) -> None:
 
 
 def _draw_mfu(axes: Axes, rows: list[dict]) -> None:
-    """Each phase's in the color of no other, the whole step's on top."""
+    """Of each phase, and in black of the whole step."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith(_MFU))
     for number, name in enumerate(sorted(names, key=f"{_MFU}step".__eq__)):
         steps, values = _points(rows, name)
