@@ -282,7 +282,7 @@ def record(engine: PPOEngine, monkeypatch: Any) -> Steps:
             passes[not of_policy].extend(rows)
         return parts
 
-    for module in ("engine", "critic"):
+    for module in ("actor", "critic"):
         monkeypatch.setattr(f"ppo_engine.ppo.{module}.parts_of", spy)
     of_critic = recorded_steps(engine.critic.learner, passes[1]) if engine.critic else []
-    return Steps(recorded_steps(engine.learner, passes[0]), of_critic)
+    return Steps(recorded_steps(engine.actor.learner, passes[0]), of_critic)

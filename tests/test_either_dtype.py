@@ -67,7 +67,7 @@ def experience_of(engine: PPOEngine) -> Experience:
 def gradients(engine: PPOEngine, experience: Experience) -> list[Tensor]:
     """Of one update's only mini-batch: those of the policy, and of the critic."""
     found = []
-    for learner in (engine.learner, engine.critic.learner):
+    for learner in (engine.actor.learner, engine.critic.learner):
 
         def step(of: Any = learner) -> Tensor:
             found.append(torch.cat([p.grad.flatten() for p in of.model.parameters()]))

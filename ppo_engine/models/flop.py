@@ -171,21 +171,27 @@ def _layers(model: PreTrainedModel) -> Iterable[nn.Module]:
 def _attention(config: Any, passed: list[bool]) -> tuple[Attention, ...]:
     """Of the layers of a model with this configuration of its text; of each, whether gradients go
     through it."""
-    heads = getattr(config, "num_attention_heads", None) or 0
-    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    if getattr(config, "qk_head_dim", None):  # keys and values of different sizes
-        size = (config.qk_head_dim + config.v_head_dim) / 2
     sliding = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         sliding = None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    of_layers = getattr(config, "per_layer_config", None) or [config] * len(kinds)
     found: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for number, kind in enumerate(kinds):
         if kind in ("full_attention", "sliding_attention"):
             of_kind = found[sliding if kind == "sliding_attention" else None]
-            of_kind[0] += heads * size
-            of_kind[1] += heads * size * (number < len(passed) and passed[number])
+            size = _size(of_layers[number])
+            of_kind[0] += size
+            of_kind[1] += size * (number < len(passed) and passed[number])
     return tuple(Attention(size, trained, window) for window, (size, trained) in found.items())
+
+
+def _size(config: Any) -> float:
+    """Heads times head dimension of a layer with this configuration."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if getattr(config, "qk_head_dim", None):  # keys and values of different sizes
+        return float(heads * (config.qk_head_dim + config.v_head_dim) / 2)
+    return float(heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)))
 
 
 def _pairs(span: Span, window: int | None) -> int:

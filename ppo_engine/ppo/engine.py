@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +24,8 @@ from ppo_engine.memory import release_freed_memory
 from ppo_engine.models import freezing, precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.models.reader import Limit, Reader
-from ppo_engine.models.token_rows import TokenRows
-from ppo_engine.models.work import passing
+from ppo_engine.models.reader import Limit
+from ppo_engine.ppo.actor import Actor
 from ppo_engine.ppo.critic import Critic
 from ppo_engine.ppo.estimators import (
     ESTIMATORS,
@@ -43,9 +41,9 @@ from ppo_engine.ppo.experience import (
     logprob_difference,
     objective_metrics,
     of_sampler,
-    parts_of,
 )
 from ppo_engine.ppo.kl_control import KLController
+from ppo_engine.ppo.passes import Passes
 from ppo_engine.ppo.trunks import Trunks
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike, load_rewards
@@ -138,11 +136,18 @@ class PPOEngine:
             [self.policy, *([self.critic] if self.critic else [])],
             [*([self.reference] if self.reference else []), *scorers],
         )
-        self.learner = Learner(
-            self.policy.model,
-            config.policy.optimizer,
-            (config.steps - config.ppo.critic_warmup_steps) * per_step,
-            "the policy",
+        self.actor = Actor(
+            self.policy,
+            config,
+            self.limit,
+            updates=(config.steps - config.ppo.critic_warmup_steps) * per_step,
+        )
+        self.passes = Passes(
+            self.policy,
+            self.reference,
+            temperature=config.generation.temperature,
+            limit=self.limit,
+            trunks=self.trunks,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
         self.normalizer = ScoreNormalizer() if config.reward.normalize else None
@@ -152,7 +157,6 @@ class PPOEngine:
         if config.ppo.importance_cap is not None:  # they are what it compares with
             self.takes_samplers = False
         self.steps_done = 0
-        self.policy_version = 0
         release_freed_memory()  # of weights that were loaded in fp32
 
     @span("generate")
@@ -266,7 +270,7 @@ class PPOEngine:
             kl=shaped.kl,
             kl_coef=kl_coef,
             moments=shaped.moments,
-            policy_version=self.policy_version,
+            policy_version=self.actor.version,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             entropy=entropy,
@@ -284,11 +288,10 @@ class PPOEngine:
         """
         return shape_scores(scores, rollout, self.config.reward, self.normalizer, learn=learn)
 
-    @torch.no_grad()
     def compare_with_reference(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of policy and reference, and the policy's entropies: each [B, T] fp32, 0 at
         padding. Their difference, summed over a response, estimates the KL divergence."""
-        logprobs, ref_logprobs, entropy = self._over(rollout, self.policy.reader, self._compare)
+        logprobs, ref_logprobs, entropy = self.passes.of_both(rollout)
         return logprobs, ref_logprobs, entropy
 
     def _measure(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -298,12 +301,12 @@ class PPOEngine:
         # Also on the first rollout, so that what is measured there is exact: a KL of 0.
         sampled = of_sampler(rollout) if self.takes_samplers else None
         if sampled is not None:
-            return sampled, self._of_reference(rollout) if settings.uses_kl else None, None
+            return sampled, self.passes.of_reference(rollout) if settings.uses_kl else None, None
         ref_logprobs = None
         if settings.uses_kl:
             logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
         else:
-            logprobs, entropy = self._of_policy(rollout)
+            logprobs, entropy = self.passes.of_policy(rollout)
         if self.takes_samplers is None:
             mean, _ = logprob_difference(rollout, logprobs)
             self.takes_samplers = self._samples_all and float(mean) <= SAMPLERS_BOUND
@@ -315,42 +318,18 @@ class PPOEngine:
         of = self.config.generation
         return not (of.top_k or of.top_p < 1 or of.min_new_tokens)
 
-    @torch.no_grad()
-    def _of_policy(self, rollout: Rollout) -> tuple[Tensor, ...]:
-        temperature = self.config.generation.temperature
-        with span("policy"):
-            return self._over(
-                rollout,
-                self.policy.reader,
-                lambda rows: self.policy.logprobs(rows, temperature),
-            )
-
-    @torch.no_grad()
-    def _of_reference(self, rollout: Rollout) -> Tensor:
-        reference = self.reference or self.policy
-        temperature = self.config.generation.temperature
-        unadapted = nullcontext() if self.reference else self.policy.without_adapter()
-        with span("reference"), unadapted:
-            found = self._over(
-                rollout, reference.reader, lambda rows: reference.logprobs(rows, temperature)
-            )
-        return found[0]
-
-    @torch.no_grad()
     def values(self, rollout: Rollout) -> Tensor:
         """The critic's value before each of the policy's tokens, [B, T] fp32; 0 elsewhere."""
-        critic = self.critic
-        if critic is None:
+        if self.critic is None:
             raise ValueError(f"ppo.estimator={self.config.ppo.estimator} has no critic.")
-        (values,) = self._over(rollout, critic.reader, lambda rows: (critic.values(rows),))
-        return values
+        return self.passes.of_critic(self.critic, rollout)
 
     @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
         settings = self.config.ppo
         metrics = objective_metrics(experience, settings.importance_cap)
-        metrics["policy/learning_rate"] = self.learner.learning_rate
+        metrics["policy/learning_rate"] = self.actor.learner.learning_rate
         if settings.compares_groups:
             metrics["objective/equal_groups"] = equal_groups(
                 experience.scores, settings, experience.rounding
@@ -364,7 +343,7 @@ class PPOEngine:
                     numbers = rows.tolist()
                     found: dict[str, Tensor] = {}
                     if not self._warms_up:
-                        found |= self._update_policy(experience, numbers, kl_coef)
+                        found |= self.actor.update(experience, numbers, kl_coef)
                     if self.critic is not None:
                         found |= self.critic.update(experience, numbers, settings, self.limit)
                     for name, value in found.items():
@@ -385,10 +364,10 @@ class PPOEngine:
         Weights and what optimizers keep are their own tensors; all else is copied.
         """
         return {
-            "policy": self.learner.state_dict(),
+            "policy": self.actor.learner.state_dict(),
             "critic": self.critic.learner.state_dict() if self.critic else None,
             "steps_done": self.steps_done,
-            "policy_version": self.policy_version,
+            "policy_version": self.actor.version,
             "takes_samplers": self.takes_samplers,
             "kl_coef": self.kl.coef.clone(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
@@ -396,11 +375,11 @@ class PPOEngine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["policy"])
+        self.actor.learner.load_state_dict(state["policy"])
         if self.critic is not None:
             self.critic.learner.load_state_dict(state["critic"])
         self.steps_done = state["steps_done"]
-        self.policy_version = state["policy_version"]
+        self.actor.version = state["policy_version"]
         self.takes_samplers = state["takes_samplers"]
         self.kl.coef.copy_(state["kl_coef"])
         if self.normalizer is not None:
@@ -410,78 +389,11 @@ class PPOEngine:
     @property
     def learners(self) -> list[Learner]:
         """Those of the policy, and of the critic where there is one."""
-        return [self.learner, *([self.critic.learner] if self.critic else [])]
+        return [self.actor.learner, *([self.critic.learner] if self.critic else [])]
 
     @property
     def _warms_up(self) -> bool:
         return self.steps_done < self.config.ppo.critic_warmup_steps
-
-    def _update_policy(
-        self, experience: Experience, numbers: Sequence[int], kl_coef: float
-    ) -> dict[str, Tensor]:
-        """One optimizer step on the responses of these `numbers`, a mini-batch."""
-        settings = self.config.ppo
-        parts = parts_of(experience.rollout, numbers, self.policy.reader, self.limit)
-        tokens = max(1, sum(len(part.places) for part in parts))
-        normalizer = self._normalizer(tokens, len(numbers))
-        weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
-        found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        penalized = settings.kl_in == "loss"
-        self.policy.model.train()
-        for part in parts:
-            # Until the first step the old log-probs are those of this same pass: computed in
-            # another batch they would differ by rounding, and the ratio would not be 1.
-            on_policy = self.policy_version == experience.policy_version
-            share = len(part.places) / tokens
-            with span("policy"):
-                loss, stats = self.policy.policy_loss(
-                    part.rows,
-                    None if on_policy else part.of(experience.logprobs),
-                    part.of(experience.advantages),
-                    self.config.generation.temperature,
-                    share=share,
-                    cu_seqlens=part.cu_seqlens,
-                    objective=settings.objective,
-                    ratio_level=settings.ratio_level,
-                    clip_range=settings.clip_range,
-                    dual_clip=settings.dual_clip,
-                    moments=experience.moments if settings.whiten_advantages else None,
-                    reduction=settings.reduction,
-                    normalizer=normalizer,
-                    entropy_coef=settings.entropy_coef,
-                    ref_logprobs=None
-                    if ref_logprobs is None or not penalized
-                    else part.of(ref_logprobs),
-                    kl_coef=kl_coef if penalized else 0.0,
-                    kl_estimator=settings.kl_estimator,
-                    is_weights=None if weights is None else part.of(weights),
-                )
-            with span("backward"), passing():
-                loss.backward()
-            found["policy/loss"] += loss.detach()
-            for name in (
-                "approx_kl",
-                "clip_fraction",
-                "ratio_mean",
-                "entropy",
-                *["kl"] * penalized,
-            ):
-                found[f"policy/{name}"] += getattr(stats, name) * share
-            found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
-        self.policy.model.eval()
-        found["policy/grad_norm"] = self.learner.step()
-        self.policy_version += 1
-        return found
-
-    def _normalizer(self, tokens: int, responses: int) -> float:
-        """What a mini-batch's sum of losses is divided by, whatever its passes."""
-        match self.config.ppo.reduction:
-            case "token_mean":
-                return float(tokens)
-            case "sequence_mean":
-                return float(responses)
-            case _:
-                return float(responses * self.config.generation.max_new_tokens)
 
     def _greedy_scores(self, rollout: Rollout) -> Tensor | None:
         """The score of the greedy response to each response's prompt, [B]."""
@@ -492,39 +404,6 @@ class PPOEngine:
         # On the scale of the sampled responses' scores.
         scores = self.shaped_scores(rollout.greedy, self.score(rollout.greedy))
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
-
-    def _compare(self, rows: TokenRows) -> tuple[Tensor, ...]:
-        """(log-probs, reference's log-probs, entropies) of the tokens that `rows` predict."""
-        policy, reference = self.policy, self.reference or self.policy
-        temperature = self.config.generation.temperature
-        unadapted = nullcontext() if self.reference else policy.without_adapter()
-        with span("policy"):
-            states = policy.states(rows)
-        if policy.shares_head(reference):
-            with span("reference"), unadapted:
-                ref_states = reference.states(rows)
-            found = policy.stacked_logprobs([states, ref_states], rows.targets, temperature)
-            (logprobs, entropy), (ref_logprobs, _) = found
-        else:
-            [(logprobs, entropy)] = policy.stacked_logprobs([states], rows.targets, temperature)
-            with span("reference"), unadapted:
-                ref_logprobs, _ = reference.logprobs(rows, temperature)
-        return logprobs, ref_logprobs, entropy
-
-    def _over(
-        self, rollout: Rollout, reader: Reader, measure: Callable[[TokenRows], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """What `measure` finds of the policy's tokens, in passes: each [B, T], 0 elsewhere."""
-        parts = parts_of(rollout, range(len(rollout)), reader, self.limit)
-        places = torch.cat([part.places for part in parts])
-        with self.trunks.of(rollout):
-            found = [*zip(*(measure(part.rows) for part in parts), strict=True)]
-        return tuple(
-            rollout.mask.new_zeros(rollout.mask.numel(), dtype=torch.float32)
-            .index_copy(0, places, torch.cat(column))
-            .view(rollout.mask.shape)
-            for column in found
-        )
 
 
 def _each(items: Sequence[Any], times: int) -> list[Any]:

@@ -55,7 +55,7 @@ def test_later_epochs_move_the_ratio():
     metrics = engine.update(experience_of(engine))
     assert metrics["policy/ratio_max"] > 1.001
     assert metrics["policy/approx_kl"] > 0
-    assert engine.policy_version == 6
+    assert engine.actor.version == 6
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_the_loss_is_the_one_that_is_set(ppo, objective):
     )
     before = [p.detach().clone() for p in engine.policy.model.parameters()]
     gradients: list[torch.Tensor] = []
-    engine.learner.step = lambda: (
+    engine.actor.learner.step = lambda: (
         gradients.extend(  # type: ignore[method-assign]
             p.grad.clone() for p in engine.policy.model.parameters()
         )
@@ -339,9 +339,9 @@ def test_learning_rate_decays_to_zero():
     optimizer = OptimizerConfig(learning_rate=1e-3)
     engine = make_engine(policy=ModelConfig(optimizer=optimizer), steps=2)
     engine.update(experience_of(engine))
-    assert engine.learner.learning_rate == pytest.approx(5e-4)
+    assert engine.actor.learner.learning_rate == pytest.approx(5e-4)
     engine.update(experience_of(engine))
-    assert engine.learner.learning_rate == 0.0
+    assert engine.actor.learner.learning_rate == 0.0
 
 
 def test_an_update_of_a_half_precision_run_changes_fp32_masters():
@@ -357,7 +357,7 @@ def test_an_update_of_a_half_precision_run_changes_fp32_masters():
     before = masters.master(matrix)
     engine.update(experience)
     assert {p.dtype for p in engine.policy.model.parameters()} == {torch.bfloat16}
-    states = engine.learner.optimizer.state.values()
+    states = engine.actor.learner.optimizer.state.values()
     assert {s["exp_avg"].dtype for s in states} == {torch.float32}
     # By a learning rate, of which bf16 weights themselves would not see most.
     change = (masters.master(matrix) - before).abs()
@@ -389,7 +389,7 @@ def test_bytes_of_every_role(dtype, trained, frozen):
     count = sum(x.numel() for x in engine.policy.model.parameters())
     of_critic = sum(x.numel() for x in engine.critic.model.parameters())
     head = score_head(engine.critic.model).weight.numel()
-    assert bytes_of(engine.policy.model, engine.learner) == trained * count
+    assert bytes_of(engine.policy.model, engine.actor.learner) == trained * count
     assert bytes_of(engine.critic.model, engine.critic.learner) == trained * of_critic
     assert bytes_of(engine.reference.model) == frozen * count
     assert bytes_of(reward.model) == frozen * (of_critic - head) + 4 * head

@@ -207,10 +207,10 @@ def test_every_epoch_has_all_rows_in_an_order_of_its_own(monkeypatch):
     engine = moved_engine(ppo={"epochs": 4, "micro_batch_size": 2})
     experience = engine.estimate_advantages(rollout_of(), SCORES)
     steps, taken = record(engine, monkeypatch), []
-    inner = engine._update_policy
+    inner = engine.actor.update
     monkeypatch.setattr(
-        engine,
-        "_update_policy",
+        engine.actor,
+        "update",
         lambda x, numbers, *more: taken.append(numbers) or inner(x, numbers, *more),
     )
     engine.update(experience)
@@ -248,7 +248,7 @@ def test_learning_rates_fall_over_all_the_steps_of_a_run(monkeypatch):
         rates = [step.learning_rate for step in found]
         assert rates == pytest.approx([1e-3 * factor for factor in expected])
     assert shown == pytest.approx([1e-3 * of_policy[i] for i in (0, 0, 4)])
-    assert engine.learner.learning_rate == engine.critic.learner.learning_rate == 0
+    assert engine.actor.learner.learning_rate == engine.critic.learner.learning_rate == 0
 
 
 def test_a_gradient_beyond_the_norm_is_scaled_to_it(monkeypatch):
@@ -310,7 +310,7 @@ def test_a_restored_engine_goes_on_alike(monkeypatch):
         one.update(one.estimate_advantages(rollout_of(), [3 * s + 1 for s in scores]))
     two.load_state_dict(copy.deepcopy(one.state_dict()))
     for engine in (one, two):
-        assert engine.steps_done == 3 and engine.policy_version == 2
+        assert engine.steps_done == 3 and engine.actor.version == 2
         steps = record(engine, monkeypatch)
         of_engine = []
         for _ in range(2):

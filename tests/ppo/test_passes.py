@@ -36,7 +36,7 @@ def step(monkeypatch: Any, ppo: dict[str, Any], tokens: int, packed: bool, **mor
     rollout = rollout_of(greedy=greedy)
     experience = engine.estimate_advantages(rollout, SCORES)
     move(engine.policy.model, seed=3)
-    engine.policy_version += 1
+    engine.actor.version += 1
     with monkeypatch.context() as patch:
         steps = record(engine, patch)
         metrics = engine.update(experience)

@@ -137,7 +137,7 @@ def test_a_step_is_the_same(monkeypatch, reward_folder, way):
         if not kept:
             monkeypatch.setattr(engine.trunks, "of", lambda _: nullcontext())
         rollout = rollout_of(greedy=rollout_of())
-        rollout = rollout_of(greedy=rollout_of(), logprobs=engine._of_policy(rollout)[0])
+        rollout = rollout_of(greedy=rollout_of(), logprobs=engine.passes.of_policy(rollout)[0])
         ran = counted(engine)
         with monkeypatch.context() as patch:
             steps = record(engine, patch)

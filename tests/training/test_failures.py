@@ -158,7 +158,7 @@ def test_the_last_step_is_kept_and_goes_on_to_the_same_bits(
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
 def test_half_an_update_is_not_kept(model: str, tmp_path: Path, checkpoint_every: int) -> None:
     trainer = ppo(model, tmp_path / "run", checkpoint_every=checkpoint_every)
-    fails(trainer, "engine.learner.step", 6, OUT_OF_MEMORY)  # of two in a step, in the third
+    fails(trainer, "engine.actor.learner.step", 6, OUT_OF_MEMORY)  # of two in a step, in the third
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
     [note] = caught.value.__notes__
@@ -226,14 +226,14 @@ def test_ctrl_c_waits_for_the_weights(
 
 def test_a_second_ctrl_c_does_not_wait(model: str, tmp_path: Path) -> None:
     trainer = ppo(model, tmp_path / "run")
-    step = trainer.engine.learner.step
+    step = trainer.engine.actor.learner.step
 
     def interrupted() -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         return step()
 
-    trainer.engine.learner.step = interrupted  # type: ignore[method-assign]
+    trainer.engine.actor.learner.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.step == 0 and [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [

@@ -1,0 +1,96 @@
+"""The policy in training: one optimizer step on a mini-batch of responses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.optimizer import Learner
+from ppo_engine.models.reader import Limit
+from ppo_engine.models.work import passing
+from ppo_engine.ppo.experience import Experience, parts_of
+from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.spans import span
+
+
+class Actor:
+    """Trains the policy by the loss of `ppo.objective`, in passes of at most `limit`. `updates` is
+    the number of optimizer steps of its schedule."""
+
+    def __init__(
+        self, policy: LanguageModel, config: PPOConfig, limit: Limit, *, updates: int
+    ) -> None:
+        self._policy, self._config, self._limit = policy, config, limit
+        self.learner = Learner(policy.model, config.policy.optimizer, updates, "the policy")
+        self.version = 0  # optimizer steps taken
+
+    def update(
+        self, experience: Experience, numbers: Sequence[int], kl_coef: float
+    ) -> dict[str, Tensor]:
+        """One optimizer step on the responses of these `numbers`, a mini-batch."""
+        policy, settings = self._policy, self._config.ppo
+        parts = parts_of(experience.rollout, numbers, policy.reader, self._limit)
+        tokens = max(1, sum(len(part.places) for part in parts))
+        normalizer = self._normalizer(tokens, len(numbers))
+        weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
+        found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
+        penalized = settings.kl_in == "loss"
+        policy.model.train()
+        for part in parts:
+            # Until the first step the old log-probs are those of this same pass: computed in
+            # another batch they would differ by rounding, and the ratio would not be 1.
+            on_policy = self.version == experience.policy_version
+            share = len(part.places) / tokens
+            with span("policy"):
+                loss, stats = policy.policy_loss(
+                    part.rows,
+                    None if on_policy else part.of(experience.logprobs),
+                    part.of(experience.advantages),
+                    self._config.generation.temperature,
+                    share=share,
+                    cu_seqlens=part.cu_seqlens,
+                    objective=settings.objective,
+                    ratio_level=settings.ratio_level,
+                    clip_range=settings.clip_range,
+                    dual_clip=settings.dual_clip,
+                    moments=experience.moments if settings.whiten_advantages else None,
+                    reduction=settings.reduction,
+                    normalizer=normalizer,
+                    entropy_coef=settings.entropy_coef,
+                    ref_logprobs=None
+                    if ref_logprobs is None or not penalized
+                    else part.of(ref_logprobs),
+                    kl_coef=kl_coef if penalized else 0.0,
+                    kl_estimator=settings.kl_estimator,
+                    is_weights=None if weights is None else part.of(weights),
+                )
+            with span("backward"), passing():
+                loss.backward()
+            found["policy/loss"] += loss.detach()
+            for name in (
+                "approx_kl",
+                "clip_fraction",
+                "ratio_mean",
+                "entropy",
+                *["kl"] * penalized,
+            ):
+                found[f"policy/{name}"] += getattr(stats, name) * share
+            found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
+        policy.model.eval()
+        found["policy/grad_norm"] = self.learner.step()
+        self.version += 1
+        return found
+
+    def _normalizer(self, tokens: int, responses: int) -> float:
+        """What a mini-batch's sum of losses is divided by, whatever its passes."""
+        match self._config.ppo.reduction:
+            case "token_mean":
+                return float(tokens)
+            case "sequence_mean":
+                return float(responses)
+            case _:
+                return float(responses * self._config.generation.max_new_tokens)
