@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -103,16 +104,39 @@ def _in_rows(
     # The query heads of a key head are rows of one product.
     rows, heads, _, size = query.shape
     together = query.reshape(rows, heads // groups, groups * width, size)
-    z = (together @ key.transpose(2, 3)).float() * scale
-    z = z.view(rows, heads, width, width)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        z = torch.cat((z, sinks.float()[None, :, None, None].expand(*z.shape[:-1], 1)), -1)
-    weights = z.softmax(-1)[..., :width].to(value.dtype)
+    products = (together @ key.transpose(2, 3)).view(rows, heads, width, width)
+    if softcap is None and sinks is None:
+        weights: Tensor = _Softmax.apply(products, mask, scale)
+    else:
+        z = products.float() * scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        z = z.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            z = torch.cat((z, sinks.float()[None, :, None, None].expand(*z.shape[:-1], 1)), -1)
+        weights = z.softmax(-1)[..., :width].to(value.dtype)
     found = weights.reshape(rows, heads // groups, groups * width, width) @ value
     return found.view(rows, heads, width, -1).transpose(1, 2)
+
+
+class _Softmax(torch.autograd.Function):
+    """Of masked and scaled products, in float32; kept as it is returned, in their dtype, in which
+    the next product keeps it as well."""
+
+    @staticmethod
+    def forward(ctx: Any, products: Tensor, mask: Tensor, scale: float) -> Tensor:
+        z = products.float().mul_(scale).masked_fill_(~mask, -torch.inf)
+        weights = z.softmax(-1).to(products.dtype)
+        ctx.save_for_backward(weights)
+        ctx.scale = scale
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        found = torch.ops.aten._softmax_backward_data(grad.float(), kept.float(), -1, torch.float32)
+        return found.mul_(ctx.scale).to(kept.dtype), None, None
 
 
 def _mask(width: int, window: int | None, device: torch.device) -> Tensor:
