@@ -138,7 +138,7 @@ def plan(lengths: Sequence[int], limit: Limit, *, packed: bool) -> list[list[int
     """Forward passes as indices into `lengths`, the longest of each first.
 
     As few as the limit allows and, packed, as even as can be: the longest text first, each into
-    the pass that has the fewest tokens. Padded, texts of similar length are together. A text that
+    the pass that has the fewest tokens; the largest comes first. Padded, texts of similar length are together. A text that
     is longer than the limit is a pass of its own. What is planned together is a mini-batch, so that
     mini-batches stay as random as they were.
     """
@@ -166,7 +166,9 @@ def plan(lengths: Sequence[int], limit: Limit, *, packed: bool) -> list[list[int
             heapq.heapreplace(emptiest, (used + lengths[index], number))
         else:
             heapq.heappop(emptiest)
-    return [indices for indices in passes if indices]
+    # The most tokens first: what comes later fits where they were.
+    by_tokens = sorted(passes, key=lambda indices: -sum(lengths[index] for index in indices))
+    return [indices for indices in by_tokens if indices]
 
 
 @torch.no_grad()

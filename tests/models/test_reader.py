@@ -49,13 +49,14 @@ def test_a_plan_holds_every_row_once_within_its_limits(lengths, rows, packed):
 
 
 @pytest.mark.parametrize("rows", [None, 8])
-def test_packed_passes_are_few_and_even(rows):
+def test_packed_passes_are_few_and_even_and_the_largest_comes_first(rows):
     lengths = torch.randint(1, 33, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     passes = plan(lengths, Limit(256, rows), packed=True)
     tokens = [sum(lengths[i] for i in indices) for indices in passes]
     least = max(-(-sum(lengths) // 256), 300 // (rows or 300))
     assert least <= len(passes) <= least + 1
     assert max(tokens) - min(tokens) <= max(lengths)
+    assert tokens == sorted(tokens, reverse=True) != [tokens[0]] * len(tokens)
 
 
 @pytest.mark.parametrize("packed", [True, False])
