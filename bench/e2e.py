@@ -78,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
                     device=options.device,
                     dtype=str(dtype).removeprefix("torch."),
                 )
+            work = replace(work, moments=options.moments)
             compare(work, sides, options.repeats)
     measured = [side for side in sides if side.steps]
     if measured:
@@ -105,6 +106,7 @@ def _common(model: str, work: Work, ceilings: machine.Ceilings, device: torch.de
         "new_tokens": work.new_tokens,
         "epochs": work.epochs,
         "micro_batch": work.micro_batch,
+        "moments": work.moments,
         "device": machine.describe(device),
         **machine.versions(),
         "transformers": importlib.metadata.version("transformers"),
@@ -151,6 +153,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument(
         "--dtype", choices=_DTYPES, help="of compute; default: fp32 on a CPU, bf16 on a GPU"
+    )
+    parser.add_argument(
+        "--moments", choices=("float32", "8bit"), default="float32", help="of our AdamW"
     )
     parser.add_argument("--prompts", type=_positive, help="in a step; default: 16, on a GPU 64")
     parser.add_argument(

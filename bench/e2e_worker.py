@@ -39,6 +39,7 @@ class Work:
     steps: int  # the first one is warm-up
     device: str
     dtype: str
+    moments: str = "float32"  # of AdamW: ours; TRL's are in the dtype of its weights
 
     def save(self) -> None:
         (Path(self.folder) / _WORK_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -26,7 +26,7 @@ from ppo_engine.models.token_rows import pad_left
 STEPS = 4  # reports of a process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Growth(Work):
     """A step on a response to each prompt; `new_tokens` is the longest that one may be."""
 

@@ -69,9 +69,9 @@ def plot_growth(rows: Sequence[Row], title: str, path: Path) -> None:
         axis.set(xscale="log", xlabel="response tokens of a step", ylabel=unit)
         axis.set_xticks(tokens, [f"{n / 1024:g}k" for n in tokens], minor=False)
         axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # with room for the names
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", ncols=2)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -95,10 +95,11 @@ def _e2e(command: str, rows: list[_Row]) -> str:
     sides: dict[str, dict[str, _Row]] = defaultdict(dict)
     for row in rows:
         sides[row["side"]][row["phase"]] = row
+    against = f", against TRL {first['trl']}" if len(sides) > 1 else ""
     lines = [
         f"One PPO step of {first['model']}, {first['dtype']}, {first['prompts']} prompts x "
         f"{first['new_tokens']} new tokens, {first['epochs']} epochs, on **{first['device']}**, "
-        f"{first['threads']} threads, against TRL {first['trl']}, by `{command}`:",
+        f"{first['threads']} threads{against}, by `{command}`:",
         "",
         f"| seconds | {' | '.join(sides)} | floor |",
         f"| --- |{' --: |' * (len(sides) + 1)}",
@@ -210,6 +211,8 @@ def _growth(command: str, rows: list[_Row]) -> str:
 _SECTIONS = {
     "ops.csv": _ops,
     "e2e.csv": _e2e,
+    "e2e-fp32.csv": _e2e,
+    "e2e-8bit.csv": _e2e,
     "passes.csv": _passes,
     "passes-7b.csv": _passes,
     "growth.csv": _growth,

@@ -125,7 +125,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, products: Tensor, mask: Tensor, scale: float) -> Tensor:
-        z = products.float().mul_(scale).masked_fill_(~mask, -torch.inf)
+        z = (products.float() * scale).masked_fill_(~mask, -torch.inf)
         weights = z.softmax(-1).to(products.dtype)
         ctx.save_for_backward(weights)
         ctx.scale = scale

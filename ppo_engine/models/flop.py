@@ -27,6 +27,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models import probes
 from ppo_engine.pretrained import architecture
 
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp", "mamba", "recurrent")
 _TOKENS = 2  # of the text that shows which matrices a token meets
 
 
@@ -66,7 +67,7 @@ class Costs:
         head, base = model.get_output_embeddings(), model.base_model
         ids = probes.probe_ids(model)[:, :_TOKENS]
         of_text = model.config.get_text_config()
-        seen = _Seen(ids.numel(), getattr(of_text, "num_experts_per_tok", None))
+        seen = _Seen(ids.numel(), _chosen(of_text))
         own_head = set() if head is None else set(head.modules())
         with ExitStack() as stack:
             for module in base.modules():
@@ -113,7 +114,7 @@ class Costs:
 class _Seen:
     """What the modules of a model read, in one pass over so many tokens."""
 
-    def __init__(self, tokens: int, chosen: int | None) -> None:
+    def __init__(self, tokens: int, chosen: float | None) -> None:
         self.tokens = tokens
         self.chosen = chosen  # experts of each token
         self.weights = self.trained = self.passed = 0.0
@@ -149,7 +150,13 @@ def _matrices(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters(recurse=False) if p.ndim > 1]
 
 
-def _elements(module: nn.Module, chosen: int | None) -> float:
+def _chosen(config: Any) -> float | None:
+    """Experts of each token, on average over the layers where these differ."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return sum(chosen) / len(chosen) if isinstance(chosen, list) else chosen
+
+
+def _elements(module: nn.Module, chosen: float | None) -> float:
     """Of the matrices by which a module multiplies each token; of experts, of the `chosen`."""
     if isinstance(module, nn.Linear):  # quantized, its weight has another shape
         return module.in_features * module.out_features
@@ -164,7 +171,7 @@ def _elements(module: nn.Module, chosen: int | None) -> float:
 def _layers(model: PreTrainedModel) -> Iterable[nn.Module]:
     try:
         return architecture.decoder_layers(model)
-    except UserError:  # a family that keeps them otherwise
+    except (UserError, AttributeError):  # a family that keeps them otherwise
         return []
 
 
@@ -178,8 +185,8 @@ def _attention(config: Any, passed: list[bool]) -> tuple[Attention, ...]:
     of_layers = getattr(config, "per_layer_config", None) or [config] * len(kinds)
     found: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for number, kind in enumerate(kinds):
-        if kind in ("full_attention", "sliding_attention"):
-            of_kind = found[sliding if kind == "sliding_attention" else None]
+        if kind not in _WITHOUT_ATTENTION:
+            of_kind = found[sliding if "sliding" in kind else None]
             size = _size(of_layers[number])
             of_kind[0] += size
             of_kind[1] += size * (number < len(passed) and passed[number])

@@ -103,6 +103,7 @@ class LanguageModel:
             model = in_fp32(model)
         opened = cls(model, tokenizer, device=device, dtype=dtype, **template)
         opened.model = prepare_for_training(model, config, "CAUSAL_LM", dtype).eval()
+        opened.reader = Reader(opened.model)  # now, with its adapters: it counts what is trained
         return opened
 
     def save(

@@ -25,15 +25,14 @@ class Remade:
         self._active = False
 
     def __call__(self, kernel: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`kernel(*inputs)`, which gives the same bits each time; nothing changes the inputs."""
+        """`kernel(*inputs)`, which gives the same bits each time."""
         made = kernel(*inputs)
         if self._active and made.requires_grad:
             address = made.untyped_storage().data_ptr()
             # Forgotten with the tensor: a checkpointed layer keeps none, and memory is used again.
             alive = weakref.ref(made, lambda _: self._outputs.pop(address, None))
-            self._outputs[address] = _Output(
-                kernel, [x.detach() for x in inputs], made.dtype, alive
-            )
+            kept = [_Kept.of(x) for x in inputs]
+            self._outputs[address] = _Output(kernel, kept, made.dtype, made._version, alive)
         return made
 
     @contextmanager
@@ -47,10 +46,10 @@ class Remade:
             self._active = False
             self._outputs.clear()
 
-    def _pack(self, x: Tensor) -> Tensor | _View:
+    def _pack(self, x: Tensor) -> _Kept | _View:
         output = self._outputs.get(x.untyped_storage().data_ptr())
-        if output is None or output.dtype != x.dtype:
-            return x
+        if output is None or (output.dtype, output.version) != (x.dtype, x._version):
+            return _Kept.of(x)
         output.views += 1
         return _View(output, x.shape, x.stride(), int(x.storage_offset()))
 
@@ -61,11 +60,12 @@ class _Output:
     def __init__(
         self,
         kernel: Callable[..., Tensor],
-        inputs: list[Tensor],
+        inputs: list[_Kept],
         dtype: torch.dtype,
+        version: int,
         alive: weakref.ref[Tensor],
     ) -> None:
-        self.dtype, self.views = dtype, 0
+        self.dtype, self.version, self.views = dtype, version, 0
         self._kernel, self._inputs, self._alive = kernel, inputs, alive
         self._made: Tensor | None = None
         self._left = 0  # views that are yet to be asked for
@@ -73,11 +73,32 @@ class _Output:
     def make(self) -> Tensor:
         if self._made is None:
             with torch.no_grad():
-                self._made, self._left = self._kernel(*self._inputs), self.views
+                inputs = [x.get() for x in self._inputs]
+                self._made, self._left = self._kernel(*inputs), self.views
         made, self._left = self._made, self._left - 1
         if not self._left:
             self._made = None
         return made
+
+
+class _Kept(NamedTuple):
+    """A tensor, and which change of it: autograd itself checks only what is not packed."""
+
+    x: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Kept:
+        # Without its graph: an operation that keeps what it gives would keep itself.
+        return cls(x if x.is_leaf else x.detach(), x._version)
+
+    def get(self) -> Tensor:
+        if self.x._version != self.version:
+            raise RuntimeError(
+                "a tensor that the gradients of a model's pass need was changed in its place: "
+                f"{self.x.dtype} {tuple(self.x.shape)}"
+            )
+        return self.x
 
 
 class _View(NamedTuple):
@@ -87,7 +108,7 @@ class _View(NamedTuple):
     offset: int
 
 
-def _unpack(kept: Tensor | _View) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
+def _unpack(kept: _Kept | _View) -> Tensor:
+    if isinstance(kept, _Kept):
+        return kept.get()
     return kept.of.make().as_strided(kept.shape, kept.stride, kept.offset)

@@ -348,6 +348,7 @@ class PPOEngine:
                         found |= self.critic.update(experience, numbers, settings, self.limit)
                     for name, value in found.items():
                         records[name].append(value)
+        self.trunks.clear()
         self.steps_done += 1
         entropies = records.pop("policy/entropy", [])
         if entropies and "objective/entropy" not in metrics:  # nothing else has measured it

@@ -50,10 +50,13 @@ class Passes:
     def of_reference(self, rollout: Rollout) -> Tensor:
         """Log-probs of the reference."""
         reference = self._reference
-        with span("reference"), self._unadapted():
-            logprobs, _ = self._over(
-                rollout, reference.reader, lambda rows: reference.logprobs(rows, self._temperature)
-            )
+
+        def measure(rows: TokenRows) -> tuple[Tensor, ...]:
+            with self._unadapted():
+                return reference.logprobs(rows, self._temperature)
+
+        with span("reference"):
+            logprobs, _ = self._over(rollout, reference.reader, measure)
         return logprobs
 
     @torch.no_grad()

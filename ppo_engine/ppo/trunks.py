@@ -22,6 +22,7 @@ from ppo_engine.models.experts import asks_for_balance
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows, scored
 from ppo_engine.models.trunk import Kept, Level, Trunk
+from ppo_engine.models.work import counting
 from ppo_engine.pretrained.architecture import decoder_layers, unwrap
 
 
@@ -43,6 +44,13 @@ class Trunks:
     def __init__(self, trained: Sequence[Role], frozen: Sequence[Role]) -> None:
         self._trained = [role for role in trained if _frozen_layers(role)]
         self._roles = [*trained, *frozen] if self._trained else []
+        # As they are trained: without its adapters, all of a model would be frozen.
+        self._frozen = [
+            parameter
+            for role in self._roles
+            for parameter in role.model.parameters()
+            if not parameter.requires_grad
+        ]
         self._trunks: list[tuple[Reader, Trunk]] = []
         self._kept: list[Kept] = []
         self._weights: list[tuple[int, int]] | None = None  # of which these are
@@ -52,16 +60,15 @@ class Trunks:
     def of(self, rollout: object) -> Iterator[None]:
         """Inside, what is found of texts of this `rollout` is kept and, where it was kept, taken.
         Another rollout, or other weights, begin anew."""
+        if not self._trained:
+            yield
+            return
         # What changes a weight where it lies raises its version.
-        weights = [
-            (parameter.data_ptr(), parameter._version)
-            for role in self._roles
-            for parameter in role.model.parameters()
-            if not parameter.requires_grad
-        ]
+        weights = [(parameter.data_ptr(), parameter._version) for parameter in self._frozen]
         if weights != self._weights:
             self.clear()
-            self._find()
+            with counting(None):
+                self._find()
             self._weights = weights
         if rollout is not self._rollout:
             self.clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ppo_engine.models.experts import unrouted
-from ppo_engine.models.flop import Costs, Span
+from ppo_engine.models.flop import Span
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.windows import Unsupported, Windows
@@ -99,7 +99,7 @@ class Decoder:
     def __init__(self, policy: LanguageModel, graphs: Graphs | None) -> None:
         """Raises `Unsupported`, or whatever a model raises that cannot be run so."""
         self._model = architecture.unwrap(policy.model)
-        self._costs = Costs.of(self._model)
+        self._costs = policy.reader.costs
         self._extra = unrouted(self._model)
         self._takes_positions = architecture.takes_positions(self._model.base_model)
         self.device = policy.device

@@ -156,6 +156,7 @@ class Evaluator:
                     found |= self._measure(rollout, scores)
                 responses += rollout.responses
                 numbers.append({name: x.cpu().double() for name, x in found.items()})
+                self.engine.trunks.clear()  # before the next batch takes memory
         self._of_reference = None  # it answers once, and what samples from it takes memory
         return _Answers(
             responses, {name: torch.cat([part[name] for part in numbers]) for name in numbers[0]}

@@ -109,3 +109,40 @@ def test_outside_and_without_gradients_nothing_is_kept_of_it() -> None:
         within = remade(swiglu, gate, up)
         assert not remade._outputs
     assert torch.equal(outside, within)
+
+
+def test_a_pass_whose_gradients_nobody_makes_leaves_nothing() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with Remade().active():
+        y = x.exp()  # which keeps what it gives
+    there = weakref.ref(y)
+    del y
+    assert there() is None
+
+
+@pytest.mark.parametrize("changed", ["input", "output", "another"])
+def test_what_is_changed_in_its_place_is_noticed(changed: str) -> None:
+    """An output that was changed is kept as it is then, as without this."""
+    gate, up, weight = (x.detach().requires_grad_() for x in halves())
+    remade = Remade()
+    with remade.active():
+        inner = 2 * gate
+        output = remade(swiglu, inner, up)
+        if changed == "output":
+            output.mul_(3)
+        factor = weight.exp()
+        loss = ((output @ weight.T) @ factor).sum()
+        with torch.no_grad():
+            if changed == "input":
+                inner.add_(1)
+            elif changed == "another":
+                factor.add_(1)
+    if changed == "output":
+        [found] = torch.autograd.grad(loss, weight)
+        with torch.no_grad():
+            output = 3 * swiglu(2 * gate, up)
+        loss = ((output @ weight.T) @ weight.exp()).sum()
+        torch.testing.assert_close(found, *torch.autograd.grad(loss, weight))
+    else:
+        with pytest.raises(RuntimeError, match=r"changed in its place"):
+            loss.backward()

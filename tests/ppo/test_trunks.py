@@ -3,6 +3,8 @@ gives the same."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +22,7 @@ from ppo_engine.models.reader import Reader
 from ppo_engine.models.trunk import Trunk
 from ppo_engine.ppo.trunks import Trunks
 from ppo_engine.pretrained.loading import save_model
+from ppo_engine.training.meter import Meter
 
 CPU = torch.device("cpu")
 ROLES = "policy", "reference", "critic", "reward"
@@ -244,3 +247,33 @@ def test_what_layers_leave_in_the_model_is_seen():
     role = Role(model)
     with Trunks([role], []).of(None):
         assert role.reader.trunk is None
+
+
+@pytest.mark.parametrize("policy", [{"trainable_layers": 1}, {"lora": {"rank": 2}}], ids=str)
+def test_who_shares_what_is_asked_once_and_is_no_work_of_a_phase(
+    policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the reference is the policy without its adapters, all of which is frozen."""
+    asked: list[int] = []
+    find = Trunks._find
+    monkeypatch.setattr(Trunks, "_find", lambda trunks: asked.append(1) or find(trunks))
+    engine = engine_of(policy=policy, ppo={"old_logprobs": "sampler"})
+    meter = Meter(CPU, torch.float32)
+    for _ in range(2):
+        rollout = engine.generate(["Hello there", "One two"] * 4)
+        with meter.phase("score"):  # by a function
+            scores = engine.score(rollout)
+        engine.update(engine.estimate_advantages(rollout, scores))
+        assert not any(kept._states for kept in engine.trunks._kept)
+    assert asked == [1]
+    assert [*meter.metrics(1, 1.0)] == ["tokens_per_second/score"]
+
+
+def test_an_engine_that_is_gone_leaves_no_weights() -> None:
+    engine = engine_of()
+    rollout = rollout_of()
+    engine.update(engine.estimate_advantages(rollout, engine.score(rollout)))
+    weights = weakref.ref(next(x for x in engine.policy.model.parameters() if x.requires_grad))
+    del engine
+    gc.collect()
+    assert weights() is None
