@@ -11,7 +11,7 @@ from families import of_family
 from torch import Tensor
 
 from ppo_engine.models.fused import Fused
-from ppo_kernels import onednn
+from ppo_kernels import head, linear_logprobs, linear_ppo_loss, onednn
 
 
 @pytest.fixture
@@ -112,3 +112,29 @@ def test_passes_of_a_float32_model_use_it(products: list[torch.Size]) -> None:
     assert len(products) == len(linear)
     with Fused(model.bfloat16(), torch.bfloat16).active():
         assert not any("forward" in vars(x) for x in linear)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("tokens", [63, 300])
+def test_the_heads_products_are_its_where_tokens_are_enough(
+    tokens: int, has_bias: bool, products: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_TILE_BYTES", 256 * 40 * 4)  # a chunk's logits are several tiles
+    hidden, weight = torch.randn(tokens, 16), torch.randn(100, 16)
+    bias = torch.randn(100) if has_bias else None
+    targets, advantages = torch.randint(100, (tokens,)), torch.randn(tokens)
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        given = (hidden, weight, bias)
+        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in given]
+        loss, _ = linear_ppo_loss(
+            leaves[0], leaves[1], targets, None, advantages.to(dtype), bias=leaves[2]
+        )
+        return [loss, *torch.autograd.grad(loss, [x for x in leaves if x is not None])]
+
+    found, expected = results(torch.float32), results(torch.float64)
+    assert len(products) == (0 if tokens < 64 else 2 * (2 + 1))  # of two chunks
+    for x, exact in zip(found, expected, strict=True):
+        assert (x - exact).norm() <= 1e-6 * exact.norm()
+    linear_logprobs(hidden, weight, targets, bias=bias)
+    assert (len(products) > 8) == (tokens >= 64)

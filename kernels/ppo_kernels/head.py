@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ppo_kernels import dispatch
+from ppo_kernels import dispatch, onednn
 from ppo_kernels.reference import IGNORED_TARGET
 
 # Tokens per chunk. Each chunk reads the whole weight, and adds to its whole gradient: just enough
@@ -131,10 +131,18 @@ class Head:
             yield classes.start, logits
 
     def _product(self, hidden: Tensor, classes: slice, weight: Tensor, logits: Tensor) -> None:
-        if self._bias is None:
+        bias = None if self._bias is None else self._bias[classes]
+        if onednn.pays(hidden):
+            # It has no place for them, so a tile at a time.
+            step = max(1, _TILE_BYTES // max(logits[:, :1].nbytes, 1))
+            for first in range(0, len(weight), step):
+                part = slice(first, first + step)
+                of_part = None if bias is None else bias[part]
+                logits[:, part] = onednn.product(hidden, weight[part], of_part)
+        elif bias is None:
             torch.mm(hidden, weight.t(), out=logits)
         else:
-            torch.addmm(self._bias[classes], hidden, weight.t(), out=logits)
+            torch.addmm(bias, hidden, weight.t(), out=logits)
 
     def add_gradients(self, place: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         """Add a chunk's part to the gradients that are wanted."""
@@ -143,7 +151,12 @@ class Head:
             if self._rows is not None:
                 into = into.new_empty(hidden.shape)
             for classes, weight in self._tiles():
-                _add_product(into, grad_logits[:, classes], weight, fresh=classes.start == 0)
+                part, fresh = grad_logits[:, classes], classes.start == 0
+                if onednn.pays(part):
+                    product = onednn.product(part, weight.t())
+                    into.copy_(product) if fresh else into.add_(product)
+                else:
+                    _add_product(into, part, weight, fresh=fresh)
             if self._rows is not None:
                 self._grad_hidden[self._rows[place]] = into
         if self._grad_weight is not None:

@@ -34,6 +34,12 @@ def is_faster() -> bool:
         return False
 
 
+def pays(x: Tensor) -> bool:
+    """Whether the product of `x` `[..., in]` with a weight is better oneDNN's."""
+    enough = x.dtype is torch.float32 and x.numel() >= _FEWEST * x.shape[-1]
+    return enough and x.device.type == "cpu" and is_faster()
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of float32 `[..., in]` and `[out, in]`, whatever their strides."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -42,7 +48,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` with gradients, by oneDNN where `is_faster` and it pays."""
-    if x.dtype is not torch.float32 or x.numel() < _FEWEST * x.shape[-1] or not is_faster():
+    if not pays(x):
         return torch.nn.functional.linear(x, weight, bias)
     made: Tensor = _Linear.apply(x, weight, bias)
     return made
