@@ -203,9 +203,10 @@ def _size(config: Any) -> float:
 
 def _pairs(span: Span, window: int | None) -> int:
     """Of a new token and one that it sees, itself included."""
-    return _seen(span.before + span.new, window) - _seen(span.before, window)
+    whole, before = sum(span), span.before
+    return _pairs_of_text(whole, window) - _pairs_of_text(before, window)
 
 
-def _seen(tokens: int, window: int | None) -> int:
+def _pairs_of_text(tokens: int, window: int | None) -> int:
     near = tokens if window is None else min(tokens, window)
     return near * (near + 1) // 2 + (tokens - near) * near

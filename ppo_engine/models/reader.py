@@ -139,8 +139,8 @@ def plan(lengths: Sequence[int], limit: Limit, *, packed: bool) -> list[list[int
 
     As few as the limit allows and, packed, as even as can be: the longest text first, each into
     the pass that has the fewest tokens; the largest comes first. Padded, texts of similar length
-    are together. A text that is longer than the limit is a pass of its own. What is planned
-    together is a mini-batch, so that mini-batches stay as random as they were.
+    are together, the longest first. A text that is longer than the limit is a pass of its own.
+    What is planned together is a mini-batch, so that mini-batches stay as random as they were.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     most = limit.rows or len(lengths)

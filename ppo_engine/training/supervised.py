@@ -25,6 +25,7 @@ from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
+from ppo_engine.memory import release_freed_memory
 from ppo_engine.models import precision
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
@@ -98,6 +99,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             "examples made of the training rows": str(len(self.training)),  # their order's length
         }
         self.checkpoints = Checkpoints(self._state, [self.learner], data, self.unit)
+        release_freed_memory()  # of weights that were loaded in fp32
 
     @property
     @abstractmethod
