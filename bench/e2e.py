@@ -47,9 +47,7 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    device, dtype = torch.device(options.device), _DTYPES[options.dtype]
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that torch can use, and there is none.")
+    device, dtype = machine.asked(options.device), _DTYPES[options.dtype]
     if device.type == "cpu" and options.model != MODELS[0]:
         raise UserError(f"--model {options.model} is for a GPU: add --device cuda.")
     size = sizes(device.type)

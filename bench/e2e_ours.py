@@ -44,7 +44,7 @@ def main(work: Work) -> None:
 
 
 def config_of(work: Work) -> PPOConfig:
-    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, moments=work.moments)  # type: ignore[arg-type]
+    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, moments=work.moments)
     return PPOConfig(
         policy=ModelConfig(path=f"{work.folder}/policy", optimizer=optimizer),
         critic=ModelConfig(optimizer=optimizer),  # starts from the reward model

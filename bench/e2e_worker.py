@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -39,7 +39,9 @@ class Work:
     steps: int  # the first one is warm-up
     device: str
     dtype: str
-    moments: str = "float32"  # of AdamW: ours; TRL's are in the dtype of its weights
+    moments: Literal["float32", "8bit"] = (
+        "float32"  # of AdamW: ours; TRL's are in the dtype of its weights
+    )
 
     def save(self) -> None:
         (Path(self.folder) / _WORK_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -13,7 +13,6 @@ the sampler has for keys and values comes after it was read.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import random
 import shlex
 import statistics
@@ -86,9 +85,7 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that torch can use, and there is none.")
+    device = machine.asked(options.device)
     scale = SCALES[device.type]
     model, counts = options.model or scale.model, options.tokens or scale.tokens
     dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
@@ -101,11 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         "dtype": dtype,
         "limit": scale.limit,
         "pass_tokens": scale.pass_tokens,
-        "device": machine.describe(device),
-        "threads": torch.get_num_threads(),
-        **machine.versions(),
-        "transformers": importlib.metadata.version("transformers"),
-        "commit": machine.commit(),
+        **machine.about(device),
     }
     command = shlex.join(["python", "bench/growth.py", *sys.argv[1:]])
     sizes = [Size(tokens) for tokens in counts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 import platform
@@ -12,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.timing import Call
+from ppo_engine.errors import UserError
 from ppo_engine.models.rates import best_seconds, matrix_rate, wait
 from ppo_kernels.head import multiplies
 
@@ -123,6 +126,25 @@ def versions() -> dict[str, str]:
     except ImportError:
         return found
     return found | {"triton": triton.__version__}
+
+
+def asked(name: str) -> torch.device:
+    """The device of a benchmark's `--device`; a UserError where it is not there."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a GPU that torch can use, and there is none.")
+    return device
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Columns that say where engine and models were measured, and with what."""
+    return {
+        "device": describe(device),
+        "threads": torch.get_num_threads(),
+        **versions(),
+        "transformers": importlib.metadata.version("transformers"),
+        "commit": commit(),
+    }
 
 
 def commit() -> str:

@@ -12,7 +12,6 @@ gradients included.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import shlex
 import sys
@@ -55,9 +54,7 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that torch can use, and there is none.")
+    device = machine.asked(options.device)
     keep_freed_memory()
     dtype = _DTYPES[options.dtype] if options.dtype else choose_dtype("auto", device)
     table.say(f"{machine.describe(device)}, {torch.get_num_threads()} threads; its ceilings:")
@@ -79,11 +76,7 @@ def _run(options: argparse.Namespace) -> int:
         common = {
             "prompt_tokens": prompt,
             "response_tokens": response,
-            "device": machine.describe(device),
-            "threads": torch.get_num_threads(),
-            **machine.versions(),
-            "transformers": importlib.metadata.version("transformers"),
-            "commit": machine.commit(),
+            **machine.about(device),
             **table.ceiling_columns(ceilings),
         }
         command = shlex.join(["python", "bench/passes.py", *sys.argv[1:]])

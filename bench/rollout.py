@@ -13,7 +13,6 @@ tokens to take for ends. Each side draws for itself, and its floor is that of it
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import shlex
 import sys
 from functools import partial
@@ -51,9 +50,7 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU that torch can use, and there is none.")
+    device = machine.asked(options.device)
     keep_freed_memory()
     if options.dtype:
         dtypes = [_DTYPES[options.dtype]]
@@ -65,11 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     ceilings = machine.measure_ceilings(device, dtypes)
     table.print_ceilings(ceilings)
     common = {
-        "device": machine.describe(device),
-        "threads": torch.get_num_threads(),
-        **machine.versions(),
-        "transformers": importlib.metadata.version("transformers"),
-        "commit": machine.commit(),
+        **machine.about(device),
         **table.ceiling_columns(ceilings),
     }
     cases = [case for case in CASES[device.type] if case.name in (options.cases or case.name)]
