@@ -39,9 +39,8 @@ class Work:
     steps: int  # the first one is warm-up
     device: str
     dtype: str
-    moments: Literal["float32", "8bit"] = (
-        "float32"  # of AdamW: ours; TRL's are in the dtype of its weights
-    )
+    # Of our AdamW; TRL's are in the dtype of its weights.
+    moments: Literal["float32", "8bit"] = "float32"
 
     def save(self) -> None:
         (Path(self.folder) / _WORK_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
