@@ -17,6 +17,8 @@ from ppo_engine.settings.schema import OptimizerConfig
 from ppo_engine.spans import span
 from ppo_kernels import join_master
 
+_NORM_PIECE = 1 << 18  # elements: 1 MB in fp32
+
 
 class Learner:
     """A model in training: its optimizer and schedule, and the state to resume from.
@@ -123,12 +125,13 @@ def clip_factor(
     the model and step in the message.
     """
     grads = [x.grad for x in parameters if x.grad is not None]
-    # One launch on a GPU; on a CPU each by itself is twice as fast.
     norms: Sequence[Tensor]
-    if grads and grads[0].is_cuda:
+    if grads and grads[0].is_cuda:  # one launch
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
     else:
-        norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in grads]
+        # torch widens all of a bf16 tensor first: in pieces, so that its fp32 copy stays in cache.
+        pieces = (piece for x in grads for piece in x.reshape(-1).split(_NORM_PIECE))
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
     norm = torch.linalg.vector_norm(torch.stack([*norms] or [torch.zeros(())]))
     if not torch.isfinite(norm):
         raise UserError(
