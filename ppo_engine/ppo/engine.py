@@ -402,8 +402,10 @@ class PPOEngine:
             return None
         if rollout.greedy is None:
             raise ValueError("ReMax needs Rollout.greedy, which PPOEngine.generate makes.")
+        with self.trunks.of(rollout):  # of the same step
+            scores = self.rewards.total(self.rewards.score_each(rollout.greedy))
         # On the scale of the sampled responses' scores.
-        scores = self.shaped_scores(rollout.greedy, self.score(rollout.greedy))
+        scores = self.shaped_scores(rollout.greedy, scores)
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
 
 

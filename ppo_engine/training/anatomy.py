@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 _TRANSFORMER = "transformer"
 _OF_THE_HEAD = ("logprobs", "losses")  # spans whose matrix products are the transformer's
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise")
 _OTHER = "other"  # of a stage, or of the step, what no span inside it names
 _NODE = "autograd::engine::evaluate_function: "  # a node's backward, with the sum of its gradients
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -100,6 +100,15 @@ def test_frozen_layers_run_once_a_step(reward_folder):
         }  # fmt: skip
 
 
+def test_greedy_responses_are_of_the_same_step(reward_folder):
+    engine = engine_of(reward_folder, ppo={"estimator": "remax"})
+    step_of(engine, rollout_of(greedy=rollout_of()))
+    ran, rollout = counted(engine), rollout_of(greedy=rollout_of())
+    step_of(engine, rollout)
+    read = sum(len(a) + len(b) for a, b in rollout.written)
+    assert layers_run(ran)[0] == {"reward": read}  # the greedy ones are the sampled ones
+
+
 def test_a_critic_shares_with_a_reward_model_of_another_checkpoint(tmp_path):
     """One whose lower layers are almost the policy's."""
     engine = engine_of(saved_reward(tmp_path, moved=0, by=1e-6))

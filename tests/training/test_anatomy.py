@@ -33,7 +33,7 @@ from ppo_engine.settings.schema import (
 )
 from ppo_engine.settings.schema import RunConfig as Run
 from ppo_engine.training import anatomy
-from ppo_kernels import head, logprob
+from ppo_kernels import head, logprob, onednn
 
 PROMPTS = ["One", "Number two", "3", "And four"]
 PHASES = [
@@ -160,18 +160,22 @@ def slow_layer(engine: PPOEngine, name: str) -> None:
     handle = layers[-1].register_forward_pre_hook(lambda *_: (pause(), handle.remove())[0])
 
 
-def slow_head(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
-    """The next product of the output layer takes long."""
-    product = head.Head._product
+def slow_head(by: Callable[..., Any]) -> Callable[[PPOEngine, pytest.MonkeyPatch], None]:
+    """The next product of the output layer takes long, `by` this one."""
 
-    def slow(*args: Any) -> None:
-        patch.undo()
-        end, x = time.perf_counter() + PAUSE, torch.ones(400, 400)
-        while time.perf_counter() < end:
-            torch.mm(x, x)
-        product(*args)
+    def plant(_: PPOEngine, patch: pytest.MonkeyPatch) -> None:
+        product = head.Head._product
 
-    patch.setattr(head.Head, "_product", slow)
+        def slow(*args: Any) -> None:
+            patch.undo()
+            end, x = time.perf_counter() + PAUSE, torch.ones(400, 400)
+            while time.perf_counter() < end:
+                by(x, x)
+            product(*args)
+
+        patch.setattr(head.Head, "_product", slow)
+
+    return plant
 
 
 def slow_layer_backward(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
@@ -202,7 +206,8 @@ def slow_reward(engine: PPOEngine, patch: pytest.MonkeyPatch) -> None:
         (slow_function(slots, "decode_attention"), "generate: attention", True),
         (lambda e, p: slow_layer(e, "policy"), "generate: prefill", True),
         (slow_reward, "score", False),
-        (slow_head, "advantages: logprobs", True),
+        (slow_head(torch.mm), "advantages: logprobs", True),
+        (slow_head(onednn.product), "advantages: logprobs", True),
         (lambda e, p: slow_layer(e, "reference"), "advantages: reference", True),
         (lambda e, p: slow_layer(e, "critic"), "advantages: critic", True),
         (slow_function(estimators, "kl_shaped_gae"), "advantages: gae", False),
