@@ -47,7 +47,9 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out():
 
 
 def test_epsilon_and_betas_reach_the_optimizer():
-    optimizer = make_optimizer(small_model(), OptimizerConfig(beta1=0.8, beta2=0.9, eps=1e-5))
+    optimizer = make_optimizer(
+        small_model(), OptimizerConfig(learning_rate=1e-5, beta1=0.8, beta2=0.9)
+    )
     assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-5 for g in optimizer.param_groups)
 
 
