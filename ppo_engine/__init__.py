@@ -133,7 +133,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"ppo_engine.{_HOMES[name]}"), name)
     near = difflib.get_close_matches(name, __all__, n=1, cutoff=0.75)
-    message = f"ppo_engine has no {name!r}" + f": did you mean {near[0]!r}?" * bool(near)
+    message = f"ppo_engine has no {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
     # `from ppo_engine import …` asks here first, then for a module, and would forget the message of
     # an AttributeError, which everything else expects.
     imports = sys._getframe(1).f_code.co_name == "_handle_fromlist"

@@ -26,7 +26,7 @@ def problems_of_call(
     """A line for each problem of a settings class `cls` that was called with these."""
     names, known = list(section_kinds(cls)), list(keys(cls))
     problems: list[str] = []
-    without_unknown(cls, dict(zip(names, args, strict=False)) | kwargs, "", known, problems)
+    without_unknown(cls, {**dict(zip(names, args, strict=False)), **kwargs}, "", known, problems)
     return problems + explain(error, known, names)
 
 

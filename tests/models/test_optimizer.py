@@ -140,7 +140,9 @@ def trained(dtype: torch.dtype, seed: int = 0) -> Learner:
         torch.manual_seed(seed)
         # Sizes that fill vectors: the end of a tensor torch rounds otherwise.
         model = nn.ModuleDict({"inner": nn.Linear(64, 64), "score": nn.Linear(64, 1, bias=False)})
-    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e-2)
+    config = OptimizerConfig(
+        learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e-2, warmup_fraction=0.0
+    )
     return Learner(to_compute_dtype(model, dtype), config, 40, "the model")
 
 

@@ -53,8 +53,8 @@ def test_a_dictionary_serves_for_a_section() -> None:
         ),
         (lambda: PPOSettings(kl_coef="x"), ['kl_coef: should be a valid number, got "x"']),
         (
-            lambda: AdaptiveKLConfig(**{"gaol": 3}),
-            ["gaol: unknown key; the sections are target, hor"],
+            lambda: AdaptiveKLConfig(**{"targett": 3}),
+            ["targett: unknown key; did you mean target?"],
         ),
         (
             lambda: RewardConfig(sources=[{"nme": "a"}]),
@@ -74,7 +74,7 @@ def test_a_dictionary_serves_for_a_section() -> None:
 def test_mistakes_are_told_as_on_the_command_line(
     make: Callable[[], Any], lines: list[str]
 ) -> None:
-    with pytest.raises(UserError, match="Bad settings in [A-Za-z]+:") as caught:
+    with pytest.raises(UserError, match="Bad settings in ") as caught:
         make()
     found = str(caught.value).splitlines()[1:]
     assert len(found) == len(lines)
@@ -183,7 +183,5 @@ def test_a_mistake_in_a_script_ends_in_a_few_lines() -> None:
     shown = run_python("from ppo_engine import PPOConfig\nPPOConfig(ppo={'kl_coeff': 1})")
     assert len(shown.splitlines()) <= 7 and "pydantic" not in shown
     assert shown.endswith("  - ppo.kl_coeff: unknown key; did you mean ppo.kl_coef?\n")
-    code = "from ppo_engine import PPOTrainer\nPPOTrainer('no/such-model', reward='x.py:f', prompts=['a'])"
-    shown = run_python(code)
-    assert len(shown.splitlines()) <= 9, shown
-    assert "transformers" not in shown.partition("UserError")[0]
+    shown = run_python("from ppo_engine import PPOTrainer\nPPOTrainer('./absent', prompts=['a'])")
+    assert len(shown.splitlines()) <= 7 and "UserError: " in shown and "During" not in shown
