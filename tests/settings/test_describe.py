@@ -77,6 +77,8 @@ def test_help_of_a_section_or_of_one_setting() -> None:
     assert max(map(len, whole.splitlines())) <= 80
     with pytest.raises(UserError, match=r"ppo\.kl_coeff: unknown key; did you mean ppo\.kl_coef\?"):
         help_settings(PPOConfig, "ppo.kl_coeff")
+    with pytest.raises(UserError, match=r"ppo\.kl: unknown key"):
+        help_settings(PPOConfig, "ppo.kl")
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo", "sft", "reward", "generate", "demo"])
