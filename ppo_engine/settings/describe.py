@@ -50,7 +50,6 @@ _PLAIN: dict[Any, str] = {
     str: "text",
     datetime.date: "date",
     type(None): "null",
-    Any: "anything",
 }
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
@@ -127,7 +126,7 @@ def _settings(cls: Any, made: Any, prefix: str = "") -> Iterator[Setting]:
     texts = described(cls)
     for name, kind in section_kinds(cls).items():
         section, in_list, value = section_of(kind), section_in_list(kind), getattr(made, name)
-        yield Setting(prefix + name, type_text(kind), _default(value), texts[name])
+        yield Setting(prefix + name, type_text(kind), _default(value), texts.get(name, ""))
         if section is not None:
             yield from _settings(section, section() if value is None else value, f"{prefix}{name}.")
         if in_list is not None:
@@ -153,11 +152,9 @@ def _wrapped(text: str, first: str, others: str) -> str:
 
 def type_text(kind: Any) -> str:
     """A field's type in words, with its bounds."""
-    if kind in _PLAIN:
-        return _PLAIN[kind]
-    if dataclasses.is_dataclass(kind):
-        return "section"
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is None:
+        return "section" if dataclasses.is_dataclass(kind) else _PLAIN[kind]
     if origin is typing.Annotated:
         return " ".join([type_text(arguments[0]), *_bounds(arguments[1:])])
     if origin is typing.Literal:
@@ -196,7 +193,7 @@ def _table(cls: Any) -> str:
             default = _link(type(value))
         elif name == "learning_rate":
             default = "by use, see above"
-        cells = [f"`{name}`", type_text(kind), default, texts[name]]
+        cells = [f"`{name}`", type_text(kind), default, texts.get(name, "")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Field, WrapValidator
 
 from ppo_engine.settings.schema.base import (
     FiniteFloat,
@@ -21,7 +22,7 @@ class DefaultRate(float):
     """A learning rate that nobody set: it changes where what it follows from is replaced."""
 
 
-def _as_it_is(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
+def _as_it_is(value: Any, validated: Callable[[Any], Any]) -> Any:
     return value if isinstance(value, DefaultRate) else validated(value)
 
 
