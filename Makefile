@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 
-.PHONY: demo smoke test test-minimum mutants fuzz sanitize valgrind lint bench build clean
+.PHONY: demo smoke test test-minimum mutants fuzz sanitize valgrind docs lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -37,6 +37,9 @@ sanitize: $(VENV)/dev.stamp  ## the op tests under AddressSanitizer and UBSan; t
 
 valgrind: $(VENV)/dev.stamp  ## a few cases of each op under memcheck
 	$(BIN)/python tests/memcheck.py
+
+docs: $(VENV)/dev.stamp  ## docs/settings.md anew, after a change in settings/schema/
+	$(BIN)/python docs/settings.py
 
 lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff check .

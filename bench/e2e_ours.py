@@ -44,7 +44,9 @@ def main(work: Work) -> None:
 
 
 def config_of(work: Work) -> PPOConfig:
-    optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, moments=work.moments)
+    optimizer = OptimizerConfig(
+        learning_rate=LEARNING_RATE, warmup_fraction=0.0, moments=work.moments
+    )
     return PPOConfig(
         policy=ModelConfig(path=f"{work.folder}/policy", optimizer=optimizer),
         critic=ModelConfig(optimizer=optimizer),  # starts from the reward model

@@ -3,12 +3,15 @@
     from ppo_engine import PPOConfig, PPOTrainer
     PPOTrainer("path/to/model", reward=my_function, prompts=["…"], config=PPOConfig()).train()
 
-`PPOEngine` gives the four calls of a PPO step to a training loop of your own.
+`GRPOConfig()` in its place trains with GRPO. `PPOEngine` gives the four calls of a PPO step to a
+training loop of your own.
 """
 
 from __future__ import annotations
 
-import importlib
+import difflib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,10 +22,14 @@ if TYPE_CHECKING:
     from ppo_engine.rollout.batch import Rollout
     from ppo_engine.settings.schema import (
         AdaptiveKLConfig,
+        DemoConfig,
         DemonstrationDataConfig,
         EnvironmentConfig,
         EvaluationConfig,
+        GenerateConfig,
         GenerationConfig,
+        GRPOConfig,
+        GRPOSettings,
         LoraConfig,
         ModelConfig,
         OptimizerConfig,
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
         RewardModelSettings,
         RewardSource,
         RunConfig,
+        ScoringConfig,
         SFTConfig,
         SFTSettings,
     )
@@ -47,9 +55,13 @@ if TYPE_CHECKING:
 # neither.
 _SETTINGS = (
     "AdaptiveKLConfig",
+    "DemoConfig",
     "DemonstrationDataConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
+    "GRPOConfig",
+    "GRPOSettings",
+    "GenerateConfig",
     "GenerationConfig",
     "LoraConfig",
     "ModelConfig",
@@ -66,6 +78,7 @@ _SETTINGS = (
     "RunConfig",
     "SFTConfig",
     "SFTSettings",
+    "ScoringConfig",
 )
 _HOMES = {
     "Experience": "ppo.experience",
@@ -81,10 +94,14 @@ _HOMES = {
 
 __all__ = [
     "AdaptiveKLConfig",
+    "DemoConfig",
     "DemonstrationDataConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
     "Experience",
+    "GRPOConfig",
+    "GRPOSettings",
+    "GenerateConfig",
     "GenerationConfig",
     "LoraConfig",
     "ModelConfig",
@@ -106,12 +123,24 @@ __all__ = [
     "SFTConfig",
     "SFTSettings",
     "SFTTrainer",
+    "ScoringConfig",
     "UserError",
     "value_model_class",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ppo_engine' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ppo_engine.{_HOMES[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"ppo_engine.{_HOMES[name]}"), name)
+    near = difflib.get_close_matches(name, __all__, n=1, cutoff=0.75)
+    message = f"ppo_engine has no {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    # `from ppo_engine import …` asks here first, then for a module, and would forget the message of
+    # an AttributeError, which everything else expects.
+    imports = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+    if imports and near and importlib.util.find_spec(f"ppo_engine.{name}") is None:
+        raise ImportError(message, name=name)
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -33,7 +33,7 @@ def make_engine(
 ) -> PPOEngine:
     sections = {"ppo": {"rollout_batch_size": 8, "mini_batch_size": 8, "micro_batch_size": 8}}
     sections["ppo"] |= settings.pop("ppo", {})
-    optimizer = OptimizerConfig(learning_rate=lr, schedule="constant")
+    optimizer = OptimizerConfig(learning_rate=lr, schedule="constant", warmup_fraction=0.0)
     config = PPOConfig(
         policy=settings.pop("policy", ModelConfig(optimizer=optimizer)),
         critic=settings.pop("critic", ModelConfig(optimizer=optimizer)),

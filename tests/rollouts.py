@@ -184,8 +184,8 @@ def moved_engine(
     **sections: Any,
 ) -> PPOEngine:
     """An engine for rollouts of `ROWS`, whose policy is not its reference and samples at 0.7."""
-    of_optimizer = {"learning_rate": 3e-3, "schedule": "constant", "max_grad_norm": 1e6}
-    learning = OptimizerConfig(**{**of_optimizer, **(optimizer or {})})
+    of_optimizer = {"learning_rate": 3e-3, "schedule": "constant", "warmup_fraction": 0.0}
+    learning = OptimizerConfig(**{**of_optimizer, "max_grad_norm": 1e6, **(optimizer or {})})
     sizes = {"rollout_batch_size": 6, "mini_batch_size": 4, "micro_batch_size": 3}
     config = PPOConfig(
         policy=ModelConfig(optimizer=learning, **(policy or {})),

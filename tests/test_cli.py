@@ -16,8 +16,7 @@ from tiny import tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine import cli
-from ppo_engine.cli.run import DEBUG_VARIABLE
-from ppo_engine.errors import UserError
+from ppo_engine.errors import DEBUG_VARIABLE, UserError
 from ppo_engine.rewards.best_of_n import expected_best
 from ppo_engine.settings.files import load_config
 from ppo_engine.settings.schema import (

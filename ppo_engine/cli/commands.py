@@ -58,13 +58,13 @@ def reward(options: argparse.Namespace, rest: list[str]) -> None:
 def ppo(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.rewards.sources import configured_sources
     from ppo_engine.settings.checks import check_settings
-    from ppo_engine.settings.schema import GRPO_DEFAULTS, PPOConfig
+    from ppo_engine.settings.schema import GRPOConfig, PPOConfig
 
     overrides = reward_overrides(options) + overrides_of(options, rest)
     if options.profile:
         overrides.insert(0, "profile=true")
-    defaults = GRPO_DEFAULTS if options.algorithm == "grpo" else None
-    config = load(PPOConfig, options, overrides, defaults, check_settings)
+    cls = GRPOConfig if options.algorithm == "grpo" else PPOConfig
+    config = load(cls, options, overrides, check_settings)
     if config is None:
         return
     for value, what in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,23 @@ def load(
     cls: Any,
     options: argparse.Namespace,
     overrides: Sequence[str],
-    defaults: Mapping[str, Any] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings, after `check`; None when a dry run has printed them."""
-    from ppo_engine.settings.files import dump_config, load_config
+    """The command's settings, after `check`; None when they have only been shown, by a dry run or
+    --help-settings."""
+    from ppo_engine.settings.files import load_config
 
-    config = load_config(cls, options.config, overrides, defaults)
+    if options.help_settings is not None:
+        from ppo_engine.settings.describe import help_settings
+
+        print(help_settings(cls, options.help_settings))
+        return None
+    config = load_config(cls, options.config, overrides)
     if check is not None:
         check(config)
     if options.dry_run:
-        print(dump_config(config), end="")
+        from ppo_engine.settings.describe import commented
+
+        print(commented(config), end="")
         return None
     return config

@@ -133,7 +133,7 @@ def _add(
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog="Any setting can be given as key=value; see them all: "
-        f"ppo-engine {name if writes else 'sft'} --dry-run",
+        f"ppo-engine {name if writes else 'sft'} --help-settings",
         usage=f"ppo-engine {name} [options] [key=value ...]",
         allow_abbrev=False,
     )
@@ -147,6 +147,13 @@ def _add(
         )
         parser.add_argument(
             "--dry-run", action="store_true", help="print the resolved settings and stop"
+        )
+        parser.add_argument(
+            "--help-settings",
+            metavar="SECTION",
+            nargs="?",
+            const="",
+            help="explain all settings, or those of a section such as run, and stop",
         )
     parser.add_argument("--seed", metavar="N", help="random seed")
     parser.set_defaults(run=run, parser=parser, flags=flags)

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from ppo_engine.cli.parser import make_parser
-from ppo_engine.errors import UserError
+from ppo_engine.errors import DEBUG_VARIABLE, UserError
 from ppo_engine.memory import keep_freed_memory
-
-DEBUG_VARIABLE = "PPO_ENGINE_DEBUG"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -242,7 +242,9 @@ def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
         model=ModelConfig(
             path=model,
             trainable_layers=scale.layers,
-            optimizer=OptimizerConfig(learning_rate=scale.reward_learning_rate),
+            optimizer=OptimizerConfig(
+                learning_rate=scale.reward_learning_rate, warmup_fraction=0.0
+            ),
         ),
         data=PreferenceDataConfig(eval_fraction=0.1),
         reward=RewardModelSettings(batch_size=8, epochs=scale.reward_epochs),

@@ -5,7 +5,8 @@
     experience = engine.estimate_advantages(rollout, scores)  # 3 KL to the reference, values, GAE
     metrics    = engine.update(experience)                    # 4 policy, 5 critic
 
-`PPOTrainer` calls these in a loop; call them from a loop of your own for anything else.
+`PPOTrainer` calls these in a loop; call them from a loop of your own for anything else. Such a loop
+keeps its models by `engine.save(folder)`, and itself by `save_checkpoint` and `load_checkpoint`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.models import freezing, precision
 from ppo_engine.models.language_model import LanguageModel
@@ -45,12 +48,21 @@ from ppo_engine.ppo.experience import (
 from ppo_engine.ppo.kl_control import KLController
 from ppo_engine.ppo.passes import Passes
 from ppo_engine.ppo.trunks import Trunks
+from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike, load_rewards
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment, load_environment
 from ppo_engine.rollout.generation import generate
 from ppo_engine.rollout.sampling import Sampler
+from ppo_engine.run.checkpoint import (
+    checkpoint_folder,
+    load_training_state,
+    random_states,
+    restore_random_states,
+    save_training_state,
+)
+from ppo_engine.run.directory import atomic_folder
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.spans import span
@@ -78,6 +90,7 @@ class PPOEngine:
         UserError: a model, reward or setting that cannot be used, before anything is trained.
     """
 
+    @entry_point
     def __init__(
         self,
         policy: str | PreTrainedModel = "",
@@ -159,6 +172,7 @@ class PPOEngine:
         self.steps_done = 0
         release_freed_memory()  # of weights that were loaded in fp32
 
+    @entry_point
     @span("generate")
     def generate(
         self,
@@ -206,12 +220,14 @@ class PPOEngine:
         """The weighted sum of `score_each`, [B] fp32; neither normalized nor penalized."""
         return self.rewards.total(self.score_each(rollout))
 
+    @entry_point
     @span("score")
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by the reward's name."""
         with self.trunks.of(rollout):
             return self.rewards.score_each(rollout)
 
+    @entry_point
     @span("advantages")
     def estimate_advantages(
         self,
@@ -324,6 +340,7 @@ class PPOEngine:
             raise ValueError(f"ppo.estimator={self.config.ppo.estimator} has no critic.")
         return self.passes.of_critic(self.critic, rollout)
 
+    @entry_point
     @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics."""
@@ -386,6 +403,35 @@ class PPOEngine:
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
         self.shuffle.set_state(state["shuffle"].cpu())
+
+    @entry_point
+    def save(self, folder: str | Path) -> None:
+        """Write the policy into `folder`/policy and the critic, if there is one, into critic, in
+        Hugging Face format (adapters merged, in `config.run.save_dtype`) with the tokenizer and the
+        generation config. Each replaces what was there, whole or not at all."""
+        dtype = self.config.run.save_dtype
+        with atomic_folder(Path(folder) / "policy") as inside:
+            self.policy.save(inside, dtype, self.config.generation)
+        if self.critic is not None:
+            with atomic_folder(Path(folder) / "critic") as inside:
+                save_model(self.critic.model, self.policy.tokenizer, inside, dtype)
+
+    @entry_point
+    def save_checkpoint(self, folder: str | Path) -> None:
+        """Write what a loop of your own resumes from into `folder`, whole or not at all: trained
+        weights, optimizers, and the states of all generators of random numbers."""
+        with checkpoint_folder(folder) as inside:
+            save_training_state(inside, {"engine": self.state_dict(), "random": random_states()})
+
+    @entry_point
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Go on from such a checkpoint, or one of a trainer's run, with the settings it was made
+        with: on a CPU to the same bits. Where in the data the loop was, it keeps itself."""
+        state = load_training_state(Path(folder), self.device)
+        if "engine" not in state:
+            raise UserError(f"{folder} is a checkpoint of `sft` or `reward`, not of a PPO run.")
+        self.load_state_dict(state["engine"])
+        restore_random_states(state["random"])
 
     @property
     def learners(self) -> list[Learner]:

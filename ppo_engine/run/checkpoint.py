@@ -49,6 +49,18 @@ def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
+@contextmanager
+def checkpoint_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into, as `atomic_folder`; a UserError where other things than
+    a checkpoint stand, which it would replace."""
+    path = Path(path).expanduser()
+    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not free and not (path / _FILE).is_file():
+        raise UserError(f"{path} is no checkpoint to replace: choose a folder of its own for it.")
+    with atomic_folder(path) as folder:
+        yield folder
+
+
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators."""
     generator: Any = numpy.random.get_state(legacy=False)

@@ -5,12 +5,8 @@ The keys are those of the dataclasses in `schema`; all problems are reported at 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ppo_engine.errors import UserError
+from ppo_engine.settings.problems import explain, flatten, keys, refusal, without_unknown
 
 Config = TypeVar("Config")
 
@@ -28,39 +25,41 @@ def load_config(
     cls: type[Config],
     file: str | None = None,
     overrides: Sequence[str] = (),
-    defaults: Mapping[str, Any] | None = None,
 ) -> Config:
     """Settings of class `cls`: its defaults, then the YAML `file`, then `key.key=value` overrides.
-
-    `defaults`, nested as in a file, replace those of the class.
 
     Values are YAML: `null` is None, `1e-5` a number, `[a, b]` a list. An override of a key in a
     section that is None by default (`ppo.adaptive_kl.target=3`) switches the section on. Raises
     one `UserError` that lists every problem.
     """
-    data = _over(defaults or {}, _read_file(file) if file is not None else {})
+    data = _read_file(file) if file is not None else {}
     problems: list[str] = []
     for override in overrides:
         try:
             _set(data, *_parse_override(override))
         except UserError as error:
             problems.append(str(error))
-    known = list(_keys(cls))
-    _drop_unknown(cls, data, "", known, problems)
+    known = list(keys(cls))
+    data = without_unknown(cls, data, "", known, problems)
     try:
         # Strict JSON refuses "yes" for a number, but takes 1 for 1.0 and a mapping for a section.
         config = TypeAdapter(cls).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        problems.extend(_explain(error, known))
+        problems.extend(explain(error, known))
     if problems:
-        source = f" in {file}" if file is not None else ""
-        raise UserError(f"Bad settings{source}:\n" + "\n".join(f"  - {line}" for line in problems))
+        raise refusal(problems, f" in {file}" if file is not None else "")
     return config
 
 
 def dump_config(config: Any) -> str:
-    """YAML text that `load_config` reads back to an equal object."""
-    return yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """YAML text that `load_config` reads back to an equal object. A run's config.yaml is this,
+    without comments: programs compare it, and descriptions are those of the version that shows
+    them (`settings.describe`)."""
+    return as_yaml(as_dict(config))
+
+
+def as_yaml(tree: Any) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -80,17 +79,6 @@ def changed_settings(
         for key in sorted({*before, *after} - set(free))
         if before.get(key) != after.get(key)
     ]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def shown_settings(tree: Any) -> Any:
@@ -165,17 +153,6 @@ def _read_file(file: str) -> dict[str, Any]:
     return data
 
 
-def _over(below: Mapping[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above`, with the keys that only `below` has added."""
-    found = dict(above)
-    for key, value in below.items():
-        if isinstance(value, Mapping) and isinstance(above.get(key) or {}, dict):
-            found[key] = _over(value, above.get(key) or {})
-        else:
-            found.setdefault(key, value)
-    return found
-
-
 def _parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -203,102 +180,6 @@ def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
             data[name] = {}
         data = data[name]
     data[path[-1]] = value
-
-
-def _keys(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a settings class, sections included, and the type of each."""
-    keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        keys[prefix + name] = kind
-        section = _section(kind)
-        if section is not None:
-            keys.update(_keys(section, f"{prefix}{name}."))
-    return keys
-
-
-def _section(kind: Any) -> Any:
-    """The dataclass behind a field's type, also when it is optional; None for plain values."""
-    if dataclasses.is_dataclass(kind):
-        return kind
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(filter(dataclasses.is_dataclass, typing.get_args(kind)), None)
-    return None
-
-
-def _drop_unknown(
-    cls: Any, data: dict[str, Any], prefix: str, known: list[str], problems: list[str]
-) -> None:
-    """Remove unknown keys from `data`, each with a problem that names the nearest known one."""
-    kinds = typing.get_type_hints(cls)
-    for name in list(data):
-        kind = kinds.get(name)
-        if kind is None:
-            for key in flatten({name: data.pop(name)}, prefix):
-                problems.append(f"{key}: unknown key{_nearest(key, known)}")
-            continue
-        section = _section(kind)
-        if section is None:
-            _drop_unknown_in_list(kind, data[name], prefix + name, problems)
-            continue
-        if data[name] is None and kind is section:
-            data[name] = {}  # a section whose every line is commented out
-        if isinstance(data[name], dict):
-            _drop_unknown(section, data[name], f"{prefix}{name}.", known, problems)
-
-
-def _drop_unknown_in_list(kind: Any, items: Any, key: str, problems: list[str]) -> None:
-    """The same for a list of sections, such as `reward.sources`."""
-    section = next(iter(typing.get_args(kind)), None)
-    if typing.get_origin(kind) is not list or not dataclasses.is_dataclass(section):
-        return
-    for index, item in enumerate(items if isinstance(items, list) else ()):
-        if isinstance(item, dict):
-            prefix = f"{key}[{index}]."
-            _drop_unknown(section, item, prefix, list(_keys(section, prefix)), problems)
-
-
-def _nearest(unknown: str, known: list[str]) -> str:
-    if unknown in known:  # a dotted key inside a YAML file
-        section, _, name = unknown.rpartition(".")
-        return f": write {name!r} inside the section {section!r}"
-    last = unknown.rpartition(".")[2]
-    by_name: dict[str, list[str]] = {}
-    for key in known:
-        by_name.setdefault(key.rpartition(".")[2], []).append(key)
-    meant = by_name.get(last) or difflib.get_close_matches(unknown, known, n=1)
-    if not meant:
-        names = difflib.get_close_matches(last, list(by_name), n=1)
-        meant = by_name[names[0]] if names else []
-    if not meant:
-        return f"; the sections are {', '.join(key for key in known if '.' not in key)}"
-    return f"; did you mean {' or '.join(meant[:3])}?"
-
-
-def _explain(error: ValidationError, known: list[str]) -> list[str]:
-    """One line per wrong key: what was expected and what came."""
-    expected: dict[str, list[str]] = {}
-    given: dict[str, Any] = {}
-    for problem in error.errors(include_url=False):
-        parts = [str(part) for part in problem["loc"]]
-        # Pydantic adds the members of a union and the indices of a list behind the key.
-        while parts and ".".join(parts) not in known:
-            parts.pop()
-        key = ".".join(parts) or "settings"
-        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if problem["type"].endswith("dataclass_type"):
-            first = next((name for name in known if name.startswith(f"{key}.")), "")
-            message = f"should be a section of keys, such as {first}" if first else message
-        elif problem["type"] == "list_type":
-            message = "should be a list, such as [a, b]"
-        elif problem["type"] == "missing":  # of a list of fixed length: a section has defaults
-            message = f"should have at least {int(problem['loc'][-1]) + 1} values"
-        if message not in expected.setdefault(key, []):
-            expected[key].append(message)
-        given.setdefault(key, problem["input"])
-    return [
-        f"{key}: {' or '.join(messages)}, got {json.dumps(given[key], default=str)}"
-        for key, messages in expected.items()
-    ]
 
 
 def _place(file: str, error: yaml.YAMLError) -> str:

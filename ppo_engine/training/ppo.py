@@ -25,7 +25,7 @@ from ppo_engine.data.prompts import (
     prompts_from_sequence,
 )
 from ppo_engine.data.rows import SkippedLines
-from ppo_engine.errors import UserError
+from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import peak_memory
 from ppo_engine.messages import counted
 from ppo_engine.models.notes import training_notes
@@ -38,7 +38,7 @@ from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
-from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output, dated
+from ppo_engine.run.directory import RunDirectory, check_output, dated
 from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
@@ -59,6 +59,7 @@ class PPOTrainer:
     responses have been scored.
     """
 
+    @entry_point
     def __init__(
         self,
         policy: str | PreTrainedModel = "",
@@ -120,6 +121,7 @@ class PPOTrainer:
         self._trackers: Trackers | None = None
         self._closing = ExitStack()
 
+    @entry_point
     def train(self) -> dict[str, float]:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
 
@@ -158,7 +160,7 @@ class PPOTrainer:
                 if self._done() or (every and self.step % every == 0):
                     self.checkpoints.save()
             run = self._open_run()
-            self._save_models(run)
+            self.engine.save(run.path)
             progress.note(f"The policy is in {run.path / 'policy'}")
             for note in self.evaluator.notes():
                 progress.note(note)
@@ -310,15 +312,6 @@ class PPOTrainer:
         restore_random_states(state["random"])
         self.step, self._unreported = state["step"], state["unreported"]
         run.rewind(self.step - (self._unreported is not None))
-
-    def _save_models(self, run: RunDirectory) -> None:
-        dtype = self.config.run.save_dtype
-        with atomic_folder(run.path / "policy") as folder:
-            self.engine.policy.save(folder, dtype, self.config.generation)
-        if self.engine.critic is not None:
-            with atomic_folder(run.path / "critic") as folder:
-                tokenizer = self.engine.policy.tokenizer
-                loading.save_model(self.engine.critic.model, tokenizer, folder, dtype)
 
     def _read(
         self, source: str | Path | Iterable[Any], tokenizer: PreTrainedTokenizerBase

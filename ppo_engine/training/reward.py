@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
 from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, sample_rankings
 from ppo_engine.data.rows import SkippedLines
-from ppo_engine.errors import UserError
+from ppo_engine.errors import UserError, entry_point
 from ppo_engine.messages import counted
 from ppo_engine.models import freezing, value_model
 from ppo_engine.models.experts import asks_for_balance
@@ -49,6 +49,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
 
     config: RewardModelConfig
 
+    @entry_point
     def __init__(
         self,
         model: str | PreTrainedModel | None = None,
@@ -70,6 +71,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def settings(self) -> RewardModelSettings:
         return self.config.reward
 
+    @entry_point
     @torch.no_grad()
     def evaluate(self, progress: Progress | None = None) -> dict[str, float]:
         """Accuracy over all held-out pairs (a tie counts 1/2), its standard error (pairs of one

@@ -22,7 +22,7 @@ from ppo_engine.data.demonstrations import (
     load_demonstrations,
 )
 from ppo_engine.data.rows import SkippedLines
-from ppo_engine.errors import UserError
+from ppo_engine.errors import UserError, entry_point
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
 from ppo_engine.models.reader import Limit
@@ -45,6 +45,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
 
     config: SFTConfig
 
+    @entry_point
     def __init__(
         self,
         model: str | PreTrainedModel | None = None,
@@ -62,6 +63,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
     def settings(self) -> SFTSettings:
         return self.config.sft
 
+    @entry_point
     @torch.no_grad()
     def evaluate(self, progress: Progress | None = None) -> dict[str, float]:
         """Loss on the held-out response tokens, its standard error (answers to one prompt are not

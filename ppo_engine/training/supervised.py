@@ -25,6 +25,7 @@ from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
+from ppo_engine.errors import entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.models import precision
 from ppo_engine.models.optimizer import Learner
@@ -137,6 +138,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
     def _summary(self, metrics: dict[str, float]) -> str:
         """Held-out metrics as a sentence."""
 
+    @entry_point
     def train(self) -> dict[str, float]:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
 

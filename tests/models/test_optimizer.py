@@ -47,7 +47,9 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out():
 
 
 def test_epsilon_and_betas_reach_the_optimizer():
-    optimizer = make_optimizer(small_model(), OptimizerConfig(beta1=0.8, beta2=0.9, eps=1e-5))
+    optimizer = make_optimizer(
+        small_model(), OptimizerConfig(learning_rate=1e-5, beta1=0.8, beta2=0.9)
+    )
     assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-5 for g in optimizer.param_groups)
 
 
@@ -138,7 +140,9 @@ def trained(dtype: torch.dtype, seed: int = 0) -> Learner:
         torch.manual_seed(seed)
         # Sizes that fill vectors: the end of a tensor torch rounds otherwise.
         model = nn.ModuleDict({"inner": nn.Linear(64, 64), "score": nn.Linear(64, 1, bias=False)})
-    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e-2)
+    config = OptimizerConfig(
+        learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1e-2, warmup_fraction=0.0
+    )
     return Learner(to_compute_dtype(model, dtype), config, 40, "the model")
 
 

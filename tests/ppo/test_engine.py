@@ -346,6 +346,7 @@ def test_learning_rate_decays_to_zero():
 
 def test_an_update_of_a_half_precision_run_changes_fp32_masters():
     config = PPOConfig(
+        policy=ModelConfig(optimizer=OptimizerConfig(learning_rate=1e-5, warmup_fraction=0.0)),
         ppo=PPOSettings(rollout_batch_size=8, mini_batch_size=8),
         generation=GenerationConfig(max_new_tokens=6),
         run=RunConfig(dtype="bfloat16"),

@@ -52,7 +52,7 @@ def test_defaults_are_those_of_the_field() -> None:
 def test_python_is_told_of_its_mistakes_too(
     cls: type, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(UserError, match=message):
         cls(**settings)
 
 

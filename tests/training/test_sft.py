@@ -410,7 +410,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_an_example_holds_more_than_one_token(folder: str) -> None:
-    with pytest.raises(ValueError, match="max_tokens"):
+    with pytest.raises(UserError, match="max_tokens"):
         trainer(folder, data={"max_tokens": 1})
     made = trainer(folder, data={"max_tokens": 2})
     assert made.train_step(made.mini_batch(0))["sft/loss"] > 0

@@ -1,0 +1,60 @@
+"""Settings of a run: where results go, on what it runs, and what is measured meanwhile."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Literal
+
+from pydantic import Field
+
+from ppo_engine.settings.schema.base import NonNegativeInt, PositiveInt, settings
+
+
+@settings
+class EvaluationConfig:
+    """Held-out prompts, answered before training, after every `every` steps and at the end.
+
+    They come from a file of their own, or are taken out of the training data; none by default.
+    """
+
+    path: str | None = None
+    """Held-out prompts, in a file as data.path; null: those of evaluation.prompts."""
+    prompts: NonNegativeInt = 0
+    """Distinct prompts of the training data that are held out, in place of a file."""
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 is before training and at the end only."""
+    best_of: PositiveInt = 1
+    """Responses to each prompt; with N > 1 the expected best of N is measured too."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a new best; null: never."""
+    keep_best: bool = True
+    """Keep the policy with the best score so far in best/. It is judged by eval/shaped_scores, with
+    missing-EOS rule and length penalty; by eval/scores where there is neither, or where the scale
+    of the shaped ones changes (reward.normalize)."""
+
+
+@settings
+class RunConfig:
+    """What every training command has: where results go, and what makes a run repeatable."""
+
+    output_dir: str = ""
+    """A new folder for the results; empty: runs/COMMAND-TIME."""
+    seed: int = 0
+    """Of everything that is drawn: samples, orders of data, new weights."""
+    date: datetime.date | None = None
+    """For chat templates that show the date (YYYY-MM-DD); null: the day on which the run began."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto: a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and compute. In bfloat16, what is trained has the rest of an fp32 master beside
+    it. auto: bfloat16 where the device multiplies it faster."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of saved models; auto: the dtype they came in. Checkpoints to resume from keep every bit."""
+    resume: bool = False
+    """Continue from the newest checkpoint in output_dir."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0 writes only the final one, or a failure's."""
+    sample_every: NonNegativeInt = 5
+    """Steps between printed sample responses; 0: none."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Where metrics go besides metrics.jsonl."""

@@ -1,0 +1,187 @@
+"""Settings in Python: sections as classes or dictionaries, mistakes in the words of the command
+line, and what follows from other settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ppo_engine
+from ppo_engine.errors import UserError
+from ppo_engine.settings.files import dump_config, load_config
+from ppo_engine.settings.schema import (
+    AdaptiveKLConfig,
+    GenerationConfig,
+    GRPOConfig,
+    GRPOSettings,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    RewardConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
+
+any_type: Any = lambda value: value  # noqa: E731  what a type checker would refuse
+
+
+def test_a_dictionary_serves_for_a_section() -> None:
+    assert PPOConfig(generation=any_type({"max_new_tokens": 16})) == PPOConfig(
+        generation=GenerationConfig(max_new_tokens=16)
+    )
+    assert PPOConfig(policy=any_type({"lora": {"rank": 4}})).policy.lora == LoraConfig(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "lines"),
+    [
+        (lambda: PPOConfig(**{"stps": 3}), ["stps: unknown key; did you mean steps?"]),
+        (
+            lambda: PPOConfig(ppo={"kl_coeff": 3, "kl_coef": -1}),
+            [
+                "ppo.kl_coeff: unknown key; did you mean ppo.kl_coef?",
+                "ppo.kl_coef: should be greater than or equal to 0, got -1",
+            ],
+        ),
+        (lambda: PPOSettings(kl_coef="x"), ['kl_coef: should be a valid number, got "x"']),
+        (
+            lambda: AdaptiveKLConfig(**{"targett": 3}),
+            ["targett: unknown key; did you mean target?"],
+        ),
+        (
+            lambda: RewardConfig(sources=[{"nme": "a"}]),
+            ["sources[0].nme: unknown key; did you mean sources[0].name?"],
+        ),
+        (
+            lambda: GRPOConfig(ppo=PPOSettings()),
+            ["ppo: should be a GRPOSettings, or a dictionary of its keys, got PPOSettings(…)"],
+        ),
+        (
+            lambda: RewardModelConfig(3),
+            ["model: should be a section of keys, such as model.path, got 3"],
+        ),
+        (lambda: replace(PPOConfig(), steps=0), ["steps: should be greater than 0, got 0"]),
+    ],
+)
+def test_mistakes_are_told_as_on_the_command_line(
+    make: Callable[[], Any], lines: list[str]
+) -> None:
+    with pytest.raises(UserError, match="Bad settings in ") as caught:
+        make()
+    found = str(caught.value).splitlines()[1:]
+    assert len(found) == len(lines)
+    assert all(line.startswith(f"  - {start}") for line, start in zip(found, lines, strict=True))
+    assert caught.value.__suppress_context__  # of pydantic's own error
+
+
+def test_a_users_dictionary_stays_as_it_is() -> None:
+    given = {"kl_coeff": 3, "adaptive_kl": {"targett": 1}}
+    with pytest.raises(UserError):
+        PPOConfig(ppo=any_type(given))
+    assert given == {"kl_coeff": 3, "adaptive_kl": {"targett": 1}}
+
+
+def test_grpo_starts_from_its_papers_settings() -> None:
+    """Shao et al. 2024, section 4.2, in smaller groups; what is set replaces only itself."""
+    for config in (
+        GRPOConfig(ppo=GRPOSettings(kl_coef=0.1)),
+        GRPOConfig(ppo=any_type({"kl_coef": 0.1})),
+        load_config(GRPOConfig, None, ["ppo.kl_coef=0.1"]),
+    ):
+        ppo = config.ppo
+        assert (ppo.estimator, ppo.group_size, ppo.kl_in, ppo.kl_coef) == ("grpo", 8, "loss", 0.1)
+        assert (ppo.kl_estimator, ppo.reduction, ppo.whiten_advantages) == (
+            "k3",
+            "sequence_mean",
+            False,
+        )
+    assert GRPOSettings().kl_coef == 0.04 and isinstance(GRPOConfig(), PPOConfig)
+
+
+def rates(config: Any) -> list[float]:
+    names = [name for name in ("policy", "critic", "model") if hasattr(config, name)]
+    return [getattr(config, name).optimizer.learning_rate for name in names]
+
+
+def test_a_rate_for_each_use_unless_one_is_set() -> None:
+    lora = ModelConfig(lora=LoraConfig())
+    own = OptimizerConfig(learning_rate=3e-5)
+    assert rates(PPOConfig()) == rates(GRPOConfig()) == [1e-6, 1e-5]
+    assert rates(PPOConfig(policy=lora)) == [1e-4, 1e-5]
+    assert rates(PPOConfig(critic=lora)) == [1e-6, 1e-4]
+    assert rates(RewardModelConfig()) + rates(RewardModelConfig(model=lora)) == [9e-6, 1e-4]
+    assert rates(SFTConfig()) + rates(SFTConfig(model=lora)) == [2e-5, 2e-4]
+    assert rates(PPOConfig(policy=replace(lora, optimizer=own))) == [3e-5, 1e-5]
+    assert OptimizerConfig().warmup_fraction == 0.03
+
+
+def test_a_section_that_two_share_gets_a_rate_for_each() -> None:
+    shared = ModelConfig()
+    assert rates(PPOConfig(policy=shared, critic=shared)) == [1e-6, 1e-5]
+    assert shared.optimizer.learning_rate is None
+
+
+def test_the_rate_follows_what_is_replaced() -> None:
+    config = PPOConfig()
+    policy = replace(config.policy, lora=LoraConfig())
+    assert rates(replace(config, policy=policy)) == [1e-4, 1e-5]
+    optimizer = replace(policy.optimizer, eps=1e-8)  # the rate is handed on, and still nobody's
+    assert rates(replace(config, policy=replace(policy, optimizer=optimizer))) == [1e-4, 1e-5]
+    assert rates(SFTConfig(model=policy)) == [2e-4]
+    chosen = replace(policy.optimizer, learning_rate=1e-6)  # the default's number, but chosen
+    assert rates(replace(config, policy=replace(policy, optimizer=chosen))) == [1e-6, 1e-5]
+
+
+def test_a_runs_settings_keep_their_rate(tmp_path: Path) -> None:
+    """config.yaml has the number, which later defaults do not change."""
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        dump_config(PPOConfig()).replace("learning_rate: 1.0e-06", "learning_rate: 7.0e-6")
+    )
+    config = load_config(PPOConfig, str(file), ["policy.lora.rank=4"])
+    assert rates(config) == [7e-6, 1e-5]
+
+
+def test_all_settings_classes_are_exported() -> None:
+    from ppo_engine.settings import schema
+
+    classes = {name for name in schema.__all__ if name[0].isupper() and not name.isupper()}
+    assert classes <= set(ppo_engine.__all__)
+    for name in ppo_engine.__all__:
+        assert getattr(ppo_engine, name).__name__ == name
+    assert set(ppo_engine.__all__) <= set(dir(ppo_engine))
+
+
+def run_python(code: str) -> str:
+    """What a script prints on stderr."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_a_wrong_name_is_told_the_near_one() -> None:
+    shown = run_python("from ppo_engine import PPOTrianer")
+    assert "ImportError: ppo_engine has no 'PPOTrianer': did you mean 'PPOTrainer'?" in shown
+    assert "During handling" not in shown
+    with pytest.raises(AttributeError, match="has no 'PPOConfg': did you mean 'PPOConfig'"):
+        _ = ppo_engine.PPOConfg
+    assert not hasattr(ppo_engine, "PPOTrianer") and not hasattr(ppo_engine, "xyzzy")
+    from ppo_engine import doctor  # a module, whatever is near
+
+    assert doctor.__name__ == "ppo_engine.doctor"
+
+
+def test_a_mistake_in_a_script_ends_in_a_few_lines() -> None:
+    shown = run_python("from ppo_engine import PPOConfig\nPPOConfig(ppo={'kl_coeff': 1})")
+    assert len(shown.splitlines()) <= 7 and "pydantic" not in shown
+    assert shown.endswith("  - ppo.kl_coeff: unknown key; did you mean ppo.kl_coef?\n")
+    shown = run_python("from ppo_engine import PPOTrainer\nPPOTrainer('./absent', prompts=['a'])")
+    assert len(shown.splitlines()) <= 7 and "UserError: " in shown and "During" not in shown
