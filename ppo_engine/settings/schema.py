@@ -79,7 +79,9 @@ class RewardSource:
     """One reward: a reward model, a Python function or an HTTP endpoint."""
 
     path: str | None = None  # a reward model's folder or name
-    function: str | None = None  # "file.py:name" or "package.module:name"
+    # "file.py:name", "package.module:name", or a ready function's name (docs/rewards.md)
+    function: str | None = None
+    arguments: dict[str, Any] = Field(default_factory=dict)  # of the function, by their names
     url: str | None = None  # http:// or https://, see `rewards.http`
     name: str = ""  # in metrics; empty: the folder's, the function's or the host's
 
@@ -98,6 +100,7 @@ class ScoringConfig:
 
     path: str | None = None
     function: str | None = None
+    arguments: dict[str, Any] = Field(default_factory=dict)  # of the function, by their names
     url: str | None = None
     sources: list[RewardSource] = Field(default_factory=list)
     weights: list[FiniteFloat] | None = None  # of the rewards in their order; None: 1 each
