@@ -24,12 +24,12 @@ def unit_tests(
 ) -> list[float]:
     """1.0 where the Python program in the response passes all of its `tests`.
 
-    The program is the response's last ```python block, or else all of it. `tests` are statements
-    that raise where it is wrong, such as `assert add(1, 2) == 3`: a text, or a list of texts. They
-    run after the program, in its namespace; functions in them that are called `test…` are called.
-    Each program has a process of its own, as many at a time as there are cores, which may take
-    `timeout` seconds and `memory` MiB. **Its limits stop accidents. They are no sandbox against
-    malicious code**: see `program`.
+    The program is the response's last ```python block, or else all of it (`program_in`). `tests`
+    are statements that raise where it is wrong, such as `assert add(1, 2) == 3`: a text, or a list
+    of texts. They run after the program, in its namespace; their functions named `test…` are
+    called. Each program has a process of its own, as many at a time as there are cores, which may
+    take `timeout` seconds and `memory` MiB. **These limits stop accidents; they are no sandbox
+    against malicious code**: see `program`.
     """
     for name, value in (("timeout", timeout), ("memory", memory)):
         if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -41,18 +41,23 @@ def unit_tests(
 
 
 def program_in(response: str) -> str:
-    """The last ```python (or ```py, or bare) block of `response`, or all of it without one."""
-    found = response
-    block: list[str] | None = None
-    for line in response.splitlines():
+    """The last ```python block of `response`, else the last block without a language, else all."""
+    named, bare = [], []
+    language, block = "", None
+    for line in response.split("\n"):
+        fence = line.strip()
         if block is None:
-            if line.strip().lower() in ("```python", "```python3", "```py", "```"):
-                block = []
-        elif line.strip() == "```":
-            found, block = "\n".join(block), None
-        else:
+            if fence.startswith("```"):
+                language, block = fence[3:].strip().lower(), list[str]()
+        elif fence != "```":
             block.append(line)
-    return found
+        else:
+            if language in ("python", "python3", "py"):
+                named.append("\n".join(block))
+            elif not language:
+                bare.append("\n".join(block))
+            block = None
+    return (named or bare or [response])[-1]
 
 
 def _texts(tests: Any) -> list[str]:
