@@ -33,16 +33,18 @@ def parse_source(text: str, name: str = "") -> RewardSource:
         return RewardSource(function=text, name=name)
     if text.endswith(".py"):
         raise UserError(f"{text!r} names a file; name its function too, as {text}:FUNCTION.")
-    if text in READY and Path(text).exists():
-        raise UserError(
-            f"{text!r} is a ready reward function, and something of that name stands here: write "
-            f"reward.function={text} for the function, or ./{text} for a reward model."
-        )
-    near = difflib.get_close_matches(text, READY, n=1, cutoff=0.8)
-    if near and near[0] != text and not Path(text).exists():
-        raise UserError(f"{text!r} names no reward; did you mean {near[0]!r}?")
+    if Path(text).exists():
+        if text in READY:
+            raise UserError(
+                f"{text!r} is a ready reward function, and something of that name stands here: "
+                f"write reward.function={text} for the function, or ./{text} for a reward model."
+            )
+        return RewardSource(path=text, name=name)
     if text in READY:
         return RewardSource(function=text, name=name)
+    near = difflib.get_close_matches(text, READY, n=1, cutoff=0.8)
+    if near:
+        raise UserError(f"{text!r} names no reward; did you mean {near[0]!r}?")
     return RewardSource(path=text, name=name)
 
 

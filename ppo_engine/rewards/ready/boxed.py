@@ -49,12 +49,12 @@ def last_box(text: str) -> str | None:
     starts = [found.end() for found in re.finditer(r"\\boxed\s*\{", text)]
     if not starts:
         return None
-    depth = 1
+    rest, depth = text[starts[-1] :], 1
     # A brace behind a backslash is one to be printed, as in \{1, 2\}.
-    for brace in re.finditer(r"\\.|[{}]", text[starts[-1] :], re.DOTALL):
+    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[starts[-1] :][: brace.start()]
+            return rest[: brace.start()]
     return None
 
 
