@@ -124,12 +124,12 @@ class Signature:
         self._check_answers(taken, offered, columns)
         absent = [p.name for p in self._required() if p.name not in taken]
         if absent:
-            setting = f"set {lists.arguments}.{absent[0]}, " if lists.arguments else ""
+            setting = f", or get it from {lists.arguments}.{absent[0]}" if lists.arguments else ""
             raise UserError(
                 f"{self._subject} asks for {_quoted(absent)}, but the prompts have "
-                f"{_quoted(columns) if columns else 'no other columns'}. Add the column, name the "
-                f"one that holds it (data.columns={{{absent[0]}: …}}), {setting}or give the "
-                "parameter a default."
+                f"{_quoted(columns) if columns else 'no other columns'}. Add the column, or name "
+                f"the one that holds it (data.columns={{{absent[0]}: …}}); a function of your own "
+                f"may give the parameter a default{setting}."
             )
         return self._arranged(taken)
 

@@ -69,7 +69,11 @@ def test_a_column_that_a_ready_function_needs_is_missing():
     with pytest.raises(UserError, match=message) as caught:
         rewards.check_columns(["solution"])
     assert "data.columns={answer: …}" in str(caught.value)
-    rewards.check_columns(["answer", "tolerance"])  # that is an argument, not this column
+
+
+def test_a_column_is_no_argument_of_a_ready_function():
+    [reward] = load("last_number").by_name.values()
+    assert reward(["p"], ["5"], [True], {"answer": ["5"], "tolerance": ["x"]}).item() == 1
 
 
 # Arguments ----------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def test_arguments_that_a_python_reward_does_not_take(given, message):
 
 
 def test_an_argument_that_is_missing_is_said_with_the_setting():
-    with pytest.raises(UserError, match=r"asks for 'scale', .* set reward\.arguments\.scale, or"):
+    with pytest.raises(UserError, match=r"asks for 'scale', .* from reward\.arguments\.scale"):
         load(scaled).check_columns(["answer"])
 
 

@@ -249,7 +249,7 @@ def test_json_of_a_schema():
     bad = [
         '{"a": "x"}',
         "{}",
-        '{"a": NaN}',
+        '{"a": 1, "b": NaN}',
         '{"a": 1',
         '{"a": 1} yes',
         "",
