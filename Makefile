@@ -66,7 +66,7 @@ $(VENV)/demo.stamp: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,lora,tensorboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,json,lora,math,tensorboard]'
 	touch $@
 
 # With the kernels that are compiled in place.

@@ -25,6 +25,8 @@ _OPTIONAL = {
     "peft": "LoRA: pip install 'ppo-engine[lora]'",
     "bitsandbytes": "a quantized base under LoRA: pip install 'ppo-engine[quant]'",
     "datasets": "parquet files and saved data sets: pip install 'ppo-engine[data]'",
+    "math_verify": "the reward math_equal: pip install 'ppo-engine[math]'",
+    "jsonschema": "the reward json_schema: pip install 'ppo-engine[json]'",
     "tensorboard": "run.trackers=[tensorboard]: pip install 'ppo-engine[tensorboard]'",
     "wandb": "run.trackers=[wandb]: pip install 'ppo-engine[wandb]'",
     "trackio": "run.trackers=[trackio]: pip install 'ppo-engine[trackio]'",

@@ -55,6 +55,7 @@ def generate(config: GenerateConfig) -> None:
     if bool(config.prompt) == bool(config.data.path):
         raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
     check_generation(config.generation)
+    sources = configured_sources(config.reward)
     if config.resume and not config.output:
         raise UserError("--resume needs --out: the file that is to be completed.")
     file, date = None, config.date or datetime.date.today()
@@ -94,7 +95,7 @@ def generate(config: GenerateConfig) -> None:
     sampler = Sampler(policy)
     notes += sampler.notes
     rewards = None
-    if configured_sources(config.reward):
+    if sources:
         rewards = load_rewards(None, config.reward, policy.renderer, device=device, dtype=dtype)
     examples, too_long = limit_prompts(
         examples,

@@ -113,7 +113,9 @@ def _normal(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "group", ["lora", "quant", "data", "tensorboard", "wandb", "trackio", "demo", "bench", "dev"]
-)
+    "group",
+    ["lora", "quant", "data", "math", "json", "tensorboard", "wandb", "trackio", "demo", "bench",
+     "dev"],
+)  # fmt: skip
 def test_optional_groups(group: str) -> None:
     assert PROJECT["optional-dependencies"][group]

@@ -26,6 +26,7 @@ def reward_overrides(options: argparse.Namespace) -> list[str]:
     if options.reward is None:
         return []
     settings = source_settings([parse_source(text) for text in options.reward])
+    settings["arguments"] = {}  # they are those of a reward that is not meant
     return [f"reward.{key}={json.dumps(value)}" for key, value in settings.items()]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ppo_engine.cli import commands
 from ppo_engine.cli.overrides import Flag
+from ppo_engine.rewards.ready import READY
 
 _MODEL_HELP = "Hugging Face name or folder"
 
@@ -165,8 +166,9 @@ def _add_reward(parser: argparse.ArgumentParser, purpose: str) -> None:
         "--reward",
         metavar="REWARD",
         action="append",
-        help=f"{purpose}: a reward model's name or folder, file.py:function, or a URL; repeat "
-        "it for several, with weights reward.weights=[1,0.5]",
+        help=f"{purpose}: a reward model's name or folder, file.py:function, a URL, or a ready "
+        f"function ({', '.join(READY)}; arguments as reward.arguments.NAME=…); repeat it for "
+        "several, with weights reward.weights=[1,0.5]",
     )
 
 

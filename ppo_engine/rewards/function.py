@@ -31,7 +31,7 @@ class RewardFunction(UserFunction):
     """
 
     kind = "reward function"
-    lists = Lists("prompts", "responses", ("responses", *_TRL, "turns"))
+    lists = Lists("prompts", "responses", ("responses", *_TRL, "turns"), "reward.arguments")
 
     def check_columns(self, columns: Collection[str], *, several_turns: bool) -> None:
         """A UserError where the function cannot be called on data with these `columns`."""

@@ -5,6 +5,7 @@ Without torch: the command line finds mistakes here at once.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
+from ppo_engine.rewards.arguments import ready_reward
+from ppo_engine.rewards.ready import READY
 from ppo_engine.settings.schema import RewardSource, ScoringConfig
 
 Scoring = TypeVar("Scoring", bound=ScoringConfig)
@@ -22,13 +25,26 @@ _NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def parse_source(text: str, name: str = "") -> RewardSource:
-    """The reward that `text` names: a URL, "file.py:function", or a model's folder or name."""
+    """The reward that `text` names: a URL, "file.py:function", a ready function, or a model's
+    folder or name."""
     if text.startswith(("http://", "https://")):
         return RewardSource(url=text, name=name)
     if ":" in text and not Path(text).exists():
         return RewardSource(function=text, name=name)
     if text.endswith(".py"):
         raise UserError(f"{text!r} names a file; name its function too, as {text}:FUNCTION.")
+    if Path(text).exists():
+        if text in READY:
+            raise UserError(
+                f"{text!r} is a ready reward function, and something of that name stands here: "
+                f"write reward.function={text} for the function, or ./{text} for a reward model."
+            )
+        return RewardSource(path=text, name=name)
+    if text in READY:
+        return RewardSource(function=text, name=name)
+    near = difflib.get_close_matches(text, READY, n=1, cutoff=0.8)
+    if near:
+        raise UserError(f"{text!r} names no reward; did you mean {near[0]!r}?")
     return RewardSource(path=text, name=name)
 
 
@@ -40,8 +56,11 @@ def configured_sources(config: ScoringConfig) -> list[RewardSource]:
             f"{' and '.join(f'reward.{key}' for key in given)} are set: set one of them, or list "
             "several rewards under reward.sources."
         )
+    check_arguments(config, len(config.sources))
     if given and given != ["sources"]:
-        return [RewardSource(**{given[0]: getattr(config, given[0])})]
+        source = RewardSource(**{given[0]: getattr(config, given[0])}, arguments=config.arguments)
+        check_function(source)
+        return [source]
     for index, source in enumerate(config.sources):
         kinds = [key for key in _KINDS if getattr(source, key)]
         if len(kinds) != 1:
@@ -49,7 +68,41 @@ def configured_sources(config: ScoringConfig) -> list[RewardSource]:
                 f"reward.sources[{index}] must set one of path, function and url, but sets "
                 f"{' and '.join(kinds) or 'none of them'}."
             )
-    return config.sources
+    sources = [
+        replace(source, arguments=source.arguments | config.arguments) for source in config.sources
+    ]
+    for source in sources:
+        check_function(source)
+    return sources
+
+
+def check_arguments(config: ScoringConfig, rewards: int) -> None:
+    """Raise a UserError for `reward.arguments` where there are several `rewards`."""
+    if config.arguments and rewards > 1:
+        raise UserError(
+            "reward.arguments are those of one reward function, and there are several rewards: "
+            "give them under reward.sources, to the function that takes them."
+        )
+
+
+def check_function(source: RewardSource) -> None:
+    """Raise a UserError for the name of a function that cannot be one, and for arguments that its
+    kind of reward, or a ready function, does not take."""
+    name = source.function
+    if source.arguments and not name:
+        raise UserError(
+            "reward.arguments are those of a function, and "
+            f"{'an endpoint' if source.url else 'a reward model'} takes none."
+        )
+    if name and ":" not in name:
+        if name not in READY:
+            near = difflib.get_close_matches(name, READY, n=1)
+            raise UserError(
+                f"{name!r} names no function"
+                f"{f'; did you mean {near[0]!r}?' if near else '.'} Write file.py:name or "
+                f"module:name, or one of the ready functions: {', '.join(READY)}."
+            )
+        ready_reward(name, source.arguments)
 
 
 def source_settings(sources: Sequence[RewardSource]) -> dict[str, Any]:

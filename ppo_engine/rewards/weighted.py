@@ -9,6 +9,7 @@ random numbers, are asked for each. What becomes of the scores is in `shaping`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models import precision
 from ppo_engine.models.reader import Limit
+from ppo_engine.rewards.arguments import bound, ready_reward
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
 from ppo_engine.rewards.model import RewardModel, load_reward_model
+from ppo_engine.rewards.ready import READY
 from ppo_engine.rewards.sources import (
+    check_arguments,
+    check_function,
     check_names,
     configured_sources,
     named_rewards,
@@ -37,6 +42,7 @@ from ppo_engine.text.options import from_columns
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
 from ppo_engine.text.tokenizer import same_tokenizer
+from ppo_engine.user_functions.function import function_name
 from ppo_engine.user_functions.importing import import_function
 
 Reward = RewardModel | RewardFunction | HTTPReward
@@ -164,22 +170,25 @@ def load_rewards(
 
     `given` is one reward, a list, or a mapping of names to rewards, each one anything that
     `load_reward` takes. `renderer` is the policy's. Raises a UserError for a reward that cannot be
-    used, and where there is none.
+    used, and where there is none. One reward that is `given` gets the arguments of `config`.
     """
     if given is not None:
         rewards = named_rewards(given)
+        check_arguments(config, len(rewards))
     else:
         rewards = [(source.name, source) for source in configured_sources(config)]
     if not rewards:
         raise UserError(
             "No reward was given: pass reward=…, or set reward.path (a reward model), "
-            "reward.function (file.py:name) or reward.url, or list several under reward.sources."
+            "reward.function (file.py:name, or exact_match and the like) or reward.url, or list "
+            "several under reward.sources."
         )
     wanted = [name for name, _ in rewards]
     check_names(wanted)  # before models are loaded, which takes a while
     loaded = [
         load_reward(
             reward,
+            arguments=config.arguments,
             http=config.http,
             device=device,
             dtype=dtype,
@@ -195,18 +204,29 @@ def load_rewards(
 def load_reward(
     given: RewardSource | RewardLike,
     *,
+    arguments: Mapping[str, Any] | None = None,
     http: RewardEndpointConfig | None = None,
     device: torch.device,
     dtype: torch.dtype,
     limit: Limit | None = None,
     renderer: Renderer | None = None,
 ) -> Reward:
-    """One reward: a source, what `parse_source` takes for one, a function, or a reward object."""
+    """One reward: a source, what `parse_source` takes for one, a function, or a reward object; with
+    `arguments`, where it is a function."""
+    arguments = dict(arguments or {})
     if isinstance(given, str):
         given = parse_source(given)
+    if isinstance(given, RewardSource):
+        given = replace(given, arguments=given.arguments | arguments)
+        check_function(given)
     if isinstance(given, RewardModel) and renderer is not None:
         given.renderer = renderer.of(given.tokenizer)  # with what this run hands to templates
     if isinstance(given, Reward):
+        if arguments:
+            raise UserError(
+                "reward.arguments are those of a function given by name, or as it is: a "
+                f"{type(given).__name__} has its own."
+            )
         return given
     if isinstance(given, nn.Module):
         raise UserError(
@@ -216,11 +236,14 @@ def load_reward(
     if not isinstance(given, RewardSource):
         if not callable(given):
             raise UserError(f"A reward must be a function or a name, but is {shown(given)}.")
-        return RewardFunction(given)
+        return RewardFunction(bound(given, arguments, function_name(given)))
     if given.url:
         return HTTPReward(given.url, http or RewardEndpointConfig())
+    if given.function in READY:
+        return RewardFunction(ready_reward(given.function, given.arguments), given.function)
     if given.function:
-        return RewardFunction(import_function(given.function), given.function)
+        function = bound(import_function(given.function), given.arguments, given.function)
+        return RewardFunction(function, given.function)
     return load_reward_model(
         given.path or "",
         device=device,

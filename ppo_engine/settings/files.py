@@ -160,7 +160,10 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     try:
         value = _parse_yaml(text) if text else ""
     except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {_what(error)}") from error
+        raise UserError(
+            f"{override!r}: the value is not valid YAML: {_what(error)}. If it is text, quote it "
+            f"for YAML too: {key}='\"…\"'"
+        ) from error
     return key.strip().split("."), value
 
 

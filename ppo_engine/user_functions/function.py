@@ -25,7 +25,7 @@ class UserFunction:
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
-        self.name = name or _name(function)
+        self.name = name or function_name(function)
         if inspect.isclass(function):
             raise UserError(f"{self} is a class: give an object of it, or a function.")
         self._signature = Signature(function, self.lists, str(self))
@@ -56,6 +56,8 @@ class UserFunction:
         try:
             result = self.function(*positional, **by_name)
             return awaited(result) if inspect.isawaitable(result) else result
+        except UserError as error:  # it says what to do
+            raise UserError(f"{self}: {error}") from error
         # The latter two are no Exceptions, but end neither a run nor its process.
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise UserError(
@@ -75,10 +77,16 @@ def _copied(items: Sequence[Any]) -> list[Any]:
     return [anew(item) for item in items]
 
 
-def _name(function: Callable[..., Any]) -> str:
+def function_name(function: Callable[..., Any]) -> str:
+    function = _without_arguments(function)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _without_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in a partial."""
     while isinstance(function, functools.partial):
         function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
+    return function
 
 
 def _origin(error: BaseException, function: Callable[..., Any]) -> str:
@@ -86,7 +94,7 @@ def _origin(error: BaseException, function: Callable[..., Any]) -> str:
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call above
     if not frames:
         return ""
-    code = getattr(function, "__code__", None)
+    code = getattr(_without_arguments(function), "__code__", None)
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     frame = (own or frames)[-1]
     return f" at {frame.filename}, line {frame.lineno}"

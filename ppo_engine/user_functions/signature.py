@@ -57,6 +57,7 @@ class Lists:
     first: str  # what the first two parameters are where their names say nothing
     second: str
     answers: tuple[str, ...]  # forms of what the policy wrote: a function takes one at least
+    arguments: str = ""  # the setting that gives arguments, if there is one
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,12 @@ class Signature:
         self._check_answers(taken, offered, columns)
         absent = [p.name for p in self._required() if p.name not in taken]
         if absent:
+            setting = f", or get it from {lists.arguments}.{absent[0]}" if lists.arguments else ""
             raise UserError(
                 f"{self._subject} asks for {_quoted(absent)}, but the prompts have "
-                f"{_quoted(columns) if columns else 'no other columns'}. Add the column, or give "
-                "the parameter a default."
+                f"{_quoted(columns) if columns else 'no other columns'}. Add the column, or name "
+                f"the one that holds it (data.columns={{{absent[0]}: …}}); a function of your own "
+                f"may give the parameter a default{setting}."
             )
         return self._arranged(taken)
 

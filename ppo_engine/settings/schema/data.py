@@ -23,6 +23,10 @@ class PromptDataConfig:
     """Text prompts become a user's message, which the chat template wraps."""
     max_prompt_tokens: PositiveInt = 1024
     """Tokens of the longest prompt; a longer one is an error, or left out (on_bad_line)."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our names of columns and the file's, such as {prompt: question}."""
+    system_prompt: str = ""
+    """First message of every chat that has no system message of its own, text through as_chat too."""
     on_bad_line: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and say so."""
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
@@ -45,6 +49,10 @@ class PreferenceDataConfig:
     """Train on a sample of so many pairs (a ranking of K has up to K(K-1)/2); null: all."""
     as_chat: bool = False
     """Text becomes a user's and the assistant's message, which the chat template wraps."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our names of columns and the file's, such as {prompt: question}."""
+    system_prompt: str = ""
+    """First message of every chat that has no system message of its own, text through as_chat too."""
     on_bad_line: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and say so."""
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
@@ -65,6 +73,10 @@ class DemonstrationDataConfig:
     """Of an example, prompt and response together; a longer one is truncated."""
     as_chat: bool = False
     """Text becomes a user's and the assistant's message, which the chat template wraps."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our names of columns and the file's, such as {prompt: question}."""
+    system_prompt: str = ""
+    """First message of every chat that has no system message of its own, text through as_chat too."""
     on_bad_line: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and say so."""
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)

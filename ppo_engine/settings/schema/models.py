@@ -97,7 +97,10 @@ class RewardSource:
     path: str | None = None
     """A reward model's folder or name."""
     function: str | None = None
-    """A Python function: "file.py:name" or "package.module:name"; see docs/rewards.md."""
+    """A Python function: "file.py:name", "package.module:name", or the name of a ready one; see
+    docs/rewards.md."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Of the function, by the names of its parameters."""
     url: str | None = None
     """An endpoint, http:// or https://; see docs/rewards.md."""
     name: str = ""
@@ -121,7 +124,10 @@ class ScoringConfig:
     path: str | None = None
     """A reward model's folder or name."""
     function: str | None = None
-    """A Python function: "file.py:name" or "package.module:name"; see docs/rewards.md."""
+    """A Python function: "file.py:name", "package.module:name", or the name of a ready one; see
+    docs/rewards.md."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Of the function, by the names of its parameters."""
     url: str | None = None
     """An endpoint, http:// or https://; see docs/rewards.md."""
     sources: list[RewardSource] = Field(default_factory=list)

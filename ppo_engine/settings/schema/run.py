@@ -7,7 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from ppo_engine.settings.schema.base import NonNegativeInt, PositiveInt, settings
+from ppo_engine.settings.schema.base import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    settings,
+)
 
 
 @settings
@@ -54,6 +59,9 @@ class RunConfig:
     """Continue from the newest checkpoint in output_dir."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 writes only the final one, or a failure's."""
+    checkpoint_minutes: NonNegativeFloat = 30.0
+    """Minutes since the last checkpoint after which the next finished step writes one, too; 0 leaves
+    it to checkpoint_every."""
     sample_every: NonNegativeInt = 5
     """Steps between printed sample responses; 0: none."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)

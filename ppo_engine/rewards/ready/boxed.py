@@ -1,0 +1,69 @@
+r"""Whether what a response ends on, in \boxed{…}, is the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from ppo_engine.rewards.ready.answers import as_text
+from ppo_engine.rewards.ready.numbers import number
+
+# LaTeX that changes how an answer looks, not what it is: sizes, spaces, dollars. A double backslash
+# is the end of a matrix's row, and stays.
+_LOOKS = re.compile(
+    r"(\\\\)|\\(?:left|right|displaystyle|limits|q?quad)(?![A-Za-z])|\\[,;:! ]|\\?\$|~"
+)
+_FONT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"(-?)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+
+
+def boxed(responses: Sequence[str], answer: Sequence[Any]) -> list[float]:
+    r"""1.0 where what stands in the response's last \boxed{…} equals the answer.
+
+    They are compared as text without white space and without LaTeX that only looks (`\left`, `\,`,
+    `\text`, `\dfrac` for `\frac`), numbers also as numbers: 0.5, 1/2 and `\frac{1}{2}`. Of an
+    answer that has a \boxed{…} itself, as solutions in MATH do, that is the answer. A box that does
+    not close, as in a response that was cut off, scores 0.0.
+    """
+    return [
+        float(expected is not None and _equal(response, as_text(expected)))
+        for response, expected in zip(responses, answer, strict=True)
+    ]
+
+
+def _equal(response: str, answer: str) -> bool:
+    found = last_box(response)
+    if found is None:
+        return False
+    one, other = _normalised(found), _normalised(last_box(answer) or answer)
+    if one == other:
+        return True
+    value, wanted = number(one), number(other)
+    return value is not None and wanted is not None and value.equals(wanted, Fraction(0))
+
+
+def last_box(text: str) -> str | None:
+    r"""What stands in the last \boxed{…} of `text`; None where there is none or it never closes."""
+    starts = [found.end() for found in re.finditer(r"\\boxed\s*\{", text)]
+    if not starts:
+        return None
+    rest, depth = text[starts[-1] :], 1
+    # A brace behind a backslash is one to be printed, as in \{1, 2\}.
+    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return rest[: brace.start()]
+    return None
+
+
+def _normalised(text: str) -> str:
+    text = _FONT.sub(r"\1", _LOOKS.sub(r"\1", text.replace("\N{MINUS SIGN}", "-")))
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\^\s*\{?\\circ\}?|\N{DEGREE SIGN}", "", text)
+    text = "".join(text.split()).removesuffix(".")
+    # Only where it is all: in 2\frac{1}{2} it would become a part of another number.
+    fraction = _FRACTION.fullmatch(text)
+    return fraction.expand(r"\1\2/\3") if fraction is not None else text

@@ -1,0 +1,82 @@
+"""Whether the program in a response passes its tests."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ppo_engine.errors import UserError
+from ppo_engine.messages import shown
+from ppo_engine.rewards.ready.program import passes
+
+
+def unit_tests(
+    responses: Sequence[str],
+    tests: Sequence[Any],
+    *,
+    timeout: float = 10.0,
+    memory: int = 1024,
+) -> list[float]:
+    """1.0 where the Python program in the response passes all of its `tests`.
+
+    The program is the response's last ```python block, or else all of it (`program_in`). `tests`
+    are statements that raise where it is wrong, such as `assert add(1, 2) == 3`: a text, or a list
+    of texts. They run after the program, in its namespace; their functions named `test…` are
+    called. Each program has a process of its own, as many at a time as there are cores, which may
+    take `timeout` seconds and `memory` MiB. **These limits stop accidents; they are no sandbox
+    against malicious code**: see `program`.
+    """
+    for name, value in (("timeout", timeout), ("memory", memory)):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"unit_tests: {name} must be a number above 0, but is {shown(value)}.")
+    todo = list(zip(map(program_in, responses), map(_texts, tests), strict=True))
+    run = functools.partial(_score, timeout=timeout, memory=int(memory * 2**20))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "unit tests") as executor:
+        return list(executor.map(run, todo))
+
+
+def program_in(response: str) -> str:
+    """The last ```python block of `response`, else the last block without a language, else all."""
+    named, bare = [], []
+    language, block = "", None
+    for line in response.split("\n"):
+        fence = line.strip()
+        if block is None:
+            if fence.startswith("```"):
+                language, block = fence[3:].strip().lower(), list[str]()
+        elif fence != "```":
+            block.append(line)
+        else:
+            if language in ("python", "python3", "py"):
+                named.append("\n".join(block))
+            elif not language:
+                bare.append("\n".join(block))
+            block = None
+    return (named or bare or [response])[-1]
+
+
+def _texts(tests: Any) -> list[str]:
+    """The tests of a row, of which Python can read each; none where there are none."""
+    texts = [tests] if isinstance(tests, str) else [] if tests is None else tests
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"tests must be text or a list of texts, but are {shown(tests)}.")
+    for text in texts:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # what they look like is their owner's
+                compile(text, "tests", "exec")
+        except (SyntaxError, ValueError) as error:
+            raise UserError(
+                f"the tests {shown(text)} are not valid Python: {error}. Correct them, or leave "
+                "their row out."
+            ) from error
+    return [text for text in texts if text.strip()]
+
+
+def _score(todo: tuple[str, list[str]], *, timeout: float, memory: int) -> float:
+    program, tests = todo
+    return float(bool(tests) and passes(program, tests, timeout=timeout, memory=memory))
