@@ -97,8 +97,15 @@ def load_preferences(
             bad_lines.add(place, error.reason, error.detail)
             continue
         bad_lines.skipped.unread.update(columns.left)
-        if found.pairs:
-            rankings.append(replace(found, place=place))
+        distinct = _without_equals(found)
+        if distinct.pairs:
+            if distinct is not found:
+                bad_lines.skipped.remarks[
+                    "of equal responses the one with the best rank counts"
+                ] += 1
+            rankings.append(replace(distinct, place=place))
+        elif found.pairs:
+            bad_lines.skipped.add(place, "all of the ranked responses are equal")
         else:  # no mistake: people do find all responses equally good
             bad_lines.skipped.add(place, "no two responses with different ranks")
     if not rankings:
@@ -209,9 +216,6 @@ def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
         if not isinstance(ended, bool):
             raise BadLineError("'finished' must be true or false", f", not {ended!r}")
     there.sort(key=lambda item: item[0])
-    for index, (rank, *answer) in enumerate(there):
-        if any(answer == other and rank != ranked for ranked, *other in there[:index]):
-            raise BadLineError("chosen and rejected are the same", " (two ranked responses)")
     margin = _check_margin(columns.take("margin"))
     if margin is not None and len(there) > 2:
         raise BadLineError("'margin' belongs to a pair", f"; {len(there)} responses are ranked")
@@ -223,6 +227,23 @@ def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
         margin,
         tuple(ended for _, _, ended in there) if "finished" in lists else None,
         options=options,
+    )
+
+
+def _without_equals(ranking: Ranking) -> Ranking:
+    """Of responses that are equal (as texts, and whether they are finished) only the first, which
+    is ranked best."""
+    ended = ranking.finished or (True,) * len(ranking.responses)
+    answers = list(zip(ranking.responses, ended, strict=True))
+    kept = [index for index, answer in enumerate(answers) if answer not in answers[:index]]
+    if len(kept) == len(answers):
+        return ranking
+    places = sorted({ranking.ranks[index] for index in kept})
+    return replace(
+        ranking,
+        responses=tuple(ranking.responses[index] for index in kept),
+        ranks=tuple(places.index(ranking.ranks[index]) for index in kept),
+        finished=ranking.finished and tuple(ranking.finished[index] for index in kept),
     )
 
 
