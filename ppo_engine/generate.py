@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from ppo_engine.data.digest import describe_rows
-from ppo_engine.data.forms import text_note
+from ppo_engine.data.forms import reading, text_note
 from ppo_engine.data.prompts import (
     PromptExample,
     column_names,
@@ -71,11 +71,11 @@ def generate(config: GenerateConfig) -> None:
         chat = [{"role": "user", "content": text}]
         asked = chat if tokenizer.chat_template else text
         examples, skipped = prompts_from_sequence(
-            [asked], tokenizer=tokenizer, as_chat=data.as_chat
+            [asked], tokenizer=tokenizer, **reading(replace(data, columns={}))
         )
     else:
         examples, skipped = load_prompts(
-            data.path, tokenizer=tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+            data.path, tokenizer=tokenizer, on_bad_line=data.on_bad_line, **reading(data)
         )
     # Every column is in the output: nothing is lost that nobody reads.
     notes = skipped.notes("Prompts", reads=lambda column: True)

@@ -123,6 +123,8 @@ class PromptDataConfig:
     path: str = ""
     as_chat: bool = False  # text prompts become a user's message, which the chat template wraps
     max_prompt_tokens: PositiveInt = 1024
+    columns: dict[str, str] = Field(default_factory=dict)  # ours: the file's, {prompt: question}
+    system_prompt: str = ""  # first message of every chat that has no system message; text, too
     on_bad_line: Literal["error", "skip"] = "error"
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
 
@@ -320,6 +322,8 @@ class PreferenceDataConfig:
     max_tokens: PositiveInt = 1024  # prompt and response together; the prompt is truncated first
     max_pairs: PositiveInt | None = None  # a sample of the data; rankings of K have up to K(K-1)/2
     as_chat: bool = False  # text becomes a user's and the assistant's message
+    columns: dict[str, str] = Field(default_factory=dict)  # ours: the file's, {prompt: question}
+    system_prompt: str = ""  # first message of every chat that has no system message; text, too
     on_bad_line: Literal["error", "skip"] = "error"
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
 
@@ -354,6 +358,8 @@ class DemonstrationDataConfig:
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_tokens: Annotated[int, Field(ge=2)] = 1024  # per example; longer ones are truncated
     as_chat: bool = False  # text becomes a user's and the assistant's message
+    columns: dict[str, str] = Field(default_factory=dict)  # ours: the file's, {prompt: question}
+    system_prompt: str = ""  # first message of every chat that has no system message; text, too
     on_bad_line: Literal["error", "skip"] = "error"
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.data.digest import describe_rows
-from ppo_engine.data.forms import text_note
+from ppo_engine.data.forms import reading, text_note
 from ppo_engine.data.prompts import (
     PromptExample,
     column_names,
@@ -326,7 +326,7 @@ class PPOTrainer:
         if source == "":
             raise UserError("No prompts were given: pass prompts=…, or set data.path.")
         data = self.config.data
-        options: dict[str, Any] = {"on_bad_line": data.on_bad_line, "as_chat": data.as_chat}
+        options = {"on_bad_line": data.on_bad_line, **reading(data)}
         if isinstance(source, str | Path):
             return load_prompts(source, tokenizer=tokenizer, **options)
         return prompts_from_sequence(source, tokenizer=tokenizer, **options)
