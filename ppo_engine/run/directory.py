@@ -41,6 +41,7 @@ _FREE_KEYS = {
     "run.device",
     "run.save_dtype",
     "run.checkpoint_every",
+    "run.checkpoint_minutes",
     "run.sample_every",
     "run.trackers",
     "evaluation.patience",

@@ -290,6 +290,7 @@ class RunConfig:
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: bool = False  # continue from the newest checkpoint in output_dir
     checkpoint_every: NonNegativeInt = 0  # steps; 0 writes only the final one, or a failure's
+    checkpoint_minutes: NonNegativeFloat = 30.0  # since the last one; 0: by steps alone
     sample_every: NonNegativeInt = 5  # steps between printed sample responses
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 

@@ -116,7 +116,9 @@ class PPOTrainer:
         # Metrics and samples of a step that has trained and is not yet evaluated and logged.
         self._unreported: dict[str, Any] | None = None
         data = {"training": describe_rows(self.examples), "held out": describe_rows(held_out)}
-        self.checkpoints = Checkpoints(self._state, self.engine.learners, data, "prompts")
+        self.checkpoints = Checkpoints(
+            config.run, self._state, self.engine.learners, data, "prompts"
+        )
         self._trackers: Trackers | None = None
         self._closing = ExitStack()
 
@@ -154,9 +156,7 @@ class PPOTrainer:
                     self._take_step(progress, profile=self.step + 1 == profiled)
                 metrics = self._report(progress)
                 self.checkpoints.mark()
-                every = config.checkpoint_every
-                if self._done() or (every and self.step % every == 0):
-                    self.checkpoints.save()
+                self.checkpoints.save_if_due(last=self._done())
             run = self._open_run()
             self._save_models(run)
             progress.note(f"The policy is in {run.path / 'policy'}")

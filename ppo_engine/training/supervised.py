@@ -98,7 +98,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             "held out": describe_rows(held_out),
             "examples made of the training rows": str(len(self.training)),  # their order's length
         }
-        self.checkpoints = Checkpoints(self._state, [self.learner], data, self.unit)
+        self.checkpoints = Checkpoints(config.run, self._state, [self.learner], data, self.unit)
         release_freed_memory()  # of weights that were loaded in fp32
 
     @property
@@ -196,9 +196,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 progress.step(self.step, metrics)
                 self._unreported = None
                 self.checkpoints.mark()
-                every = self.config.run.checkpoint_every
-                if last or (every and self.step % every == 0):
-                    self.checkpoints.save()
+                self.checkpoints.save_if_due(last=last)
             if not metrics and self.held_out:  # resumed at its end
                 metrics = self.evaluate(progress)
             with atomic_folder(run.path / self.result) as folder:
