@@ -52,11 +52,7 @@ def generate(config: GenerateConfig) -> None:
     failure leaves them, and `config.resume` goes on from there to the same rows. Each batch has
     random numbers of its own for that.
     """
-    if bool(config.prompt) == bool(config.data.path):
-        raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
-    check_generation(config.generation)
-    if config.resume and not config.output:
-        raise UserError("--resume needs --out: the file that is to be completed.")
+    check_asked(config)
     file, date = None, config.date or datetime.date.today()
     if config.output:
         free = (*_FREE_KEYS, "date") if config.date is None else _FREE_KEYS
@@ -106,6 +102,8 @@ def generate(config: GenerateConfig) -> None:
     if rewards is not None:
         rewards.check_columns(column_names(examples))
         rewards.check_prompts(examples)
+        with seeded(f"{config.seed}/trial"):
+            rewards.try_functions(examples, config.responses)
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     console = Console(stderr=True, highlight=False)
@@ -130,6 +128,15 @@ def generate(config: GenerateConfig) -> None:
                 )
     if scores:
         console.print(best_of_n_table(torch.tensor(scores)))
+
+
+def check_asked(config: GenerateConfig) -> None:
+    """Raise a `UserError` for settings that contradict each other."""
+    if bool(config.prompt) == bool(config.data.path):
+        raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
+    check_generation(config.generation)
+    if config.resume and not config.output:
+        raise UserError("--resume needs --out: the file that is to be completed.")
 
 
 def _respond(

@@ -59,8 +59,10 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
-    """What --dry-run prints, read back."""
-    assert cli.main([*arguments, "--dry-run"]) == 0
+    """What --dry-run prints, read back; of inputs that are not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppo_engine.cli.overrides.check_inputs", lambda config: None)
+        assert cli.main([*arguments, "--dry-run"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
     return load_config(cls, "resolved.yaml")
 
@@ -163,11 +165,6 @@ def test_settings_go_before_flags_and_are_checked_together(
     assert "set ppo.group_size to 2 or more" in capsys.readouterr().err
 
 
-def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["reward", "--output-dir", "out", "--dry-run"]) == 0
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,6 +185,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["reward", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
         (["generate", "--model", "m"], "prompts (--data FILE) or one prompt (--prompt TEXT)"),
         (["generate", "--model", "./absent", "--prompt", "x"], "'./absent' does not exist"),
+        (["sft", "run.resume=true", "--output-dir", "runs/x"], "x has no run to resume"),
         (["generate", "--n", "0", "--prompt", "x"], "responses: should be greater than 0"),
         (["doctor", "a=1"], "no settings"),
     ],
@@ -237,12 +235,13 @@ def test_help_and_settings_load_no_torch() -> None:
         "for line in (['--help'], ['ppo', '--help'], ['--version']):\n"
         "    try: main(line)\n"
         "    except SystemExit as stop: assert stop.code == 0\n"
-        "assert main(['ppo', '--dry-run']) == 0\n"
+        "assert main(['demo', '--dry-run']) == 0\n"
+        "assert main(['ppo', '--dry-run']) == 2\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "kl_coef: 0.05" in done.stdout
+    assert "smoke: false" in done.stdout and "No policy was given" in done.stderr
 
 
 def test_module_runs_as_a_program() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppo_engine.cli.inputs import check_inputs
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -50,13 +52,22 @@ def load(
     defaults: Mapping[str, Any] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings, after `check`; None when a dry run has printed them."""
+    """The command's settings, after `check`; None when a dry run has checked its inputs too, and
+    printed them.
+
+    A run that is resumed without a settings file goes on with those in its folder.
+    """
+    from ppo_engine.run.directory import settings_file
     from ppo_engine.settings.files import dump_config, load_config
 
     config = load_config(cls, options.config, overrides, defaults)
+    run = getattr(config, "run", None)
+    if run is not None and run.resume and run.output_dir and options.config is None:
+        config = load_config(cls, str(settings_file(run.output_dir)), overrides)
     if check is not None:
         check(config)
     if options.dry_run:
+        check_inputs(config)
         print(dump_config(config), end="")
         return None
     return config

@@ -37,7 +37,7 @@ from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.generation import room_for_prompts
-from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
+from ppo_engine.run.checkpoint import Checkpoints, restore_random_states, seeded
 from ppo_engine.run.directory import RunDirectory, atomic_folder, check_output, dated
 from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
@@ -47,6 +47,7 @@ from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.training import anatomy
+from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.samples import sample_rows, show_samples
@@ -109,6 +110,13 @@ class PPOTrainer:
         for examples in filter(None, (self.examples, held_out)):
             self.engine.check_columns(column_names(examples))
             self.engine.rewards.check_prompts(examples)
+        with seeded(f"{config.run.seed}/trial"):
+            self.engine.rewards.try_functions(
+                self.examples,
+                config.ppo.group_size,
+                several_turns=self.engine.environment is not None,
+            )
+        self.notes += batch_notes(config.ppo, len(self.examples))
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)

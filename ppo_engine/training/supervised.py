@@ -42,6 +42,7 @@ from ppo_engine.settings.schema import (
     SFTConfig,
     SFTSettings,
 )
+from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
@@ -87,6 +88,13 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.held_out = self._encode(held_out, "held-out")
         self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
         self.total_steps = self.steps_per_epoch * self.settings.epochs
+        self.notes += few_steps_note(
+            self.command,
+            self.total_steps,
+            len(self.training),
+            self.settings.batch_size,
+            self.unit,
+        )
         self.learner = Learner(self.model, config.model.optimizer, self.total_steps, "the model")
         self._meter = Meter(self.device, self.dtype)
         self.step = 0
