@@ -354,13 +354,13 @@ def test_generate_scores_and_shows_the_best_of_n(
     assert json.loads(shown.out)["prompt"] == [{"role": "user", "content": "One"}]  # a chat model
 
 
-# Its third call fails, where there is a file "broken".
+# Its third call after a trial fails, where there is a file "broken".
 BREAKS = """
 import os, random
 calls = []
 def reward(prompts, responses):
     calls.append(responses)
-    if len(calls) == 3 and os.path.exists("broken"):
+    if len(calls) == 4 and os.path.exists("broken"):
         os.remove("broken")
         raise {error}
     return [len(response) + random.random() for response in responses]
@@ -405,7 +405,13 @@ def test_generate_without_anything_to_go_on_with(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write("prompts.jsonl", {"prompt": "One"})
-    write("reward.py", "def reward(prompts, responses): raise ValueError('none')")
+    write(
+        "reward.py",
+        "calls = []",
+        "def reward(prompts, responses):",
+        "    calls.append(1)",
+        "    return [1.0 / (2 - len(calls))] * len(responses)",  # on trial, and then not
+    )
     flags = ["generate", "--model", model, "--data", data, "--reward", "reward.py:reward"]
     assert cli.main([*flags, "--resume"]) == 2
     assert "--resume needs --out" in capsys.readouterr().err

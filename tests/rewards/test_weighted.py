@@ -13,6 +13,7 @@ from reading import sequence_scores
 from templates import qwen3
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
+from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
 from ppo_engine.models import value_model
 from ppo_engine.models.value_model import load_value_model
@@ -28,6 +29,7 @@ from ppo_engine.settings.schema import (
     PPOConfig,
     PPOSettings,
     RewardConfig,
+    RewardEndpointConfig,
     RewardSource,
     RunConfig,
 )
@@ -310,7 +312,7 @@ def test_functions_are_called_on_trial() -> None:
     asked: list[dict[str, Any]] = []
 
     def spy(prompts, responses, finished, completion_ids, answer, turns=None):
-        asked.append(dict(locals()) | {"asked": None})
+        asked.append({**locals()})
         return [0.0] * len(prompts)
 
     chat = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "Two"}]
