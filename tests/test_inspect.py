@@ -169,7 +169,7 @@ def test_prompts(shown) -> None:
     text = shown({"prompt": [USER], "answer": "x" * 300}, {"prompt": "Q"}, options="--as prompts")
     assert tokens(text) == [ASKED.rstrip("\n"), "Q"]
     assert text.count("▶ the policy writes from here") == 2 and "guess" not in text
-    assert re.search(r"column 'answer' for the reward: 'x+… \(\d+ characters more\)", text)
+    assert re.search(r"column 'gold' for the reward: 'x+… \(\d+ characters more\)", text)
 
 
 def test_text_on_a_chat_model(shown) -> None:
@@ -256,6 +256,20 @@ def test_settings_tell_the_kind_too(shown, tmp_path) -> None:
     row = {**PAIR, "response": "a" * 9}
     text = shown(row, model="text", options=f"--config {settings}")
     assert "as examples" in text and "truncated to 9 tokens" in text
+
+
+def test_columns_and_a_system_prompt_of_the_settings(shown) -> None:
+    row = {"q": USER["content"], "a": "Blue.", "b": "Red."}
+    names = "data.columns.prompt=q data.columns.%s=a data.system_prompt=Brief."
+    system = f"<|im_start|>system⏎\nBrief.{END}⏎\n"
+    text = shown(row, options=names % "response")
+    assert "FILE, as examples (a guess" in text
+    assert tokens(text) == [f"{system}{ASKED}⟦Blue.{END}⟧"]
+    text = shown(row, options=names % "chosen" + " data.columns.rejected=b")
+    assert "FILE, as preferences (a guess" in text and tokens(text)[0] == system + ASKED[:-1]
+    text = shown(row, options=names % "gold")
+    assert "FILE, as prompts (a guess" in text and "column 'gold' for the reward: 'Blue.'" in text
+    assert tokens(text) == [system + ASKED[:-1]]
 
 
 @pytest.mark.parametrize(

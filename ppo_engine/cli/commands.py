@@ -7,14 +7,14 @@ read, so that help and errors in settings are instant.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import warnings
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from ppo_engine.cli.inputs import check_given
+from ppo_engine.cli.libraries import quiet_libraries
 from ppo_engine.cli.overrides import Flag, load, overrides_of, reward_overrides
 from ppo_engine.errors import UserError
 
@@ -29,7 +29,7 @@ def demo(options: argparse.Namespace, rest: list[str]) -> None:
         overrides.insert(0, f"algorithm={options.algorithm}")
     config = load(DemoConfig, options, overrides)
     if config is not None:
-        _quiet_libraries()
+        quiet_libraries()
         from ppo_engine.demo import run_demo
 
         run_demo(config)
@@ -38,7 +38,7 @@ def demo(options: argparse.Namespace, rest: list[str]) -> None:
 def sft(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.settings.schema import SFTConfig
 
-    config = _load_supervised(SFTConfig, options, rest, "examples")
+    config = _load_supervised(SFTConfig, options, rest)
     if config is not None:
         from ppo_engine.training.sft import SFTTrainer
 
@@ -48,7 +48,7 @@ def sft(options: argparse.Namespace, rest: list[str]) -> None:
 def reward(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.settings.schema import RewardModelConfig
 
-    config = _load_supervised(RewardModelConfig, options, rest, "preferences")
+    config = _load_supervised(RewardModelConfig, options, rest)
     if config is not None:
         from ppo_engine.training.reward import RewardModelTrainer
 
@@ -56,7 +56,6 @@ def reward(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def ppo(options: argparse.Namespace, rest: list[str]) -> None:
-    from ppo_engine.rewards.sources import configured_sources
     from ppo_engine.settings.checks import check_settings
     from ppo_engine.settings.schema import GRPOConfig, PPOConfig
 
@@ -67,17 +66,8 @@ def ppo(options: argparse.Namespace, rest: list[str]) -> None:
     config = load(cls, options, overrides, check_settings)
     if config is None:
         return
-    for value, what in (
-        (config.policy.path, "policy was given: --model NAME_OR_FOLDER, or policy.path=…"),
-        (config.data.path, "prompts were given: --data FILE.jsonl, or data.path=FILE"),
-        (
-            configured_sources(config.reward),
-            "reward was given: --reward FOLDER, --reward file.py:function or --reward URL",
-        ),
-    ):
-        if not value:
-            raise UserError(f"No {what}.")
-    _quiet_libraries()
+    check_given(config)
+    quiet_libraries()
     from ppo_engine.training.ppo import PPOTrainer
 
     PPOTrainer(config=config).train()
@@ -97,9 +87,8 @@ def generate(options: argparse.Namespace, rest: list[str]) -> None:
     config = load(GenerateConfig, options, overrides)
     if config is None:
         return
-    if not config.model:
-        raise UserError("No model was given: --model NAME_OR_FOLDER.")
-    _quiet_libraries()
+    check_given(config)
+    quiet_libraries()
     from ppo_engine.generate import generate as write_responses
 
     write_responses(config)
@@ -132,7 +121,7 @@ def inspect(options: argparse.Namespace, rest: list[str]) -> None:
     config = next(iter(configs.values()))
     if not config.data.path:
         raise UserError("No data were given: --data FILE.jsonl, or data.path=FILE.")
-    _quiet_libraries()
+    quiet_libraries()
     from ppo_engine.inspection.page import inspect as show_rows
 
     if isinstance(sys.stdout, TextIOWrapper):  # data holds any character, an encoding perhaps not
@@ -149,14 +138,13 @@ def doctor(options: argparse.Namespace, rest: list[str]) -> int:
     return examine()
 
 
-def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str], data: str) -> Any:
-    """Settings of a command that learns from `data`, by default with the demo's model."""
+def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str]) -> Any:
+    """Settings of a command that learns from given data, by default with the demo's model."""
     config = load(cls, options, overrides_of(options, rest))
     if config is None:
         return None
-    if not config.data.path:
-        raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
-    _quiet_libraries()
+    check_given(config)
+    quiet_libraries()
     if not config.model.path:
         config = replace(config, model=replace(config.model, path=_demo_model()))
     return config
@@ -166,16 +154,3 @@ def _demo_model() -> str:
     from ppo_engine.demo.model import model_path
 
     return model_path()
-
-
-def _quiet_libraries() -> None:
-    """Their progress bars and advice would break the live display; errors still come through."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    from ppo_engine.pretrained.loading import hide_loading_bars
-
-    hide_loading_bars()
-    logging.set_verbosity_error()
-    # Meant for developers of other libraries.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppo_engine.cli.inputs import check_inputs
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -50,8 +52,12 @@ def load(
     overrides: Sequence[str],
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings, after `check`; None when they have only been shown, by a dry run or
-    --help-settings."""
+    """The command's settings, after `check`; None when they have only been shown, by --help-settings
+    or by a dry run, which has checked its inputs too.
+
+    A run that is resumed without a settings file goes on with those in its folder.
+    """
+    from ppo_engine.run.directory import settings_file
     from ppo_engine.settings.files import load_config
 
     if options.help_settings is not None:
@@ -60,11 +66,15 @@ def load(
         print(help_settings(cls, options.help_settings))
         return None
     config = load_config(cls, options.config, overrides)
+    run = getattr(config, "run", None)
+    if run is not None and run.resume and run.output_dir and options.config is None:
+        config = load_config(cls, str(settings_file(run.output_dir)), overrides)
     if check is not None:
         check(config)
     if options.dry_run:
         from ppo_engine.settings.describe import commented
 
+        check_inputs(config)
         print(commented(config), end="")
         return None
     return config

@@ -147,7 +147,9 @@ def _add(
             "--output-dir", metavar="DIR", help="folder for the results; must be new"
         )
         parser.add_argument(
-            "--dry-run", action="store_true", help="print the resolved settings and stop"
+            "--dry-run",
+            action="store_true",
+            help="check settings, data, model and reward, print the settings, and stop",
         )
         parser.add_argument(
             "--help-settings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_engine.data.chat import check_messages, is_learned, is_silent
 from ppo_engine.data.columns import Columns, check_text, name_of
 from ppo_engine.data.forms import (
+    ASKING,
     CHATS,
     PROMPTS,
     RESPONSES,
@@ -20,6 +21,7 @@ from ppo_engine.data.forms import (
     complete_prompt,
     take_prompt,
 )
+from ppo_engine.data.renaming import renamed_rows
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.data.split import prompt_groups
 from ppo_engine.data.unseen import remark_unseen
@@ -63,6 +65,8 @@ def load_demonstrations(
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine = "error",
     as_chat: bool = False,
+    columns: Mapping[str, str] | None = None,
+    system_prompt: str = "",
 ) -> tuple[list[Demonstration], SkippedLines]:
     """Demonstrations of a file or a sequence of rows, in the columns that `forms` names:
 
@@ -70,20 +74,22 @@ def load_demonstrations(
     - `messages` or another conversation, of which every assistant message is learned, unless it
       is flagged.
 
-    `as_chat` makes text a user's and the assistant's message.
+    `as_chat` makes text a user's and the assistant's message; `columns` and `system_prompt` are
+    those of the settings (`data.columns`, `data.system_prompt`).
     Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
-    rules = ChatRules.of(tokenizer, as_chat)
+    rules = ChatRules.of(tokenizer, as_chat, system_prompt)
     bad_lines = BadLines(on_bad_line)
     found = []
-    for place, row in read_rows(source, "demonstrations", bad_lines):
+    rows = read_rows(source, "demonstrations", bad_lines)
+    for place, row in renamed_rows(rows, columns or {}, bad_lines, (*ASKING, *RESPONSES)):
         try:
-            columns = Columns(row)
-            example = _demonstration_of(columns, rules)
+            there = Columns(row)
+            example = _demonstration_of(there, rules)
         except BadLineError as error:
             bad_lines.add(place, error.reason, error.detail)
             continue
-        bad_lines.skipped.unread.update(columns.left)
+        bad_lines.skipped.unread.update(there.left)
         found.append(replace(example, place=place))
     if not found:
         raise UserError(f"No usable example in {name_of(source)}: {bad_lines.skipped}.")

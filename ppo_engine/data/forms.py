@@ -21,9 +21,16 @@ from ppo_engine.data.columns import Columns, check_text, is_blank
 from ppo_engine.data.dialogues import chat_if_dialogue
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
+from ppo_engine.settings.schema import (
+    DemonstrationDataConfig,
+    PreferenceDataConfig,
+    PromptDataConfig,
+)
 from ppo_engine.text.options import TEMPLATE_ARGUMENTS, as_columns
 from ppo_engine.text.prompt import HasPrompt, Message, Prompt
-from ppo_engine.text.template import RESERVED
+from ppo_engine.text.template import RESERVED, ChatTemplate, TemplateError
+
+DataConfig = PromptDataConfig | PreferenceDataConfig | DemonstrationDataConfig
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "request", "input")
 INPUTS = ("input", "context")  # what an instruction is about: Alpaca's name, Dolly's
@@ -48,6 +55,7 @@ PAIRS = (  # the better and the worse response
 # All that can tell a model what is asked.
 ASKING = (*PROMPTS, *CHATS, *INPUTS, *SYSTEMS, HISTORY, *TOOLS, TEMPLATE_ARGUMENTS)
 
+_SYSTEM_ROLES = ("system", "developer")
 _PROMPT_HINT = f"; a prompt is named {', '.join(PROMPTS)}, a conversation {', '.join(CHATS)}"
 _PAIR_HINT = (
     "; name two responses to a prompt 'chosen' and 'rejected', or give 'responses' with 'ranks'"
@@ -56,19 +64,35 @@ _PAIR_HINT = (
 
 @dataclass(frozen=True)
 class ChatRules:
-    """Whether the tokenizer has a chat template, and whether all text is to go through it."""
+    """Whether the tokenizer has a chat template, whether all text is to go through it, and the
+    system message of chats that have none of their own."""
 
     template: bool
     as_chat: bool
+    system: str = ""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> ChatRules:
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, as_chat: bool, system_prompt: str = ""
+    ) -> ChatRules:
+        if system_prompt:
+            _check_system_prompt(tokenizer, system_prompt)
         if as_chat and not tokenizer.chat_template:
             raise UserError(
                 f"data.as_chat=true needs a chat template, which the tokenizer of "
                 f"{tokenizer.name_or_path!r} lacks: use a chat model, or leave it unset."
             )
-        return cls(bool(tokenizer.chat_template), as_chat)
+        return cls(bool(tokenizer.chat_template), as_chat, system_prompt)
+
+
+def reading(data: DataConfig) -> dict[str, Any]:
+    """What the loaders of prompts, examples and preferences take of a command's `data` settings,
+    besides what becomes of bad lines."""
+    return {
+        "as_chat": data.as_chat,
+        "columns": data.columns,
+        "system_prompt": data.system_prompt,
+    }
 
 
 def take_prompt(columns: Columns, names: Sequence[str] = (*PROMPTS, *CHATS)) -> tuple[str, Prompt]:
@@ -100,7 +124,8 @@ def complete_prompt(
     """The prompt with what other columns tell the model, and the row's options for the template.
 
     A system message, the turns before, tools and template arguments can only be told in a chat: a
-    text prompt beside them becomes a user's message, as it does where the rules say so.
+    text prompt beside them, or under the rules' system message, becomes a user's message, as it
+    does where the rules say so.
     """
     name = next((s for s in SYSTEMS if not is_blank(columns.row.get(s))), None)
     system = check_text(columns.take(name), name) if name else ""
@@ -116,11 +141,13 @@ def complete_prompt(
                 f"{needing[0]!r} needs a chat template",
                 ", which the tokenizer lacks: write it into the prompt, or use a chat model",
             )
-        if not needing and not rules.as_chat:
+        if not (needing or rules.as_chat or rules.system):
             return prompt, {}
         prompt = [{"role": "user", "content": prompt}]
     prompt = without_flags(prompt)
-    start = 1 if prompt[0]["role"] in ("system", "developer") else 0
+    if not system and not any(turn["role"] in _SYSTEM_ROLES for turn in (*before, *prompt)):
+        system = rules.system
+    start = 1 if prompt[0]["role"] in _SYSTEM_ROLES else 0
     if start and system and prompt[0]["content"] != system:
         raise BadLineError(f"{name!r} and the first message are two different system messages")
     first = [{"role": "system", "content": system}] if system and not start else prompt[:start]
@@ -160,6 +187,24 @@ def text_note(
         "be continued; `ppo-engine generate --prompt` asks through its chat template. If they are "
         "questions, data.as_chat=true makes them a user's messages."
     ] * bool(count and tokenizer.chat_template)
+
+
+def _check_system_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """A UserError where the tokenizer's chat template has no place for a system message."""
+    name = f"the tokenizer of {tokenizer.name_or_path!r}"
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"data.system_prompt needs a chat template, which {name} lacks: write it into the "
+            "prompts, or use a chat model."
+        )
+    chat = [{"role": "system", "content": text}, {"role": "user", "content": "A question."}]
+    try:
+        ChatTemplate(tokenizer).render(chat, ask=True)
+    except TemplateError as error:
+        raise UserError(
+            f"data.system_prompt: the chat template of {name} takes no system message ({error}): "
+            "leave it unset, and write it into the prompts."
+        ) from error
 
 
 def _history(columns: Columns) -> list[Message]:

@@ -20,7 +20,9 @@ from ppo_engine.data.chat import check_messages, without_flags
 from ppo_engine.data.columns import Columns, check_text, is_number, kind, name_of
 from ppo_engine.data.dialogues import is_dialogue, split_dialogues
 from ppo_engine.data.forms import (
+    ASKING,
     CHATS,
+    PAIRS,
     PROMPTS,
     ChatRules,
     check_prompt,
@@ -28,10 +30,19 @@ from ppo_engine.data.forms import (
     names_of_pair,
     take_prompt,
 )
+from ppo_engine.data.renaming import renamed_rows
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.errors import UserError
 from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.text.template import ChatTemplate
+
+# All columns that are read.
+COLUMNS = (
+    *ASKING,
+    *dict.fromkeys(name for pair in PAIRS for name in pair),
+    *("response_0", "response_1", "better_response_id"),
+    *("responses", "ranks", "finished", "margin"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ def load_preferences(
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine = "error",
     as_chat: bool = False,
+    columns: Mapping[str, str] | None = None,
+    system_prompt: str = "",
 ) -> tuple[list[Ranking], SkippedLines]:
     """Pairs and rankings of a file or a sequence of rows, in any of these forms:
 
@@ -84,21 +97,31 @@ def load_preferences(
     - each pair with an optional finite `margin`;
     - records that Argilla or Label Studio exported: see `annotations`.
 
+    `columns` and `system_prompt` are those of the settings (`data.columns`, `data.system_prompt`).
     Raises `UserError` for a row of another form, or skips it, and if no row is left.
     """
-    rules = ChatRules.of(tokenizer, as_chat)
+    rules = ChatRules.of(tokenizer, as_chat, system_prompt)
     bad_lines = BadLines(on_bad_line)
     rankings: list[Ranking] = []
-    for place, row in ordinary_rows(read_rows(source, "preferences", bad_lines), bad_lines):
+    rows = read_rows(source, "preferences", bad_lines)
+    rows = renamed_rows(rows, columns or {}, bad_lines, COLUMNS)
+    for place, row in ordinary_rows(rows, bad_lines):
         try:
-            columns = Columns(row)
-            found = _ranking_of(columns, rules)
+            there = Columns(row)
+            found = _ranking_of(there, rules)
         except BadLineError as error:
             bad_lines.add(place, error.reason, error.detail)
             continue
-        bad_lines.skipped.unread.update(columns.left)
-        if found.pairs:
-            rankings.append(replace(found, place=place))
+        bad_lines.skipped.unread.update(there.left)
+        distinct = _without_equals(found)
+        if distinct.pairs:
+            if distinct is not found:
+                bad_lines.skipped.remarks[
+                    "of equal responses the one with the best rank counts"
+                ] += 1
+            rankings.append(replace(distinct, place=place))
+        elif found.pairs:
+            bad_lines.skipped.add(place, "all of the ranked responses are equal")
         else:  # no mistake: people do find all responses equally good
             bad_lines.skipped.add(place, "no two responses with different ranks")
     if not rankings:
@@ -209,9 +232,6 @@ def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
         if not isinstance(ended, bool):
             raise BadLineError("'finished' must be true or false", f", not {ended!r}")
     there.sort(key=lambda item: item[0])
-    for index, (rank, *answer) in enumerate(there):
-        if any(answer == other and rank != ranked for ranked, *other in there[:index]):
-            raise BadLineError("chosen and rejected are the same", " (two ranked responses)")
     margin = _check_margin(columns.take("margin"))
     if margin is not None and len(there) > 2:
         raise BadLineError("'margin' belongs to a pair", f"; {len(there)} responses are ranked")
@@ -223,6 +243,23 @@ def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
         margin,
         tuple(ended for _, _, ended in there) if "finished" in lists else None,
         options=options,
+    )
+
+
+def _without_equals(ranking: Ranking) -> Ranking:
+    """Of responses that are equal (as texts, and whether they are finished) only the first, which
+    is ranked best."""
+    ended = ranking.finished or (True,) * len(ranking.responses)
+    answers = list(zip(ranking.responses, ended, strict=True))
+    kept = [index for index, answer in enumerate(answers) if answer not in answers[:index]]
+    if len(kept) == len(answers):
+        return ranking
+    places = sorted({ranking.ranks[index] for index in kept})
+    return replace(
+        ranking,
+        responses=tuple(ranking.responses[index] for index in kept),
+        ranks=tuple(places.index(ranking.ranks[index]) for index in kept),
+        finished=ranking.finished and tuple(ranking.finished[index] for index in kept),
     )
 
 

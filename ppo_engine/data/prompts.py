@@ -21,6 +21,7 @@ from ppo_engine.data.forms import (
     complete_prompt,
     take_prompt,
 )
+from ppo_engine.data.renaming import renamed_rows
 from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
 from ppo_engine.data.unseen import remark_unseen
 from ppo_engine.errors import UserError
@@ -50,16 +51,19 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine = "error",
     as_chat: bool = False,
+    columns: Mapping[str, str] | None = None,
+    system_prompt: str = "",
 ) -> tuple[list[PromptExample], SkippedLines]:
     """Prompts of a JSONL or parquet file or a saved data set.
 
     `forms` names the columns that a prompt is made of. It is text, which `as_chat` makes a user's
     message, an HH-RLHF dialogue or chat messages; of a whole conversation (`messages`, …) the
     answer at its end is left out, and noted. Every column but `prompt` is kept, with `tools` and
-    `chat_template_kwargs` as the chat template takes them. Raises `UserError` for a row without a
+    `chat_template_kwargs` as the chat template takes them. `columns` and `system_prompt` are those
+    of the settings (`data.columns`, `data.system_prompt`). Raises `UserError` for a row without a
     usable prompt, or skips it, and if no row is left.
     """
-    return _prompts(path, tokenizer, on_bad_line, as_chat)
+    return _prompts(path, tokenizer, on_bad_line, as_chat, columns or {}, system_prompt)
 
 
 def prompts_from_sequence(
@@ -68,10 +72,12 @@ def prompts_from_sequence(
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine = "error",
     as_chat: bool = False,
+    columns: Mapping[str, str] | None = None,
+    system_prompt: str = "",
 ) -> tuple[list[PromptExample], SkippedLines]:
     """The same from Python: texts, lists of messages, dictionaries, or a `datasets.Dataset`."""
     rows = (row if isinstance(row, Mapping) else {"prompt": row} for row in prompts)
-    return _prompts(rows, tokenizer, on_bad_line, as_chat)
+    return _prompts(rows, tokenizer, on_bad_line, as_chat, columns or {}, system_prompt)
 
 
 def limit_prompts(
@@ -134,11 +140,14 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase,
     on_bad_line: OnBadLine,
     as_chat: bool,
+    names: Mapping[str, str],
+    system_prompt: str,
 ) -> tuple[list[PromptExample], SkippedLines]:
-    rules = ChatRules.of(tokenizer, as_chat)
+    rules = ChatRules.of(tokenizer, as_chat, system_prompt)
     bad_lines = BadLines(on_bad_line)
     examples = []
-    for place, row in read_rows(source, "prompts", bad_lines):
+    rows = read_rows(source, "prompts", bad_lines)
+    for place, row in renamed_rows(rows, names, bad_lines):
         try:
             columns = Columns(row)
             name, whole = take_prompt(columns)

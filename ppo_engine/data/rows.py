@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import counted, first_line
+from ppo_engine.messages import counted, first_line, nearest_path
 
 OnBadLine = Literal["error", "skip"]
 Row = dict[str, Any]
@@ -173,7 +173,7 @@ def read_rows(
         raise UserError(f"No {name} were given: set data.path to a JSONL file.")
     path = Path(source).expanduser()
     if not path.exists():
-        raise UserError(f"{path} does not exist.")
+        raise UserError(f"{path} does not exist.{nearest_path(path)}")
     if path.is_dir() or path.suffix == ".parquet":
         for index, row in enumerate(_open_data_set(path)):
             yield f"{path} row {index}", row

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ppo_engine.data.demonstrations import load_demonstrations
+from ppo_engine.data.forms import reading
 from ppo_engine.data.preferences import load_preferences
 from ppo_engine.data.prompts import prompts_from_sequence
 from ppo_engine.data.rows import BadLines, read_rows
@@ -31,7 +32,7 @@ class Kind:
     command: str
     unit: str
     marks: str  # what marked tokens are
-    load: Callable[[list[Any], Any], tuple[list[Any], Any]]  # rows and tokenizer
+    load: Callable[..., tuple[list[Any], Any]]
     inspect: Callable[[Any, Model, int], Inspection]
 
 
@@ -41,39 +42,41 @@ KINDS: Mapping[str, Kind] = {
         "reward",
         "preferences",
         "where the score is read",
-        lambda rows, tokenizer: load_preferences(rows, tokenizer=tokenizer, on_bad_line="skip"),
+        load_preferences,
         inspect_preferences,
     ),
     "sft": Kind(
         "sft",
         "examples",
         "learned",
-        lambda rows, tokenizer: load_demonstrations(rows, tokenizer=tokenizer, on_bad_line="skip"),
+        load_demonstrations,
         inspect_examples,
     ),
     "prompts": Kind(
         "ppo",
         "prompts",
         "",
-        lambda rows, tokenizer: prompts_from_sequence(
-            rows, tokenizer=tokenizer, on_bad_line="skip"
-        ),
+        prompts_from_sequence,
         inspect_prompts,
     ),
 }
 
 
-def guess(path: str | Path, model: Model, names: Sequence[str]) -> str:
-    """Of the kinds `names` the first that takes more than half of a file's first rows, else the one
-    that takes most; a UserError where none takes any."""
+def guess(path: str | Path, model: Model, configs: Mapping[str, Any]) -> str:
+    """Of the kinds that `configs` has settings for, the first that takes more than half of a file's
+    first rows, else the one that takes most; a UserError where none takes any."""
     bad_lines = BadLines("skip")
     rows = [row for _, row in islice(read_rows(path, "rows", bad_lines), _GUESSED_FROM)]
     if not rows:
         raise UserError(f"No usable row in {path}: {bad_lines.skipped}.")
     taken, problems = {}, []
-    for name in names:
+    for name, config in configs.items():
+        options = {**reading(config.data), "as_chat": False}  # what a row is does not change
         try:
-            taken[name] = len(KINDS[name].load(rows, model.tokenizer)[0])
+            found, _ = KINDS[name].load(
+                rows, tokenizer=model.tokenizer, on_bad_line="skip", **options
+            )
+            taken[name] = len(found)
         except UserError as error:
             problems.append(f"  - as {name}: {error}")
     if not taken:

@@ -33,7 +33,7 @@ def inspect(
     """
     model = open_model(path)
     data = next(iter(configs.values())).data
-    name = kind or guess(data.path, model, list(configs))
+    name = kind or guess(data.path, model, configs)
     found = KINDS[name].inspect(configs[name], model, count)
     console = Console(highlight=False, soft_wrap=True)
     guessed = "" if kind else " (a guess: --as sft, preferences or prompts tells)"

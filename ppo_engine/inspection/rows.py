@@ -19,7 +19,7 @@ from ppo_engine.data.demonstrations import (
     load_demonstrations,
 )
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
-from ppo_engine.data.forms import text_note
+from ppo_engine.data.forms import reading, text_note
 from ppo_engine.data.preferences import load_preferences, sample_rankings
 from ppo_engine.data.prompts import PromptExample, limit_prompts, load_prompts
 from ppo_engine.pretrained import architecture, loading
@@ -100,7 +100,7 @@ def inspect_examples(config: SFTConfig, model: Model, count: int) -> Inspection:
     """Examples as `ppo-engine sft` learns them, the first `count` of them in full."""
     data = config.data
     rows, skipped = load_demonstrations(
-        data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
+        data.path, tokenizer=model.tokenizer, on_bad_line="skip", **reading(data)
     )
     limit = min(data.max_tokens, architecture.context_length(model.config))
     renderer = model.renderer(config)
@@ -146,7 +146,7 @@ def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> 
     """Pairs and rankings as `ppo-engine reward` scores them, the first `count` of them in full."""
     data = config.data
     rows, skipped = load_preferences(
-        data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
+        data.path, tokenizer=model.tokenizer, on_bad_line="skip", **reading(data)
     )
     if data.max_pairs is not None:
         rows = sample_rankings(rows, data.max_pairs, config.run.seed)
@@ -212,7 +212,7 @@ def inspect_prompts(config: PPOConfig, model: Model, count: int) -> Inspection:
     full."""
     data = config.data
     rows, skipped = load_prompts(
-        data.path, tokenizer=model.tokenizer, on_bad_line="skip", as_chat=data.as_chat
+        data.path, tokenizer=model.tokenizer, on_bad_line="skip", **reading(data)
     )
     renderer = model.renderer(config)
     rows, refused = limit_prompts(

@@ -16,8 +16,23 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Device {name!r} cannot be used: {first_line(error)}") from error
+        reason = _no_gpu(name) or f"{first_line(error).rstrip('.')}."
+        raise UserError(
+            f"Device {name!r} cannot be used: {reason} The device 'auto' is a GPU where there is "
+            "one, and else the CPU."
+        ) from error
     return device
+
+
+def _no_gpu(name: str) -> str:
+    """What of a GPU is missing, where one is asked for and not there."""
+    if not name.startswith("cuda"):
+        return ""
+    if not torch.backends.cuda.is_built():
+        return f"this is torch {torch.__version__}, built without CUDA."
+    if torch.cuda.device_count():
+        return ""
+    return f"torch {torch.__version__} finds no GPU, or no driver for it (`nvidia-smi` tells)."
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line
+from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import merged
 from ppo_engine.pretrained.storage import as_stored
@@ -39,7 +39,9 @@ def load_model_config(path: str) -> Any:
     if not path:
         raise UserError("No model was given: set its path to a Hugging Face name or folder.")
     if (path.startswith((".", "/")) or Path(path).exists()) and not Path(path).is_dir():
-        raise UserError(f"Model folder {path!r} does not exist or is not a folder.")
+        raise UserError(
+            f"Model folder {path!r} does not exist or is not a folder.{nearest_path(path)}"
+        )
     inside = [name for name in ("policy", "reward_model") if Path(path, name).is_dir()]
     if inside and not Path(path, "config.json").exists():
         raise UserError(
@@ -58,9 +60,11 @@ def load_model_config(path: str) -> Any:
         for adapter in adapters:
             adapter.describe(config)
     elif failure is not None:
-        nowhere = "" if Path(path).is_dir() else f" (and there is no folder {path!r} here)"
+        here = Path(path).is_dir()
+        nowhere = "" if here else f" (and there is no folder {path!r} here)"
+        near = "" if here else nearest_path(path)
         raise UserError(
-            f"Could not load a model from {path!r}{nowhere}: {first_line(failure)}"
+            f"Could not load a model from {path!r}{nowhere}: {first_line(failure)}{near}"
         ) from failure
     return config
 

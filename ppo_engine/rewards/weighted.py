@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_engine.data.prompts import PromptExample
+from ppo_engine.data.prompts import PromptExample, columns_of
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models import precision
@@ -39,6 +39,7 @@ from ppo_engine.rewards.sources import (
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import RewardEndpointConfig, RewardSource, ScoringConfig
 from ppo_engine.text.options import from_columns
+from ppo_engine.text.prompt import show_prompt
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
 from ppo_engine.text.tokenizer import same_tokenizer
@@ -66,6 +67,7 @@ class Rewards:
                 f"reward.weights has {len(weights)} numbers for {len(by_name)} rewards "
                 f"({', '.join(by_name)}); give one for each, in this order."
             )
+        self._tokenizer = tokenizer
         self.by_name = dict(by_name)
         self.weights = dict(zip(by_name, weights or [1.0] * len(by_name), strict=True))
         # Those that read the policy's own tokens: no text in between.
@@ -93,6 +95,38 @@ class Rewards:
         for reward in self.by_name.values():
             if isinstance(reward, RewardFunction):
                 reward.check_columns(columns, several_turns=several_turns)
+
+    def try_functions(
+        self, examples: Sequence[PromptExample], copies: int, *, several_turns: bool = False
+    ) -> None:
+        """Call each reward function once, before anything is sampled, on the first two prompts,
+        `copies` times each, with their own text in place of responses; the scores are thrown away.
+        A UserError where it fails, or returns something else than scores.
+
+        No endpoint is asked: whoever serves it may charge for what it is asked, or record it.
+        """
+        asked = [example for example in examples[:2] for _ in range(copies)]
+        prompts, columns = [example.prompt for example in asked], columns_of(asked)
+        texts = [show_prompt(prompt) for prompt in prompts]
+        turns = [[{"role": "assistant", "content": text}] for text in texts]
+        token_ids = [list(self._tokenizer(text)["input_ids"]) for text in texts]
+        for reward in self.by_name.values():
+            if not isinstance(reward, RewardFunction):
+                continue
+            try:
+                reward(
+                    prompts,
+                    texts,
+                    [True] * len(texts),
+                    columns,
+                    turns=turns if several_turns else None,
+                    token_ids=token_ids,
+                )
+            except UserError as error:
+                raise UserError(
+                    f"{error} This was a trial call before anything is sampled, with the prompts' "
+                    "own text as responses; a policy may write such text too."
+                ) from error
 
     def check_prompts(self, examples: Sequence[PromptExample]) -> None:
         """A UserError for a prompt that a reward model cannot read, for which the policy's chat

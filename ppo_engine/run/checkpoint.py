@@ -1,5 +1,5 @@
 """What a run needs to resume as if it had never stopped, and when it is written: every few steps,
-and when the run fails.
+where that takes long in between, and when the run fails.
 
 A checkpoint holds the *trained* weights (frozen ones are loaded from the model's folder again), the
 optimizers and schedulers, and the states of every source of randomness.
@@ -10,6 +10,8 @@ from __future__ import annotations
 import pickle
 import random
 import shlex
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.settings.schema import RunConfig
 
 _FILE = "training_state.pt"
 
@@ -95,10 +98,14 @@ def seeded(name: str) -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints of a run: `mark` the end of each step, `save` some of them; in the context of
-    `kept`, the last one is saved when the next one fails.
+    """The checkpoints of a run: `mark` the end of each step, `save_if_due` some of them; in the
+    context of `kept`, the last one is saved when the next one fails.
+
+    One that is written because much time has gone by takes the place of the one before it that was:
+    a run of days does not fill the disk.
 
     Args:
+        config: how often they are written.
         measure: the trainer's state, with the key `step`. Its tensors may be the models' own: it is
             written only while no optimizer has moved on.
         learners: the optimizers that could.
@@ -110,11 +117,16 @@ class Checkpoints:
 
     def __init__(
         self,
+        config: RunConfig,
         measure: Callable[[], dict[str, Any]],
         learners: Sequence[Learner],
         data: Mapping[str, str],
         unit: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._config, self._clock = config, clock
+        self._last = clock()  # when one was written, or the run began
+        self._by_time: Path | None = None  # the last that was written for the time alone
         self._measure, self._learners = measure, list(learners)
         self._data, self._unit = dict(data), unit
         self._state: dict[str, Any] = {}
@@ -127,12 +139,24 @@ class Checkpoints:
         self._begun = [learner.begun for learner in self._learners]
         self._saved = False
 
-    def save(self) -> None:
-        """Write what was marked last."""
+    def save_if_due(self, *, last: bool) -> None:
+        """Write what was marked last where it is the run's `last` step, or the settings say so."""
+        every, minutes = self._config.checkpoint_every, self._config.checkpoint_minutes
+        if last or (every and self._state["step"] % every == 0):
+            self._save()
+        elif minutes and self._clock() - self._last >= 60 * minutes:
+            before, self._by_time = self._by_time, self._save()
+            if before is not None:
+                shutil.rmtree(before, ignore_errors=True)
+
+    def _save(self) -> Path:
+        """Write what was marked last; returns its folder."""
         assert self.run is not None
-        with atomic_folder(self.run.checkpoint(self._state["step"])) as folder:
+        path = self.run.checkpoint(self._state["step"])
+        with atomic_folder(path) as folder:
             save_training_state(folder, self._state)
-        self._saved = True
+        self._saved, self._last = True, self._clock()
+        return path
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The newest one, None where there is none; a UserError where it was made of other data."""
@@ -160,6 +184,7 @@ class Checkpoints:
     def kept(self) -> Iterator[None]:
         """Where the block fails after a step, save what was marked last, and add to the exception
         (`__notes__`) what is kept and how to go on."""
+        self._last = self._clock()
         try:
             yield
         except BaseException as error:
@@ -174,7 +199,7 @@ class Checkpoints:
             lost = f"Step {step} had begun to change the weights, which cannot be undone. "
         elif not self._saved:
             try:
-                self.save()
+                self._save()
             except Exception as error:  # such as a full disk; what came first is to be seen
                 lost = f"Step {self._state['step']} could not be kept ({first_line(error)}). "
         newest = run.newest_checkpoint()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import nearest_path
 from ppo_engine.run.row_file import as_line
 from ppo_engine.settings.files import as_dict, changed_settings, dump_config, load_config
 
@@ -41,6 +42,7 @@ _FREE_KEYS = {
     "run.device",
     "run.save_dtype",
     "run.checkpoint_every",
+    "run.checkpoint_minutes",
     "run.sample_every",
     "run.trackers",
     "evaluation.patience",
@@ -113,12 +115,7 @@ class RunDirectory:
                 _write_atomically(file, "".join(_lines_until(file, step)))
 
     def _check_resumable(self, config: Any) -> None:
-        file = self.path / _CONFIG
-        if not file.is_file():
-            raise UserError(
-                f"{self.path} has no run to resume ({file.name} is missing): fix "
-                "run.output_dir, or start a new run with run.resume=false."
-            )
+        file = settings_file(self.path)
         then, now = as_dict(load_config(type(config), str(file))), as_dict(config)
         changed = changed_settings(then, now, _FREE_KEYS)
         if changed:
@@ -126,6 +123,18 @@ class RunDirectory:
                 f"The run in {self.path} was made with other settings; resume it with the same "
                 "ones, or start a new run:\n" + "\n".join(f"  - {line}" for line in changed)
             )
+
+
+def settings_file(path: str | Path) -> Path:
+    """The settings of the run in the folder `path`; a UserError where no run is there."""
+    folder = Path(path).expanduser()
+    if not (folder / _CONFIG).is_file():
+        near = "" if folder.is_dir() else nearest_path(folder)
+        raise UserError(
+            f"{folder} has no run to resume ({_CONFIG} is missing): fix run.output_dir, or start "
+            f"a new run with run.resume=false.{near}"
+        )
+    return folder / _CONFIG
 
 
 def dated(config: Config) -> Config:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import nearest_path
 from ppo_engine.settings.problems import explain, flatten, keys, refusal, without_unknown
 
 Config = TypeVar("Config")
@@ -139,7 +140,9 @@ _Loader.add_constructor("!exponent", _construct_number)
 
 def _read_file(file: str) -> dict[str, Any]:
     if not Path(file).is_file():
-        raise UserError(f"Settings file {file!r} does not exist or is not a file.")
+        raise UserError(
+            f"Settings file {file!r} does not exist or is not a file.{nearest_path(file)}"
+        )
     try:
         data = _parse_yaml(Path(file).read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.data.digest import describe_rows
-from ppo_engine.data.forms import text_note
+from ppo_engine.data.forms import reading, text_note
 from ppo_engine.data.prompts import (
     PromptExample,
     column_names,
@@ -37,7 +37,7 @@ from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.generation import room_for_prompts
-from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
+from ppo_engine.run.checkpoint import Checkpoints, restore_random_states, seeded
 from ppo_engine.run.directory import RunDirectory, check_output, dated
 from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
@@ -47,6 +47,7 @@ from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.training import anatomy
+from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.samples import sample_rows, show_samples
@@ -110,6 +111,13 @@ class PPOTrainer:
         for examples in filter(None, (self.examples, held_out)):
             self.engine.check_columns(column_names(examples))
             self.engine.rewards.check_prompts(examples)
+        with seeded(f"{config.run.seed}/trial"):
+            self.engine.rewards.try_functions(
+                self.examples,
+                config.ppo.group_size,
+                several_turns=self.engine.environment is not None,
+            )
+        self.notes += batch_notes(config.ppo, len(self.examples))
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)
@@ -117,7 +125,9 @@ class PPOTrainer:
         # Metrics and samples of a step that has trained and is not yet evaluated and logged.
         self._unreported: dict[str, Any] | None = None
         data = {"training": describe_rows(self.examples), "held out": describe_rows(held_out)}
-        self.checkpoints = Checkpoints(self._state, self.engine.learners, data, "prompts")
+        self.checkpoints = Checkpoints(
+            config.run, self._state, self.engine.learners, data, "prompts"
+        )
         self._trackers: Trackers | None = None
         self._closing = ExitStack()
 
@@ -156,9 +166,7 @@ class PPOTrainer:
                     self._take_step(progress, profile=self.step + 1 == profiled)
                 metrics = self._report(progress)
                 self.checkpoints.mark()
-                every = config.checkpoint_every
-                if self._done() or (every and self.step % every == 0):
-                    self.checkpoints.save()
+                self.checkpoints.save_if_due(last=self._done())
             run = self._open_run()
             self.engine.save(run.path)
             progress.note(f"The policy is in {run.path / 'policy'}")
@@ -319,7 +327,7 @@ class PPOTrainer:
         if source == "":
             raise UserError("No prompts were given: pass prompts=…, or set data.path.")
         data = self.config.data
-        options: dict[str, Any] = {"on_bad_line": data.on_bad_line, "as_chat": data.as_chat}
+        options = {"on_bad_line": data.on_bad_line, **reading(data)}
         if isinstance(source, str | Path):
             return load_prompts(source, tokenizer=tokenizer, **options)
         return prompts_from_sequence(source, tokenizer=tokenizer, **options)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
+from ppo_engine.data.forms import reading
 from ppo_engine.data.preferences import Ranking, count_pairs, load_preferences, sample_rankings
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError, entry_point
@@ -97,7 +98,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def _read(self, source: Any) -> tuple[list[Ranking], SkippedLines]:
         data = self.config.data
         return load_preferences(
-            source, tokenizer=self.tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+            source, tokenizer=self.tokenizer, on_bad_line=data.on_bad_line, **reading(data)
         )
 
     def _limit(self, rows: list[Ranking]) -> list[Ranking]:

@@ -21,6 +21,7 @@ from ppo_engine.data.demonstrations import (
     encode_demonstrations,
     load_demonstrations,
 )
+from ppo_engine.data.forms import reading
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.models.language_model import LanguageModel
@@ -90,7 +91,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
     def _read(self, source: Any) -> tuple[list[Demonstration], SkippedLines]:
         data = self.config.data
         return load_demonstrations(
-            source, tokenizer=self.tokenizer, on_bad_line=data.on_bad_line, as_chat=data.as_chat
+            source, tokenizer=self.tokenizer, on_bad_line=data.on_bad_line, **reading(data)
         )
 
     def _load_model(self, model: str | PreTrainedModel | None) -> Any:

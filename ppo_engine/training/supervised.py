@@ -43,6 +43,7 @@ from ppo_engine.settings.schema import (
     SFTConfig,
     SFTSettings,
 )
+from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
@@ -88,6 +89,13 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.held_out = self._encode(held_out, "held-out")
         self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
         self.total_steps = self.steps_per_epoch * self.settings.epochs
+        self.notes += few_steps_note(
+            self.command,
+            self.total_steps,
+            len(self.training),
+            self.settings.batch_size,
+            self.unit,
+        )
         self.learner = Learner(self.model, config.model.optimizer, self.total_steps, "the model")
         self._meter = Meter(self.device, self.dtype)
         self.step = 0
@@ -99,7 +107,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             "held out": describe_rows(held_out),
             "examples made of the training rows": str(len(self.training)),  # their order's length
         }
-        self.checkpoints = Checkpoints(self._state, [self.learner], data, self.unit)
+        self.checkpoints = Checkpoints(config.run, self._state, [self.learner], data, self.unit)
         release_freed_memory()  # of weights that were loaded in fp32
 
     @property
@@ -198,9 +206,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 progress.step(self.step, metrics)
                 self._unreported = None
                 self.checkpoints.mark()
-                every = self.config.run.checkpoint_every
-                if last or (every and self.step % every == 0):
-                    self.checkpoints.save()
+                self.checkpoints.save_if_due(last=last)
             if not metrics and self.held_out:  # resumed at its end
                 metrics = self.evaluate(progress)
             with atomic_folder(run.path / self.result) as folder:

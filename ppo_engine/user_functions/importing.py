@@ -6,7 +6,6 @@ finds its neighbours, and so that processes which it starts find what they are s
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -21,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import shown
+from ppo_engine.messages import did_you_mean, nearest_path, shown
 
 _folders: set[Path] = set()  # of users' files and modules
 
@@ -35,9 +34,7 @@ def import_function(spec: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if found is None:
         known = [key for key, value in vars(module).items() if callable(value)]
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"{source} has no function {name!r}.{hint}")
+        raise UserError(f"{source} has no function {name!r}.{did_you_mean(name, known)}")
     if not callable(found):
         raise UserError(f"{name!r} in {source} is not a function, but {shown(found)}.")
     return found
@@ -46,7 +43,7 @@ def import_function(spec: str) -> Callable[..., Any]:
 def _import_file(source: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"The function's file {source!r} does not exist.")
+        raise UserError(f"The function's file {source!r} does not exist.{nearest_path(source)}")
     return _run_file(path, path.stat().st_mtime_ns)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from data_files import BLUE, RED, USER
+from templates import gemma
 from tiny import tiny_tokenizer
 
 from ppo_engine.data.demonstrations import Demonstration, load_demonstrations
@@ -146,6 +147,33 @@ def test_text_as_a_chat() -> None:
             load_preferences([texts | more], tokenizer=CHAT, **settings)
 
 
+def test_a_system_prompt_for_all_chats_that_have_none() -> None:
+    told = {"system_prompt": "Be brief."}
+    asked = [SYSTEM, {"role": "user", "content": CAT}]
+    for row in ({"prompt": CAT}, {"messages": asked[1:]}, {"messages": asked}):
+        assert read(row, **told) == [(asked, {})] * 3
+    own, developer = ({"role": r, "content": "Be long."} for r in ("system", "developer"))
+    for first, row in (
+        (own, {"prompt": CAT, "system": "Be long."}),
+        (own, {"prompt": CAT, "history": [own]}),
+        (own, {"messages": [own, asked[1]]}),
+        (developer, {"messages": [developer, asked[1]]}),
+    ):
+        assert read(row, **told) == [([first, asked[1]], {})] * 3
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (TEXT, r"data\.system_prompt needs a chat template"),
+        (gemma(), r"data\.system_prompt: the chat template .* takes no system message"),
+    ],
+)
+def test_a_template_without_a_system_message(tokenizer: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prompts_from_sequence([CAT], tokenizer=tokenizer, system_prompt="Be brief.")
+
+
 # Responses
 
 
@@ -223,8 +251,9 @@ def test_responses_that_are_more_than_their_content() -> None:
     ranked = {"prompt": [USER], "responses": [thought, [RED], "Green."], "ranks": [1, 2, 3]}
     [found], _ = load_preferences([ranked], tokenizer=CHAT)
     assert found.responses == (thought, "Red.", "Green.")
-    with pytest.raises(UserError, match="chosen and rejected are the same"):
-        load_preferences([ranked | {"responses": [thought, thought, "x"]}], tokenizer=CHAT)
+    twice = ranked | {"responses": [thought, thought, "x"]}
+    [found], _ = load_preferences([twice], tokenizer=CHAT)
+    assert found.responses == (thought, "x")
     with pytest.raises(UserError, match="not one message of the assistant's"):
         load_preferences([ranked | {"responses": [[USER], [RED], "x"]}], tokenizer=CHAT)
 

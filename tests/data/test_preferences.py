@@ -107,7 +107,7 @@ def test_neighboring_turns_of_one_speaker_are_joined() -> None:
         ("dabcx", [3, 1, 2, 2, -1], Ranking("Q", tuple("abcd"), (0, 1, 1, 2)), 5),
         ("ab", [7.5, 2], Ranking("Q", ("b", "a"), (0, 1)), 1),
         ("abc", [1, None, 0], Ranking("Q", ("c", "a"), (0, 1)), 1),
-        ("aab", [0, 0, 1], Ranking("Q", tuple("aab"), (0, 0, 1)), 2),  # sampled twice
+        ("aab", [0, 0, 1], Ranking("Q", tuple("ab"), (0, 1)), 1),  # sampled twice
     ],
 )
 def test_rankings_stay_whole(responses: str, ranks: list, expected: Ranking, pairs: int) -> None:
@@ -137,6 +137,22 @@ def test_all_ranks_equal_is_counted_and_no_mistake() -> None:
     rankings, skipped = load_preferences(rows, tokenizer=TEXT)
     assert len(rankings) == 1
     assert skipped.reasons == {"no two responses with different ranks": 2}
+
+
+def test_of_equal_responses_the_best_rank_counts() -> None:
+    row = {"prompt": "Q", "responses": [*"babca"], "ranks": [3, 2, 1, 4, 5]}
+    rows = [row, row | {"finished": [True, True, False, False, True]}, {"prompt": "Q", **PAIR}]
+    rows.append({"prompt": "Q", "responses": ["a", "a"], "ranks": [1, 2]})
+    [plain, cut, _], report = load_preferences(rows, tokenizer=TEXT)
+    assert (plain.responses, plain.ranks) == (("b", "a", "c"), (0, 1, 2))
+    # One that was cut short is another one: it is scored without its end.
+    assert (cut.responses, cut.ranks) == (("b", "a", "b", "c"), (0, 1, 2, 3))
+    assert cut.finished == (False, True, True, False)
+    assert report.notes("Preferences") == [
+        "Preferences: 1 skipped (1 all of the ranked responses are equal), for instance "
+        "preferences[3]: all of the ranked responses are equal.",
+        "Preferences: of equal responses the one with the best rank counts (2 rows).",
+    ]
 
 
 def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
@@ -207,7 +223,6 @@ def test_a_sample_holds_whole_rankings_of_at_most_so_many_pairs() -> None:
             "must be numbers or null, not '2'",
         ),
         ({"prompt": "Q", "responses": ["a", 5], "ranks": [1, 2]}, "text or messages, not int"),
-        ({"prompt": "Q", "responses": ["a", "a"], "ranks": [1, 2]}, "are the same"),
         ({"responses": ["a", "b"], "ranks": [1, 2]}, "no column 'prompt'"),
         (
             {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": [1, 2, 2], "margin": 1},

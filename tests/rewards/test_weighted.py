@@ -13,6 +13,7 @@ from reading import sequence_scores
 from templates import qwen3
 from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 
+from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
 from ppo_engine.models import value_model
 from ppo_engine.models.value_model import load_value_model
@@ -28,6 +29,7 @@ from ppo_engine.settings.schema import (
     PPOConfig,
     PPOSettings,
     RewardConfig,
+    RewardEndpointConfig,
     RewardSource,
     RunConfig,
 )
@@ -304,3 +306,40 @@ def test_a_reward_model_is_probed_once(
     monkeypatch.setattr(value_model, "check_value_head", lambda *_: probes.append(1))
     load(reward_folders[0])
     assert len(probes) == 1
+
+
+def test_functions_are_called_on_trial() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def spy(prompts, responses, finished, completion_ids, answer, turns=None):
+        asked.append({**locals()})
+        return [0.0] * len(prompts)
+
+    chat = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "Two"}]
+    examples = [
+        PromptExample("One", {"answer": 1}), PromptExample(chat), PromptExample("Three"),
+    ]  # fmt: skip
+    endpoint = HTTPReward("http://localhost:1/", RewardEndpointConfig())
+    functions = {"spy": RewardFunction(spy), "endpoint": endpoint}
+    rewards = Rewards(functions, None, tiny_tokenizer())
+    rewards.try_functions(examples, 2)
+    rewards.try_functions(examples[:1], 1, several_turns=True)
+    first, second = asked
+    assert first["prompts"] == ["One", "One", chat, chat] and first["answer"] == [1, 1, None, None]
+    assert first["responses"] == ["One", "One", "Two", "Two"] and first["turns"] is None
+    assert first["finished"] == [True] * 4 and list(map(len, first["completion_ids"])) == [3] * 4
+    assert second["turns"] == [[{"role": "assistant", "content": "One"}]]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda prompts, responses: [0.0], "returned 1 scores for 2 responses"),
+        (lambda prompts, responses: ["a"] * len(prompts), r"returned 'a' \(str\)"),
+        (lambda prompts, responses: [1 / 0], "ZeroDivisionError"),
+    ],
+)
+def test_a_function_that_fails_on_trial(function: Any, message: str) -> None:
+    rewards = Rewards({"f": RewardFunction(function)}, None, tiny_tokenizer())
+    with pytest.raises(UserError, match=f"{message}.* This was a trial call before anything is"):
+        rewards.try_functions([PromptExample("One"), PromptExample("Two")], 1)

@@ -14,11 +14,14 @@ from torch import nn
 from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import load_trainable_state, trainable_state
 from ppo_engine.run.checkpoint import (
+    Checkpoints,
     load_training_state,
     random_states,
     restore_random_states,
     save_training_state,
 )
+from ppo_engine.run.directory import RunDirectory
+from ppo_engine.settings.schema import RunConfig
 
 CPU = torch.device("cpu")
 
@@ -75,6 +78,36 @@ def test_a_damaged_checkpoint_says_what_to_do(
     damage(tmp_path / "training_state.pt")
     with pytest.raises(UserError, match=r"(?s)cannot be read .*: remove its folder"):
         load_training_state(tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [4, 6, 8]),  # of those by time (3 and 6), the last one
+        ({"checkpoint_every": 0}, [5, 8]),
+        ({"checkpoint_minutes": 0}, [4, 8]),
+        ({"checkpoint_minutes": 0.5}, [4, 7, 8]),
+        ({"checkpoint_every": 1}, [*range(1, 9)]),
+    ],
+)
+def test_checkpoints_by_steps_and_by_time(
+    tmp_path: Path, settings: dict[str, float], kept: list[int]
+) -> None:
+    now = 1e6
+    config = RunConfig(**({"checkpoint_every": 4} | settings))  # 30 minutes
+    state = {"step": 0}
+    checkpoints = Checkpoints(config, lambda: state, [], {}, "rows", clock=lambda: now)
+    checkpoints.run = RunDirectory(tmp_path / "run", config)
+    now += 60 * 60  # before the run
+    with checkpoints.kept():
+        for step in range(1, 9):
+            now += 60 * (29.9 if step in (3, 5) else 1)
+            state["step"] = step
+            checkpoints.mark()
+            checkpoints.save_if_due(last=step == 8)
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == [f"step-{step:06d}" for step in kept]
+    assert load_training_state(folders[-2], CPU)["step"] == kept[-2]
 
 
 def test_nobody_is_told_to_run_what_a_file_holds(tmp_path: Path) -> None:

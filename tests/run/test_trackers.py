@@ -225,13 +225,13 @@ def test_a_ppo_run_shows_its_samples_and_survives_its_tracker(
     model = tiny_model_folder(tmp_path)
     settings = config(tmp_path / "run", sample_every=1, checkpoint_every=1, trackers=["trackio"])
     trainer = PPOTrainer(model, length_reward, PROMPTS, config=settings)
-    checkpoint = trainer.checkpoints.save
+    checkpoint = trainer.checkpoints.save_if_due
 
-    def breaks_after_a_step() -> None:
-        checkpoint()
+    def breaks_after_a_step(*, last: bool) -> None:
+        checkpoint(last=last)
         runs[0].broken = True
 
-    monkeypatch.setattr(trainer.checkpoints, "save", breaks_after_a_step)
+    monkeypatch.setattr(trainer.checkpoints, "save_if_due", breaks_after_a_step)
     trainer.train()
     assert [sorted(data)[0] for _, data in runs[0].logged] == ["memory/peak", "samples"]
     first = rows(tmp_path / "run" / "samples.jsonl")[0]

@@ -265,6 +265,7 @@ def test_without_a_critic_nothing_is_said_of_it(
     settings = config(tmp_path / "run", steps=1, path=held_out_file)
     chosen = replace(settings.ppo, estimator=estimator, group_size=group_size)
     PPOTrainer(model, reward, PROMPTS, config=replace(settings, ppo=chosen)).train()
+    assert asked.pop(0) == 2 * group_size  # a trial
     assert asked[:4] == asked[-2:] * 2 == [4, 1, 4, 1]  # reference and policy; the policy again
     for row in rows(tmp_path / "run" / "metrics.jsonl"):
         assert "eval/scores" in row and not any(name.startswith("value/") for name in row)
@@ -351,9 +352,9 @@ def test_a_resumed_run_evaluates_the_same(model, tmp_path, held_out_file):
     def failing(prompts, responses):
         nonlocal calls
         calls += 1
-        # Five held-out prompts are two batches. Reference and policy before the first step, the
-        # policy after the second and the fourth: it fails in the fifth.
-        if calls == 4 + 4 + 2 * 2 + 1:
+        # A trial; five held-out prompts are two batches. Reference and policy before the first
+        # step, the policy after the second and the fourth: it fails in the fifth.
+        if calls == 1 + 4 + 4 + 2 * 2 + 1:
             raise RuntimeError("the power went off")
         return noisy(prompts, responses)
 
@@ -379,7 +380,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_anew(model, tmp_pa
     def failing(prompts, responses):
         nonlocal calls
         calls += 1
-        if calls == 5:  # after the evaluation
+        if calls == 6:  # after a trial and the evaluation
             raise RuntimeError
         return letters(prompts, responses)
 

@@ -156,6 +156,7 @@ def test_a_file_that_exits_is_named():
     ("spec", "message"),
     [
         ("{folder}/absent.py:judge", "absent.py' does not exist"),
+        ("{folder}/reward.py:judge", "reward.py' does not exist. Did you mean '"),
         ("{folder}/rewards.py:jugde", "no function 'jugde'. Did you mean 'judge'"),
         ("{folder}/rewards.py:LIMIT", r"'LIMIT' in .* is not a function, but 3 \(int\)"),
         ("{folder}/rewards.py:", "names no function"),

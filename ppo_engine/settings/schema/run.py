@@ -60,8 +60,8 @@ class RunConfig:
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 writes only the final one, or a failure's."""
     checkpoint_minutes: NonNegativeFloat = 30.0
-    """Minutes since the last checkpoint after which the next finished step writes one, too; 0 leaves
-    it to checkpoint_every."""
+    """Minutes since the last checkpoint after which a finished step writes one, too; 0 leaves it to
+    checkpoint_every."""
     sample_every: NonNegativeInt = 5
     """Steps between printed sample responses; 0: none."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)

@@ -1,0 +1,154 @@
+"""What a command needs besides settings: a model, data, a reward; whether they were given, and, for
+a dry run, whether they are there and fit, as far as that shows without weights.
+
+torch and transformers are imported where they are needed, so that what was not given is told at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from ppo_engine.cli.libraries import quiet_libraries
+from ppo_engine.errors import UserError
+from ppo_engine.rewards.sources import configured_sources
+from ppo_engine.settings.schema import (
+    GenerateConfig,
+    PPOConfig,
+    RewardModelConfig,
+    ScoringConfig,
+    SFTConfig,
+)
+
+
+def check_given(config: Any) -> None:
+    """A UserError where a model, data or a reward was not given that the command cannot do
+    without."""
+    if isinstance(config, PPOConfig):
+        for value, what in (
+            (config.policy.path, "policy was given: --model NAME_OR_FOLDER, or policy.path=…"),
+            (config.data.path, "prompts were given: --data FILE.jsonl, or data.path=FILE"),
+            (
+                configured_sources(config.reward),
+                "reward was given: --reward FOLDER, --reward file.py:function or --reward URL",
+            ),
+        ):
+            if not value:
+                raise UserError(f"No {what}.")
+    elif isinstance(config, GenerateConfig):
+        if not config.model:
+            raise UserError("No model was given: --model NAME_OR_FOLDER.")
+    elif isinstance(config, SFTConfig | RewardModelConfig) and not config.data.path:
+        data = "examples" if isinstance(config, SFTConfig) else "preferences"
+        raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
+
+
+def check_inputs(config: Any) -> None:
+    """The same, and a UserError for a model, data or a reward that is not there or does not fit:
+    all that can be seen without loading weights or sampling. Nothing is written."""
+    check_given(config)
+    if isinstance(config, PPOConfig):
+        quiet_libraries()
+        _check_ppo(config)
+    elif isinstance(config, GenerateConfig):
+        quiet_libraries()
+        _check_generate(config)
+    elif isinstance(config, SFTConfig | RewardModelConfig):
+        quiet_libraries()
+        _check_supervised(config)
+
+
+def _check_ppo(config: PPOConfig) -> None:
+    from ppo_engine.data.forms import reading
+    from ppo_engine.data.prompts import column_names, load_prompts
+    from ppo_engine.pretrained import loading
+    from ppo_engine.rollout.environment import load_environment
+
+    _check_run(config)
+    tokenizer = loading.tokenizer_at(config.policy.path)
+    if config.critic.path:
+        loading.load_model_config(loading.resolve(config.critic.path))
+    environment = load_environment(config.environment)
+    for path in filter(None, (config.data.path, config.evaluation.path)):
+        examples, _ = load_prompts(
+            path,
+            tokenizer=tokenizer,
+            on_bad_line=config.data.on_bad_line,
+            **reading(config.data),
+        )
+        columns = column_names(examples)
+        if environment is not None:
+            environment.check_columns(columns)
+        _check_rewards(config.reward, columns, several_turns=environment is not None)
+
+
+def _check_generate(config: GenerateConfig) -> None:
+    from ppo_engine.data.forms import reading
+    from ppo_engine.data.prompts import column_names, load_prompts
+    from ppo_engine.generate import check_asked
+    from ppo_engine.models.precision import choose_device
+    from ppo_engine.pretrained import loading
+
+    check_asked(config)
+    choose_device(config.device)
+    tokenizer = loading.tokenizer_at(config.model)
+    columns: list[str] = []
+    if config.data.path:
+        examples, _ = load_prompts(
+            config.data.path,
+            tokenizer=tokenizer,
+            on_bad_line=config.data.on_bad_line,
+            **reading(config.data),
+        )
+        columns = column_names(examples)
+    _check_rewards(config.reward, columns)
+
+
+def _check_supervised(config: SFTConfig | RewardModelConfig) -> None:
+    from ppo_engine.data.demonstrations import load_demonstrations
+    from ppo_engine.data.forms import reading
+    from ppo_engine.data.preferences import load_preferences
+    from ppo_engine.demo.model import model_path
+    from ppo_engine.pretrained import loading
+
+    _check_run(config)
+    tokenizer = loading.tokenizer_at(config.model.path or model_path())
+    load: Any = load_demonstrations if isinstance(config, SFTConfig) else load_preferences
+    for path in filter(None, (config.data.path, config.data.eval_path)):
+        load(
+            path,
+            tokenizer=tokenizer,
+            on_bad_line=config.data.on_bad_line,
+            **reading(config.data),
+        )
+
+
+def _check_run(config: PPOConfig | SFTConfig | RewardModelConfig) -> None:
+    from ppo_engine.models.precision import choose_device
+    from ppo_engine.run.directory import check_output
+    from ppo_engine.run.trackers import check_trackers
+
+    check_output(config.run.output_dir, config.run.resume)
+    check_trackers(config.run.trackers)
+    choose_device(config.run.device)
+
+
+def _check_rewards(
+    config: ScoringConfig, columns: Collection[str], *, several_turns: bool = False
+) -> None:
+    """Of a reward model its folder or name, of a function whether it can be called on `columns`,
+    of an endpoint the URL alone."""
+    from ppo_engine.pretrained import loading
+    from ppo_engine.rewards.function import RewardFunction
+    from ppo_engine.rewards.http import HTTPReward
+    from ppo_engine.user_functions.importing import import_function
+
+    for source in configured_sources(config):
+        if source.function:
+            function = RewardFunction(import_function(source.function), source.function)
+            function.check_columns(columns, several_turns=several_turns)
+        elif source.url:
+            HTTPReward(source.url, config.http)
+        else:
+            loading.load_model_config(loading.resolve(source.path or ""))

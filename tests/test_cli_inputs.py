@@ -1,0 +1,122 @@
+"""What `--dry-run` finds without weights, and what a run is resumed with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_files import write
+from tiny import tiny_model_folder
+
+from ppo_engine import cli
+
+REWARD = """
+def length(prompts, responses): return [float(len(r)) for r in responses]
+def right(prompts, responses, answer): return [float(a in r) for a, r in zip(answer, responses)]
+"""
+PROMPTS = [{"prompt": f"Case {n}"} for n in range(4)]
+PAIRS = [{"prompt": f"Case {n}?", "chosen": "good", "rejected": "bad"} for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """The working folder: data of every kind, rewards, and the model without its weights."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, *PROMPTS, name="prompts.jsonl")
+    write(tmp_path, *PAIRS, name="pairs.jsonl")
+    write(tmp_path, {"prompt": "Case 1", "response": "a"}, "broken", name="broken.jsonl")
+    Path("rewards.py").write_text(REWARD)
+    Path("policy").mkdir()
+    for file in Path(model).iterdir():
+        if file.suffix != ".safetensors":
+            Path("policy", file.name).write_bytes(file.read_bytes())
+
+
+def command(line: str) -> list[str]:
+    """`M` is the model without weights, `P` the prompts, `R` a reward."""
+    short = {"M": "--model policy", "P": "--data prompts.jsonl", "R": "--reward rewards.py:length"}
+    return " ".join(short.get(word, word) for word in line.split()).split()
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("ppo M P R", "kl_coef: 0.05"),
+        ("ppo M P --reward policy --reward http://localhost:1/x", "url: http://localhost:1/x"),
+        ("ppo M P --reward rewards.py:right data.columns.answer=prompt data.columns.prompt=prompt",
+         "answer: prompt"),
+        ("reward M --data pairs.jsonl", "center_coef"),
+        ("sft M --data broken.jsonl data.on_bad_line=skip", "eval_fraction"),
+        ("generate M P R", "batch_size"),
+        ("generate M --prompt x", "batch_size"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_needs_no_weights_and_writes_nothing(
+    line: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert cli.main([*command(line), "--dry-run"]) == 0
+    assert shown in capsys.readouterr().out
+    assert {*tmp_path.iterdir()} - {*before} <= {tmp_path / "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ppo", "No policy was given"),
+        ("ppo M", "No prompts were given"),
+        ("ppo M P", "No reward was given"),
+        ("ppo --model ./polcy P R", "'./polcy' does not exist or is not a folder. Did you mean"),
+        ("ppo M --data prompt.jsonl R", "prompt.jsonl does not exist. Did you mean 'prompts.js"),
+        ("ppo M --data broken.jsonl R", "broken.jsonl:2: not valid JSON"),
+        ("ppo M P R evaluation.path=gone", "gone does not exist"),
+        ("ppo M P --reward rewards.py:lenght", "Did you mean 'length'?"),
+        ("ppo M P --reward reward.py:length", "Did you mean 'rewards.py'?"),
+        ("ppo M P --reward rewards.py:right", "asks for 'answer', but the prompts have no other"),
+        ("ppo M P --reward ./gone", "Model folder './gone' does not exist"),
+        ("ppo M P --reward http://x:0/", "is not a valid URL"),
+        ("ppo M P R critic.path=./gone", "Model folder './gone' does not exist"),
+        ("ppo M P R environment.function=rewards.py:gone", "has no function 'gone'"),
+        ("ppo M P R --output-dir policy", "Run folder policy is not empty"),
+        ("ppo M P R run.device=gpu", "Device 'gpu' cannot be used"),
+        ("ppo M P R run.resume=true --output-dir run", "run has no run to resume"),
+        ("reward M", "No preferences were given"),
+        ("reward M --data prompts.jsonl", "no column 'chosen'"),
+        ("sft M --data pairs.jsonl", "no column 'response'"),
+        ("sft M --data broken.jsonl", "broken.jsonl:2: not valid JSON"),
+        ("sft M --data pairs.jsonl data.columns.response=chosn", "Did you mean 'chosen'?"),
+        ("generate P", "No model was given"),
+        ("generate M", "Give either prompts"),
+        ("generate M P --reward rewards.py:right", "asks for 'answer'"),
+    ],
+)
+def test_a_dry_run_finds_what_does_not_fit(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command(line), "--dry-run"]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "more"),
+    [
+        ("grpo P R steps=1 ppo.rollout_batch_size=8 generation.max_new_tokens=2 ppo.kl_coef=0.3",
+         "steps=2"),
+        ("reward --data pairs.jsonl reward.batch_size=4 reward.center_coef=0.1", ""),
+        ("sft --data pairs.jsonl data.columns.response=chosen sft.batch_size=4", ""),
+    ],
+)  # fmt: skip
+def test_a_run_is_resumed_by_its_folder_alone(
+    model: str, line: str, more: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command(line), "--model", model, "--output-dir", "run"]) == 0
+    resume = [line.split()[0], "run.resume=true", "--output-dir", "run", *more.split()]
+    assert cli.main(resume) == 0, capsys.readouterr().err
+    assert cli.main([*resume, "run.seed=1"]) == 2
+    assert "run.seed: 0 then, 1 now" in capsys.readouterr().err
