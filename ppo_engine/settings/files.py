@@ -20,6 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ppo_engine.errors import UserError
+from ppo_engine.settings import schema
 
 Config = TypeVar("Config")
 
@@ -38,7 +39,9 @@ def load_config(
     section that is None by default (`ppo.adaptive_kl.target=3`) switches the section on. Raises
     one `UserError` that lists every problem.
     """
-    data = _over(defaults or {}, _read_file(file) if file is not None else {})
+    of_file = _read_file(file) if file is not None else {}
+    _refuse_another_commands(cls, file, of_file)
+    data = _over(defaults or {}, of_file)
     problems: list[str] = []
     for override in overrides:
         try:
@@ -163,6 +166,33 @@ def _read_file(file: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: settings must be `key: value` lines, got {type(data).__name__}.")
     return data
+
+
+# The commands' classes, for the settings file of one command that is given to another.
+_COMMANDS = {
+    "sft": schema.SFTConfig,
+    "reward": schema.RewardModelConfig,
+    "ppo": schema.PPOConfig,
+    "generate": schema.GenerateConfig,
+    "demo": schema.DemoConfig,
+}
+
+
+def _refuse_another_commands(cls: Any, file: str | None, data: dict[str, Any]) -> None:
+    """A UserError where the keys of a file are those of one other command, and not of this one."""
+    unknown = data.keys() - typing.get_type_hints(cls)
+    owners = [
+        command
+        for command, owner in _COMMANDS.items()
+        if unknown and data.keys() <= typing.get_type_hints(owner).keys()
+    ]
+    if len(owners) == 1:
+        names = ", ".join(sorted(unknown))
+        raise UserError(
+            f"{file} holds the settings of `ppo-engine {owners[0]}`, not of this command, which "
+            f"does not know {names}. What both have can be copied into a file of its own; the "
+            "command's --dry-run prints what it takes."
+        )
 
 
 def _over(below: Mapping[str, Any], above: dict[str, Any]) -> dict[str, Any]:
