@@ -25,7 +25,7 @@ _HEADLINES = (
     (r"rewards/(.+)/mean", r"\1", "{:+.3f}", 2),
     (r"objective/kl", "KL", "{:.3f}", 1),
     (r"objective/entropy", "entropy", "{:.2f}", 4),
-    (r"objective/response_length", "length", "{:.0f}", 3),
+    (r"objective/response_length", "tokens", "{:.0f}", 3),
     (r"cut", "cut", "{:.0%}", 1),
     (r"policy/clip_fraction", "ratio clipped", "{:.1%}", 5),
     (r"value/explained_variance", "explained variance", "{:+.2f}", 5),

@@ -56,7 +56,7 @@ class Progress:
                 console=self._console,
                 refresh_per_second=_REFRESH_PER_SECOND,
             )
-            self._live.start()
+            self._live.start(refresh=True)
         else:
             self._print(f"{self.title}: {counted(self.total_steps, 'step')}")
         return self
@@ -68,8 +68,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            live.stop()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -157,8 +157,9 @@ class Progress:
 
     def _render(self) -> RenderableType:
         head = Table.grid(padding=(0, 1))
-        # The rest is at most 60 columns wide.
-        head.add_column(max_width=max(10, self._console.width - 60), no_wrap=True)
+        head.add_column(max_width=max(10, self._console.width - 70), no_wrap=True)
+        for _ in range(4):
+            head.add_column(no_wrap=True)
         head.add_row(
             Text(self.title, style="bold", overflow="ellipsis"),
             Text(f"step {self._step}/{self.total_steps}"),
@@ -166,13 +167,18 @@ class Progress:
             Text(duration(time.perf_counter() - self._started), style="dim"),
             Text(self._eta(), style="cyan"),
         )
-        lines: list[RenderableType] = [head]
-        if self._phase:
-            running = time.perf_counter() - self._phase_started
-            lines.append(Text(f"now: {self._phase} ({running:.0f} s)", style="yellow"))
-        if self._seconds:
-            lines.append(Text(f"last step: {self._seconds}", no_wrap=True, overflow="ellipsis"))
-        return Group(*lines)
+        if self._live is None:  # the last time, as it stays
+            return head
+        running = time.perf_counter() - self._phase_started
+        now = f"now: {self._phase} ({running:.0f} s)" if self._phase else ""
+        last = f"last step: {self._seconds}" if self._seconds else ""
+        # Always as many lines: rich may print what stays while it redraws in its own thread, and
+        # would erase as many as there were before.
+        return Group(
+            head,
+            Text(now, style="yellow", no_wrap=True, overflow="ellipsis"),
+            Text(last, no_wrap=True, overflow="ellipsis"),
+        )
 
     def _print(self, line: str) -> None:
         """Unwrapped, without escape codes, for log files."""

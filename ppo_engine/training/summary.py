@@ -1,4 +1,4 @@
-"""What a run says of itself: before the first step how large it is, and at its end what came of it."""
+"""What a run says of itself: its size before the first step, what came of it at the end."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _OUTCOME = (
 def size_of_ppo(engine: PPOEngine) -> str:
     """What decides how long a run of `engine` takes."""
     config, settings = engine.config, engine.config.ppo
-    each = f"{config.generation.max_new_tokens} tokens each"
+    each = f"{counted(config.generation.max_new_tokens, 'token')} each"
     if engine.environment is not None:
-        each = f"{config.environment.max_turns} turns of {each}"
+        each = f"{counted(config.environment.max_turns, 'turn')} of {each}"
     trained = f"policy {trained_weights(engine.policy.model)}"
     if engine.critic is not None:
         trained += f", critic {trained_weights(engine.critic.model)}"
@@ -87,7 +87,10 @@ def logged_rows(run: RunDirectory) -> list[dict[str, Any]]:
 def _outcome_rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
     scores, *others = _OUTCOME
     found = [scores]
-    for pattern, label in ((r"eval/rewards/(.+)(?<!_se)", r"\1"), (r"eval/(best_of_.+)", r"\1")):
+    for pattern, label in (
+        (r"eval/rewards/(.+)(?<!_se)", r"\1"),
+        (r"eval/best_of_(\d+)", r"best of \1"),
+    ):
         for name in metrics:
             match = re.fullmatch(pattern, name)
             if match:

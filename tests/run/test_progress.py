@@ -82,14 +82,25 @@ def test_a_step_is_one_line_of_a_terminal_without_what_matters_least(
         progress.step(1, EVERYTHING)
     [line] = [line for line in terminal.screen if line.startswith("step 1/1 |")]
     assert line == (
-        "step 1/1 | score +0.500  length +0.250  KL 0.031  cut 25%  "
-        "held-out score +1.000 ± 0.125"
+        "step 1/1 | score +0.500  length +0.250  KL 0.031  cut 25%  held-out score +1.000 ± 0.125"
     )
     assert [fact.text for fact in headlines(EVERYTHING)][3:] == [
-        "KL 0.031", "entropy 2.50", "length 100", "cut 25%", "ratio clipped 12.5%",
+        "KL 0.031", "entropy 2.50", "tokens 100", "cut 25%", "ratio clipped 12.5%",
         "explained variance +0.50", "held-out score +1.000 ± 0.125", "best of 2 +1.500",
         "held-out length +0.500 ± 0.250", "tokens/s 1,234",
     ]  # fmt: skip
+
+
+def test_the_live_part_is_as_high_whatever_runs() -> None:
+    """rich may redraw it while a line that stays is printed, and then erases as many lines."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with Progress(10_000, "A long title " * 9, console=console) as progress:
+        heights = [len(console.render_lines(progress._render()))]
+        with progress.phase("generate " * 20):
+            heights.append(len(console.render_lines(progress._render())))
+        progress.step(9_999, {f"time/{name}": 100.0 for name in "abcdefgh"})
+        heights.append(len(console.render_lines(progress._render())))
+    assert heights == [3, 3, 3]
 
 
 def test_wide_letters_count_as_two_columns() -> None:
