@@ -120,6 +120,10 @@ def test_what_a_row_of_ppo_shows() -> None:
     assert found({"objective/kl": 1e-4}) == []
     [line] = found({"objective/scores": 0.0, "objective/scores_std": 0.0}, rollout_batch_size=2)
     assert "all 2 responses have the same score" in line
+    [line] = found(
+        {"objective/scores": 0.1, "objective/scores_std": 1e-9}
+    )  # of the mean's rounding
+    assert "all 64 responses have the same score" in line
     one = {"rollout_batch_size": 1, "mini_batch_size": 1}
     assert found({"objective/scores": 0.0, "objective/scores_std": 0.0}, **one) == []
 
