@@ -53,6 +53,7 @@ def test_one_prompt_in_a_terminal_gets_its_answer_after_the_display(
     assert cli.main(flags) == 0
     assert terminal.screen[-2].startswith("generate step 1/1 ━")
     assert terminal.screen[-1] == f"{printable(answer)} [cut at generation.max_new_tokens=3]"
+    assert not [line for line in terminal.screen if line.startswith("step")]  # says nothing
     # The display is on standard error alone.
     monkeypatch.setattr("sys.stderr", errors := Terminal())
     monkeypatch.setattr("sys.stdout", terminal := Terminal())

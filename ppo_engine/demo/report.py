@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_engine.run.headlines import before_and_after
+from ppo_engine.run.headlines import before_and_after, with_error
 from ppo_engine.run.progress import duration, printable
 
 _SAMPLES = 3
@@ -59,8 +59,8 @@ def show_result(
         else f"VADER rose by {rise:+.3f}."
     )
     console.print(
-        f"Reward model: {summary['reward_accuracy']:.0%} ± {summary['reward_accuracy_se']:.0%} of "
-        f"held-out rankings right. Took {duration(summary['seconds'])} min, at most "
+        f"Reward model: {with_error(summary, 'reward_accuracy', '{:.0%}')} of held-out rankings "
+        f"right. Took {duration(summary['seconds'])} min, at most "
         f"{summary['peak_memory_gib']:.1f} GiB of memory."
     )
 

@@ -94,7 +94,7 @@ class Progress:
         if self._live is None:
             told = "  ".join(fact.text for fact in facts)
             self._print(" | ".join(filter(None, (count, told, self._seconds, self._eta()))))
-        else:  # times are in the live part
+        elif facts:  # times are in the live part
             line = fitted(f"{count} | ", facts, self._console.width)
             self._live.console.print(Text(line, no_wrap=True, overflow="ellipsis"))
         took = time.perf_counter() - self._started
@@ -157,13 +157,13 @@ class Progress:
 
     def _render(self) -> RenderableType:
         head = Table.grid(padding=(0, 1))
-        head.add_column(max_width=max(10, self._console.width - 70), no_wrap=True)
+        head.add_column(max_width=max(10, self._console.width - 66), no_wrap=True)
         for _ in range(4):
             head.add_column(no_wrap=True)
         head.add_row(
             Text(self.title, style="bold", overflow="ellipsis"),
             Text(f"step {self._step}/{self.total_steps}"),
-            ProgressBar(total=self.total_steps, completed=self._step, width=24),
+            ProgressBar(total=self.total_steps, completed=self._step, width=20),
             Text(duration(time.perf_counter() - self._started), style="dim"),
             Text(self._eta(), style="cyan"),
         )
