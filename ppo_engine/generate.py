@@ -1,12 +1,13 @@
-"""`ppo-engine generate`: responses of a model to prompts, as JSON lines."""
+"""`ppo-engine generate`: responses of a model to prompts, as JSON lines; as text in a terminal."""
 
 from __future__ import annotations
 
 import datetime
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -32,11 +33,12 @@ from ppo_engine.rewards.weighted import Rewards, load_rewards
 from ppo_engine.rollout import generation
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.run.checkpoint import seeded
-from ppo_engine.run.progress import Progress
+from ppo_engine.run.progress import Progress, print_plain, printable
 from ppo_engine.run.row_file import RowFile, as_line
 from ppo_engine.settings.checks import check_generation
 from ppo_engine.settings.files import as_dict
 from ppo_engine.settings.schema import GenerateConfig, ModelConfig
+from ppo_engine.text.prompt import show_prompt
 
 # What the rows do not depend on.
 _FREE_KEYS = ("output", "resume", "device", "reward.http.timeout")
@@ -50,8 +52,16 @@ def generate(config: GenerateConfig) -> None:
 
     The file appears only when it is complete: until then its rows are in `OUTPUT.partial`, where a
     failure leaves them, and `config.resume` goes on from there to the same rows. Each batch has
-    random numbers of its own for that.
+    random numbers of its own for that. Without a file they are printed: as lines of JSON, or, in a
+    terminal, as text once the progress has ended.
     """
+    out = sys.stdout
+    # Rows alone reach standard output: whatever a reward function prints goes with the progress.
+    with redirect_stdout(sys.stderr):
+        _generate(config, out)
+
+
+def _generate(config: GenerateConfig, out: TextIO) -> None:
     check_asked(config)
     sources = configured_sources(config.reward)
     file, date = None, config.date or datetime.date.today()
@@ -108,7 +118,7 @@ def generate(config: GenerateConfig) -> None:
     size = max(1, config.batch_size // config.responses)
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
     console = Console(stderr=True, highlight=False)
-    output = file.open(describe_rows(examples), size) if file else nullcontext(_print)
+    output = file.open(describe_rows(examples), size) if file else _printing(out, config)
     with output as write:
         there = file.rows if file else []
         scores = [row["scores"] for row in there if rewards is not None]
@@ -169,6 +179,40 @@ def _respond(
     return rows
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    sys.stdout.writelines(as_line(row) for row in rows)
-    sys.stdout.flush()
+@contextmanager
+def _printing(
+    out: TextIO, config: GenerateConfig
+) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Writes rows to `out`: at once as JSON; as text at the block's end where a person reads them,
+    as a live display in the same terminal would overwrite them until then."""
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        out.writelines(map(as_line, rows))
+        out.flush()
+
+    if not out.isatty():
+        yield write
+        return
+    there: list[dict[str, Any]] = []
+    try:
+        yield there.extend
+    finally:  # also what there is when a later batch fails
+        for row in there:
+            print_plain(_readable(row, config), out)
+
+
+def _readable(row: dict[str, Any], config: GenerateConfig) -> str:
+    """A row as text: the answers alone where one prompt was asked on the command line."""
+    paragraphs = [] if config.prompt else [f"Prompt: {printable(show_prompt(row['prompt']))}"]
+    scores = row.get("scores") or [None] * len(row["responses"])
+    for number, (response, finished, score) in enumerate(
+        zip(row["responses"], row["finished"], scores, strict=True), start=1
+    ):
+        facts = [] if score is None else [f"score {score:+.3f}"]
+        if not finished:
+            facts.append(f"cut at generation.max_new_tokens={config.generation.max_new_tokens}")
+        count = len(row["responses"])
+        label = f"Answer {number} of {count}: " if count > 1 else "Answer: " * (not config.prompt)
+        told = f" [{', '.join(facts)}]" if facts else ""
+        paragraphs.append(f"{label}{printable(response) or '(empty)'}{told}")
+    return "\n".join(paragraphs) + "\n" * (len(paragraphs) > 1)

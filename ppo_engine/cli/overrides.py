@@ -52,7 +52,7 @@ def load(
     overrides: Sequence[str],
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings, after `check`; None when they have only been shown, by --help-settings
+    """The command's settings, after `check`; None where they were only shown, by --help-settings
     or by a dry run, which has checked its inputs too.
 
     A run that is resumed without a settings file goes on with those in its folder.

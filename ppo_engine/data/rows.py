@@ -224,7 +224,8 @@ def _is_json_array(path: Path) -> bool:
 
 def _parse(line: bytes) -> Row:
     try:
-        text = line.decode("utf-8")
+        # Where the JSON ends too soon, the error is at its end, not at the next line's beginning.
+        text = line.decode("utf-8").rstrip(" \t\r\n")
     except UnicodeDecodeError as error:
         raise BadLineError("not valid UTF-8", f" (byte {error.start + 1})") from None
     try:

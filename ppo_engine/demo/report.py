@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ppo_engine.run.headlines import before_and_after, with_error
 from ppo_engine.run.progress import duration, printable
 
 _SAMPLES = 3
@@ -38,26 +39,18 @@ def show_result(
     console: Console, summary: dict[str, Any], before: Measurement, after: Measurement
 ) -> None:
     """Print the table of figures, the verdict, and the samples."""
-    table = Table(title=f"{len(after.prompts)} held-out prompts", title_justify="left")
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="left" if not name else "right")
     rows = (
-        ("VADER (independent), mean ± SE", "vader", "{:+.3f} ± {:.3f}"),
-        ("reward model, mean ± SE", "reward", "{:+.2f} ± {:.2f}"),
-        ("scores above the untrained model's", "win_rate", "{:.0%} ± {:.0%}"),
-        ("KL to the reference, nats per response", "kl", "{:.2f} ± {:.2f}"),
+        ("VADER (independent), mean ± SE", "vader", "{:+.3f}"),
+        ("reward model, mean ± SE", "reward", "{:+.2f}"),
+        ("scores above the untrained model's", "win_rate", "{:.0%}"),
+        ("KL to the reference, nats per response", "kl", "{:.2f}"),
         ("perplexity under the reference", "perplexity", "{:.1f}"),
         ("distinct responses", "distinct", "{:.0%}"),
         ("response length, tokens", "length", "{:.1f}"),
     )
-    for label, name, form in rows:
-        cells = [
-            form.format(*(getattr(x, n) for n in (name, f"{name}_se") if hasattr(x, n)))
-            for x in (before, after)
-        ]
-        table.add_row(label, *cells)
+    title = f"{len(after.prompts)} held-out prompts"
     console.print()
-    console.print(table)
+    console.print(before_and_after(title, rows, asdict(before), asdict(after)))
 
     rise, error = summary["rise"], summary["rise_se"]
     console.print(
@@ -66,8 +59,8 @@ def show_result(
         else f"VADER rose by {rise:+.3f}."
     )
     console.print(
-        f"Reward model: {summary['reward_accuracy']:.0%} ± {summary['reward_accuracy_se']:.0%} of "
-        f"held-out rankings right. Took {duration(summary['seconds'])} min, at most "
+        f"Reward model: {with_error(summary, 'reward_accuracy', '{:.0%}')} of held-out rankings "
+        f"right. Took {duration(summary['seconds'])} min, at most "
         f"{summary['peak_memory_gib']:.1f} GiB of memory."
     )
 

@@ -211,7 +211,7 @@ def _measured(run: Path, step: int, sentiment: Callable[[str], float]) -> Measur
         kl=found["eval/kl"],
         kl_se=found["eval/kl_se"],
         perplexity=found["eval/ref_perplexity"],
-        distinct=len(set(responses)) / len(responses),
+        distinct=found["eval/distinct"],
         length=found["eval/response_length"],
         prompts=[_ask(row["prompt"]) for row in held_out],
         responses=responses,

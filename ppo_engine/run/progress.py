@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import io
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,30 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_engine.messages import counted
+from ppo_engine.run.headlines import fitted, headlines
 
 Item = TypeVar("Item")
 
-# The metrics that are shown, in this order where present: metric, label, format.
-_HEADLINES = (
-    ("objective/scores", "score", "{:+.3f}"),
-    ("objective/kl", "KL", "{:.3f}"),
-    ("objective/entropy", "entropy", "{:.2f}"),
-    ("objective/response_length", "length", "{:.0f}"),
-    ("policy/clip_fraction", "clipped", "{:.1%}"),
-    ("value/explained_variance", "explained variance", "{:+.2f}"),
-    ("sft/loss", "loss", "{:.4f}"),
-    ("eval/perplexity", "held-out perplexity", "{:.3f}"),
-    ("reward/loss", "loss", "{:.4f}"),
-    ("reward/accuracy", "accuracy", "{:.1%}"),
-    ("eval/accuracy", "held-out accuracy", "{:.1%}"),
-    ("eval/scores", "held-out score", "{:+.3f}"),
-    ("eval/win_rate", "win rate", "{:.1%}"),
-    ("tokens_per_second", "tokens/s", "{:,.0f}"),
-    ("mfu/step", "MFU", "{:.0%}"),
-)
 _REFRESH_PER_SECOND = 4
 _PLAIN_SECONDS = 15.0  # between lines of `track` where there is no terminal
 _SAMPLE_CHARACTERS = 600
+_PLAIN_COLUMNS = 100  # of tables in a log
+_WORTH_SAYING = 60.0  # seconds; how long a shorter run takes is soon seen
 
 
 class Progress:
@@ -60,9 +45,7 @@ class Progress:
         self._step = self._start = start
         self._phase = ""
         self._phase_started = self._started = time.perf_counter()
-        self._facts = ""
         self._seconds = ""
-        self._sample: RenderableType | None = None
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -73,7 +56,7 @@ class Progress:
                 console=self._console,
                 refresh_per_second=_REFRESH_PER_SECOND,
             )
-            self._live.start()
+            self._live.start(refresh=True)
         else:
             self._print(f"{self.title}: {counted(self.total_steps, 'step')}")
         return self
@@ -85,8 +68,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            live.stop()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -104,26 +87,39 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Step number `step` (from 1) is done; resets the phase times."""
         self._step = step
-        self._facts = _headlines(metrics)
+        facts = headlines(metrics)
         self._seconds = _phase_times({**metrics, **self.times})
         self.times = {}
+        count = f"step {step}/{self.total_steps}"
         if self._live is None:
-            parts = (f"step {step}/{self.total_steps}", self._facts, self._seconds, self._eta())
-            self._print(" | ".join(part for part in parts if part))
+            told = "  ".join(fact.text for fact in facts)
+            self._print(" | ".join(filter(None, (count, told, self._seconds, self._eta()))))
+        elif facts:  # times are in the live part
+            line = fitted(f"{count} | ", facts, self._console.width)
+            self._live.console.print(Text(line, no_wrap=True, overflow="ellipsis"))
+        took = time.perf_counter() - self._started
+        steps = self.total_steps - self._start
+        if step == self._start + 1 and steps > 1 and took * steps > _WORTH_SAYING:
+            self.note(
+                f"The first step took {duration(took)}: {counted(steps, 'step')} like it take "
+                f"about {duration(took * steps)}."
+            )
 
-    def sample(self, prompt: str, response: str, score: float, name: str = "sample") -> None:
-        """Show one response, as the model wrote it except for control characters."""
+    def sample(self, prompt: str, response: str, score: float, name: str) -> None:
+        """Show one response, as the model wrote it except for control characters; `name` says
+        what it is a sample of."""
         asked, answered = printable(prompt), printable(response) or "(empty)"
         if self._live is None:
             self._print(f"  {name} (score {score:+.3f}): {_one_line(asked)}")
             self._print(f"    → {_one_line(answered)}")
         else:
-            self._sample = Panel(
+            panel = Panel(
                 Text.assemble((_cut(asked, 200), "dim"), "\n", _cut(answered, _SAMPLE_CHARACTERS)),
-                title=f"{name} of step {self._step}, score {score:+.3f}",
+                title=Text(f"{name}, score {score:+.3f}"),
                 title_align="left",
                 border_style="dim",
             )
+            self._live.console.print(panel)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -131,6 +127,16 @@ class Progress:
             self._live.console.print(Text(printable(text)))
         else:
             self._print(printable(text))
+
+    def table(self, table: Table) -> None:
+        """Print a table that stays."""
+        if self._live is not None:
+            self._live.console.print(table)
+            return
+        drawn = io.StringIO()
+        Console(file=drawn, width=_PLAIN_COLUMNS, color_system=None).print(table)
+        for line in drawn.getvalue().splitlines():
+            self._print(line)
 
     def track(self, items: Sequence[Item], description: str) -> Iterable[Item]:
         """Iterate over `items` with their progress; for parts of a phase that take seconds."""
@@ -151,27 +157,38 @@ class Progress:
 
     def _render(self) -> RenderableType:
         head = Table.grid(padding=(0, 1))
+        head.add_column(max_width=max(10, self._console.width - 66), no_wrap=True)
+        for _ in range(4):
+            head.add_column(no_wrap=True)
         head.add_row(
-            Text(self.title, style="bold"),
+            Text(self.title, style="bold", overflow="ellipsis"),
             Text(f"step {self._step}/{self.total_steps}"),
-            ProgressBar(total=self.total_steps, completed=self._step, width=24),
+            ProgressBar(total=self.total_steps, completed=self._step, width=20),
             Text(duration(time.perf_counter() - self._started), style="dim"),
             Text(self._eta(), style="cyan"),
         )
-        lines: list[RenderableType] = [head]
-        if self._phase:
-            running = time.perf_counter() - self._phase_started
-            lines.append(Text(f"now: {self._phase} ({running:.0f} s)", style="yellow"))
-        lines += [Text(line) for line in (self._facts, self._seconds) if line]
-        if self._sample is not None:
-            lines.append(self._sample)
-        return Group(*lines)
+        if self._live is None:  # the last time, as it stays
+            return head
+        running = time.perf_counter() - self._phase_started
+        now = f"now: {self._phase} ({running:.0f} s)" if self._phase else ""
+        last = f"last step: {self._seconds}" if self._seconds else ""
+        # Always as many lines: rich may print what stays while it redraws in its own thread, and
+        # would erase as many as there were before.
+        return Group(
+            head,
+            Text(now, style="yellow", no_wrap=True, overflow="ellipsis"),
+            Text(last, no_wrap=True, overflow="ellipsis"),
+        )
 
     def _print(self, line: str) -> None:
-        """Unwrapped, without escape codes, for log files; `?` for what the stream cannot encode."""
-        stream = self._console.file
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        print(line.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+        """Unwrapped, without escape codes, for log files."""
+        print_plain(line, self._console.file)
+
+
+def print_plain(text: str, stream: IO[str]) -> None:
+    """Print to `stream`, with `?` for what it cannot encode."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 
 
 def is_interactive(console: Console) -> bool:
@@ -188,20 +205,6 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def with_error(metrics: Mapping[str, float], name: str, form: str) -> str:
-    """`metrics[name]` written as `form` has it, with its standard error where it has one."""
-    value, error = form.format(metrics[name]), metrics.get(f"{name}_se", math.nan)
-    return value if math.isnan(error) else f"{value} ± {form.format(error).lstrip('+')}"
-
-
-def _headlines(metrics: Mapping[str, float]) -> str:
-    return "  ".join(
-        f"{label} {with_error(metrics, name, form)}"
-        for name, label, form in _HEADLINES
-        if name in metrics
-    )
 
 
 def _phase_times(metrics: Mapping[str, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ _PANEL_INCHES = (3.6, 2.6)
 _GUIDE: dict[str, Any] = {"color": "#7a7a7a", "linewidth": 0.8, "linestyle": ":"}
 _ANTICIPATION = "value/anticipation_"
 _MFU = "mfu/"
+_REWARD = re.compile(r"rewards/(.+)/mean")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
     rows = [row for _, row in read_jsonl(file, BadLines("skip"))]
     panels = [_drawing(panel) for panel in _PANELS if _points(rows, panel.metric)[0].size]
     panels += _critic_panels(rows, file.with_name("critic.jsonl"))
+    if any(_REWARD.fullmatch(name) for row in rows for name in row):
+        panels.insert(1, _draw_rewards)
     phases = sorted({name for row in rows for name in row if name.startswith("time/")})
     if phases:
         panels.append(lambda axes, rows: _draw_times(axes, rows, phases))
@@ -168,6 +172,20 @@ def _draw_times(axes: Axes, rows: list[dict], phases: list[str]) -> None:
     axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", handlelength=1.0)
     _over_steps(axes, rows)
     _label(axes, "Time of a step", "seconds")
+
+
+def _draw_rewards(axes: Axes, rows: list[dict]) -> None:
+    """The mean of each of several rewards, before weights; dashed, of the held-out prompts."""
+    matches = map(_REWARD.fullmatch, dict.fromkeys(name for row in rows for name in row))
+    for number, reward in enumerate(match[1] for match in matches if match):
+        style: dict[str, Any] = {"color": _COLORS[number % len(_COLORS)], "lw": 1.5}
+        steps, values = _points(rows, f"rewards/{reward}/mean")
+        curve = _running_mean(values) if len(steps) > _MANY_POINTS else values
+        axes.plot(steps, curve, marker="o", ms=2.5, label=reward, **style)
+        axes.plot(*_points(rows, f"eval/rewards/{reward}"), ls="--", marker="o", ms=3, **style)
+    axes.legend(fontsize=7, frameon=False, loc="best", handlelength=1.0)
+    _over_steps(axes, rows)
+    _label(axes, "Each reward", "mean; dashed: held out")
 
 
 def _draw_mfu(axes: Axes, rows: list[dict]) -> None:

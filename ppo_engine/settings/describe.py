@@ -23,26 +23,10 @@ from ppo_engine.settings.problems import (
     section_kinds,
     section_of,
 )
-from ppo_engine.settings.schema import (
-    LEARNING_RATES,
-    DemoConfig,
-    GenerateConfig,
-    GRPOConfig,
-    PPOConfig,
-    RewardModelConfig,
-    SFTConfig,
-)
+from ppo_engine.settings.schema import COMMANDS, LEARNING_RATES
 from ppo_engine.settings.schema.base import described
 
 _WIDTH = 80
-_COMMANDS = {
-    "ppo": PPOConfig,
-    "grpo": GRPOConfig,
-    "reward": RewardModelConfig,
-    "sft": SFTConfig,
-    "generate": GenerateConfig,
-    "demo": DemoConfig,
-}
 _PLAIN: dict[Any, str] = {
     bool: "true or false",
     int: "integer",
@@ -89,7 +73,7 @@ def markdown() -> str:
     """docs/settings.md."""
     parts = [_HEAD.format(rates=_rates())]
     uses: dict[Any, dict[str, list[str]]] = {}  # of a class: the commands by the key
-    for command, cls in _COMMANDS.items():
+    for command, cls in COMMANDS.items():
         uses[cls] = {"": [command]}
         for key, kind in keys(cls).items():
             section = section_of(kind) or section_in_list(kind)

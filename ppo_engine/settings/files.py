@@ -17,7 +17,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import nearest_path
-from ppo_engine.settings.problems import explain, flatten, keys, refusal, without_unknown
+from ppo_engine.settings.problems import (
+    explain,
+    flatten,
+    keys,
+    refusal,
+    section_kinds,
+    without_unknown,
+)
+from ppo_engine.settings.schema import COMMANDS
 
 Config = TypeVar("Config")
 
@@ -34,6 +42,7 @@ def load_config(
     one `UserError` that lists every problem.
     """
     data = _read_file(file) if file is not None else {}
+    _refuse_another_commands(cls, file, data)
     problems: list[str] = []
     for override in overrides:
         try:
@@ -154,6 +163,23 @@ def _read_file(file: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: settings must be `key: value` lines, got {type(data).__name__}.")
     return data
+
+
+def _refuse_another_commands(cls: Any, file: str | None, data: dict[str, Any]) -> None:
+    """A UserError where the keys of a file are those of one other command, and not of this one."""
+    unknown = data.keys() - section_kinds(cls).keys()
+    owners = [
+        command
+        for command, owner in COMMANDS.items()
+        if unknown and command != "grpo" and data.keys() <= section_kinds(owner).keys()
+    ]
+    if len(owners) == 1:
+        names = ", ".join(sorted(unknown))
+        raise UserError(
+            f"{file} holds the settings of `ppo-engine {owners[0]}`, not of this command, which "
+            f"does not know {names}. What both have can be copied into a file of its own; the "
+            "command's --dry-run prints what it takes."
+        )
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:

@@ -152,6 +152,8 @@ class Evaluator:
                 rewards = self.engine.score_each(rollout)
                 scores = self.engine.rewards.total(rewards)
                 found = {"scores": scores, "rounding": self.engine.rewards.rounding(rewards)}
+                if len(rewards) > 1:
+                    found |= {f"rewards/{name}": each for name, each in rewards.items()}
                 if not by_reference:
                     found |= self._measure(rollout, scores)
                 responses += rollout.responses
@@ -200,6 +202,8 @@ class Evaluator:
         scores, rounding = (numbers[name].view(-1, each) for name in ("scores", "rounding"))
         ref_scores = reference.numbers["scores"].view(-1, each)
         metrics = mean_and_error("eval/scores", scores.mean(1))
+        for name in filter(lambda name: name.startswith("rewards/"), numbers):
+            metrics |= mean_and_error(f"eval/{name}", numbers[name].view(-1, each).mean(1))
         if each > 1:
             metrics[f"eval/best_of_{each}"] = float(expected_best(scores, each).mean())
         metrics |= mean_and_error("eval/win_rate", win_shares(scores, ref_scores, rounding))
@@ -209,6 +213,7 @@ class Evaluator:
         metrics |= mean_and_error("eval/kl", numbers["kl"].view(-1, each).mean(1))
         for name in ("response_length", "finished"):
             metrics[f"eval/{name}"] = float(numbers[name].mean())
+        metrics["eval/distinct"] = len(set(policy.responses)) / len(policy.responses)
         nll = numbers["ref_nll"].sum() / numbers["tokens"].sum()
         metrics["eval/ref_perplexity"] = float(nll.exp())
         points = None

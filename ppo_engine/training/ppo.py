@@ -51,6 +51,8 @@ from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.samples import sample_rows, show_samples
+from ppo_engine.training.signs import Watch, ppo_signs
+from ppo_engine.training.summary import size_of_ppo, tell_outcome
 
 
 class PPOTrainer:
@@ -121,6 +123,7 @@ class PPOTrainer:
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)
+        self._watch = Watch(ppo_signs(config))
         self.step = 0
         # Metrics and samples of a step that has trained and is not yet evaluated and logged.
         self._unreported: dict[str, Any] | None = None
@@ -158,7 +161,7 @@ class PPOTrainer:
         title = f"{self.title}, {counted(len(self.examples), 'prompt')}"
         title += f", {held_out} held out" * bool(held_out)
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
-            for note in self.notes:
+            for note in (*self.notes, size_of_ppo(self.engine)):
                 progress.note(note)
             self.checkpoints.mark()
             while self._unreported is not None or not self._done():
@@ -169,6 +172,7 @@ class PPOTrainer:
                 self.checkpoints.save_if_due(last=self._done())
             run = self._open_run()
             self.engine.save(run.path)
+            tell_outcome(run, held_out, self._watch, progress)
             progress.note(f"The policy is in {run.path / 'policy'}")
             for note in self.evaluator.notes():
                 progress.note(note)
@@ -236,6 +240,8 @@ class PPOTrainer:
         trackers.log(self.step, metrics)
         progress.step(self.step, metrics)
         show_samples(self.step, samples, run, trackers, progress)
+        for note in self._watch.look({"step": self.step, **metrics}):
+            progress.note(note)
         self._unreported = None
         return metrics
 

@@ -26,7 +26,8 @@ from ppo_engine.models.reader import Limit, Reader, plan
 from ppo_engine.models.token_rows import scored
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, loading, storage
-from ppo_engine.run.progress import Progress, with_error
+from ppo_engine.run.headlines import with_error
+from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster

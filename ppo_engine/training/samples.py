@@ -45,10 +45,13 @@ def show_samples(
     if samples:
         run.log_samples(step, samples)
     tracked = []
+    when = f"of step {step}" if step else "before training"
     for name, held_out in (("sample", False), ("held-out sample", True)):
         found = [row for row in samples if row.get("held_out", False) == held_out]
         tracked += found[:_LOGGED]
         for row in found[:1]:
-            progress.sample(show_prompt(row["prompt"]), row["response"], row["score"], name)
+            progress.sample(
+                show_prompt(row["prompt"]), row["response"], row["score"], f"{name} {when}"
+            )
     if tracked:
         trackers.log_samples(step, tracked)

@@ -30,7 +30,8 @@ from ppo_engine.models.reader import Limit
 from ppo_engine.models.token_rows import predicting
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture
-from ppo_engine.run.progress import Progress, with_error
+from ppo_engine.run.headlines import with_error
+from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import SFTConfig, SFTSettings
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 

@@ -27,6 +27,7 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import entry_point
 from ppo_engine.memory import release_freed_memory
+from ppo_engine.messages import counted
 from ppo_engine.models import precision
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
@@ -45,6 +46,8 @@ from ppo_engine.settings.schema import (
 )
 from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
+from ppo_engine.training.signs import Watch, supervised_signs
+from ppo_engine.training.summary import logged_rows, trained_weights, where
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
 Example = TypeVar("Example")  # the same as token ids
@@ -185,8 +188,9 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         counts = f"{len(self.training)} {self.unit}, {len(self.held_out)} held out"
         title = f"{self.title}, {counts}"
         with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
-            for note in self.notes:
+            for note in (*self.notes, self._size()):
                 progress.note(note)
+            watch = Watch(supervised_signs(self.command, self._rate, self.before))
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
@@ -204,6 +208,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
+                for note in watch.look({"step": self.step, **metrics}):
+                    progress.note(note)
                 self._unreported = None
                 self.checkpoints.mark()
                 self.checkpoints.save_if_due(last=last)
@@ -211,6 +217,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 metrics = self.evaluate(progress)
             with atomic_folder(run.path / self.result) as folder:
                 self._save_model(folder)
+            for note in watch.summary([row for row in logged_rows(run) if row["step"] > 0]):
+                progress.note(note)
             if self.before and metrics:
                 progress.note(f"Before training: {self._summary(self.before)}")
                 progress.note(f"After training:  {self._summary(metrics)}")
@@ -247,6 +255,19 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         order = random.Random(seed).sample(range(len(self.training)), len(self.training))
         size = self.settings.batch_size
         return [self.training[i] for i in order[place * size : (place + 1) * size]]
+
+    @property
+    def _rate(self) -> float:
+        return self.config.model.optimizer.learning_rate
+
+    def _size(self) -> str:
+        """What decides how long the run takes."""
+        return (
+            f"{counted(self.total_steps, 'step')} of {self.settings.batch_size} {self.unit}, the "
+            f"longest of {max(map(self._tokens, self.training)):,} tokens; "
+            f"{where(self.device, self.dtype)}; weights that are trained: "
+            f"{trained_weights(self.model)}."
+        )
 
     def _state(self) -> dict[str, Any]:
         return {

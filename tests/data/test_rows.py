@@ -38,7 +38,8 @@ def test_byte_order_mark_and_escaped_emoji_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "x"', "not valid JSON"),
+        ('{"prompt": "x"  \r', "not valid JSON .* at column 15"),  # not column 1 of the next line
+        ('{"prompt": "ä" "x"}', "not valid JSON .* at column 16"),
         ("{'prompt': 'x'}", "not valid JSON"),
         ('{"prompt": "x"} {"prompt": "y"}', "not valid JSON"),
         ('["x"]', "not a JSON object but list"),

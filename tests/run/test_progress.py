@@ -8,10 +8,27 @@ import time
 
 import pytest
 from rich.console import Console
+from screen import open_terminal
 
-from ppo_engine.run.progress import Progress, duration, is_interactive, printable, with_error
+from ppo_engine.run.headlines import Fact, before_and_after, fitted, headlines, with_error
+from ppo_engine.run.progress import Progress, duration, is_interactive, printable
 
 METRICS = {"objective/scores": 0.5, "objective/kl": 0.031, "policy/clip_fraction": 0.125}
+EVERYTHING = {
+    **METRICS,
+    "rewards/length/mean": 0.25,
+    "rewards/style/mean": -1.0,
+    "objective/entropy": 2.5,
+    "objective/response_length": 100.0,
+    "objective/finished": 0.75,
+    "eval/scores": 1.0,
+    "eval/scores_se": 0.125,
+    "eval/best_of_2": 1.5,
+    "eval/rewards/length": 0.5,
+    "eval/rewards/length_se": 0.25,
+    "value/explained_variance": 0.5,
+    "tokens_per_second": 1234.0,
+}
 
 
 def plain() -> tuple[io.StringIO, Console]:
@@ -25,7 +42,7 @@ def run(progress: Progress, response: str) -> None:
             pass
         progress.note("a [bold]note[/bold]")
         progress.step(1, METRICS)
-        progress.sample("Say hi.", response, 0.25)
+        progress.sample("Say hi.", response, 0.25, "sample of step 1")
         progress.step(2, METRICS)
 
 
@@ -36,11 +53,91 @@ def test_plain_lines_without_a_terminal() -> None:
     assert "\x1b" not in stream.getvalue()
     assert lines[0] == "PPO: 2 steps"
     assert lines[1] == "a [bold]note[/bold]"
-    assert lines[2].startswith("step 1/2 | score +0.500  KL 0.031  clipped 12.5% | generate 0.0 s")
+    assert lines[2].startswith(
+        "step 1/2 | score +0.500  KL 0.031  ratio clipped 12.5% | generate 0.0 s"
+    )
     assert lines[2].endswith("left")
-    assert lines[3] == "  sample (score +0.250): Say hi."
+    assert lines[3] == "  sample of step 1 (score +0.250): Say hi."
     assert lines[4].startswith("    → line one line two www") and len(lines[4]) > 300
     assert lines[5].startswith("step 2/2 |") and "left" not in lines[5] and len(lines) == 6
+
+
+def test_a_terminal_keeps_every_step_and_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = open_terminal(monkeypatch)
+    run(Progress(2, "PPO" * 30, console=Console(highlight=False)), "line one\nline two")
+    shown = terminal.screen
+    kept = [line for line in shown if line.startswith("step ")]
+    assert kept == [f"step {n}/2 | score +0.500  KL 0.031  ratio clipped 12.5%" for n in (1, 2)]
+    assert shown.index(kept[0]) < shown.index("│ line two".ljust(99) + "│") < shown.index(kept[1])
+    assert any(line.startswith("╭─ sample of step 1, score +0.250 ─") for line in shown)
+    assert "…" in shown[-1] and shown[-1].split()[1:3] == ["step", "2/2"]  # the live part's last
+    assert all(len(line) <= 100 for line in shown)
+
+
+def test_a_step_is_one_line_of_a_terminal_without_what_matters_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = open_terminal(monkeypatch)
+    with Progress(1, "PPO", console=Console(highlight=False)) as progress:
+        progress.step(1, EVERYTHING)
+    [line] = [line for line in terminal.screen if line.startswith("step 1/1 |")]
+    assert line == (
+        "step 1/1 | score +0.500  length +0.250  KL 0.031  cut 25%  held-out score +1.000 ± 0.125"
+    )
+    assert [fact.text for fact in headlines(EVERYTHING)][3:] == [
+        "KL 0.031", "entropy 2.50", "tokens 100", "cut 25%", "ratio clipped 12.5%",
+        "explained variance +0.50", "held-out score +1.000 ± 0.125", "best of 2 +1.500",
+        "held-out length +0.500 ± 0.250", "tokens/s 1,234",
+    ]  # fmt: skip
+
+
+def test_the_live_part_is_as_high_whatever_runs() -> None:
+    """rich may redraw it while a line that stays is printed, and then erases as many lines."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with Progress(10_000, "A long title " * 9, console=console) as progress:
+        heights = [len(console.render_lines(progress._render()))]
+        with progress.phase("generate " * 20):
+            heights.append(len(console.render_lines(progress._render())))
+        progress.step(9_999, {f"time/{name}": 100.0 for name in "abcdefgh"})
+        heights.append(len(console.render_lines(progress._render())))
+    assert heights == [3, 3, 3]
+
+
+def test_wide_letters_count_as_two_columns() -> None:
+    facts = [Fact("点数 1", 0), Fact("b 2", 1)]
+    assert [fitted("", facts, width) for width in (11, 10)] == ["点数 1  b 2", "点数 1"]
+
+
+def test_the_first_step_tells_how_long_all_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    for seconds, said in (
+        (90.0, ["The first step took 1:30: 4 steps like it take about 6:00."]),
+        (2.0, []),
+    ):
+        stream, console = plain()
+        with Progress(5, "PPO", start=1, console=console) as progress:
+            for step in (2, 3):
+                clock[0] += seconds
+                progress.step(step, {})
+        lines = stream.getvalue().splitlines()
+        assert [line for line in lines if line.startswith("The first")] == said
+
+
+def test_a_table_stays_in_a_log_and_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = open_terminal(monkeypatch)
+    rows = [("score", "a", "{:+.1f}"), ("absent", "b", "{}"), ("late", "c", "{:.0%}")]
+    before, after = {"a": 1.0, "a_se": 0.5}, {"a": 2.0, "c": 0.5}
+    stream, log = plain()
+    for console in (Console(highlight=False), log):
+        with Progress(1, "PPO", console=console) as progress:
+            progress.table(before_and_after("All", rows, before, after))
+    for lines in (terminal.screen, stream.getvalue().splitlines()):
+        cells = [line.strip("│").split("│") for line in lines if line.startswith("│")]
+        assert [[cell.strip() for cell in row] for row in cells] == [
+            ["score", "+1.0 ± 0.5", "+2.0"],
+            ["late", "", "50%"],
+        ]
 
 
 def test_continuous_integration_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:

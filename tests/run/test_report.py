@@ -98,6 +98,25 @@ def test_pictures_of_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [list(line.get_ydata()) for line in lines] == [[0.1], [0.3]]
 
 
+def test_several_rewards_are_drawn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr("ppo_engine.run.report.os.replace", lambda *_: None)
+    rows = [
+        {"step": step, **PPO_ROW, "rewards/a/mean": step, "rewards/b_c/mean": -step}
+        for step in (1, 2)
+    ] + [{"step": 0, "eval/rewards/a": 0.5, "eval/rewards/a_se": 9.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_curves(tmp_path, tmp_path / "report.png")
+    axes = {place.get_title(loc="left"): place for place in drawn[0].axes}
+    assert [text.get_text() for text in axes["Each reward"].get_legend().get_texts()] == [
+        "a",
+        "b_c",
+    ]
+    lines = [list(line.get_ydata()) for line in axes["Each reward"].get_lines()]
+    assert lines == [[1, 2], [0.5], [-1, -2], []]
+
+
 def test_run_without_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "other": 2.0}\n')
     with pytest.raises(UserError, match="no metrics to draw"):

@@ -12,6 +12,7 @@ from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config
 from ppo_engine.settings.schema import (
     AdaptiveKLConfig,
+    GenerateConfig,
     GenerationConfig,
     PPOConfig,
     RewardModelConfig,
@@ -257,3 +258,23 @@ def test_a_least_length_leaves_room_for_an_end() -> None:
     check_settings(PPOConfig(generation=GenerationConfig(max_new_tokens=8, min_new_tokens=7)))
     with pytest.raises(UserError, match=r"generation.min_new_tokens=8 leaves no room for an end"):
         check_settings(PPOConfig(generation=GenerationConfig(max_new_tokens=8, min_new_tokens=8)))
+
+
+@pytest.mark.parametrize("other", [SFTConfig(), RewardModelConfig(), GenerateConfig()])
+def test_the_settings_of_another_command_are_known_as_such(tmp_path: Path, other: Any) -> None:
+    command = {SFTConfig: "sft", RewardModelConfig: "reward", GenerateConfig: "generate"}
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(other))
+    with pytest.raises(UserError) as caught:
+        load_config(PPOConfig, str(file), ["steps=3"])
+    message = str(caught.value)
+    assert f"holds the settings of `ppo-engine {command[type(other)]}`" in message
+    assert "did you mean" not in message and load_config(type(other), str(file)) == other
+
+
+def test_a_mistake_is_not_taken_for_another_command(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for text in ("model: {path: x}", "sft: {epochs: 2}\nppo: {lam: 0.5}"):  # of several, of none
+        file.write_text(text)
+        with pytest.raises(UserError, match="unknown key"):
+            load_config(PPOConfig, str(file))

@@ -159,6 +159,7 @@ def test_metrics_are_what_they_say(model, tmp_path, monkeypatch, each):
             lengths.append(length)
             finished.append(ended)
             kls.append(kl)
+    said = [response for rollout in seen[False] for response in rollout.responses]
     theirs = [x for rollout in seen[True] for x in letters([], rollout.responses)]
     groups = [scores[i : i + each] for i in range(0, len(scores), each)]
     their_groups = [theirs[i : i + each] for i in range(0, len(theirs), each)]
@@ -182,6 +183,7 @@ def test_metrics_are_what_they_say(model, tmp_path, monkeypatch, each):
         "eval/ref_perplexity": math.exp(sum(ref_nlls) / sum(lengths)),
         "eval/response_length": statistics.mean(lengths),
         "eval/finished": statistics.mean(finished),
+        "eval/distinct": len(set(said)) / len(said),
     }
     if each > 1:
         expected[f"eval/best_of_{each}"] = statistics.mean(max(group) for group in groups)
@@ -409,7 +411,9 @@ def test_samples_stand_beside_the_references(model, tmp_path, held_out_file):
         for kind in ("", "reference_"):
             assert [row[f"{kind}score"]] == letters([], [row[f"{kind}response"]])
     shown = out.getvalue()
-    assert "held-out sample (score" in shown and "PPO, 6 prompts, 5 held out" in shown
+    assert (
+        "held-out sample before training (score" in shown and "PPO, 6 prompts, 5 held out" in shown
+    )
     assert shown.index("Held-out prompts before training") < shown.index("step 1/2")
 
 

@@ -7,6 +7,7 @@ description, with units; `settings.describe` shows it wherever people look.
 """
 
 from ppo_engine.settings.schema.commands import (
+    COMMANDS,
     LEARNING_RATES,
     DemoConfig,
     GenerateConfig,
@@ -41,6 +42,7 @@ from ppo_engine.settings.schema.ppo import (
 from ppo_engine.settings.schema.run import EvaluationConfig, RunConfig
 
 __all__ = [
+    "COMMANDS",
     "LEARNING_RATES",
     "AdaptiveKLConfig",
     "DemoConfig",

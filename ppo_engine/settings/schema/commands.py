@@ -200,3 +200,13 @@ class DemoConfig:
     """A new folder for the results; empty: runs/demo-TIME."""
     seed: int = 0
     """Of everything that is drawn."""
+
+
+COMMANDS = {
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "reward": RewardModelConfig,
+    "sft": SFTConfig,
+    "generate": GenerateConfig,
+    "demo": DemoConfig,
+}

@@ -26,7 +26,7 @@ class PromptDataConfig:
     columns: dict[str, str] = Field(default_factory=dict)
     """Our names of columns and the file's, such as {prompt: question}."""
     system_prompt: str = ""
-    """First message of every chat that has no system message of its own; of text, too, as a chat."""
+    """First message of every chat that has no system message; also of text, as a chat."""
     on_bad_line: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and say so."""
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
@@ -52,7 +52,7 @@ class PreferenceDataConfig:
     columns: dict[str, str] = Field(default_factory=dict)
     """Our names of columns and the file's, such as {prompt: question}."""
     system_prompt: str = ""
-    """First message of every chat that has no system message of its own; of text, too, as a chat."""
+    """First message of every chat that has no system message; also of text, as a chat."""
     on_bad_line: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and say so."""
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)
@@ -76,7 +76,7 @@ class DemonstrationDataConfig:
     columns: dict[str, str] = Field(default_factory=dict)
     """Our names of columns and the file's, such as {prompt: question}."""
     system_prompt: str = ""
-    """First message of every chat that has no system message of its own; of text, too, as a chat."""
+    """First message of every chat that has no system message; also of text, as a chat."""
     on_bad_line: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be used, or leave it out and say so."""
     chat_template_kwargs: ChatTemplateArguments = Field(default_factory=dict)

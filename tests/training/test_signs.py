@@ -1,0 +1,178 @@
+"""What makes a run pointless is said once, when it first shows, and at the end; never without."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny import tiny_model_folder
+from trainers import PROMPTS, config
+
+from ppo_engine import (
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    PPOSettings,
+    RewardConfig,
+    RewardModelConfig,
+    RewardModelSettings,
+    RewardModelTrainer,
+    RunConfig,
+    SFTConfig,
+    SFTTrainer,
+)
+from ppo_engine.training.ppo import PPOTrainer
+from ppo_engine.training.signs import Watch, ppo_signs, supervised_signs
+
+GRPO = {"estimator": "grpo", "group_size": 2}
+SAME = "all 4 responses have the same score"
+EQUAL = "no group of 2 responses to a prompt has a spread of scores"
+CUT = "all 4 responses are cut at generation.max_new_tokens=2"
+UNMOVED = "the policy is still where it began"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("ppo", "supervised"):
+        monkeypatch.setattr(f"ppo_engine.training.{module}.write_curves", lambda *_: None)
+
+
+def constant(prompts: list[str], responses: list[str]) -> list[float]:
+    return [0.1] * len(responses)
+
+
+def of_prompt(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(prompt[-1]) for prompt in prompts]
+
+
+def all_different(prompts: list[str], responses: list[str]) -> list[float]:
+    return [index / 3 for index in range(len(responses))]
+
+
+def said(
+    model: str, folder: Path, reward: Callable[..., Any], ends: bool = True, rate: float = 1e-3
+) -> list[str]:
+    """What a GRPO run of four steps says about itself, beginnings alone."""
+    out = io.StringIO()
+    made = config(folder / "run", steps=4, ppo=GRPO)
+    made = replace(
+        made,
+        policy=ModelConfig(optimizer=OptimizerConfig(learning_rate=rate)),
+        reward=RewardConfig(),
+        # Every token ends a response, or next to none does.
+        generation=GenerationConfig(max_new_tokens=2, stop=tuple(range(256)) if ends else ()),
+    )
+    PPOTrainer(model, reward, PROMPTS, config=made, console=Console(file=out)).train()
+    lines = out.getvalue().splitlines()
+    return [
+        line for line in lines if line.startswith(("Step ", "In ")) and "KL is shown" not in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({"reward": all_different}, []),
+        ({"reward": constant}, [("Step 1", SAME), ("In 4 of 4 steps", SAME)]),
+        ({"reward": of_prompt}, [("Step 1", EQUAL), ("In 4 of 4 steps", EQUAL)]),
+        (
+            {"reward": all_different, "ends": False},
+            [("Step 1", CUT), ("In 4 of 4 steps", CUT)],
+        ),
+        (
+            {"reward": all_different, "rate": 1e-30},
+            [("Step 4", UNMOVED), ("In 1 of 4 steps", UNMOVED)],
+        ),
+    ],
+    ids=["nothing", "constant", "equal groups", "cut", "unmoved"],
+)
+def test_a_run_of_ppo(
+    model: str, tmp_path: Path, run: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    found = said(model, tmp_path, **run)
+    assert len(found) == len(expected)
+    for line, (when, what) in zip(found, expected, strict=True):
+        assert line.startswith(f"{when}: {what}" if when[0] == "S" else f"{when} {what}")
+        assert line.endswith(".") and line.count(". ") >= 1  # with what to try
+
+
+def test_what_a_row_of_ppo_shows() -> None:
+    def found(row: dict[str, float], **settings: Any) -> list[str]:
+        signs = ppo_signs(PPOConfig(ppo=PPOSettings(**settings)))
+        return Watch(signs).look({"step": 4, "objective/response_length": 10.0, **row})
+
+    [line] = found({"policy/grad_norm": 0.0, "objective/kl": 0.0})
+    assert "no gradient reached the policy" in line  # and not also that it did not move
+    [line] = found({"objective/kl": 1e-6})
+    assert UNMOVED in line
+    assert found({"objective/kl": 1e-6}, critic_warmup_steps=1) == []
+    assert found({"objective/kl": 1e-4}) == []
+    [line] = found({"objective/scores": 0.0, "objective/scores_std": 0.0}, rollout_batch_size=2)
+    assert "all 2 responses have the same score" in line
+    [line] = found(
+        {"objective/scores": 0.1, "objective/scores_std": 1e-9}
+    )  # of the mean's rounding
+    assert "all 64 responses have the same score" in line
+    one = {"rollout_batch_size": 1, "mini_batch_size": 1}
+    assert found({"objective/scores": 0.0, "objective/scores_std": 0.0}, **one) == []
+
+
+def test_a_negative_kl_is_explained_once_and_not_held_against_the_run() -> None:
+    watch = Watch(ppo_signs(PPOConfig()))
+    rows = [{"step": step, "objective/kl": kl} for step, kl in enumerate((0.0, -0.1, -0.1), 1)]
+    told = [watch.look(row) for row in rows]
+    assert told[0] == told[2] == [] and told[1][0].startswith("Step 2: the KL is shown below 0")
+    assert watch.summary(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (1e-3, []),
+        (1e-30, ["Step 2: the held-out loss is what it was", "In 1 of 2 steps the held-out loss"]),
+    ],
+)
+def test_a_run_of_sft(model: str, tmp_path: Path, rate: float, expected: list[str]) -> None:
+    out = io.StringIO()
+    made = SFTConfig(
+        model=ModelConfig(optimizer=OptimizerConfig(learning_rate=rate)),
+        run=RunConfig(output_dir=str(tmp_path / "run"), dtype="float32"),
+    )
+    rows = [{"prompt": f"Case {n}", "response": "abc"} for n in range(20)]
+    SFTTrainer(model, rows, made, console=Console(file=out)).train()
+    found = [x for x in out.getvalue().splitlines() if x.startswith(("Step ", "In "))]
+    assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
+
+
+def test_a_reward_model_with_nothing_left_to_learn(model: str, tmp_path: Path) -> None:
+    out = io.StringIO()
+    made = RewardModelConfig(
+        model=ModelConfig(optimizer=OptimizerConfig(learning_rate=0.1, schedule="constant")),
+        reward=RewardModelSettings(batch_size=4, epochs=6),
+        run=RunConfig(output_dir=str(tmp_path / "run"), dtype="float32"),
+    )
+    pairs = [{"prompt": f"Case {n}", "chosen": "a", "rejected": "b"} for n in range(9)]
+    RewardModelTrainer(model, pairs, made, console=Console(file=out)).train()
+    found = [x for x in out.getvalue().splitlines() if x.startswith(("Step ", "In "))]
+    assert len(found) == 2 and all("the loss is 0. There is nothing left" in x for x in found)
+
+
+def test_what_a_row_of_a_supervised_run_shows() -> None:
+    def found(row: dict[str, float]) -> list[str]:
+        return Watch(supervised_signs("sft", 1e-5, {"eval/loss": 2.0})).look({"step": 1, **row})
+
+    [line] = found({"sft/loss": 1.0, "sft/grad_norm": 0.0})
+    assert "no gradient reached the model" in line
+    assert len(found({"sft/loss": 0.0, "sft/grad_norm": 0.0})) == 1
+    assert found({"sft/loss": 1.0, "sft/grad_norm": 0.5, "eval/loss": 1.9}) == []
