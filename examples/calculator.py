@@ -65,7 +65,10 @@ if __name__ == "__main__":
     options = common.options(__doc__)
     config = PPOConfig(
         steps=2 if options.smoke else 10,
-        policy=ModelConfig(optimizer=OptimizerConfig(learning_rate=1e-5)),
+        policy=ModelConfig(
+            trainable_layers=8,  # the last ones: fast on a laptop, with a high learning rate
+            optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
+        ),
         ppo=PPOSettings(
             estimator="grpo",
             group_size=8,

@@ -35,7 +35,10 @@ def main():
     steps = 2 if options.smoke else 8
     config = PPOConfig(
         steps=steps,  # over which the learning rate decays
-        policy=ModelConfig(optimizer=OptimizerConfig(learning_rate=1e-5)),
+        policy=ModelConfig(
+            trainable_layers=8,  # the last ones: fast on a laptop, with a high learning rate
+            optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
+        ),
         ppo=PPOSettings(
             estimator="rloo",
             group_size=4,

@@ -2,8 +2,8 @@
 
     python examples/plain_pytorch.py
 
-The toy reward is the share of words that begin with "s". Nothing of `ppo_engine` trains here, and
-logits of [batch, tokens, vocabulary] are never made.
+The toy reward: does the response begin with a letter from A to M? Nothing of `ppo_engine` trains
+here, and logits of [batch, tokens, vocabulary] are never made.
 """
 
 import common
@@ -15,9 +15,9 @@ from ppo_kernels import kl_shaped_gae, linear_logprobs, linear_ppo_loss, ppo_val
 PROMPT, RESPONSES, MINI_BATCH, NEW_TOKENS = "Write one sentence about rain.", 16, 8, 16
 
 
-def alliteration(text):
-    words = text.lower().split()
-    return sum(word.startswith("s") for word in words) / max(len(words), 1)
+def early(text):
+    """Whether the first letter stands in the first half of the alphabet."""
+    return float("a" <= text.lstrip()[:1].lower() <= "m")
 
 
 def main():
@@ -28,11 +28,13 @@ def main():
         AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32) for _ in range(2)
     )
     policy.eval()  # no dropout: the ratio of PPO begins at 1
-    reference.requires_grad_(False)
+    for model in (policy, reference):
+        model.requires_grad_(False)
+    trained = policy.base_model.layers[-8:].requires_grad_(True)  # as much as a laptop likes
     value_head = torch.nn.Linear(policy.config.hidden_size, 1)
     torch.nn.init.zeros_(value_head.weight)
-    parameters = [*policy.parameters(), *value_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3 if options.smoke else 1e-5, weight_decay=0.0)
+    parameters = [*trained.parameters(), *value_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-2 if options.smoke else 2e-4, weight_decay=0.0)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}],
         add_generation_prompt=True,
@@ -50,7 +52,7 @@ def main():
         states = model.base_model(ids, attention_mask=attention_mask).last_hidden_state
         return states[:, width - 1 : -1]
 
-    for step in range(1, 21):
+    for step in range(1, 16):
         # 1 the policy writes; the mask has its tokens up to the first EOS, that one included
         ids = policy.generate(
             **prompt, do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS,
@@ -63,7 +65,7 @@ def main():
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
         # 2 scores, 3 KL to the reference, values, advantages
-        scores = torch.tensor([alliteration(text) for text in texts])
+        scores = torch.tensor([early(text) for text in texts])
         weight = policy.get_output_embeddings().weight
         with torch.no_grad():
             hidden = hidden_of(policy, ids, attention_mask)
@@ -94,7 +96,7 @@ def main():
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
         print(
-            f"step {step:2}: share of s {float(scores.mean()):.2f}, "
+            f"step {step:2}: A to M {float(scores.mean()):.0%}, "
             f"KL {float(shaped.kl.mean()):.2f}, clipped {float(stats.clip_fraction):.0%}"
         )
 

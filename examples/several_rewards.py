@@ -43,11 +43,14 @@ def varied(responses):
 
 if __name__ == "__main__":
     options = common.options(__doc__)
-    learning_rate = ModelConfig(optimizer=OptimizerConfig(learning_rate=1e-5))
+    model = ModelConfig(
+        trainable_layers=8,  # the last ones: fast on a laptop, with a high learning rate
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
+    )
     config = PPOConfig(
         steps=2 if options.smoke else 8,
-        policy=learning_rate,
-        critic=learning_rate,
+        policy=model,
+        critic=model,
         reward=RewardConfig(weights=[1.0, 0.5, 0.5]),
         ppo=PPOSettings(rollout_batch_size=32, mini_batch_size=16),
         generation=GenerationConfig(max_new_tokens=32),

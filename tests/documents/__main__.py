@@ -19,7 +19,9 @@ from documents.surroundings import fresh, here
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("pages", nargs="*", type=Path, help="default: all")
     parser.add_argument("--here", action="store_true", help="in the current environment")
     parser.add_argument("--short", action="store_true", help="with a tiny model")

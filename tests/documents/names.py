@@ -1,4 +1,4 @@
-"""What pages name: links, anchors, settings, metrics, and options of `ppo-engine`, which must exist."""
+"""What pages name and must exist: links, anchors, settings, metrics, options of `ppo-engine`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def _anchors(page: Path) -> set[str]:
     for heading in re.findall(r"^#+ +(.*?)#* *$", prose, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
         name = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
-        count = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in names)
+        count = sum(
+            re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in names
+        )
         names.add(f"{name}-{count}" if count else name)
     return names
 
@@ -171,10 +173,10 @@ def _metrics(page: Path) -> list[str]:
 
 def _is_metric(name: str, known: list[str]) -> bool:
     """Whether one of `known` is `name`. In either, `<name>`, `…`, `*` and `{name}` stand for any
-    word."""
+    text."""
     open_part = r"<[^>]*>|…|\*|\{[^}]*\}"
     fixed = [re.sub(open_part, "\0", other) for other in (*known, name)]
-    patterns = ["[^/]+".join(map(re.escape, other.split("\0"))) for other in fixed]
+    patterns = [".+".join(map(re.escape, other.split("\0"))) for other in fixed]
     asked = fixed[-1]
     return any(
         re.fullmatch(pattern, asked) or re.fullmatch(patterns[-1], other)

@@ -1,4 +1,4 @@
-"""Runs the steps of a page in a folder of their own, in a terminal of 100 columns or without one."""
+"""Runs the steps of a page in a folder of its own, in a terminal of 100 columns or without one."""
 
 from __future__ import annotations
 
@@ -163,5 +163,7 @@ def _script(step: Step, folder: Path, where: Surroundings) -> str:
     else:
         script = re.sub(r"(['\"])ppo-engine\[", rf"\1{ROOT}[", script)
         script = re.sub(r"^pip install \.", f"pip install {root}", script, flags=re.M)
-        script = re.sub(install, f"pip install --quiet -c {root}/constraints.txt", script, flags=re.M)
+        script = re.sub(
+            install, f"pip install --quiet -c {root}/constraints.txt", script, flags=re.M
+        )
     return f"set -e\n{script}\n"

@@ -28,8 +28,8 @@ def screen(written: str, columns: int = 100) -> str:
                 line += " " * (column - len(line))
                 line[column : column + 1] = [character]
                 column += 1
-        elif part["one"] == "\n":  # the terminal has made "\r\n" of it
-            row += 1
+        elif part["one"] == "\n":
+            row, column = row + 1, 0
             lines += [[] for _ in range(row + 1 - len(lines))]
         elif part["one"] == "\r":
             column = 0
