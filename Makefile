@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 
-.PHONY: demo smoke test test-minimum mutants fuzz sanitize valgrind docs lint bench build clean
+.PHONY: demo smoke test test-minimum docs-check mutants fuzz sanitize valgrind docs lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -24,6 +24,9 @@ test: $(VENV)/dev.stamp  ## everything that runs without a GPU
 # The rooms of the engine; the ops do not depend on the versions of these packages.
 test-minimum: $(MINIMUM)/stamp  ## the engine under the oldest versions declared; installs 6 GB
 	PYTHONPATH=kernels:. $(MINIMUM)/bin/python -m pytest -q -n 2 $(ROOMS)
+
+docs-check: $(VENV)/dev.stamp  ## all that the pages show, as a newcomer: in an environment of its own
+	PYTHONPATH=kernels:.:tests $(BIN)/python -m documents
 
 mutants: $(VENV)/dev.stamp  ## bugs planted in ppo_engine, one at a time: which do the tests see?
 	$(BIN)/python tests/mutants.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, task: str) -> Any:
         task_type=task,
     )
     try:
-        return peft.get_peft_model(model, adapter)
+        with warnings.catch_warnings():
+            # What the two libraries tell each other's developers.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+            return peft.get_peft_model(model, adapter)
     except ValueError as error:  # such as modules that the model does not have
         raise UserError(f"lora.target_modules: {first_line(error)}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ from ppo_engine.settings.schema import (
 )
 from ppo_engine.training.reward import RewardModelTrainer
 
-pytest.importorskip("peft", reason="the optional package peft is not installed")
+peft = pytest.importorskip("peft", reason="the optional package peft is not installed")
 CPU = torch.device("cpu")
 PROMPTS = ["Hello", "A longer prompt", "Hi", "x y"]
 Bits = Literal["8bit", "4bit"]
@@ -72,6 +73,20 @@ TOLERANCE = {None: 1e-5, "4bit": 1e-5, "8bit": 1e-2}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_what_libraries_tell_developers_is_not_shown(folder, monkeypatch):
+    def warns(*given):
+        for kind, module in ((FutureWarning, "transformers.x"), (UserWarning, "peft.y")):
+            warnings.warn_explicit("old", kind, f"{module}.py", 1, module)
+        return wrapped(*given)
+
+    wrapped = peft.get_peft_model
+    monkeypatch.setattr(peft, "get_peft_model", warns)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        LanguageModel.open(folder, ModelConfig(lora=LoraConfig()), device=CPU, dtype=torch.float32)
+    assert [one.category for one in seen] == [UserWarning]
 
 
 def adapted(path: str = "", bits: Bits | None = None, **settings: Any) -> ModelConfig:
