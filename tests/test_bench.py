@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import readme, timing
+from bench import speed_page, timing
 from bench.case import Case, Cost, Inputs, Outputs, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, least_traffic, measure_ceilings, slug
@@ -303,7 +303,7 @@ def test_freed_memory_is_kept() -> None:
     def faults(how: str) -> int:
         done = subprocess.run(
             [sys.executable, "-c", _COUNT_FAULTS, how],
-            check=True, capture_output=True, text=True, cwd=readme.ROOT,
+            check=True, capture_output=True, text=True, cwd=speed_page.ROOT,
         )  # fmt: skip
         return int(done.stdout)
 
@@ -331,7 +331,7 @@ print(full - resident())
 def test_freed_memory_is_released() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _COUNT_RELEASED], check=True, capture_output=True, text=True,
-        cwd=readme.ROOT,
+        cwd=speed_page.ROOT,
     )  # fmt: skip
     assert float(done.stdout) == pytest.approx(256, rel=0.1)
 
@@ -368,7 +368,7 @@ def test_csv_and_picture(tmp_path: Path) -> None:
 
 
 def test_readme_has_the_tables_of_the_results() -> None:
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    text = (speed_page.ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.tables() in text
 
 
