@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import readme, timing
+from bench import speed_page, timing
 from bench.case import Case, Cost, Inputs, Outputs, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, least_traffic, measure_ceilings, slug
@@ -303,7 +303,7 @@ def test_freed_memory_is_kept() -> None:
     def faults(how: str) -> int:
         done = subprocess.run(
             [sys.executable, "-c", _COUNT_FAULTS, how],
-            check=True, capture_output=True, text=True, cwd=readme.ROOT,
+            check=True, capture_output=True, text=True, cwd=speed_page.ROOT,
         )  # fmt: skip
         return int(done.stdout)
 
@@ -331,7 +331,7 @@ print(full - resident())
 def test_freed_memory_is_released() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _COUNT_RELEASED], check=True, capture_output=True, text=True,
-        cwd=readme.ROOT,
+        cwd=speed_page.ROOT,
     )  # fmt: skip
     assert float(done.stdout) == pytest.approx(256, rel=0.1)
 
@@ -367,9 +367,27 @@ def test_csv_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_has_the_tables_of_the_results() -> None:
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.tables() in text
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_pages_have_the_figures_of_the_results(page: str) -> None:
+    assert (speed_page.ROOT / page).read_text(encoding="utf-8") == speed_page.rewritten(page)
+
+
+def test_headlines_compare_the_steps_that_have_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"model": "m", "dtype": "float32", "device": "a machine"}
+    seconds = {"generate": (1.0, 3.0), "update": (4.0, 2.0), "step": (6.0, 9.0)}
+    rows: list[Row] = [
+        {"side": side, "phase": phase, "seconds": of_sides[n], "peak_bytes": (n + 1) * 2**30, **about}
+        for phase, of_sides in seconds.items()
+        for n, side in enumerate(("ours", "TRL"))
+    ]
+    write_csv(tmp_path / "a" / "e2e.csv", "", rows)
+    write_csv(tmp_path / "a" / "e2e-8bit.csv", "", [r for r in rows if r["side"] == "ours"])
+    monkeypatch.setattr(speed_page, "RESULTS", tmp_path)
+    assert speed_page.headlines().splitlines()[2:] == [
+        "| m, float32 | a machine | 6.0 | 9.0 | 1.5 | 3.0 | 0.5 | 1.0 | 2.0 |"
+    ]
 
 
 def test_cost_by_mode() -> None:

@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import e2e_models, growth, growth_step, readme
+from bench import e2e_models, growth, growth_step, speed_page
 from bench.e2e_compare import WorkerFailed
 from bench.e2e_models import Sizes, prepare, save_models
 from bench.e2e_ours import config_of
@@ -176,7 +176,7 @@ def test_from_the_command_line(
     assert (rows[0]["score_ms_per_token"], rows[0]["generate_ms_per_token"]) == ("50", "200")
     said = capsys.readouterr().out
     assert "time a token, the most by the least: 6.000, target <= 1.15: MISSED" in said
-    assert readme._growth(command, rows).count("\n| ") == 4  # two of them are the head
+    assert speed_page._growth(command, rows).count("\n| ") == 4  # two of them are the head
 
     monkeypatch.setattr(sys, "argv", ["growth.py", "--tokens", "20", "160"])
     assert growth.main() == 1

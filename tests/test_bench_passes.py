@@ -15,7 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import e2e_models, passes, passes_sides, readme
+from bench import e2e_models, passes, passes_sides, speed_page
 from bench.e2e_floor import Shape, forward
 from bench.machine import Ceilings
 from bench.passes_sides import COMPILE, LIGER, OURS, PLAIN, Sides, difference, reason_to_skip
@@ -207,7 +207,7 @@ def test_from_the_command_line(
     assert float(ours["x_floor"]) == pytest.approx(1.5 / (work.flop / 1e9), rel=1e-3)
     assert 0 < float(ours["difference"]) < 1e-5 and float(ours["peak_bytes"]) > 1e4
     assert compiled["ms_p50"] == liger["ms_p50"] == ""
-    assert readme._passes(command, rows).count("\n| ") == 4  # two of them are the head
+    assert speed_page._passes(command, rows).count("\n| ") == 4  # two of them are the head
 
     monkeypatch.setattr(passes, "difference", lambda *_: 0.5)
     assert passes.main() == 1

@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import e2e_models, readme, rollout, rollout_cases, rollout_compare
+from bench import e2e_models, rollout, rollout_cases, rollout_compare, speed_page
 from bench.e2e_floor import Pass, Shape
 from bench.machine import Ceilings
 from bench.results import read_csv
@@ -288,6 +288,6 @@ def test_from_the_command_line(
     assert all(row["status"] == "ok" and float(row["x_floor"]) > 0 for row in rows)
     assert [[len(tokens) for tokens in written] for written in first] == [[2 * EARLY] * 16]
     assert float(rows[2]["early"]) > 0 and rows[0]["written"] == "12"
-    table = readme._rollout(command, rows).splitlines()[2:]
+    table = speed_page._rollout(command, rows).splitlines()[2:]
     assert len(table) == 4 and table[2].startswith("| 4 x 3 in groups of 2 | tiny, float32 |")
     assert "in groups of 8, memory for 8 |" in table[3] and "| no refill |" in table[3]

@@ -1,6 +1,7 @@
-"""Write README's speed tables anew from bench/results: `python bench/readme.py`.
+"""Write the figures of docs/speed.md and README.md anew from bench/results.
 
-`--check` writes nothing and exits with 1 where the tables are not those of the results.
+`python bench/speed_page.py`; with `--check` it writes nothing and exits with 1 where a page has
+other figures than the results.
 """
 
 from __future__ import annotations
@@ -30,6 +31,31 @@ def tables() -> str:
             if (folder / name).exists():
                 sections.append(section(*read_csv(folder / name)))
     return "\n".join(sections)
+
+
+def headlines() -> str:
+    """A row for each step that was measured beside TRL's: how many times as fast ours was."""
+    lines = [
+        "| one PPO step | on | seconds | TRL's | times faster | sampling | update | GiB | TRL's |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for file in sorted(RESULTS.glob("*/e2e*.csv")):
+        _, rows = read_csv(file)
+        ours, theirs = (
+            {row["phase"]: row for row in rows if row["side"] == side} for side in ("ours", "TRL")
+        )
+        if not theirs:
+            continue
+        step = ours["step"]
+        seconds = [f"{float(side['step']['seconds']):.1f}" for side in (ours, theirs)]
+        times = [
+            f"{float(theirs[phase]['seconds']) / float(ours[phase]['seconds']):.1f}"
+            for phase in ("step", "generate", "update")
+        ]
+        peaks = [f"{float(side['step']['peak_bytes']) / 2**30:.1f}" for side in (ours, theirs)]
+        cells = " | ".join([*seconds, *times, *peaks])
+        lines.append(f"| {step['model']}, {step['dtype']} | {step['device']} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def _ops(command: str, rows: list[_Row]) -> str:
@@ -221,18 +247,27 @@ _SECTIONS = {
 }
 
 
-def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+# What stands between the markers of each page.
+_PAGES = {"docs/speed.md": tables, "README.md": headlines}
+
+
+def rewritten(page: str) -> str:
+    """A page of the repository as it should be: what is between its markers made anew."""
+    before, _, rest = (ROOT / page).read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n{tables()}\n{END}{after}"
-    if "--check" in sys.argv[1:]:
-        if text != wanted:
-            print("README's speed tables are not those of bench/results: run bench/readme.py")
-        return int(text != wanted)
-    readme.write_text(wanted, encoding="utf-8")
-    return 0
+    return f"{before}{BEGIN}\n{_PAGES[page]()}\n{END}{after}"
+
+
+def main() -> int:
+    status = 0
+    for page in _PAGES:
+        wanted = rewritten(page)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / page).write_text(wanted, encoding="utf-8")
+        elif (ROOT / page).read_text(encoding="utf-8") != wanted:
+            print(f"{page} has other figures than bench/results: run bench/speed_page.py")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
