@@ -119,7 +119,7 @@ def draw_objective(axes: Axes, advantage: float) -> None:
     ratios = torch.linspace(0.0, 2.0, 201).clamp_min(1e-3)
     nothing, given = torch.zeros(1), torch.tensor([advantage])
     objective = [-float(ppo_policy_loss(r.log()[None], nothing, given)[0]) for r in ratios]
-    axes.plot(ratios, advantage * ratios, color="#7a7a7a", lw=1, ls=":", label="ratio × advantage")
+    axes.plot(ratios, advantage * ratios, color="#7a7a7a", lw=1, ls=":", label="unclipped")
     axes.plot(ratios, objective, color=COLORS[0], lw=2, label="what PPO maximizes")
     axes.axvspan(0.8, 1.2, color=COLORS[0], alpha=0.08, lw=0)
     axes.plot([1], [advantage], "o", color=COLORS[1], ms=5, label="where an update begins")
@@ -169,7 +169,7 @@ def pictures() -> dict[str, Figure]:
     clip = Figure(figsize=(7.2, 2.7), layout="constrained")
     for axes, advantage in zip(clip.subplots(1, 2), (1.0, -1.0), strict=True):
         draw_objective(axes, advantage)
-        axes.legend(fontsize=7, frameon=False)
+    clip.axes[0].legend(fontsize=7, frameon=False)
     advantages = Figure(figsize=(7.2, 3.0), layout="constrained")
     draw_advantages(advantages.subplots())
 
