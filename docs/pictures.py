@@ -1,8 +1,8 @@
 """The pictures of docs/method.md and docs/failures.md: `python docs/pictures.py`.
 
 The objective and the advantages come from the kernels. The curves come from docs/runs.csv, the
-metrics of runs of SmolLM2-135M-Instruct; `--train FOLDER` trains those that are not in FOLDER yet
-(some minutes each on two cores) and writes that file anew.
+metrics of runs of a tiny model and of SmolLM2-135M-Instruct; `--train FOLDER` trains those that are
+not in FOLDER yet (half a minute and some minutes each on two cores) and writes that file anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ppo_engine import (
     EvaluationConfig,
@@ -31,6 +33,7 @@ from ppo_engine import (
 from ppo_engine.data.rows import read_jsonl
 from ppo_engine.demo.model import model_path
 from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
+from ppo_engine.demo.tiny import save_tiny_model
 from ppo_kernels import gae, ppo_policy_loss
 
 DOCS = Path(__file__).parent
@@ -66,28 +69,52 @@ def counts_all(prompts: list[Any], responses: list[str]) -> list[float]:
     return [float(len(CHEERFUL.findall(response))) for response in responses]
 
 
+def vowels(prompts: list[Any], responses: list[str]) -> list[float]:
+    return [sum(letter in "aeiou" for letter in response) / 4 for response in responses]
+
+
 @dataclass(frozen=True)
 class Run:
-    """GRPO on the demo's prompts; each run but the first differs from it in what stands here."""
+    """GRPO of SmolLM2 on the demo's prompts."""
 
     reward: Any = says_one
     learning_rate: float = 4e-4
-    estimator: str = "grpo"
 
-    def config(self, folder: Path) -> PPOConfig:
+    def trainer(self, output: Path) -> PPOTrainer:
         optimizer = OptimizerConfig(learning_rate=self.learning_rate, warmup_fraction=0.1)
-        model = ModelConfig(trainable_layers=8, optimizer=optimizer)
-        estimator: Any = self.estimator
-        settings = PPOSettings(estimator=estimator, group_size=8, mini_batch_size=16, kl_coef=0.02)
-        return PPOConfig(
-            policy=model,
-            critic=model,
+        config = PPOConfig(
+            policy=ModelConfig(trainable_layers=8, optimizer=optimizer),
             generation=GenerationConfig(max_new_tokens=24),
-            ppo=settings,
+            ppo=PPOSettings(estimator="grpo", group_size=8, mini_batch_size=16, kl_coef=0.02),
             evaluation=EvaluationConfig(prompts=32, keep_best=False),
-            run=RunConfig(output_dir=str(folder)),
+            run=RunConfig(output_dir=str(output)),
             steps=16,
         )
+        prompts = [prompt_about(topic) for topic in TRAINING_TOPICS]
+        return PPOTrainer(model_path(), self.reward, prompts, config=config)
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """PPO of the smoke test's random model, to write vowels; the critic starts from the policy."""
+
+    estimator: Any
+    seed: int
+
+    def trainer(self, output: Path) -> PPOTrainer:
+        model = output.parent / "tiny"
+        save_tiny_model(model, seed=0)
+        role = ModelConfig(optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant"))
+        config = PPOConfig(
+            policy=role,
+            critic=role,
+            generation=GenerationConfig(max_new_tokens=16),
+            ppo=PPOSettings(estimator=self.estimator, mini_batch_size=16, kl_coef=0.01),
+            run=RunConfig(output_dir=str(output), seed=self.seed, dtype="float32", sample_every=0),
+            steps=30,
+        )
+        prompts = [f"Prompt {number}" for number in range(64)]
+        return PPOTrainer(str(model), vowels, prompts, config=config)
 
 
 FAILURES = {
@@ -96,17 +123,19 @@ FAILURES = {
     "learning rate 4e-3": Run(learning_rate=4e-3),
     "a reward without an end": Run(reward=counts_all),
 }
-ESTIMATORS = {name: Run(estimator=name) for name in ("monte_carlo", "td", "gae")}
+ESTIMATORS = ("monte_carlo", "gae", "td")
+SEEDS = range(3)
+TINY = {f"{name}, seed {seed}": TinyRun(name, seed) for name in ESTIMATORS for seed in SEEDS}
 
 
 def train(folder: Path) -> None:
     """Train what `folder` lacks, and write docs/runs.csv."""
     rows = []
-    for name, run in {**FAILURES, **ESTIMATORS}.items():
+    runs: dict[str, Run | TinyRun] = {**TINY, **FAILURES}
+    for name, run in runs.items():
         path = folder / name.replace(" ", "-")
         if not (path / "report.png").exists():
-            prompts = [prompt_about(topic) for topic in TRAINING_TOPICS]
-            PPOTrainer(model_path(), run.reward, prompts, config=run.config(path)).train()
+            run.trainer(path).train()
         for _, row in read_jsonl(path / "metrics.jsonl"):
             values = [row.get(metric) for metric in METRICS]
             rows.append([name, row["step"], *("" if x is None else f"{x:.5g}" for x in values)])
@@ -146,16 +175,21 @@ def draw_advantages(axes: Axes) -> None:
     axes.set_xlabel("token, and the critic's value before it", fontsize=8)
 
 
-def draw_runs(axes: Axes, rows: list[dict[str, str]], names: list[str], metric: str) -> None:
-    for number, name in enumerate(names):
-        found = [
-            (int(row["step"]), float(row[metric]))
-            for row in rows
-            if row["run"] == name and row[metric]
-        ]
-        steps, values = zip(*found, strict=True)
-        axes.plot(steps, values, color=COLORS[number], lw=1.5, marker="o", ms=2.5, label=name)
+def draw_runs(
+    axes: Axes, rows: list[dict[str, str]], curves: dict[str, list[str]], metric: str
+) -> None:
+    """A curve for each entry: the mean of its runs, and what they span."""
+    for color, (name, runs) in zip(COLORS, curves.items(), strict=False):
+        found: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            if row["run"] in runs and row[metric]:
+                found[int(row["step"])].append(float(row[metric]))
+        steps = [*found]
+        axes.plot(steps, [sum(x) / len(x) for x in found.values()], color=color, lw=1.5, label=name)
+        lowest, highest = map(min, found.values()), map(max, found.values())
+        axes.fill_between(steps, [*lowest], [*highest], color=color, alpha=0.15, lw=0)
     axes.set_xlabel("step", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def label(axes: Axes, title: str, unit: str) -> None:
@@ -181,14 +215,15 @@ def pictures() -> dict[str, Figure]:
     critic = ("value/explained_variance", "Explained variance of the critic", "1 is perfect")
     kl = ("objective/kl", "KL to the reference", "nats per response")
     entropy = ("objective/entropy", "Entropy of the policy", "nats per token")
-    for figure, runs, panels in (
-        (estimators, [*ESTIMATORS], (score, critic)),
-        (failures, [*FAILURES], (score, kl, entropy)),
+    of_seeds = {name: [f"{name}, seed {seed}" for seed in SEEDS] for name in ESTIMATORS}
+    for figure, curves, panels in (
+        (estimators, of_seeds, (score, critic)),
+        (failures, {name: [name] for name in FAILURES}, (score, kl, entropy)),
     ):
         for axes, (metric, title, unit) in zip(
             figure.subplots(1, len(panels)), panels, strict=True
         ):
-            draw_runs(axes, rows, runs, metric)
+            draw_runs(axes, rows, curves, metric)
             label(axes, title, unit)
         figure.axes[0].legend(fontsize=7, frameon=False)
     return {

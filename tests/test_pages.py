@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / f"{name}.md" for name in ("choosing", "failures", "method", "metrics")]
@@ -120,3 +123,16 @@ def test_what_fits_on_which_device(title: str, critic: bool) -> None:
     assert body == [
         [device, *(what_fits(model, device, critic) for model in MODELS)] for device in DEVICES
     ]
+
+
+def test_pictures_are_drawn_from_the_runs_that_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    drawn = importlib.import_module("pictures").pictures()
+    assert {f"{name}.png" for name in drawn} == {p.name for p in DOCS.glob("*.png")} - {"demo.png"}
+    curves = [line for name in ("estimators", "failures") for line in lines(drawn[name])]
+    assert len(curves) == 2 * 3 + 3 * 4
+    assert all(len(curve.get_xdata()) in (16, 30) for curve in curves)
+
+
+def lines(figure: Figure) -> list[Line2D]:
+    return [line for axes in figure.axes for line in axes.get_lines()]
