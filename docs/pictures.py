@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -145,11 +146,15 @@ def train(folder: Path) -> None:
 
 def draw_objective(axes: Axes, advantage: float) -> None:
     """The clipped objective of one token by its ratio, as `ppo_policy_loss` computes it."""
-    ratios = torch.linspace(0.0, 2.0, 201).clamp_min(1e-3)
-    nothing, given = torch.zeros(1), torch.tensor([advantage])
-    objective = [-float(ppo_policy_loss(r.log()[None], nothing, given)[0]) for r in ratios]
-    axes.plot(ratios, advantage * ratios, color="#7a7a7a", lw=1, ls=":", label="unclipped")
-    axes.plot(ratios, objective, color=COLORS[0], lw=2, label="what PPO maximizes")
+    ratios = [max(0.001, step / 100) for step in range(201)]
+    old, given = torch.zeros(1), torch.tensor([advantage])
+    losses = [ppo_policy_loss(torch.tensor([math.log(r)]), old, given)[0] for r in ratios]
+    axes.plot(
+        ratios, [advantage * r for r in ratios], color="#7a7a7a", lw=1, ls=":", label="unclipped"
+    )
+    axes.plot(
+        ratios, [-float(loss) for loss in losses], color=COLORS[0], lw=2, label="what PPO maximizes"
+    )
     axes.axvspan(0.8, 1.2, color=COLORS[0], alpha=0.08, lw=0)
     axes.plot([1], [advantage], "o", color=COLORS[1], ms=5, label="where an update begins")
     label(axes, f"Advantage {advantage:+.0f}", "objective of the token")
@@ -162,14 +167,15 @@ def draw_advantages(axes: Axes) -> None:
     rewards[0, -1] = SCORE
     values = torch.tensor([VALUES])
     estimates = {"1 (Monte Carlo)": 1.0, "0.95": 0.95, "0.5": 0.5, "0 (TD)": 0.0}
-    places = torch.arange(len(TOKENS))
     for number, (name, lam) in enumerate(estimates.items()):
         advantages, _ = gae(rewards, values, gamma=1.0, lam=lam)
-        where = places + (number - 1.5) * 0.2
-        axes.bar(where, advantages[0], width=0.2, color=COLORS[number], label=f"λ = {name}")
+        where = [place + (number - 1.5) * 0.2 for place in range(len(TOKENS))]
+        axes.bar(
+            where, advantages[0].tolist(), width=0.2, color=COLORS[number], label=f"λ = {name}"
+        )
     axes.axhline(0, color="black", lw=0.8)
     names = [f"{token}\nV {value:.2f}" for token, value in zip(TOKENS, VALUES, strict=True)]
-    axes.set_xticks(places, names)
+    axes.set_xticks(range(len(TOKENS)), names)
     axes.legend(fontsize=7, frameon=False)
     label(axes, "Advantages of one answer's tokens, score 1 at the end", "advantage")
     axes.set_xlabel("token, and the critic's value before it", fontsize=8)
