@@ -27,6 +27,7 @@ _GUIDE: dict[str, Any] = {"color": "#7a7a7a", "linewidth": 0.8, "linestyle": ":"
 _ANTICIPATION = "value/anticipation_"
 _MFU = "mfu/"
 _REWARD = re.compile(r"rewards/(.+)/mean")
+_FOOTER = "docs/metrics.md says what each curve means"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
     )
     figure.suptitle(title or file.parent.name, fontsize=12, fontweight="bold")
+    figure.supxlabel(_FOOTER, fontsize=7.5, color=_GUIDE["color"])
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for place, draw in zip(axes, panels, strict=False):
         draw(place, rows)

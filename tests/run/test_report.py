@@ -90,6 +90,7 @@ def test_pictures_of_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(lines[0].get_xdata()) == list(range(10, 101, 10))
     scatter = axes["Critic at 50 % of the response"].collections[0]
     assert scatter.get_offsets().tolist() == [[1.0, 10.0], [3.0, 2.0]]
+    assert "docs/metrics.md" in drawn[0].get_supxlabel()
     assert list(axes["Held-out score"].get_lines()[0].get_xdata()) == [0, 5, 10]
     assert axes["KL to the reference"].get_lines()[1].get_label() == "held out"
     assert "Held out: wins against the reference" in axes
