@@ -22,7 +22,6 @@ _FIRST_AND_LAST = 10  # steps at most, to be compared where nothing is held out
 # Label, metric, format; the scores of several rewards come behind the first.
 _OUTCOME = (
     ("score, mean ± SE", "eval/scores", "{:+.3f}"),
-    ("score after its penalties (shaped)", "eval/shaped_scores", "{:+.3f}"),
     ("scores above the reference's", "eval/win_rate", "{:.1%}"),
     ("KL to the reference, nats per response", "eval/kl", "{:.2f}"),
     ("perplexity under the reference", "eval/ref_perplexity", "{:.1f}"),

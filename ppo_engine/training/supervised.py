@@ -190,7 +190,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
             for note in (*self.notes, self._size()):
                 progress.note(note)
-            watch = Watch(supervised_signs(self.command, self._rate, self.before))
+            rate = self.config.model.optimizer.learning_rate
+            watch = Watch(supervised_signs(self.command, rate, self.before))
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
@@ -255,10 +256,6 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         order = random.Random(seed).sample(range(len(self.training)), len(self.training))
         size = self.settings.batch_size
         return [self.training[i] for i in order[place * size : (place + 1) * size]]
-
-    @property
-    def _rate(self) -> float:
-        return self.config.model.optimizer.learning_rate
 
     def _size(self) -> str:
         """What decides how long the run takes."""
