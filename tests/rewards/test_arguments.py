@@ -165,6 +165,15 @@ def test_the_command_line_names_and_records_them(tmp_path, monkeypatch, capsys):
     assert '"objective/scores": 1.0' in Path("out/metrics.jsonl").read_text()
 
 
+def test_generate_finds_a_wrong_reward_before_it_looks_for_the_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "--model", "no/such", "--prompt", "x", "--reward", "format_match"]
+    assert main(command) == 2
+    assert "needs an argument: set reward.arguments.pattern=…" in capsys.readouterr().err
+    assert main([*command, "reward.arguments.pattern=[0-9]+"]) == 2
+    assert "quote it for YAML too: reward.arguments.pattern='\"…\"'" in capsys.readouterr().err
+
+
 def test_arguments_of_a_python_reward_are_recorded():
     settings = RewardConfig(arguments={"pattern": "a"})
     config = PPOConfig(reward=settings, generation=SHORT.generation)
