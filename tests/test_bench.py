@@ -378,8 +378,13 @@ def test_headlines_compare_the_steps_that_have_both_sides(
     about = {"model": "m", "dtype": "float32", "device": "a machine"}
     seconds = {"generate": (1.0, 3.0), "update": (4.0, 2.0), "step": (6.0, 9.0)}
     rows: list[Row] = [
-        about
-        | {"side": side, "phase": phase, "seconds": of_sides[n], "peak_bytes": (n + 1) * 2**30}
+        {
+            "side": side,
+            "phase": phase,
+            "seconds": of_sides[n],
+            "peak_bytes": (n + 1) * 2**30,
+            **about,
+        }
         for phase, of_sides in seconds.items()
         for n, side in enumerate(("ours", "TRL"))
     ]
