@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ PROMPTS = [f"Prompt {i}" for i in range(6)]
 
 def length_reward(prompts, responses):
     return [len(response) / 10 for response in responses]
+
+
+def good_on_trial() -> Callable[..., list[float]]:
+    """A reward function that returns one score, whatever it is asked, but in its first call."""
+    calls: list[int] = []
+
+    def reward(prompts, responses):
+        calls.append(len(responses))
+        return [1.0] * (len(responses) if len(calls) == 1 else 1)
+
+    return reward
 
 
 def config(

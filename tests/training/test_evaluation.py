@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rollouts import script
 from tiny import tiny_model_folder
-from trainers import as_if_killed, rows, same, untimed, weights
+from trainers import as_if_killed, good_on_trial, rows, same, untimed, weights
 
 from ppo_engine.data.prompts import PromptExample
 from ppo_engine.errors import UserError
@@ -575,7 +575,7 @@ def test_mistakes_are_found_before_anything_is_written(model, tmp_path, settings
 
 def test_a_reward_that_fails_on_held_out_prompts_leaves_nothing(model, tmp_path):
     settings = config(tmp_path / "run", prompts=2)
-    trainer = PPOTrainer(model, lambda prompts, responses: [1.0], PROMPTS, config=settings)
+    trainer = PPOTrainer(model, good_on_trial(), PROMPTS, config=settings)
     with pytest.raises(UserError, match="1 scores for 2"):
         trainer.train()
     assert not (tmp_path / "run").exists()

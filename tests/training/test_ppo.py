@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_model_folder
-from trainers import PROMPTS, as_if_killed, config, length_reward, rows, untimed
+from trainers import PROMPTS, as_if_killed, config, good_on_trial, length_reward, rows, untimed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_engine.errors import UserError
@@ -200,9 +200,10 @@ def test_a_prompt_leaves_room_for_its_response(model, tmp_path):
 
 
 def test_a_reward_that_fails_leaves_nothing(model, tmp_path):
-    trainer = PPOTrainer(
-        model, lambda prompts, responses: [1.0], PROMPTS, config=config(tmp_path / "run")
-    )
+    settings = config(tmp_path / "run")
+    with pytest.raises(UserError, match=r"1 scores for 2 .*trial call"):
+        PPOTrainer(model, lambda prompts, responses: [1.0], PROMPTS, config=settings)
+    trainer = PPOTrainer(model, good_on_trial(), PROMPTS, config=settings)
     with pytest.raises(UserError, match="1 scores for 4"):
         trainer.train()
     assert not (tmp_path / "run").exists()
@@ -217,7 +218,8 @@ def test_columns_reach_the_reward(model, tmp_path):
 
     data = [{"prompt": f"Prompt {i}", "target": i} for i in range(4)]
     PPOTrainer(model, reward, data, config=config(tmp_path / "run", steps=1)).train()
-    assert sorted(seen) == [(f"Prompt {i}", i) for i in range(4)]
+    assert seen[:2] == [("Prompt 0", 0), ("Prompt 1", 1)]  # on trial
+    assert sorted(seen[2:]) == [(f"Prompt {i}", i) for i in range(4)]
 
 
 def test_each_pass_over_the_prompts_is_a_fresh_permutation(model, tmp_path):
