@@ -44,7 +44,7 @@ def varied(responses):
 if __name__ == "__main__":
     options = common.options(__doc__)
     model = ModelConfig(
-        trainable_layers=8,  # the last ones: fast on a laptop, with a high learning rate
+        trainable_layers=options.layers,  # the last ones, at a high learning rate
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
     )
     config = PPOConfig(
