@@ -66,7 +66,7 @@ if __name__ == "__main__":
     config = PPOConfig(
         steps=2 if options.smoke else 10,
         policy=ModelConfig(
-            trainable_layers=8,  # the last ones: fast on a laptop, with a high learning rate
+            trainable_layers=options.layers,  # the last ones, at a high learning rate
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
         ),
         ppo=PPOSettings(

@@ -36,7 +36,7 @@ def main():
     config = PPOConfig(
         steps=steps,  # over which the learning rate decays
         policy=ModelConfig(
-            trainable_layers=8,  # the last ones: fast on a laptop, with a high learning rate
+            trainable_layers=options.layers,  # the last ones, at a high learning rate
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
         ),
         ppo=PPOSettings(

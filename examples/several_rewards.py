@@ -43,16 +43,16 @@ def varied(responses):
 
 if __name__ == "__main__":
     options = common.options(__doc__)
-    model = ModelConfig(
-        trainable_layers=8,  # the last ones: fast on a laptop, with a high learning rate
-        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
-    )
     config = PPOConfig(
         steps=2 if options.smoke else 8,
-        policy=model,
-        critic=model,
+        policy=ModelConfig(
+            trainable_layers=options.layers,  # the last ones, at a high learning rate
+            optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.1),
+        ),
         reward=RewardConfig(weights=[1.0, 0.5, 0.5]),
-        ppo=PPOSettings(rollout_batch_size=32, mini_batch_size=16),
+        ppo=PPOSettings(
+            estimator="grpo", group_size=8, rollout_batch_size=32, mini_batch_size=16, kl_in="loss"
+        ),
         generation=GenerationConfig(max_new_tokens=32),
     )
     rewards = {"ends": ends, "brief": brief, "varied": varied}

@@ -150,8 +150,9 @@ def test_names_that_exist_are_no_faults(tmp_path):
 ## A *good*, `old` heading!
 [a](#a-good-old-heading) [b](docs/metrics.md) [c](https://example.org/no) `[d](no.md)`
 `ppo.clip_range=[0.2,0.28]` `policy.lora` `ppo.adaptive_kl.target=6` `reward.py`
-`data.chat_template_kwargs.enable_thinking=false` `run.output_dir=…` `ppo-engine sft --model M`
-`objective/kl` `rewards/length/mean` `time/score` `rewards/…` `ppo-engine demo --smoke seed=1`
+`data.chat_template_kwargs.enable_thinking=false` `steps=…` `generation.max_new_tokens=n`
+`ppo-engine sft --model M` `objective/kl` `rewards/length/mean` `time/score` `rewards/…`
+`ppo-engine demo --smoke seed=1`
 ~~~
 [e](no.md) `ppo.nothing`
 ~~~

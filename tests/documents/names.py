@@ -31,7 +31,7 @@ _METRIC = re.compile(
 # They begin like a setting, and are files or Python.
 _FILE_ENDS = ("py", "json", "jsonl", "yaml", "md", "csv", "png", "safetensors")
 _PYTHON = ("model.generate", "policy.save")
-_PLACEHOLDER = re.compile(r"…|\.\.\.|[A-Z]{2,}|^$")
+_PLACEHOLDER = re.compile(r"…|\.\.\.|[A-Z]{2,}|^[A-Za-z]?$")
 
 
 def faults(page: Path, root: Path) -> list[str]:

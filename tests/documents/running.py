@@ -27,7 +27,7 @@ LINES, COLUMNS = 40, 100
 LIMIT = 1200.0  # seconds for one step
 # What the surroundings of this process would tell the programs that a reader starts.
 _NOT_A_READERS = re.compile(
-    "PYTEST_.*|PYTHONWARNINGS|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|MAKE.*|MFLAGS|TRITON_INTERPRET|"
+    "PYTEST_.*|PYTHONWARNINGS|PYTHONPATH|VIRTUAL_ENV|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|MAKE.*|MFLAGS|TRITON_INTERPRET|"
     "TEST_NATIVE_BF16"
 )
 _WARNING = re.compile(r"^.*(?:\b[A-Z]\w*Warning: |\[(?:transformers|WARNING)[^\]]*\]).*$", re.M)

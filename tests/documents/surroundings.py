@@ -8,8 +8,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from tiny import tiny_model
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from documents import ROOT
 from documents.running import Surroundings
@@ -39,12 +39,20 @@ def here(folder: Path, *, short: bool) -> Surroundings:
 
 
 def _tiny_cache(folder: Path) -> dict[str, str]:
-    """A cache folder in which the embedded model is a tiny random one that has its tokenizer: pages
-    are run as they stand, in seconds."""
+    """A cache folder in which the embedded model is a tiny random one, with its tokenizer and as
+    many layers: pages are run as they stand, in seconds."""
     version = importlib.metadata.version(embedded.PACKAGE)
     place = folder / "cache" / "ppo-engine" / f"SmolLM2-135M-Instruct-{version}"
     tokenizer = _tokenizer()
-    tiny_model(tokenizer=tokenizer).save_pretrained(place)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_attention_heads=4,
+        num_hidden_layers=30, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(place)
     tokenizer.save_pretrained(place)
     return {"XDG_CACHE_HOME": str(folder / "cache")}
 
