@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import ppo_engine
-from ppo_engine.errors import UserError
+from ppo_engine.errors import DEBUG_VARIABLE, UserError, entry_point
 from ppo_engine.settings.files import dump_config, load_config
 from ppo_engine.settings.schema import (
     AdaptiveKLConfig,
@@ -185,3 +185,18 @@ def test_a_mistake_in_a_script_ends_in_a_few_lines() -> None:
     assert shown.endswith("  - ppo.kl_coeff: unknown key; did you mean ppo.kl_coef?\n")
     shown = run_python("from ppo_engine import PPOTrainer\nPPOTrainer('./absent', prompts=['a'])")
     assert len(shown.splitlines()) <= 7 and "UserError: " in shown and "During" not in shown
+
+
+def test_a_traceback_ends_where_people_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def below() -> None:
+        raise UserError("x") from ValueError("y")
+
+    called = entry_point(lambda: below())
+    with pytest.raises(UserError) as caught:
+        called()
+    assert [entry.name for entry in caught.traceback][1:] == ["entered"]
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    with pytest.raises(UserError) as caught:
+        called()
+    assert caught.traceback[-1].name == "below" and caught.value.__cause__ is not None
