@@ -1,4 +1,4 @@
-"""examples/arithmetic: nothing held out is trained on, the reward is right, and all of it runs."""
+"""examples/arithmetic: nothing held out is trained on, and all of it runs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,6 @@ def test_no_held_out_sum_is_trained_on_in_any_order(script, tmp_path):
     training, held_out = pairs
     assert not training & held_out
     assert len(training) == 110 and len(held_out) == 100 == len(files[1].read_text().splitlines())
-
-
-def test_the_reward_reads_the_last_number(script):
-    responses = ["7 + 8 = 15.", "15", "15 is 7 + 8", "115", "It is 1", "fifteen", ""]
-    scores = script("reward.py")["reward"](responses, ["15"] * len(responses))
-    assert scores == [1, 1, 0, 0, 0, 0, 0]
 
 
 def test_table_counts_standard_errors_of_the_difference(script):
