@@ -7,6 +7,8 @@ The reference policy is the same model with its adapters switched off, so that i
 What is saved has the adapters merged into the weights, and loads anywhere.
 """
 
+import time
+
 import common
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +36,7 @@ def brevity(responses):
 
 if __name__ == "__main__":
     options = common.options(__doc__)
+    folder = time.strftime("runs/lora-%Y%m%d-%H%M%S")  # a run wants a new one
     config = PPOConfig(
         steps=2 if options.smoke else 8,
         policy=ModelConfig(
@@ -44,12 +47,12 @@ if __name__ == "__main__":
             estimator="grpo", group_size=8, rollout_batch_size=32, mini_batch_size=16, kl_in="loss"
         ),
         generation=GenerationConfig(max_new_tokens=32),
-        run=RunConfig(output_dir="runs/lora"),
+        run=RunConfig(output_dir=folder),
     )
     trainer = PPOTrainer(options.model, reward=brevity, prompts=PROMPTS, config=config)
     weights = list(trainer.engine.policy.model.parameters())
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     print(f"{trained:,} of {sum(weight.numel() for weight in weights):,} weights are trained")
     trainer.train()
-    merged = AutoModelForCausalLM.from_pretrained("runs/lora/policy")
-    print(f"runs/lora/policy is a plain {type(merged).__name__}")
+    merged = AutoModelForCausalLM.from_pretrained(f"{folder}/policy")
+    print(f"{folder}/policy is a plain {type(merged).__name__}")

@@ -75,7 +75,7 @@ def test_lora_trains_few_weights_and_saves_them_merged(example):
     pytest.importorskip("peft", reason="the optional package peft is not installed")
     out = example("lora")
     assert "17,408 of 39,392 weights are trained" in out
-    assert out.splitlines()[-1] == "runs/lora/policy is a plain LlamaForCausalLM"
+    assert out.splitlines()[-1].endswith("/policy is a plain LlamaForCausalLM")
 
 
 def test_calculator_answers_calls_alone(example):
