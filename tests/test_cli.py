@@ -60,7 +60,7 @@ def read(name: str) -> list[dict[str, Any]]:
 def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
     """What --dry-run prints, read back; of inputs that are not there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppo_engine.cli.overrides.check_inputs", lambda config: None)
+        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: None)
         assert cli.main([*arguments, "--dry-run"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
     return load_config(cls, "resolved.yaml")

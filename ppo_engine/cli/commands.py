@@ -13,7 +13,6 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from ppo_engine.cli.inputs import check_given
 from ppo_engine.cli.libraries import quiet_libraries
 from ppo_engine.cli.overrides import Flag, load, overrides_of, reward_overrides
 from ppo_engine.errors import UserError
@@ -66,7 +65,6 @@ def ppo(options: argparse.Namespace, rest: list[str]) -> None:
     config = load(cls, options, overrides, check_settings)
     if config is None:
         return
-    check_given(config)
     quiet_libraries()
     from ppo_engine.training.ppo import PPOTrainer
 
@@ -87,7 +85,6 @@ def generate(options: argparse.Namespace, rest: list[str]) -> None:
     config = load(GenerateConfig, options, overrides)
     if config is None:
         return
-    check_given(config)
     quiet_libraries()
     from ppo_engine.generate import generate as write_responses
 
@@ -143,7 +140,6 @@ def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str]) -> 
     config = load(cls, options, overrides_of(options, rest))
     if config is None:
         return None
-    check_given(config)
     quiet_libraries()
     if not config.model.path:
         config = replace(config, model=replace(config.model, path=_demo_model()))

@@ -31,7 +31,8 @@ def check_given(config: Any) -> None:
             (config.data.path, "prompts were given: --data FILE.jsonl, or data.path=FILE"),
             (
                 configured_sources(config.reward),
-                "reward was given: --reward FOLDER, --reward file.py:function or --reward URL",
+                "reward was given: --reward FOLDER, --reward file.py:function, --reward URL or the "
+                "name of a ready function, such as --reward last_number",
             ),
         ):
             if not value:
@@ -139,16 +140,18 @@ def _check_rewards(
 ) -> None:
     """Of a reward model its folder or name, of a function whether it can be called on `columns`,
     of an endpoint the URL alone."""
+    import torch
+
     from ppo_engine.pretrained import loading
     from ppo_engine.rewards.function import RewardFunction
-    from ppo_engine.rewards.http import HTTPReward
-    from ppo_engine.user_functions.importing import import_function
+    from ppo_engine.rewards.weighted import load_reward
 
     for source in configured_sources(config):
-        if source.function:
-            function = RewardFunction(import_function(source.function), source.function)
-            function.check_columns(columns, several_turns=several_turns)
-        elif source.url:
-            HTTPReward(source.url, config.http)
-        else:
-            loading.load_model_config(loading.resolve(source.path or ""))
+        if source.path:
+            loading.load_model_config(loading.resolve(source.path))
+            continue
+        reward = load_reward(
+            source, http=config.http, device=torch.device("cpu"), dtype=torch.float32
+        )
+        if isinstance(reward, RewardFunction):
+            reward.check_columns(columns, several_turns=several_turns)

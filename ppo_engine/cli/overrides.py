@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppo_engine.cli.inputs import check_inputs
-
 
 @dataclass(frozen=True)
 class Flag:
@@ -52,11 +50,12 @@ def load(
     overrides: Sequence[str],
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings, after `check`; None where they were only shown, by --help-settings
-    or by a dry run, which has checked its inputs too.
+    """The command's settings, after `check` and with what it needs given; None where they were only
+    shown, by --help-settings or by a dry run, which has checked its inputs too.
 
     A run that is resumed without a settings file goes on with those in its folder.
     """
+    from ppo_engine.cli.inputs import check_given, check_inputs
     from ppo_engine.run.directory import settings_file
     from ppo_engine.settings.files import load_config
 
@@ -77,4 +76,5 @@ def load(
         check_inputs(config)
         print(commented(config), end="")
         return None
+    check_given(config)
     return config
