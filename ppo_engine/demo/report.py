@@ -1,4 +1,4 @@
-"""What the demo prints at its end: figures before and after, and answers side by side."""
+"""What the demo prints at its end: what VADER says, and answers side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_engine.run.headlines import before_and_after, with_error
+from ppo_engine.run.headlines import with_error
 from ppo_engine.run.progress import duration, printable
 
 _SAMPLES = 3
@@ -38,25 +38,12 @@ class Measurement:
 def show_result(
     console: Console, summary: dict[str, Any], before: Measurement, after: Measurement
 ) -> None:
-    """Print the table of figures, the verdict, and the samples."""
-    rows = (
-        ("VADER (independent), mean ± SE", "vader", "{:+.3f}"),
-        ("reward model, mean ± SE", "reward", "{:+.2f}"),
-        ("scores above the untrained model's", "win_rate", "{:.0%}"),
-        ("KL to the reference, nats per response", "kl", "{:.2f}"),
-        ("perplexity under the reference", "perplexity", "{:.1f}"),
-        ("distinct responses", "distinct", "{:.0%}"),
-        ("response length, tokens", "length", "{:.1f}"),
-    )
-    title = f"{len(after.prompts)} held-out prompts"
-    console.print()
-    console.print(before_and_after(title, rows, asdict(before), asdict(after)))
-
+    """Print the verdict and the samples, below the run's own table of figures."""
+    told = [with_error(asdict(side), "vader", "{:+.3f}") for side in (before, after)]
     rise, error = summary["rise"], summary["rise_se"]
     console.print(
-        f"VADER rose by {rise:+.3f} ± {error:.3f}: {rise / error:.1f} standard errors."
-        if error
-        else f"VADER rose by {rise:+.3f}."
+        f"VADER of these answers: {told[0]} before, {told[1]} after. It rose by {rise:+.3f}"
+        + (f" ± {error:.3f}: {rise / error:.1f} standard errors." if error else ".")
     )
     console.print(
         f"Reward model: {with_error(summary, 'reward_accuracy', '{:.0%}')} of held-out rankings "
