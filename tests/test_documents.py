@@ -178,7 +178,7 @@ def test_a_comment_that_says_nothing_is_an_error(tmp_path, text):
     [
         ("10%\r20%\r\n\x1b[1mdone\x1b[0m", "20%\ndone"),
         ("answer\r\nlive\x1b[2K\x1b[1A\r\x1b[2Kgone", "gone\n"),  # what a live display overwrites
-        ("abcdef", "abcd\nef"),
+        ("abcdef\r\ng", "abcdef\ng"),  # copied, a long line is one
         ("a\n b", "a\n b"),
         ("ab\x1b[3Dx\x1b[K", "x"),
     ],

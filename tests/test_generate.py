@@ -19,7 +19,7 @@ calls = []
 def reward(prompts, responses):
     print("scoring")
     calls.append(responses)
-    if len(calls) == 2:
+    if len(calls) == 3:  # the trial call is the first
         raise ValueError("no more")
     return [0.5] * len(responses)
 """

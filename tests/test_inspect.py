@@ -169,7 +169,7 @@ def test_prompts(shown) -> None:
     text = shown({"prompt": [USER], "answer": "x" * 300}, {"prompt": "Q"}, options="--as prompts")
     assert tokens(text) == [ASKED.rstrip("\n"), "Q"]
     assert text.count("▶ the policy writes from here") == 2 and "guess" not in text
-    assert re.search(r"column 'gold' for the reward: 'x+… \(\d+ characters more\)", text)
+    assert re.search(r"column 'answer' for the reward: 'x+… \(\d+ characters more\)", text)
 
 
 def test_text_on_a_chat_model(shown) -> None:

@@ -14,9 +14,11 @@ _PART = re.compile(
 def screen(written: str, columns: int = 100) -> str:
     """The lines that are left: returns, cursor movements and erasures have been carried out.
 
-    Lines that are longer than the terminal go on in the next, as there. Colors are dropped.
+    Lines that are longer than the terminal go on in the next, and are one again when they are copied,
+    as there. Colors are dropped.
     """
     lines: list[list[str]] = [[]]
+    further: set[int] = set()  # lines that go on with the one above
     row = column = 0
     for part in _PART.finditer(written):
         if text := part["text"]:
@@ -24,6 +26,7 @@ def screen(written: str, columns: int = 100) -> str:
                 if column == columns:
                     row, column = row + 1, 0
                     lines += [[] for _ in range(row + 1 - len(lines))]
+                    further.add(row)
                 line = lines[row]
                 line += " " * (column - len(line))
                 line[column : column + 1] = [character]
@@ -31,6 +34,7 @@ def screen(written: str, columns: int = 100) -> str:
         elif part["one"] == "\n":
             row, column = row + 1, 0
             lines += [[] for _ in range(row + 1 - len(lines))]
+            further.discard(row)
         elif part["one"] == "\r":
             column = 0
         elif part["one"]:
@@ -52,4 +56,8 @@ def screen(written: str, columns: int = 100) -> str:
                 del lines[row][0 if number == 2 else column :]
             elif letter == "J":
                 del lines[row][column:], lines[row + 1 :]
-    return "\n".join("".join(line).rstrip() for line in lines)
+    shown = ""
+    for number, line in enumerate(lines):
+        shown = shown if number in further else shown.rstrip(" ") + "\n" * (number > 0)
+        shown += "".join(line)
+    return shown.rstrip(" ")
