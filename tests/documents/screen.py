@@ -14,8 +14,8 @@ _PART = re.compile(
 def screen(written: str, columns: int = 100) -> str:
     """The lines that are left: returns, cursor movements and erasures have been carried out.
 
-    Lines that are longer than the terminal go on in the next, and are one again when they are copied,
-    as there. Colors are dropped.
+    Lines that are longer than the terminal go on in the next, and are one again when they are
+    copied, as there. Colors are dropped.
     """
     lines: list[list[str]] = [[]]
     further: set[int] = set()  # lines that go on with the one above
