@@ -147,7 +147,7 @@ def test_the_only_step_is_profiled_and_a_resumed_run_may_be(model: str, tmp_path
     run(model, tmp_path, "--profile", "steps=1", folder)
     text = tmp_path / "run" / "profile" / "anatomy.txt"
     assert text.read_text(encoding="utf-8").startswith("Anatomy of step 1,")
-    run(model, tmp_path, "steps=2", "run.resume=true", folder)
+    run(model, tmp_path, "profile=false", "steps=2", "run.resume=true", folder)
     assert text.read_text(encoding="utf-8").startswith("Anatomy of step 1,")
     run(model, tmp_path, "profile=true", "steps=5", "run.resume=true", folder)
     assert text.read_text(encoding="utf-8").startswith("Anatomy of step 4,")
