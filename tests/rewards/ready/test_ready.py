@@ -258,6 +258,7 @@ def test_json_of_a_schema():
     bad += ["[" * 100_000, '{"a": ' + "1" * 5000 + "}"]
     assert json_schema(good, schema=schema) == [1] * len(good)
     assert json_schema(bad, schema=schema) == [0] * len(bad)
+    assert json_schema(["1e400", "1.5"], schema={"multipleOf": 0.5}) == [0, 1]
 
 
 @needs("jsonschema")
