@@ -64,11 +64,8 @@ def generate(config: GenerateConfig) -> None:
 def _generate(config: GenerateConfig, out: TextIO) -> None:
     check_asked(config)
     sources = configured_sources(config.reward)
-    file, date = None, config.date or datetime.date.today()
-    if config.output:
-        free = (*_FREE_KEYS, "date") if config.date is None else _FREE_KEYS
-        settings = as_dict(replace(config, date=date))
-        file = RowFile(config.output, settings, free, resume=config.resume)
+    date, file = config.date or datetime.date.today(), output_file(config)
+    if file is not None:
         date = datetime.date.fromisoformat(file.settings["date"])
     device = precision.choose_device(config.device)
     tokenizer = loading.tokenizer_at(config.model)
@@ -113,6 +110,7 @@ def _generate(config: GenerateConfig, out: TextIO) -> None:
     if rewards is not None:
         rewards.check_columns(column_names(examples))
         rewards.check_prompts(examples)
+        rewards.check_rows(examples)
         with seeded(f"{config.seed}/trial"):
             rewards.try_functions(examples, config.responses)
     size = max(1, config.batch_size // config.responses)
@@ -141,6 +139,15 @@ def _generate(config: GenerateConfig, out: TextIO) -> None:
         console.print(best_of_n_table(torch.tensor(scores)))
 
 
+def output_file(config: GenerateConfig) -> RowFile | None:
+    """The file to write, checked; None for standard output."""
+    if not config.output:
+        return None
+    free = (*_FREE_KEYS, "date") if config.date is None else _FREE_KEYS
+    settings = as_dict(replace(config, date=config.date or datetime.date.today()))
+    return RowFile(config.output, settings, free, resume=config.resume)
+
+
 def check_asked(config: GenerateConfig) -> None:
     """Raise a `UserError` for settings that contradict each other."""
     if bool(config.prompt) == bool(config.data.path):
@@ -148,6 +155,12 @@ def check_asked(config: GenerateConfig) -> None:
     check_generation(config.generation)
     if config.resume and not config.output:
         raise UserError("--resume needs --out: the file that is to be completed.")
+    for name in ("arguments", "weights"):
+        if getattr(config.reward, name) and not configured_sources(config.reward):
+            raise UserError(
+                f"reward.{name} would have no effect, as no reward was given: name it with "
+                f"--reward, or leave reward.{name} out."
+            )
 
 
 def _respond(

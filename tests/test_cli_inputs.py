@@ -29,6 +29,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, *PROMPTS, name="prompts.jsonl")
     write(tmp_path, *PAIRS, name="pairs.jsonl")
+    write(
+        tmp_path, {"prompt": "2?", "answer": 2}, {"prompt": "b", "answer": "b"}, name="sums.jsonl"
+    )
     write(tmp_path, {"prompt": "Case 1", "response": "a"}, "broken", name="broken.jsonl")
     Path("rewards.py").write_text(REWARD)
     Path("policy").mkdir()
@@ -85,9 +88,12 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
         ("ppo M P --reward http://x:0/", "is not a valid URL"),
         ("ppo M P R critic.path=./gone", "Model folder './gone' does not exist"),
         ("ppo M P R environment.function=rewards.py:gone", "has no function 'gone'"),
+        ("ppo M P R reward.weights=[1,2]", "reward.weights has 2 numbers for 1 reward; give"),
+        ("ppo M --data sums.jsonl --reward last_number", "sums.jsonl:2: The reward function 'last"),
         ("ppo M P R --output-dir policy", "Run folder policy is not empty"),
         ("ppo M P R run.device=gpu", "Device 'gpu' cannot be used"),
         ("ppo M P R run.resume=true --output-dir run", "run has no run to resume"),
+        ("ppo M P R run.resume=true", "run.resume needs run.output_dir"),
         ("reward M", "No preferences were given"),
         ("reward M --data prompts.jsonl", "no column 'chosen'"),
         ("sft M --data pairs.jsonl", "no column 'response'"),
@@ -96,6 +102,10 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
         ("generate P", "No model was given"),
         ("generate M", "Give either prompts"),
         ("generate M P --reward rewards.py:right", "asks for 'answer'"),
+        ("generate M P --out pairs.jsonl", "pairs.jsonl exists"),
+        ("generate M P --out rows.jsonl --resume", "rows.jsonl.partial"),
+        ("generate M P reward.arguments.scale=2", "reward.arguments would have no effect"),
+        ("generate M P reward.weights=[2]", "reward.weights would have no effect"),
     ],
 )
 def test_a_dry_run_finds_what_does_not_fit(
@@ -104,6 +114,14 @@ def test_a_dry_run_finds_what_does_not_fit(
     assert cli.main([*command(line), "--dry-run"]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and shown.out == ""
+
+
+def test_settings_alone_reach_the_output_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """It may become a settings file."""
+    Path("loud.py").write_text(f"print('loading a judge')\n{REWARD}")
+    assert cli.main([*command("ppo M P --reward loud.py:length"), "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "loading a judge" in shown.err and "loading a judge" not in shown.out
 
 
 @pytest.mark.parametrize(
@@ -121,5 +139,7 @@ def test_a_run_is_resumed_by_its_folder_alone(
     assert cli.main([*command(line), "--model", model, "--output-dir", "run"]) == 0
     resume = [line.split()[0], "run.resume=true", "--output-dir", "run", *more.split()]
     assert cli.main(resume) == 0, capsys.readouterr().err
-    assert cli.main([*resume, "run.seed=1"]) == 2
-    assert "run.seed: 0 then, 1 now" in capsys.readouterr().err
+    assert cli.main([*resume, "--dry-run"]) == 0
+    for dry in ([], ["--dry-run"]):
+        assert cli.main([*resume, "run.seed=1", *dry]) == 2
+        assert "run.seed: 0 then, 1 now" in capsys.readouterr().err

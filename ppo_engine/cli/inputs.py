@@ -7,8 +7,9 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ppo_engine.cli.libraries import quiet_libraries
 from ppo_engine.errors import UserError
@@ -20,6 +21,9 @@ from ppo_engine.settings.schema import (
     ScoringConfig,
     SFTConfig,
 )
+
+if TYPE_CHECKING:
+    from ppo_engine.data.prompts import PromptExample
 
 
 def check_given(config: Any) -> None:
@@ -78,23 +82,23 @@ def _check_ppo(config: PPOConfig) -> None:
             on_bad_line=config.data.on_bad_line,
             **reading(config.data),
         )
-        columns = column_names(examples)
         if environment is not None:
-            environment.check_columns(columns)
-        _check_rewards(config.reward, columns, several_turns=environment is not None)
+            environment.check_columns(column_names(examples))
+        _check_rewards(config.reward, examples, several_turns=environment is not None)
 
 
 def _check_generate(config: GenerateConfig) -> None:
     from ppo_engine.data.forms import reading
-    from ppo_engine.data.prompts import column_names, load_prompts
-    from ppo_engine.generate import check_asked
+    from ppo_engine.data.prompts import load_prompts
+    from ppo_engine.generate import check_asked, output_file
     from ppo_engine.models.precision import choose_device
     from ppo_engine.pretrained import loading
 
     check_asked(config)
+    output_file(config)
     choose_device(config.device)
     tokenizer = loading.tokenizer_at(config.model)
-    columns: list[str] = []
+    examples: list[PromptExample] = []
     if config.data.path:
         examples, _ = load_prompts(
             config.data.path,
@@ -102,8 +106,7 @@ def _check_generate(config: GenerateConfig) -> None:
             on_bad_line=config.data.on_bad_line,
             **reading(config.data),
         )
-        columns = column_names(examples)
-    _check_rewards(config.reward, columns)
+    _check_rewards(config.reward, examples)
 
 
 def _check_supervised(config: SFTConfig | RewardModelConfig) -> None:
@@ -113,8 +116,10 @@ def _check_supervised(config: SFTConfig | RewardModelConfig) -> None:
     from ppo_engine.demo.model import model_path
     from ppo_engine.pretrained import loading
 
+    # As the command fills it in.
+    config = replace(config, model=replace(config.model, path=config.model.path or model_path()))
     _check_run(config)
-    tokenizer = loading.tokenizer_at(config.model.path or model_path())
+    tokenizer = loading.tokenizer_at(config.model.path)
     load: Any = load_demonstrations if isinstance(config, SFTConfig) else load_preferences
     for path in filter(None, (config.data.path, config.data.eval_path)):
         load(
@@ -127,24 +132,27 @@ def _check_supervised(config: SFTConfig | RewardModelConfig) -> None:
 
 def _check_run(config: PPOConfig | SFTConfig | RewardModelConfig) -> None:
     from ppo_engine.models.precision import choose_device
-    from ppo_engine.run.directory import check_output
+    from ppo_engine.run.directory import check_output, check_resumable, dated
     from ppo_engine.run.trackers import check_trackers
 
     check_output(config.run.output_dir, config.run.resume)
+    if config.run.resume:
+        check_resumable(config.run.output_dir, dated(config))
     check_trackers(config.run.trackers)
     choose_device(config.run.device)
 
 
 def _check_rewards(
-    config: ScoringConfig, columns: Collection[str], *, several_turns: bool = False
+    config: ScoringConfig, examples: Sequence[PromptExample], *, several_turns: bool = False
 ) -> None:
-    """Of a reward model its folder or name, of a function whether it can be called on `columns`,
-    of an endpoint the URL alone."""
+    """Of a reward model its folder or name, of a function whether it can be called on the columns
+    of `examples`, of a ready one whether it takes their rows, of an endpoint the URL alone."""
     import torch
 
+    from ppo_engine.data.prompts import column_names
     from ppo_engine.pretrained import loading
     from ppo_engine.rewards.function import RewardFunction
-    from ppo_engine.rewards.weighted import load_reward
+    from ppo_engine.rewards.weighted import check_rows, load_reward
 
     for source in configured_sources(config):
         if source.path:
@@ -154,4 +162,5 @@ def _check_rewards(
             source, http=config.http, device=torch.device("cpu"), dtype=torch.float32
         )
         if isinstance(reward, RewardFunction):
-            reward.check_columns(columns, several_turns=several_turns)
+            reward.check_columns(column_names(examples), several_turns=several_turns)
+            check_rows(reward, examples)

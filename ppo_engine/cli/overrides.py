@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +75,8 @@ def load(
     if options.dry_run:
         from ppo_engine.settings.describe import commented
 
-        check_inputs(config)
+        with redirect_stdout(sys.stderr):  # a reward's file may print as it is imported
+            check_inputs(config)
         print(commented(config), end="")
         return None
     check_given(config)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import counted
 from ppo_engine.rewards.arguments import ready_reward
 from ppo_engine.rewards.ready import READY
 from ppo_engine.settings.schema import RewardSource, ScoringConfig
@@ -42,7 +43,8 @@ def parse_source(text: str, name: str = "") -> RewardSource:
         return RewardSource(path=text, name=name)
     if text in READY:
         return RewardSource(function=text, name=name)
-    near = difflib.get_close_matches(text, READY, n=1, cutoff=0.8)
+    # A name with a slash is a folder's or a repository's: me/last_number.
+    near = [] if "/" in text else difflib.get_close_matches(text, READY, n=1, cutoff=0.8)
     if near:
         raise UserError(f"{text!r} names no reward; did you mean {near[0]!r}?")
     return RewardSource(path=text, name=name)
@@ -57,6 +59,9 @@ def configured_sources(config: ScoringConfig) -> list[RewardSource]:
             "several rewards under reward.sources."
         )
     check_arguments(config, len(config.sources))
+    if given:
+        check_weights(config.weights, len(config.sources) or 1)
+        check_names([source.name for source in config.sources])
     if given and given != ["sources"]:
         source = RewardSource(**{given[0]: getattr(config, given[0])}, arguments=config.arguments)
         check_function(source)
@@ -82,6 +87,15 @@ def check_arguments(config: ScoringConfig, rewards: int) -> None:
         raise UserError(
             "reward.arguments are those of one reward function, and there are several rewards: "
             "give them under reward.sources, to the function that takes them."
+        )
+
+
+def check_weights(weights: Sequence[float] | None, rewards: int, names: str = "") -> None:
+    """Raise a UserError where `reward.weights` are not one for each of the `rewards`."""
+    if weights is not None and len(weights) != rewards:
+        raise UserError(
+            f"reward.weights has {counted(len(weights), 'number')} for "
+            f"{counted(rewards, 'reward')}{names}; give one for each, in their order."
         )
 
 

@@ -26,11 +26,12 @@ from ppo_engine.rewards.arguments import bound, ready_reward
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
 from ppo_engine.rewards.model import RewardModel, load_reward_model
-from ppo_engine.rewards.ready import READY
+from ppo_engine.rewards.ready import READY, REFUSING, ready_function
 from ppo_engine.rewards.sources import (
     check_arguments,
     check_function,
     check_names,
+    check_weights,
     configured_sources,
     named_rewards,
     parse_source,
@@ -62,11 +63,7 @@ class Rewards:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """`weights` in the order of the names, 1 each by default; `tokenizer` is the policy's."""
-        if weights is not None and len(weights) != len(by_name):
-            raise UserError(
-                f"reward.weights has {len(weights)} numbers for {len(by_name)} rewards "
-                f"({', '.join(by_name)}); give one for each, in this order."
-            )
+        check_weights(weights, len(by_name), f" ({', '.join(by_name)})")
         self._tokenizer = tokenizer
         self.by_name = dict(by_name)
         self.weights = dict(zip(by_name, weights or [1.0] * len(by_name), strict=True))
@@ -128,6 +125,12 @@ class Rewards:
                     "own text as responses; a policy may write such text too."
                 ) from error
 
+    def check_rows(self, examples: Sequence[PromptExample]) -> None:
+        """A UserError for a row that a ready function refuses, such as an answer without a number:
+        a run would find out when it comes to that row."""
+        for reward in self.by_name.values():
+            check_rows(reward, examples)
+
     def check_prompts(self, examples: Sequence[PromptExample]) -> None:
         """A UserError for a prompt that a reward model cannot read, for which the policy's chat
         template may well have had a place."""
@@ -180,6 +183,21 @@ class Rewards:
         else:
             scores = reward(*told, columns)
         return scores.to(rollout.mask.device)
+
+
+def check_rows(reward: Reward, examples: Sequence[PromptExample]) -> None:
+    """The same of one reward, whose columns have been checked."""
+    if not isinstance(reward, RewardFunction):
+        return
+    name = function_name(reward.function)
+    function = getattr(reward.function, "func", reward.function)  # what its arguments are bound to
+    if name not in REFUSING or function is not ready_function(name):
+        return
+    for example in examples:
+        try:
+            reward([example.prompt], [""], [False], columns_of([example]))
+        except UserError as error:
+            raise UserError(f"{example.place}: {error}") from error
 
 
 def reward_metrics(each: Mapping[str, Tensor]) -> dict[str, float]:

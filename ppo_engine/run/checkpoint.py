@@ -145,16 +145,17 @@ class Checkpoints:
         if last or (every and self._state["step"] % every == 0):
             self._save()
         elif minutes and self._clock() - self._last >= 60 * minutes:
-            before, self._by_time = self._by_time, self._save()
-            if before is not None:
+            before, self._by_time = self._by_time, self._save(by_time=True)
+            if before is not None and before.parent == self._by_time.parent:  # not another run's
                 shutil.rmtree(before, ignore_errors=True)
 
-    def _save(self) -> Path:
-        """Write what was marked last; returns its folder."""
+    def _save(self, *, by_time: bool = False) -> Path:
+        """Write what was marked last; returns its folder. The file says whether it is there
+        `by_time` alone: in a resumed run, too, the next one takes its place."""
         assert self.run is not None
         path = self.run.checkpoint(self._state["step"])
         with atomic_folder(path) as folder:
-            save_training_state(folder, self._state)
+            save_training_state(folder, {**self._state, "by_time": by_time})
         self._saved, self._last = True, self._clock()
         return path
 
@@ -178,6 +179,7 @@ class Checkpoints:
                 "may have been trained on: resume it with the same data, or start a new run:\n"
                 + "\n".join(f"  - {line}" for line in changed)
             )
+        self._by_time = newest[1] if state.get("by_time") else None
         return state
 
     @contextmanager

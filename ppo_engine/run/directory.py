@@ -67,14 +67,14 @@ class RunDirectory:
     def __init__(
         self, path: str | Path, config: Any, resume: bool = False, *, command: str = "run"
     ) -> None:
-        if resume and not str(path):
-            raise UserError("run.resume needs run.output_dir: the folder of the run to resume.")
+        if resume:
+            settings_file(path)
         self.path = Path(path).expanduser() if str(path) else _default_path(command)
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
         self.critic_file = self.path / "critic.jsonl"
         if resume:
-            self._check_resumable(config)
+            check_resumable(self.path, config)
         else:
             _check_free(self.path)
         try:
@@ -114,19 +114,23 @@ class RunDirectory:
             if file.exists():
                 _write_atomically(file, "".join(_lines_until(file, step)))
 
-    def _check_resumable(self, config: Any) -> None:
-        file = settings_file(self.path)
-        then, now = as_dict(load_config(type(config), str(file))), as_dict(config)
-        changed = changed_settings(then, now, _FREE_KEYS)
-        if changed:
-            raise UserError(
-                f"The run in {self.path} was made with other settings; resume it with the same "
-                "ones, or start a new run:\n" + "\n".join(f"  - {line}" for line in changed)
-            )
+
+def check_resumable(path: str | Path, config: Any) -> None:
+    """Raise a UserError where no run is in the folder `path`, or one of other settings."""
+    file = settings_file(path)
+    then, now = as_dict(load_config(type(config), str(file))), as_dict(config)
+    changed = changed_settings(then, now, _FREE_KEYS)
+    if changed:
+        raise UserError(
+            f"The run in {file.parent} was made with other settings; resume it with the same "
+            "ones, or start a new run:\n" + "\n".join(f"  - {line}" for line in changed)
+        )
 
 
 def settings_file(path: str | Path) -> Path:
     """The settings of the run in the folder `path`; a UserError where no run is there."""
+    if not str(path):
+        raise UserError("run.resume needs run.output_dir: the folder of the run to resume.")
     folder = Path(path).expanduser()
     if not (folder / _CONFIG).is_file():
         near = "" if folder.is_dir() else nearest_path(folder)
@@ -151,9 +155,13 @@ def dated(config: Config) -> Config:
 
 
 def check_output(path: str | Path, resume: bool = False) -> None:
-    """Raise a `UserError` for a folder that a new run could not be written to, before any work."""
+    """Raise a `UserError`, before any work, for a folder that a new run could not be written to, or
+    that has no run to `resume`."""
     folder = Path(path).expanduser()
-    if resume or not str(path):
+    if resume:
+        settings_file(path)
+        return
+    if not str(path):
         return
     _check_free(folder)
     parent = next(p for p in (folder, *folder.parents) if p.exists())

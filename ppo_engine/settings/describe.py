@@ -102,7 +102,9 @@ def _commented(cls: Any, tree: Mapping[str, Any], indent: str, seen: set[Any]) -
             yield from _commented(section, value, f"{indent}  ", seen)
         else:
             # Text that YAML folds over several lines is quoted: more indentation changes nothing.
-            yield from (f"{indent}{line}" for line in as_yaml({name: value}).splitlines())
+            # Split at newlines alone: text may hold others, such as U+2028, which belong to it.
+            lines = as_yaml({name: value}).removesuffix("\n").split("\n")
+            yield from (f"{indent}{line}" for line in lines)
 
 
 def _settings(cls: Any, made: Any, prefix: str = "") -> Iterator[Setting]:

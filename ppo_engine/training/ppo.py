@@ -113,6 +113,7 @@ class PPOTrainer:
         for examples in filter(None, (self.examples, held_out)):
             self.engine.check_columns(column_names(examples))
             self.engine.rewards.check_prompts(examples)
+            self.engine.rewards.check_rows(examples)
         with seeded(f"{config.run.seed}/trial"):
             self.engine.rewards.try_functions(
                 self.examples,

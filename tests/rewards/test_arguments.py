@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from ppo_engine.cli import main
 from ppo_engine.errors import UserError
 from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.rewards import last_number
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.sources import configured_sources, parse_source
 from ppo_engine.rewards.weighted import load_rewards
@@ -59,6 +60,7 @@ def test_a_name_that_is_almost_a_ready_functions(tmp_path, monkeypatch):
         load(function="exct_match")
     with pytest.raises(UserError, match=r"names no function\. .* ready functions: exact_match, "):
         load(function="judge")
+    assert parse_source("me/last_number").path == "me/last_number"  # a repository's name
     Path("exct_match").mkdir()
     assert parse_source("exct_match").path == "exct_match"
 
@@ -143,6 +145,14 @@ def test_what_a_ready_function_says_of_the_data_stands_alone():
     rollout = engine.generate(["Say 1."], {"answer": ["one"]})
     with pytest.raises(UserError, match="The reward function 'last_number': the answer 'one'"):
         engine.score(rollout)
+
+
+@pytest.mark.parametrize("reward", ["last_number", last_number])
+def test_a_row_that_a_ready_function_refuses_is_found_before_it_is_sampled(reward, monkeypatch):
+    monkeypatch.setattr(PPOEngine, "generate", None)
+    prompts = [{"prompt": "Say 1.", "answer": answer} for answer in (1, "2", None, "three")]
+    with pytest.raises(UserError, match=r"^prompts\[3\]: .*: the answer 'three' .* has no number"):
+        PPOTrainer(tiny_model(), reward, prompts, config=SHORT, tokenizer=tiny_tokenizer())
 
 
 # From end to end ----------------------------------------------------------------------------------

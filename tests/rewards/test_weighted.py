@@ -138,7 +138,7 @@ def test_each_kind_is_loaded(tmp_path, reward_folders, monkeypatch):
         ({"sources": [{"path": "a", "url": "http://b"}]}, r"sources\[0\] .* sets path and url"),
         ({"sources": [{"path": "a", "name": "x"}] * 2}, "Two rewards are named 'x'"),
         ({"sources": [{"path": "a", "name": "x/y"}]}, "'x/y' cannot be used"),
-        ({"url": "http://a", "weights": [1, 2]}, r"2 numbers for 1 rewards \(a\)"),
+        ({"url": "http://a", "weights": [1, 2]}, "2 numbers for 1 reward;"),
     ],
 )
 def test_settings_that_are_ambiguous(settings, message):
@@ -187,10 +187,11 @@ def test_names_are_as_given_or_numbered():
     ],
 )
 def test_settings_tell_of_rewards_given_in_python(given, expected):
-    before = RewardConfig(function="old:one", weights=[2.0], normalize=True)
+    weights = [2.0] * max(1, len(expected))
+    before = RewardConfig(function="old:one", weights=weights, normalize=True)
     config = with_rewards(before, given)
     assert configured_sources(config) == expected
-    assert (config.weights, config.normalize) == ([2.0], True)
+    assert (config.weights, config.normalize) == (weights, True)
 
 
 # Several rewards ----------------------------------------------------------------------------------

@@ -110,6 +110,23 @@ def test_checkpoints_by_steps_and_by_time(
     assert load_training_state(folders[-2], CPU)["step"] == kept[-2]
 
 
+def test_a_resumed_run_replaces_what_was_written_for_the_time(tmp_path: Path) -> None:
+    times = iter([0, 0, 61, 61] * 2)
+    config = RunConfig(checkpoint_minutes=1)
+    state = {"step": 0}
+    run = RunDirectory(tmp_path / "run", config)
+    for step in (1, 2):  # each in a run of its own, which is killed
+        checkpoints = Checkpoints(config, lambda: state, [], {}, "rows", lambda: next(times))
+        checkpoints.run = run
+        if step > 1:
+            assert checkpoints.load(CPU) is not None
+        with checkpoints.kept():
+            state["step"] = step
+            checkpoints.mark()
+            checkpoints.save_if_due(last=False)
+    assert [folder.name for folder in (run.path / "checkpoints").iterdir()] == ["step-000002"]
+
+
 def test_nobody_is_told_to_run_what_a_file_holds(tmp_path: Path) -> None:
     """As torch's own message does."""
     torch.save({"code": small_model()}, tmp_path / "training_state.pt")

@@ -51,7 +51,11 @@ def _run(program: str, tests: list[types.CodeType]) -> None:
     for name, found in list(module.__dict__.items()):
         named = name.startswith("test") and isinstance(found, types.FunctionType)
         if named and found.__code__.co_filename == "<tests>":
-            found()
+            result = found()
+            if isinstance(result, types.CoroutineType):  # of an async function, which has not run
+                import asyncio  # a third of the start of a process, so here
+
+                asyncio.run(result)
 
 
 def _limit(memory: int, seconds: float) -> None:

@@ -12,7 +12,10 @@ _NUMBER = re.compile(
     # A sign after a digit or a word is a minus or a hyphen: 7-3, top-10. What follows a letter is
     # part of a name (x2), what follows a digit and a dot of a version (1.2.3).
     r"(?:(?<![\w)])(?P<sign>[-+\N{MINUS SIGN}]))?[$€£¥]?"
-    rf"(?<!\w)(?<![0-9]\.)(?P<above>{_DIGITS})"
+    r"(?<!\w)(?<![0-9]\.)"
+    # 2 1/2 is one number: its fraction alone would equal that of 3 1/2.
+    r"(?:(?P<whole>[0-9]+) (?=[0-9]+/[0-9]))?"
+    rf"(?P<above>{_DIGITS})"
     r"(?:[eE](?P<exponent>[-+\N{MINUS SIGN}]?[0-9]+))?"
     rf"(?: ?/ ?(?P<below>{_DIGITS}))?"
     r"(?: ?\\?(?P<percent>%))?"
@@ -59,4 +62,5 @@ def _read(found: re.Match[str]) -> Number | None:
     if below == 0:
         return None
     sign = -1 if found["sign"] in ("-", "\N{MINUS SIGN}") else 1
-    return Number(sign * value / below, found["percent"] is not None)
+    value = int(found["whole"] or 0) + value / below
+    return Number(sign * value, found["percent"] is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
 import os
@@ -27,9 +28,9 @@ def unit_tests(
     The program is the response's last ```python block, or else all of it (`program_in`). `tests`
     are statements that raise where it is wrong, such as `assert add(1, 2) == 3`: a text, or a list
     of texts. They run after the program, in its namespace; their functions named `test…` are
-    called. Each program has a process of its own, as many at a time as there are cores, which may
-    take `timeout` seconds and `memory` MiB. **These limits stop accidents; they are no sandbox
-    against malicious code**: see `program`.
+    called, those of classes are not. Each program has a process of its own, as many at a time as
+    there are cores, which may take `timeout` seconds and `memory` MiB. **These limits stop
+    accidents; they are no sandbox against malicious code**: see `program`.
     """
     for name, value in (("timeout", timeout), ("memory", memory)):
         if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -74,9 +75,32 @@ def _texts(tests: Any) -> list[str]:
                 f"the tests {shown(text)} are not valid Python: {error}. Correct them, or leave "
                 "their row out."
             ) from error
-    return [text for text in texts if text.strip()]
+    texts = [text for text in texts if text.strip()]
+    if texts and not any(map(_checks, texts)):
+        raise UserError(
+            f"the tests {shown(tests)} check nothing: they only define what nobody calls. Add "
+            "calls, such as check(add), assertions, or functions named test…; the methods of "
+            "classes (unittest) are not called."
+        )
+    return texts
+
+
+def _checks(text: str) -> bool:
+    """Whether something in a text runs that a wrong program can fail: more than definitions."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.name.startswith("test"):
+                return True
+        elif isinstance(node, ast.Expr | ast.Assign | ast.AnnAssign):
+            if any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(node)):
+                return True
+        elif not isinstance(node, ast.ClassDef | ast.Import | ast.ImportFrom | ast.Pass):
+            return True
+    return False
 
 
 def _score(todo: tuple[str, list[str]], *, timeout: float, memory: int) -> float:
     program, tests = todo
-    return float(bool(tests) and passes(program, tests, timeout=timeout, memory=memory))
+    # Without a program no process: a check of the tests alone is to be cheap.
+    there = bool(tests) and bool(program.strip())
+    return float(there and passes(program, tests, timeout=timeout, memory=memory))

@@ -74,6 +74,8 @@ def test_exact_match(response, answer, score):
         ("1e3", 1000),
         ("2.5E-1", "1/4"),
         ("3/4", 0.75),
+        ("-2 1/2 cups", "-2.5"),
+        ("7, 1/2", "1/2"),
         ("0.3333333", "1/3"),
         ("50%", "50"),
         ("50 %", 0.5),
@@ -101,6 +103,8 @@ def test_the_last_number_is_the_answer(response, answer):
         ("50%", "0.5%"),
         ("0.5%", "0.5%0"),
         ("x2", "2"),
+        ("3 1/2", "2 1/2"),
+        ("2 1/2", "1/2"),
         ("version 1.2.3", "3"),
         ("123456789", "123456790"),
         ("0.33333", "1/3"),
@@ -258,6 +262,7 @@ def test_json_of_a_schema():
     bad += ["[" * 100_000, '{"a": ' + "1" * 5000 + "}"]
     assert json_schema(good, schema=schema) == [1] * len(good)
     assert json_schema(bad, schema=schema) == [0] * len(bad)
+    assert json_schema(["1e400", "1.5"], schema={"multipleOf": 0.5}) == [0, 1]
 
 
 @needs("jsonschema")

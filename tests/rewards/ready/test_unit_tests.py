@@ -41,6 +41,10 @@ def test_the_last_block_is_the_program(response, program):
         ([TEST, "assert add(2, 2) == 5"], 0),
         ("def test_add():\n    assert add(1, 1) == 2", 1),
         ("def test_add():\n    assert add(1, 1) == 3", 0),
+        ("async def test_add():\n    assert add(1, 1) == 2", 1),
+        ("async def test_add():\n    assert add(1, 1) == 3", 0),
+        ("def check(f):\n    assert f(1, 1) == 3\ncheck(add)", 0),
+        (["three = add(1, 1)", "assert three == 3"], 0),
         ("import numpy\nassert add(numpy.ones(2), 1).sum() == 4", 1),
         ("raise SystemExit(0)", 0),
         (" \n", 0),
@@ -118,10 +122,22 @@ def test_each_response_has_its_own_tests():
     assert unit_tests(["x = 1", "x = 1", "x = 1"], tests) == [1, 0, 0]
 
 
+def test_no_program_is_no_process(monkeypatch):
+    """A run asks so whether the tests of each row can be used."""
+    monkeypatch.setattr("subprocess.Popen", None)
+    assert unit_tests(["", "```python\n```"], ["assert 1", "assert 1"]) == [0, 0]
+
+
+def test_a_time_limit_of_months_is_one():
+    assert score(ADD, TEST, timeout=1e10) == 1
+
+
 @pytest.mark.parametrize(
     ("tests", "arguments", "message"),
     [
         ("assert (", {}, r"'assert \(' .* are not valid Python"),
+        ("A = {}\ndef check(f):\n    assert f(1, 1) == 3", {}, "only define what nobody calls"),
+        ("class TestAdd(TestCase):\n    def test_add(self): ...", {}, "check nothing: .*unittest"),
         (3, {}, r"tests must be text .* 3 \(int\)"),
         ([3], {}, r"tests must be text"),
         (TEST, {"timeout": 0}, "timeout must be a number above 0, but is 0"),
