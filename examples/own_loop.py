@@ -68,8 +68,8 @@ def main():
             f"step {step}: score {float(scores.mean()):+.2f}, KL {metrics['objective/kl']:.3f}, "
             f"worst so far: {min(so_far, key=so_far.__getitem__)}"
         )
-    engine.policy.save("runs/own-loop")  # loads with from_pretrained
-    print("The policy is in runs/own-loop")
+    engine.save("runs/own-loop")
+    print("runs/own-loop/policy loads with from_pretrained")
 
 
 if __name__ == "__main__":
