@@ -2,8 +2,8 @@
 
 Makes the data, runs `ppo-engine grpo` for each seed, and prints the accuracy on held-out sums
 before and after, with standard errors. None of the seeds is left out; one that is done already is
-not run again, and one that was interrupted goes on. `--write` puts the table into README.md, and the
-curves into accuracy.png, beside this file.
+not run again, and one that was interrupted goes on. `--write` puts the table into README.md, and
+the curves into accuracy.png, beside this file.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ class PPOTrainer:
         """Evaluate before the first step, with a progress of its own: the training's estimate of
         the time left stays right."""
         title = "Held-out prompts before training"
-        with Progress(1, title, console=self.console) as progress:
+        with Progress(1, title, moment="before training", console=self.console) as progress:
             evaluation = self.evaluator.evaluate(progress)
             run = self._open_run()
             trackers = self._open_trackers(run)

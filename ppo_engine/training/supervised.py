@@ -179,7 +179,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         if not self.before and self.held_out:
             # With a progress of its own: the training's estimate of the time left stays right.
             title = f"Held-out {self.unit} before training"
-            with Progress(1, title, console=self.console) as progress:
+            with Progress(1, title, moment="before training", console=self.console) as progress:
                 self.before = self.evaluate(progress)
                 run.log_metrics(0, self.before)
                 trackers.log(0, self.before)
