@@ -69,7 +69,7 @@ def main():
             f"worst so far: {min(so_far, key=so_far.__getitem__)}"
         )
     engine.save("runs/own-loop")
-    print("The policy is in runs/own-loop/policy")  # and loads with from_pretrained
+    print("runs/own-loop/policy loads with from_pretrained")
 
 
 if __name__ == "__main__":

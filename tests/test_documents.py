@@ -4,10 +4,11 @@ pages in short: with a tiny model and in a terminal only (`make docs-check` does
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 
 import pytest
-from documents import ROOT, all_pages, names
+from documents import ROOT, all_pages, names, running
 from documents.page import PageError, blocks_of, steps_of
 from documents.running import check_page
 from documents.screen import screen
@@ -88,6 +89,26 @@ ppo-engine nothing
 make test
 ~~~
 """
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_interrupted_check_leaves_nothing_running(tmp_path, monkeypatch, terminal):
+    file = tmp_path / "number"
+
+    def interrupted(*_: object, **__: object) -> None:
+        while not file.exists() or not file.read_text().strip():
+            pause(0.01)
+        raise KeyboardInterrupt
+
+    pause = time.sleep
+    monkeypatch.setattr(running.time, "sleep", interrupted)
+    monkeypatch.setattr(running.subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        where = here(tmp_path / "environment", short=False)
+        running.run("sleep 300 & echo $! > number; wait", tmp_path, where, terminal=terminal)
+    pause(0.2)
+    status = Path("/proc") / file.read_text().strip() / "stat"
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
 def test_a_page_without_a_fault(check, tmp_path):

@@ -2,8 +2,8 @@
 
 Makes the data, runs `ppo-engine grpo` for each seed, and prints the accuracy on held-out sums
 before and after, with standard errors. None of the seeds is left out; one that is done already is
-not run again. `--write` puts the table into README.md, and the curves into accuracy.png, beside
-this file.
+not run again, and one that was interrupted goes on. `--write` puts the table into README.md, and
+the curves into accuracy.png, beside this file.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ def train(
     arguments += ["--data", str(training), "--reward", "last_number"]
     arguments += ["--seed", str(seed), "--output-dir", str(folder), f"evaluation.path={held_out}"]
     arguments += settings
+    if (folder / "config.yaml").exists():  # it was interrupted
+        arguments.append("run.resume=true")
     print(shlex.join(["ppo-engine", *arguments]), flush=True)
-    subprocess.run([sys.executable, "-m", "ppo_engine", *arguments], check=True)
+    if code := subprocess.run([sys.executable, "-m", "ppo_engine", *arguments]).returncode:
+        sys.exit(code)  # it has said why
 
 
 def evaluations(folder: Path) -> list[Point]:
@@ -120,12 +123,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), metavar="SEED")
     parser.add_argument("--model", help="Hugging Face name or folder; default: SmolLM2-135M")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("runs/arithmetic"), help="default: runs/arithmetic"
+        "--output-dir", type=Path, help="default: runs/arithmetic, or runs/arithmetic-smoke"
     )
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--smoke", action="store_true", help="a tiny random model, one step")
     either.add_argument("--write", action="store_true", help="write README's table and picture")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.output_dir is None:  # what is done is not run again: never of another model's
+        chosen.output_dir = Path("runs/arithmetic-smoke" if chosen.smoke else "runs/arithmetic")
+    return chosen
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
+from ppo_engine.messages import nearest_path
 from ppo_engine.models import freezing, precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
@@ -56,13 +58,13 @@ from ppo_engine.rollout.environment import Environment, load_environment
 from ppo_engine.rollout.generation import generate
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.run.checkpoint import (
-    checkpoint_folder,
+    TRAINING_STATE,
     load_training_state,
     random_states,
     restore_random_states,
     save_training_state,
 )
-from ppo_engine.run.directory import atomic_folder
+from ppo_engine.run.directory import replacing
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.spans import span
@@ -393,6 +395,14 @@ class PPOEngine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state; a `UserError` where it is of other settings."""
+        for part, ours in (("critic", self.critic), ("normalizer", self.normalizer)):
+            if (state[part] is None) != (ours is None):
+                raise UserError(
+                    f"The checkpoint has {'no' if state[part] is None else 'a'} {part}, and this "
+                    f"engine has {'none' if ours is None else 'one'}: make the engine with the "
+                    "settings of the checkpoint (ppo.estimator, reward.normalize)."
+                )
         self.actor.learner.load_state_dict(state["policy"])
         if self.critic is not None:
             self.critic.learner.load_state_dict(state["critic"])
@@ -408,26 +418,33 @@ class PPOEngine:
     def save(self, folder: str | Path) -> None:
         """Write the policy into `folder`/policy and the critic, if there is one, into critic, in
         Hugging Face format (adapters merged, in `config.run.save_dtype`) with the tokenizer and the
-        generation config. Each replaces what was there, whole or not at all."""
+        generation config. Each replaces the model that was there, whole or not at all; where
+        anything else is in its place, a `UserError` comes before both."""
         dtype = self.config.run.save_dtype
-        with atomic_folder(Path(folder) / "policy") as inside:
+        with ExitStack() as both:
+            for_policy = replacing(Path(folder) / "policy", "config.json", "model")
+            inside = both.enter_context(for_policy)
+            if self.critic is not None:
+                for_critic = replacing(Path(folder) / "critic", "config.json", "model")
+                other = both.enter_context(for_critic)
+                save_model(self.critic.model, self.policy.tokenizer, other, dtype)
             self.policy.save(inside, dtype, self.config.generation)
-        if self.critic is not None:
-            with atomic_folder(Path(folder) / "critic") as inside:
-                save_model(self.critic.model, self.policy.tokenizer, inside, dtype)
 
     @entry_point
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write what a loop of your own resumes from into `folder`, whole or not at all: trained
         weights, optimizers, and the states of all generators of random numbers."""
-        with checkpoint_folder(folder) as inside:
+        with replacing(folder, TRAINING_STATE, "checkpoint") as inside:
             save_training_state(inside, {"engine": self.state_dict(), "random": random_states()})
 
     @entry_point
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on from such a checkpoint, or one of a trainer's run, with the settings it was made
         with: on a CPU to the same bits. Where in the data the loop was, it keeps itself."""
-        state = load_training_state(Path(folder), self.device)
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"There is no checkpoint {str(folder)!r}.{nearest_path(folder)}")
+        state = load_training_state(folder, self.device)
         if "engine" not in state:
             raise UserError(f"{folder} is a checkpoint of `sft` or `reward`, not of a PPO run.")
         self.load_state_dict(state["engine"])

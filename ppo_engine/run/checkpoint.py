@@ -28,17 +28,17 @@ from ppo_engine.models.optimizer import Learner
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.settings.schema import RunConfig
 
-_FILE = "training_state.pt"
+TRAINING_STATE = "training_state.pt"
 
 
 def save_training_state(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings and containers of these) into an existing folder."""
-    torch.save(state, folder / _FILE)
+    torch.save(state, folder / TRAINING_STATE)
 
 
 def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
     """The state that `save_training_state` wrote; a missing or damaged file is a UserError."""
-    path = folder / _FILE
+    path = folder / TRAINING_STATE
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -50,18 +50,6 @@ def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
             "the previous one."
         ) from error
     return state
-
-
-@contextmanager
-def checkpoint_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write a checkpoint into, as `atomic_folder`; a UserError where other things than
-    a checkpoint stand, which it would replace."""
-    path = Path(path).expanduser()
-    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not free and not (path / _FILE).is_file():
-        raise UserError(f"{path} is no checkpoint to replace: choose a folder of its own for it.")
-    with atomic_folder(path) as folder:
-        yield folder
 
 
 def random_states() -> dict[str, Any]:

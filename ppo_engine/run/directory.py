@@ -210,6 +210,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextmanager
+def replacing(path: str | Path, mark: str, what: str) -> Iterator[Path]:
+    """As `atomic_folder`, for a folder that a user names: it may be free, or hold `what` it is to
+    replace, of which it has the file `mark`. A UserError where anything else would be lost."""
+    path = Path(path).expanduser()
+    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not free and not (path / mark).is_file():
+        raise UserError(f"{path} is no {what} to replace: choose a folder of its own for it.")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: {parent} is not a folder to write to.")
+    with atomic_folder(path) as folder:
+        yield folder
+
+
 def _default_path(command: str) -> Path:
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{command}-{started}"

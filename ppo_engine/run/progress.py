@@ -33,13 +33,21 @@ class Progress:
     """Shows the steps of a run and measures its phases; use it as a context manager.
 
     `times` holds the seconds of each phase since the last `step`, as metrics (`time/generate`).
+    `moment` is what the line of a step begins with, in place of its number.
     """
 
     def __init__(
-        self, total_steps: int, title: str, *, start: int = 0, console: Console | None = None
+        self,
+        total_steps: int,
+        title: str,
+        *,
+        start: int = 0,
+        moment: str = "",
+        console: Console | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.title = title
+        self._moment = moment
         self.times: dict[str, float] = {}
         self._console = console or Console(highlight=False)
         self._step = self._start = start
@@ -90,7 +98,7 @@ class Progress:
         facts = headlines(metrics)
         self._seconds = _phase_times({**metrics, **self.times})
         self.times = {}
-        count = f"step {step}/{self.total_steps}"
+        count = self._moment or f"step {step}/{self.total_steps}"
         if self._live is None:
             told = "  ".join(fact.text for fact in facts)
             self._print(" | ".join(filter(None, (count, told, self._seconds, self._eta()))))

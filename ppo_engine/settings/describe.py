@@ -216,4 +216,9 @@ Where `optimizer.learning_rate` is not set, it follows from what is trained:
 LoRA wants ten times the rate of all weights and more (Schulman et al. 2025, "LoRA Without Regret");
 `1e-4` to `2e-4` are those of QLoRA (Dettmers et al. 2023). All warm up over 3 % of the run's
 optimizer steps, as in OpenRLHF, and then fall linearly to 0. A good rate depends on model, reward
-and batch: these are where others start from, not what was tuned here."""
+and batch: these are where others start from, not what was tuned here.
+
+What `--dry-run` prints and a run's `config.yaml` have every setting, as it came out: none of them
+follows from another any more. Who changes such a file to LoRA, or to another `ppo.estimator`, takes
+out the lines that are to follow: `learning_rate`, `whiten_advantages`, `reduction`, `kl_estimator`.
+In Python `dataclasses.replace` keeps such values too, but for the learning rates."""

@@ -52,7 +52,7 @@ from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.samples import sample_rows, show_samples
 from ppo_engine.training.signs import Watch, ppo_signs
-from ppo_engine.training.summary import size_of_ppo, tell_outcome
+from ppo_engine.training.summary import logged_rows, size_of_ppo, tell_outcome
 
 
 class PPOTrainer:
@@ -172,6 +172,9 @@ class PPOTrainer:
                 self.checkpoints.mark()
                 self.checkpoints.save_if_due(last=self._done())
             run = self._open_run()
+            if not metrics:  # resumed at its end
+                metrics = next(reversed(logged_rows(run)), {})
+                metrics.pop("step", None)
             self.engine.save(run.path)
             tell_outcome(run, held_out, self._watch, progress)
             progress.note(f"The policy is in {run.path / 'policy'}")
@@ -267,7 +270,7 @@ class PPOTrainer:
         """Evaluate before the first step, with a progress of its own: the training's estimate of
         the time left stays right."""
         title = "Held-out prompts before training"
-        with Progress(1, title, console=self.console) as progress:
+        with Progress(1, title, moment="before training", console=self.console) as progress:
             evaluation = self.evaluator.evaluate(progress)
             run = self._open_run()
             trackers = self._open_trackers(run)

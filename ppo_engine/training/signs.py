@@ -57,6 +57,9 @@ def ppo_signs(config: PPOConfig) -> list[Sign]:
     settings, tokens = config.ppo, config.generation.max_new_tokens
     responses = settings.rollout_batch_size
     rate = config.policy.optimizer.learning_rate
+    reward = config.reward
+    penalized = reward.missing_eos_penalty > 0 or reward.missing_eos_score is not None
+    dearer = "" if penalized else ", or set reward.missing_eos_penalty"
 
     def constant(row: Row) -> bool:
         spread, score = row.get("objective/scores_std"), row.get("objective/scores", 0.0)
@@ -94,8 +97,8 @@ def ppo_signs(config: PPOConfig) -> list[Sign]:
             lambda row: row.get("objective/finished") == 0,
             f"all {responses} responses are cut at generation.max_new_tokens={tokens}",
             "The reward sees no whole answer. Raise generation.max_new_tokens; where answers never "
-            "end, fine-tune the model on answers that do (ppo-engine sft), or set "
-            "reward.missing_eos_penalty.",
+            "end, fine-tune the model on answers that do (ppo-engine sft)"
+            f"{dearer}.",
         ),
         Sign(
             still,

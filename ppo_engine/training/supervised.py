@@ -179,7 +179,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         if not self.before and self.held_out:
             # With a progress of its own: the training's estimate of the time left stays right.
             title = f"Held-out {self.unit} before training"
-            with Progress(1, title, console=self.console) as progress:
+            with Progress(1, title, moment="before training", console=self.console) as progress:
                 self.before = self.evaluate(progress)
                 run.log_metrics(0, self.before)
                 trackers.log(0, self.before)
@@ -259,9 +259,10 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     def _size(self) -> str:
         """What decides how long the run takes."""
+        each = min(self.settings.batch_size, len(self.training))
         return (
-            f"{counted(self.total_steps, 'step')} of {self.settings.batch_size} {self.unit}, the "
-            f"longest of {max(map(self._tokens, self.training)):,} tokens; "
+            f"{counted(self.total_steps, 'step')} of {each} {self.unit}, the longest "
+            f"of {max(map(self._tokens, self.training)):,} tokens; "
             f"{where(self.device, self.dtype)}; weights that are trained: "
             f"{trained_weights(self.model)}."
         )

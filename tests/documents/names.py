@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -143,7 +144,10 @@ def _keys(cls: type, prefix: str = "") -> dict[str, bool]:
 def _command(words: str) -> Iterator[str]:
     """Of a command line: the command, its options and its settings."""
     words = words.split(" #")[0]
-    name, *rest = words.split()[1:]
+    try:
+        name, *rest = shlex.split(words)[1:]
+    except ValueError:  # a part of a command, with one of two quotes
+        name, *rest = words.split()[1:]
     parsers = next(
         action.choices
         for action in make_parser()._actions

@@ -110,20 +110,37 @@ def run(script: str, folder: Path, where: Surroundings, *, terminal: bool) -> Re
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, errors="replace", **arguments,
         )  # fmt: skip
-        try:
-            printed, errors = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            printed, errors = process.communicate()
-            errors += f"\nnot done after {LIMIT:.0f} s"
+        with _ended(process):
+            try:
+                printed, errors = process.communicate(timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                printed, errors = process.communicate()
+                errors += f"\nnot done after {LIMIT:.0f} s"
         return Result(process.returncode, printed, errors)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, **arguments)
     os.close(theirs)
-    printed = b"".join(_read(ours, process)).decode("utf-8", "replace")
-    os.close(ours)
+    try:
+        with _ended(process):
+            printed = b"".join(_read(ours, process)).decode("utf-8", "replace")
+    finally:
+        os.close(ours)
     return Result(process.wait(), printed)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[None]:
+    """Where the block is interrupted, the process and those it started end too: they have a session
+    of their own, to which no terminal tells it."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 def _read(terminal: int, process: subprocess.Popen[bytes]) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,18 @@ def test_smoke_run_makes_data_trains_and_prints_the_table(tmp_path):
     command = [sys.executable, str(HERE / "run.py"), "--smoke", "--seeds", "4"]
     out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert "| 4 | 0% ± 0% | 0% ± 0% | 0.0 |" in out
-    folder = tmp_path / "runs" / "arithmetic"
+    folder = tmp_path / "runs" / "arithmetic-smoke"  # the real run would take it for its own
     rows = [json.loads(x) for x in (folder / "seed-4" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval/scores" in row] == [0, 1]
     assert "eval/scores" in rows[0] and len(rows) == 2
     samples = (folder / "seed-4" / "samples.jsonl").read_text().splitlines()
     assert sum(json.loads(row).get("held_out", False) for row in samples) == 200
     assert (HERE / "README.md").read_text(encoding="utf-8") == page
+    shutil.rmtree(folder / "seed-4" / "policy")  # as if it had been interrupted before its end
+    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "run.resume=true" in again and again.splitlines()[-4:] == out.splitlines()[-4:]
+    (folder / "seed-4" / "config.yaml").unlink()
+    shutil.rmtree(folder / "seed-4" / "policy")
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert "is not empty" in failed.stderr and "Traceback" not in failed.stderr

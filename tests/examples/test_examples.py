@@ -63,10 +63,11 @@ def test_several_rewards_are_weighted_and_shown_apart(example):
 
 
 def test_own_loop_saves_what_it_trained(example):
-    assert example("own_loop").splitlines()[-1] == "The policy is in runs/own-loop"
+    out = example("own_loop")
+    assert out.splitlines()[-1] == "runs/own-loop/policy loads with from_pretrained"
     start, trained = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for folder in ("runs/tiny-model", "runs/own-loop")
+        for folder in ("runs/tiny-model", "runs/own-loop/policy")
     )
     assert any(not trained[name].equal(weight) for name, weight in start.items())
 

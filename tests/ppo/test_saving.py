@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from ppo_engine import GRPOConfig, LoraConfig, ModelConfig, OptimizerConfig, PPOEngine, PPOTrainer
 from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import trainable_state
+from ppo_engine.rewards.shaping import ScoreNormalizer
 
 
 def take(engine: PPOEngine, steps: int) -> list[dict[str, float]]:
@@ -78,11 +79,51 @@ def test_a_checkpoint_replaces_nothing_but_one(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is no checkpoint to replace"):
             engine.save_checkpoint(path)
     assert (tmp_path / "notes.txt").read_text() == "dear"
-    with pytest.raises(UserError, match="cannot be read"):
-        engine.load_checkpoint(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"no checkpoint '.*/min'. Did you mean '.*/mine'"):
+        engine.load_checkpoint(tmp_path / "min")
     torch.save({"model": {}}, tmp_path / "mine/training_state.pt")
     with pytest.raises(UserError, match="not of a PPO run"):
         engine.load_checkpoint(tmp_path / "mine")
+
+
+def test_models_replace_nothing_but_models(tmp_path: Path) -> None:
+    engine = make_engine()
+    (tmp_path / "critic").mkdir()
+    (tmp_path / "critic/notes.txt").write_text("dear")
+    with pytest.raises(UserError, match="critic is no model to replace"):
+        engine.save(tmp_path)
+    with pytest.raises(UserError, match=r"notes\.txt is not a folder to write to"):
+        engine.save(tmp_path / "critic/notes.txt")
+    assert [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*")] == [
+        "critic",
+        "critic/notes.txt",
+    ]
+
+
+def test_folders_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    engine = make_engine()
+    engine.save("~/models")
+    engine.save_checkpoint("~/checkpoint")
+    assert {x.name for x in tmp_path.iterdir()} == {"models", "checkpoint"}
+    engine.load_checkpoint("~/checkpoint")
+
+
+def test_a_checkpoint_of_other_settings_changes_nothing(tmp_path: Path) -> None:
+    engine = make_engine()
+    normalized = make_engine()
+    normalized.normalizer = ScoreNormalizer()
+    others = (make_engine(ppo={"estimator": "grpo", "group_size": 2, "kl_in": "loss"}), normalized)
+    engine.save_checkpoint(tmp_path / "first")
+    take(engine, 1)
+    before = {n: p.clone() for n, p in trainable_state(engine.policy.model).items()}
+    for other, part in zip(others, ("critic", "normalizer"), strict=True):
+        other.save_checkpoint(tmp_path / part)
+        with pytest.raises(UserError, match=f"{part}, and this engine has"):
+            engine.load_checkpoint(tmp_path / part)
+        with pytest.raises(UserError, match=f"{part}, and this engine has"):
+            other.load_checkpoint(tmp_path / "first")
+    assert same(before, trainable_state(engine.policy.model))
 
 
 def test_a_trainers_checkpoint_serves_a_loop_too(tmp_path: Path) -> None:

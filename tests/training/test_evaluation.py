@@ -415,6 +415,8 @@ def test_samples_stand_beside_the_references(model, tmp_path, held_out_file):
         "held-out sample before training (score" in shown and "PPO, 6 prompts, 5 held out" in shown
     )
     assert shown.index("Held-out prompts before training") < shown.index("step 1/2")
+    assert shown.index("before training | held-out score") < shown.index("step 1/2")
+    assert "step 1/1" not in shown
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [0, 5]), (2, [0, 2, 4, 5]), (9, [0, 5])])

@@ -101,9 +101,10 @@ def test_a_resumed_run_is_the_same_run(model, tmp_path, ppo):
     as_if_killed(halves)
     assert len(rows(halves / "metrics.jsonl")) == 3  # one more than the checkpoint knows of
     torch.manual_seed(99)  # what happens in between must not matter
-    PPOTrainer(
-        model, length_reward, PROMPTS, config=config(halves, resume=True, **settings)
-    ).train()
+    resumed = config(halves, resume=True, **settings)
+    metrics = PPOTrainer(model, length_reward, PROMPTS, config=resumed).train()
+    again = PPOTrainer(model, length_reward, PROMPTS, config=resumed).train()  # it is at its end
+    assert again == metrics
     assert untimed(whole / "metrics.jsonl") == untimed(halves / "metrics.jsonl")
 
 

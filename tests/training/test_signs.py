@@ -128,6 +128,18 @@ def test_what_a_row_of_ppo_shows() -> None:
     assert found({"objective/scores": 0.0, "objective/scores_std": 0.0}, **one) == []
 
 
+def test_what_is_set_is_not_advised() -> None:
+    for reward, advised in (
+        ({}, True),
+        ({"missing_eos_penalty": 1.0}, False),
+        ({"missing_eos_score": 0.0}, False),
+    ):
+        [told] = Watch(ppo_signs(PPOConfig(reward=reward))).look(
+            {"step": 1, "objective/finished": 0.0}
+        )
+        assert ("set reward.missing_eos_penalty." in told) == advised
+
+
 def test_a_negative_kl_is_explained_once_and_not_held_against_the_run() -> None:
     watch = Watch(ppo_signs(PPOConfig()))
     rows = [{"step": step, "objective/kl": kl} for step, kl in enumerate((0.0, -0.1, -0.1), 1)]

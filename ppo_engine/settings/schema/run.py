@@ -63,6 +63,7 @@ class RunConfig:
     """Minutes since the last checkpoint after which a finished step writes one, too; 0 leaves it to
     checkpoint_every."""
     sample_every: NonNegativeInt = 5
-    """Steps between printed sample responses; 0: none."""
+    """Steps between those whose responses are written into samples.jsonl, one of them printed; 0:
+    none. Held-out responses are written after each evaluation."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
