@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import shown
+from ppo_engine.messages import counted, shown
 from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.user_functions.function import UserFunction
 from ppo_engine.user_functions.signature import Lists
@@ -80,8 +80,8 @@ def checked_scores(result: Any, count: int, source: str) -> Tensor:
         )
     if len(values) != count:
         raise UserError(
-            f"{source} returned {len(values)} scores for {count} responses; it must return one for "
-            "each."
+            f"{source} returned {counted(len(values), 'score')} for "
+            f"{counted(count, 'response')}; it must return one for each."
         )
     return torch.tensor([_number(value, i, source) for i, value in enumerate(values)])
 

@@ -121,8 +121,8 @@ class Rewards:
                 )
             except UserError as error:
                 raise UserError(
-                    f"{error} This was a trial call before anything is sampled, with the prompts' "
-                    "own text as responses; a policy may write such text too."
+                    f"{str(error).rstrip('.')}. This was a trial call before anything is sampled, "
+                    "with the prompts' own text as responses; a policy may write such text too."
                 ) from error
 
     def check_rows(self, examples: Sequence[PromptExample]) -> None:

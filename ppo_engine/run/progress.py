@@ -52,7 +52,7 @@ class Progress:
         self._console = console or Console(highlight=False)
         self._step = self._start = start
         self._phase = ""
-        self._phase_started = self._started = time.perf_counter()
+        self._phase_started = self._started = self._stepped = time.perf_counter()
         self._seconds = ""
         self._live: Live | None = None
 
@@ -94,7 +94,7 @@ class Progress:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Step number `step` (from 1) is done; resets the phase times."""
-        self._step = step
+        self._step, self._stepped = step, time.perf_counter()
         facts = headlines(metrics)
         self._seconds = _phase_times({**metrics, **self.times})
         self.times = {}
@@ -161,7 +161,8 @@ class Progress:
         done, left = self._step - self._start, self.total_steps - self._step
         if done <= 0 or left <= 0:
             return ""
-        return f"{duration((time.perf_counter() - self._started) / done * left)} left"
+        whole = (self._stepped - self._started) / done * left
+        return f"{duration(max(0.0, whole - (time.perf_counter() - self._stepped)))} left"
 
     def _render(self) -> RenderableType:
         head = Table.grid(padding=(0, 1))

@@ -237,8 +237,9 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def _summary(self, metrics: dict[str, float]) -> str:
         pairs = sum(count_pairs(ranking.ranks) for ranking in self.held_out)
         accuracy = with_error(metrics, "eval/accuracy", "{:.1%}")
+        error = "± standard error, " * ("±" in accuracy)
         return (
-            f"held-out accuracy {accuracy} (± standard error, "
+            f"held-out accuracy {accuracy} ({error}"
             f"{counted(pairs, 'pair')}), loss {metrics['eval/loss']:.4f}"
         )
 

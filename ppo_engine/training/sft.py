@@ -143,7 +143,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
 
     def _summary(self, metrics: dict[str, float]) -> str:
         loss = with_error(metrics, "eval/loss", "{:.4f}")
+        error = " (± standard error)" * ("±" in loss)
         return (
-            f"held-out loss {loss} nats per token (± standard error), "
+            f"held-out loss {loss} nats per token{error}, "
             f"perplexity {metrics['eval/perplexity']:.3f}"
         )

@@ -335,7 +335,7 @@ def test_functions_are_called_on_trial() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda prompts, responses: [0.0], "returned 1 scores for 2 responses"),
+        (lambda prompts, responses: [0.0], "returned 1 score for 2 responses"),
         (lambda prompts, responses: ["a"] * len(prompts), r"returned 'a' \(str\)"),
         (lambda prompts, responses: [1 / 0], "ZeroDivisionError"),
     ],

@@ -108,7 +108,7 @@ def test_an_async_function_with_a_bad_result_is_described():
     async def judge(prompts, responses):
         return [1.0]
 
-    with pytest.raises(UserError, match="'judge' returned 1 scores for 3 responses"):
+    with pytest.raises(UserError, match="'judge' returned 1 score for 3 responses"):
         score(judge)
 
 
