@@ -426,7 +426,7 @@ def test_state_restores_to_the_same_bits():
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda prompts, responses: [1.0], "1 scores for 8"),
+        (lambda prompts, responses: [1.0], "1 score for 8"),
         (lambda prompts, responses: [math.nan] * 8, "finite number"),
     ],
 )

@@ -578,7 +578,7 @@ def test_mistakes_are_found_before_anything_is_written(model, tmp_path, settings
 def test_a_reward_that_fails_on_held_out_prompts_leaves_nothing(model, tmp_path):
     settings = config(tmp_path / "run", prompts=2)
     trainer = PPOTrainer(model, good_on_trial(), PROMPTS, config=settings)
-    with pytest.raises(UserError, match="1 scores for 2"):
+    with pytest.raises(UserError, match="1 score for 2"):
         trainer.train()
     assert not (tmp_path / "run").exists()
 

@@ -202,10 +202,10 @@ def test_a_prompt_leaves_room_for_its_response(model, tmp_path):
 
 def test_a_reward_that_fails_leaves_nothing(model, tmp_path):
     settings = config(tmp_path / "run")
-    with pytest.raises(UserError, match=r"1 scores for 2 .*trial call"):
+    with pytest.raises(UserError, match=r"1 score for 2 .*trial call"):
         PPOTrainer(model, lambda prompts, responses: [1.0], PROMPTS, config=settings)
     trainer = PPOTrainer(model, good_on_trial(), PROMPTS, config=settings)
-    with pytest.raises(UserError, match="1 scores for 4"):
+    with pytest.raises(UserError, match="1 score for 4"):
         trainer.train()
     assert not (tmp_path / "run").exists()
 
