@@ -5,7 +5,6 @@ Without torch: the command line finds mistakes here at once.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from inspect import Parameter
 from typing import Any
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import did_you_mean
 from ppo_engine.rewards.ready import ready_function
 
 
@@ -27,10 +27,9 @@ def bound(
         known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         for argument in arguments:
             if argument not in known:
-                near = difflib.get_close_matches(argument, known, n=1)
                 raise UserError(
                     f"The reward function {name!r} has no parameter {argument!r}, which "
-                    f"reward.arguments sets{f'; did you mean {near[0]!r}?' if near else '.'} Its "
+                    f"reward.arguments sets.{did_you_mean(argument, known)} Its "
                     f"parameters are {', '.join(known) or 'none'}."
                 )
     return functools.partial(function, **arguments)

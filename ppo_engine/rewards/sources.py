@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import counted
+from ppo_engine.messages import did_you_mean, counted
 from ppo_engine.rewards.arguments import ready_reward
 from ppo_engine.rewards.ready import READY
 from ppo_engine.settings.schema import RewardSource, ScoringConfig
@@ -110,10 +110,8 @@ def check_function(source: RewardSource) -> None:
         )
     if name and ":" not in name:
         if name not in READY:
-            near = difflib.get_close_matches(name, READY, n=1)
             raise UserError(
-                f"{name!r} names no function"
-                f"{f'; did you mean {near[0]!r}?' if near else '.'} Write file.py:name or "
+                f"{name!r} names no function.{did_you_mean(name, READY)} Write file.py:name or "
                 f"module:name, or one of the ready functions: {', '.join(READY)}."
             )
         ready_reward(name, source.arguments)

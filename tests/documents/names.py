@@ -65,7 +65,10 @@ def faults(page: Path, root: Path) -> list[str]:
 
 def _without_blocks(text: str) -> str:
     """The same lines, with nothing in those of fenced blocks and of comments."""
-    blank = lambda match: "\n" * match[0].count("\n")  # noqa: E731
+
+    def blank(match: re.Match[str]) -> str:
+        return "\n" * match[0].count("\n")
+
     text = re.sub(r"^ *(`{3,}).*?^ *\1`* *$", blank, text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL)
 

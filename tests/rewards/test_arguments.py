@@ -56,7 +56,7 @@ def test_a_name_that_is_almost_a_ready_functions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'exct_match' names no reward; did you mean 'exact_match'"):
         parse_source("exct_match")
-    with pytest.raises(UserError, match="names no function; did you mean 'exact_match'"):
+    with pytest.raises(UserError, match="names no function. Did you mean 'exact_match'"):
         load(function="exct_match")
     with pytest.raises(UserError, match=r"names no function\. .* ready functions: exact_match, "):
         load(function="judge")
@@ -105,7 +105,7 @@ def test_any_argument_goes_to_a_function_that_takes_all():
         ({"function": "format_match"}, r"'format_match' needs .* set reward\.arguments\.pattern=…"),
         (
             {"function": "format_match", "arguments": {"patern": "x", "pattern": "x"}},
-            r"no parameter 'patern', .* did you mean 'pattern'\? Its parameters are responses, pat",
+            r"no parameter 'patern', .* Did you mean 'pattern'\? Its parameters are responses, pat",
         ),
         ({"function": "format_match", "arguments": {"pattern": "("}}, "not a valid regular"),
         (
