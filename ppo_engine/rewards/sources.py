@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import did_you_mean, counted
+from ppo_engine.messages import counted, did_you_mean
 from ppo_engine.rewards.arguments import ready_reward
 from ppo_engine.rewards.ready import READY
 from ppo_engine.settings.schema import RewardSource, ScoringConfig

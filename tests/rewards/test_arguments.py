@@ -56,7 +56,7 @@ def test_a_name_that_is_almost_a_ready_functions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'exct_match' names no reward; did you mean 'exact_match'"):
         parse_source("exct_match")
-    with pytest.raises(UserError, match="names no function. Did you mean 'exact_match'"):
+    with pytest.raises(UserError, match=r"names no function\. Did you mean 'exact_match'"):
         load(function="exct_match")
     with pytest.raises(UserError, match=r"names no function\. .* ready functions: exact_match, "):
         load(function="judge")
