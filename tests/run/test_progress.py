@@ -91,9 +91,10 @@ def test_a_step_is_one_line_of_a_terminal_without_what_matters_least(
     ]  # fmt: skip
 
 
-def test_the_live_part_is_as_high_whatever_runs() -> None:
+def test_the_live_part_is_as_high_whatever_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """rich may redraw it while a line that stays is printed, and then erases as many lines."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    open_terminal(monkeypatch)
+    console = Console(highlight=False, width=60)
     with Progress(10_000, "A long title " * 9, console=console) as progress:
         heights = [len(console.render_lines(progress._render()))]
         with progress.phase("generate " * 20):
