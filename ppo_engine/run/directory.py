@@ -26,7 +26,9 @@ from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import nearest_path
+from ppo_engine.run.lock import Lock
 from ppo_engine.run.row_file import as_line
+from ppo_engine.sealed import seal, sync
 from ppo_engine.settings.files import as_dict, changed_settings, dump_config, load_config
 
 Config = TypeVar("Config", bound=Any)
@@ -43,6 +45,7 @@ _FREE_KEYS = {
     "run.save_dtype",
     "run.checkpoint_every",
     "run.checkpoint_minutes",
+    "run.keep_checkpoints",
     "run.sample_every",
     "run.trackers",
     "evaluation.patience",
@@ -58,7 +61,8 @@ _FREE_KEYS = {
 
 
 class RunDirectory:
-    """Creates the folder of a new run, or opens that of a run to resume.
+    """Creates the folder of a new run, or opens that of a run to resume, for one process at a time:
+    until `close`, another is refused.
 
     Everything is checked before anything is written. An empty `path` means
     `runs/<command>-<time>`.
@@ -78,24 +82,29 @@ class RunDirectory:
         else:
             _check_free(self.path)
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
             _write_atomically(self.path / _CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
                 f"Run folder {self.path} cannot be written: {error.strerror}."
             ) from error
 
+    def close(self) -> None:
+        """Let others write to the folder."""
+        self._lock.release()
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 
-    def newest_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the last complete checkpoint."""
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and folders of all complete checkpoints, the newest first."""
         found = (
             (int(folder.name.removeprefix("step-")), folder)
             for folder in (self.path / "checkpoints").glob("step-[0-9]*")
             if folder.name.removeprefix("step-").isdecimal()
         )
-        return max(found, default=None)
+        return sorted(found, reverse=True)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a number that is not finite becomes null, as JSON has no NaN."""
@@ -174,7 +183,8 @@ def check_output(path: str | Path, resume: bool = False) -> None:
 def _check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
-    if path.is_dir() and any(path.iterdir()):
+    # A run that was killed before it wrote its settings leaves no more than hidden files.
+    if path.is_dir() and any(not inside.name.startswith(".") for inside in path.iterdir()):
         is_run = (path / _CONFIG).exists()
         hint = "resume that run (run.resume=true), " if is_run else ""
         raise UserError(
@@ -187,7 +197,8 @@ def _check_free(path: Path) -> None:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A folder that appears at `path` complete or not at all, replacing what was there.
 
-    Yields an empty sibling to write into; it is renamed on success and removed on failure.
+    Yields an empty sibling to write into; on success it is sealed (see `sealed`) and renamed, on
+    failure removed. It is on the disk when this returns.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -197,10 +208,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        seal(partial)
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         partial.rename(path)
+        sync(path.parent)
     except BaseException:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
@@ -248,4 +261,6 @@ def _lines_until(file: Path, step: int) -> Iterator[str]:
 def _write_atomically(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
+    sync(partial)
     os.replace(partial, file)
+    sync(file.parent)
