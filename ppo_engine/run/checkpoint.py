@@ -189,7 +189,8 @@ class Checkpoints:
             try:
                 self._save()
             except Exception as error:  # such as a full disk; what came first is to be seen
-                lost = f"Step {self._state['step']} could not be kept ({first_line(error)}). "
+                reason = first_line(error).rstrip(".")
+                lost = f"Step {self._state['step']} could not be kept ({reason}). "
         newest = next(iter(run.checkpoints()), None)
         if newest is None:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."

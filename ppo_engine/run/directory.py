@@ -24,8 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppo_engine.errors import UserError
-from ppo_engine.messages import nearest_path
+from safetensors import SafetensorError
+
+from ppo_engine.errors import MachineError, UserError
+from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.run.lock import Lock
 from ppo_engine.run.row_file import as_line
 from ppo_engine.sealed import seal, sync
@@ -203,10 +205,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
         seal(partial)
         if path.exists():
@@ -214,9 +215,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             path.rename(replaced)
         partial.rename(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
+        if isinstance(error, OSError | SafetensorError):
+            raise _unwritten(path, error) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -243,9 +246,19 @@ def _default_path(command: str) -> Path:
     return Path("runs") / f"{command}-{started}"
 
 
+def _unwritten(path: Path, error: Exception) -> MachineError:
+    """Of a full disk, one that is read-only, a folder that somebody removed, and the like."""
+    return MachineError(
+        f"{path} could not be written: {getattr(error, 'strerror', None) or first_line(error)}."
+    )
+
+
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with open(file, "a", encoding="utf-8", newline="\n") as out:
-        out.write("".join(map(as_line, rows)))
+    try:
+        with open(file, "a", encoding="utf-8", newline="\n") as out:
+            out.write("".join(map(as_line, rows)))
+    except OSError as error:
+        raise _unwritten(file, error) from error
 
 
 def _lines_until(file: Path, step: int) -> Iterator[str]:

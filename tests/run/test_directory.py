@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from ppo_engine.errors import UserError
+from ppo_engine.errors import MachineError, UserError
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.lock import Lock
 from ppo_engine.settings.files import load_config
@@ -185,3 +187,28 @@ def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("fcntl.flock", flock)
     locks = [Lock(tmp_path), Lock(tmp_path)]
     assert [lock.held for lock in locks] == [False, False]
+
+
+def test_what_the_machine_cannot_write_is_told(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+    shutil.rmtree(run.path)
+    (tmp_path / "run").touch()  # as no permission would keep a superuser out
+    for write in (lambda: run.log_metrics(1, {"x": 1.0}), lambda: enter(run.checkpoint(1))):
+        with pytest.raises(MachineError, match="could not be written: Not a directory"):
+            write()
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    target = tmp_path / "step-000001"
+    full = SafetensorError("Error while serializing: I/O error: No space left on device")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), full):
+        with pytest.raises(MachineError, match=r"000001 could not be .* No space left on device"):
+            enter(target, error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def enter(folder: Path, error: Exception | None = None) -> None:
+    with atomic_folder(folder) as inside:
+        (inside / "half").touch()
+        if error is not None:
+            raise error
