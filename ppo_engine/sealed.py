@@ -84,7 +84,8 @@ def _read(folder: Path) -> dict[str, str]:
     """The sums by the names of the files."""
     text = (folder / SUMS).read_text(encoding="utf-8", errors="replace")
     head, *lines = text.split("\n")
-    sums = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
+    parts = [line.partition("  ") for line in lines if "  " in line]
+    sums = {name: found for found, _, name in parts}
     if head != f"# {counted(len(sums), 'file')}" or text[-1:] != "\n":
         raise Damaged(
             f"{folder / SUMS} is damaged, so it is not known whether the files beside it are "

@@ -9,7 +9,7 @@ import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], None]
@@ -46,10 +46,10 @@ def interrupted_after(begun: Callable[[], bool]) -> Iterator[None]:
     raised; a second one is raised at once. Only of signals that would be raised outside it."""
     ours: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            handler = signal.getsignal(number)
-            if handler in (signal.default_int_handler, _stop):
-                ours[number] = handler  # type: ignore[assignment]
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for handler in (signal.default_int_handler, _stop):
+                if signal.getsignal(signum) is handler:
+                    ours[signum] = handler
     asked = 0
 
     def wait(number: int, frame: FrameType | None) -> None:
@@ -58,14 +58,16 @@ def interrupted_after(begun: Callable[[], bool]) -> Iterator[None]:
         if not begun():
             ours[number](number, frame)
         asked = number
-        say(f"\n{name_of(number)}: this step is finished first; once more ends it at once\n")
+        _leave_terminal(number)
+        text = f"\n{name_of(number)}: this step is finished first; once more ends it at once\n"
+        os.write(2, text.encode())
 
     def restore() -> None:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+        for signum, handler in ours.items():
+            signal.signal(signum, handler)
 
-    for number in ours:
-        signal.signal(number, wait)
+    for signum in ours:
+        signal.signal(signum, wait)
     try:
         yield
     finally:
@@ -79,15 +81,14 @@ def name_of(number: int) -> str:
     return "interrupted" if number == signal.SIGINT else signal.Signals(number).name
 
 
-def say(text: str) -> None:
-    """Straight to stderr, as a handler must, even if nobody can read it any more."""
-    with suppress(OSError):
-        os.write(2, text.encode())
-
-
 def _stop(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGHUP:  # whoever printed to the terminal would fail
+    _leave_terminal(number)
+    raise Stopped(number)
+
+
+def _leave_terminal(number: int) -> None:
+    """After SIGHUP it is gone, and whatever is printed there would fail."""
+    if number == signal.SIGHUP:
         for output in (1, 2):
             if stat.S_ISCHR(os.fstat(output).st_mode):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    raise Stopped(number)
