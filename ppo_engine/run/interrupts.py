@@ -66,8 +66,8 @@ def interrupted_after(begun: Callable[[], bool]) -> Iterator[None]:
         for signum, handler in ours.items():
             signal.signal(signum, handler)
 
-    for signum in ours:
-        signal.signal(signum, wait)
+    for number in ours:
+        signal.signal(number, wait)
     try:
         yield
     finally:
