@@ -17,6 +17,10 @@ class UserError(Exception):
     """Wrong input, configuration or environment; the message says what, where, and what to do."""
 
 
+class MachineError(UserError):
+    """What no setting helps with, such as a full disk: the CLI's exit status is 1, not 2."""
+
+
 def entry_point(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function that people call from Python: the traceback of a `UserError` ends there, without
     what lies below and without the exception behind it, which the message tells."""

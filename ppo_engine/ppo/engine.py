@@ -57,14 +57,9 @@ from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment, load_environment
 from ppo_engine.rollout.generation import generate
 from ppo_engine.rollout.sampling import Sampler
-from ppo_engine.run.checkpoint import (
-    TRAINING_STATE,
-    load_training_state,
-    random_states,
-    restore_random_states,
-    save_training_state,
-)
+from ppo_engine.run.checkpoint import random_states, restore_random_states
 from ppo_engine.run.directory import replacing
+from ppo_engine.run.state_file import STATE, load_state, save_state
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.spans import span
@@ -434,8 +429,8 @@ class PPOEngine:
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write what a loop of your own resumes from into `folder`, whole or not at all: trained
         weights, optimizers, and the states of all generators of random numbers."""
-        with replacing(folder, TRAINING_STATE, "checkpoint") as inside:
-            save_training_state(inside, {"engine": self.state_dict(), "random": random_states()})
+        with replacing(folder, STATE, "checkpoint") as inside:
+            save_state(inside, {"engine": self.state_dict(), "random": random_states()})
 
     @entry_point
     def load_checkpoint(self, folder: str | Path) -> None:
@@ -444,7 +439,7 @@ class PPOEngine:
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"There is no checkpoint {str(folder)!r}.{nearest_path(folder)}")
-        state = load_training_state(folder, self.device)
+        state = load_state(folder, self.device)
         if "engine" not in state:
             raise UserError(f"{folder} is a checkpoint of `sft` or `reward`, not of a PPO run.")
         self.load_state_dict(state["engine"])

@@ -25,6 +25,7 @@ from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import merged
 from ppo_engine.pretrained.storage import as_stored
+from ppo_engine.sealed import check
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
@@ -47,6 +48,7 @@ def load_model_config(path: str) -> Any:
         raise UserError(
             f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
         )
+    check(path)
     failure: Exception | None = None
     try:
         config = AutoConfig.from_pretrained(path)

@@ -39,7 +39,6 @@ from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states, seeded
 from ppo_engine.run.directory import RunDirectory, check_output, dated
-from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
@@ -213,7 +212,7 @@ class PPOTrainer:
                 self._open_trackers(run)
                 with self._phase(progress, "advantages"):
                     experience = self.engine.estimate_advantages(rollout, scores, rounding)
-                updating.enter_context(interrupted_after())
+                updating.enter_context(self.checkpoints.changing())
                 with self._phase(progress, "update"):
                     metrics = self.engine.update(experience)
             self.step += 1
@@ -321,6 +320,7 @@ class PPOTrainer:
 
     def _restore(self, run: RunDirectory) -> None:
         state = self.checkpoints.load(self.engine.device)
+        self.notes += self.checkpoints.notes
         if state is None:
             self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)

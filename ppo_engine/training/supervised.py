@@ -33,7 +33,6 @@ from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
-from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
@@ -195,7 +194,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
-                    with interrupted_after():
+                    with self.checkpoints.changing():
                         with progress.phase("update"):
                             metrics = self._measured_step(self.mini_batch(self.step))
                         self._unreported = metrics | progress.times
@@ -277,6 +276,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     def _restore(self, run: RunDirectory) -> None:
         state = self.checkpoints.load(self.device)
+        self.notes += self.checkpoints.notes
         if state is None:
             self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)
