@@ -18,14 +18,15 @@ def checked_url(url: str) -> httpx2.URL:
     """A UserError for what is no URL of HTTP, and for one with credentials in it."""
     try:
         found = httpx2.URL(url)
-        valid = found.scheme in ("http", "https") and bool(found.host) and found.port != 0
+        valid = found.scheme in ("http", "https") and bool(found.host)
+        valid &= found.port is None or 0 < found.port < 2**16
     except httpx2.InvalidURL:
         valid = False
     if not valid:
         raise UserError(f"{shown_url(url)!r} is not a valid URL: write http://HOST:PORT/PATH.")
     if found.userinfo:
         raise UserError(
-            f"The URL of {shown_url(url)} holds a user or a password, and config.yaml would keep "
+            f"The URL {shown_url(url)} holds a user or a password, and config.yaml would keep "
             "them: put both into ~/.netrc, or a token into an environment variable, which "
             "reward.http.token_env names."
         )

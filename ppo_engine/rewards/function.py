@@ -103,7 +103,7 @@ def _number(value: Any, place: str, source: str) -> float:
     if not (isinstance(number, int | float) and -largest <= number <= largest):
         raise UserError(
             f"{source} returned {shown(value)} for {place}; every score must be a finite number, "
-            f"of at most {largest:.1e}."
+            f"an int or a float of at most {largest:.1e}."
         )
     return float(number)
 

@@ -7,19 +7,19 @@ deadline.
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import random
 import socket
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from faults import REFUSED, SURVIVED, Try
 from http_server import Reply, Server, raw, reply
 
+from faults import REFUSED, SURVIVED, Try
 from ppo_engine.errors import UserError
 from ppo_engine.rewards import endpoint
 from ppo_engine.rewards.http import HTTPReward
@@ -69,9 +69,14 @@ def _first(value: Any) -> Reply:
     return _of_scores(lambda right: [value, *right[1:]])
 
 
-def _bomb(mebibytes: int) -> bytes:
-    """Spaces, then scores, that inflate to so much."""
-    return gzip.compress(b" " * (mebibytes << 20) + b"[1]", compresslevel=9)
+def bomb(mebibytes: int) -> bytes:
+    """Zeros that inflate to so much. Pieces of a stream that know nothing of each other are equal:
+    one is made, and repeated."""
+    stream = zlib.compressobj(9, wbits=31)
+    head, piece = (
+        stream.compress(bytes(1 << 20)) + stream.flush(zlib.Z_FULL_FLUSH) for _ in range(2)
+    )
+    return head + piece * (mebibytes - 1)
 
 
 # What passes: asked again, the server answers.
@@ -124,7 +129,7 @@ LYING: dict[str, Reply] = {
     "a number for a list": _of_scores(lambda right: 1.0),
     "20 MiB": reply(200, b" " * (20 << 20) + b"[1]"),
     "a body without an end": _for_ever(_HEAD + b"\r\n", b" " * 100_000, 0),
-    "gzip of 300 MiB": reply(200, _bomb(300), Content_Encoding="gzip"),
+    "gzip of 300 MiB": reply(200, bomb(300), Content_Encoding="gzip"),
 }
 
 
