@@ -155,9 +155,21 @@ def test_the_deadline_is_for_the_whole_request(server: Server, fault: str, missi
 
 
 def test_the_deadline_is_for_all_attempts(server: Server) -> None:
-    server.last = reply(500, "boom\nTraceback")
+    def slow(connection: socket.socket, request: dict[str, Any]) -> None:
+        time.sleep(0.6)
+        reply(500, "boom")(connection, request)
+
+    server.last = slow
     began = time.monotonic()
-    with pytest.raises(UserError, match="answered 500 Reason: 'boom'"):
+    with pytest.raises(UserError, match=r"did not answer within 1 s, in 2 attempts; .*'boom'"):
+        score(server.url, timeout=1.0)
+    assert time.monotonic() - began < 1.6
+
+
+def test_waits_end_before_the_deadline(server: Server) -> None:
+    server.last = reply(500)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="answered 500"):
         score(server.url, timeout=0.5)
     assert time.monotonic() - began < 1.5 and len(server.requests) > 3
 
