@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.http import HANGING, PASSING, bomb
+from faults.http import HANGING, PASSING, SLACK, bomb
 from http_server import Reply, Server, raw, reply, scores
 
 from ppo_engine.errors import UserError
@@ -122,7 +122,7 @@ def test_retry_after_in_both_forms(server: Server, asked: str | int, at_least: f
     server.script = [reply(503, "busy", Retry_After=text)]
     began = time.monotonic()
     assert score(server.url) == [1, 8, 3]
-    assert at_least <= time.monotonic() - began < at_least + 3
+    assert at_least <= time.monotonic() - began < at_least + 2 + SLACK
 
 
 @pytest.mark.parametrize("asked", ["21600", "9" * 400, "Fri, 01 Jan 2100 00:00:00 GMT"])
@@ -142,28 +142,24 @@ MISSING = {
 
 @pytest.mark.parametrize(("fault", "missing"), MISSING.items())
 def test_the_deadline_is_for_the_whole_request(server: Server, fault: str, missing: str) -> None:
-    server.script = [reply(500, "busy")]
     server.last = HANGING[fault]
-    message = (
-        rf"did not {missing} within 0\.4 s, in 2 attempts; in the attempt before it answered 500 .*"
-        r" Raise reward\.http\.timeout"
-    )
     began = time.monotonic()
+    message = rf"did not {missing} within 1 s, in 1 attempt\. Raise reward\.http\.timeout"
     with pytest.raises(UserError, match=message):
-        score(server.url, timeout=0.4)
-    assert time.monotonic() - began < 1.4
+        score(server.url, timeout=1.0)
+    assert time.monotonic() - began < 1 + SLACK
 
 
 def test_the_deadline_is_for_all_attempts(server: Server) -> None:
     def slow(connection: socket.socket, request: dict[str, Any]) -> None:
-        time.sleep(0.6)
+        time.sleep(1.0)
         reply(500, "boom")(connection, request)
 
     server.last = slow
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"did not answer within 1 s, in 2 attempts; .*'boom'"):
-        score(server.url, timeout=1.0)
-    assert time.monotonic() - began < 1.6
+    with pytest.raises(UserError, match=r"did not answer within 1\.8 s, in 2 attempts; .*'boom'"):
+        score(server.url, timeout=1.8)
+    assert time.monotonic() - began < 1.8 + SLACK
 
 
 def test_waits_end_before_the_deadline(server: Server) -> None:
@@ -171,7 +167,7 @@ def test_waits_end_before_the_deadline(server: Server) -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match="answered 500"):
         score(server.url, timeout=0.5)
-    assert time.monotonic() - began < 1.5 and len(server.requests) > 3
+    assert time.monotonic() - began < 0.5 + SLACK and len(server.requests) > 3
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
