@@ -87,9 +87,12 @@ class Endpoint:
 
     def client(self) -> httpx2.AsyncClient:
         """Connections for requests that follow each other; whoever takes it closes it."""
+        headers = {"Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
         return httpx2.AsyncClient(
+            headers=headers,
             auth=None if self._token else from_netrc(),
-            headers={"Authorization": f"Bearer {self._token}"} if self._token else None,
             verify=self._tls,
             timeout=None,  # the deadline bounds all of it
             # Proxies of the environment. One would look for this machine's server on itself.
@@ -127,13 +130,10 @@ class Endpoint:
         self, client: httpx2.AsyncClient, body: str, attempt: _Attempt
     ) -> tuple[httpx2.Response, bytes]:
         """One attempt: a reply and its body, cut where it is no answer and too long."""
-        headers = {"Content-Type": "application/json"}
         tracing = {"trace": attempt.trace}
         reply = bytearray()
         async with (
-            client.stream(
-                "POST", self._url, content=body, headers=headers, extensions=tracing
-            ) as response,
+            client.stream("POST", self._url, content=body, extensions=tracing) as response,
             aclosing(response.aiter_bytes()) as parts,  # inflated in pieces of 1 MiB at most
         ):
             async for part in parts:

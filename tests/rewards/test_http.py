@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,13 +106,11 @@ def test_a_column_that_is_too_deep_is_refused(server: Server) -> None:
     deep: list[Any] = []
     for _ in range(10_000):
         deep = [deep]
-    with pytest.raises(RecursionError):
-        json.dumps(deep)
     with pytest.raises(UserError, match="not valid JSON"):
         HTTPReward(server.url, RewardEndpointConfig())(["p"], ["r"], [True], {"x": [deep]})
 
 
 def test_faults_of_servers() -> None:
     """Each once; `make faults` has more of them."""
-    wrong = [f"{one.fault}: {one.ending}" for one in tries(43, seed=1, deadline=0.25) if one.wrong]
-    assert not wrong
+    tried = tries(rounds=1, seed=1, deadline=0.25)
+    assert not [f"{one.fault}: {one.ending}" for one in tried if one.wrong]
