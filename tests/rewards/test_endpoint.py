@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
+import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -177,6 +180,22 @@ def test_a_server_that_accepts_and_says_nothing(scheme: str) -> None:
         missing = {"http": "answer", "https": r"agree on TLS within .* Is the server running"}
         with pytest.raises(UserError, match=f"did not {missing[scheme]}"):
             score(url, timeout=0.2)
+
+
+def test_ctrl_c_ends_a_request(server: Server) -> None:
+    server.last = HANGING["hangs"]
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        score(server.url)
+    assert time.monotonic() - began < 0.5 + SLACK
+
+
+def test_requests_work_where_a_loop_runs_already(server: Server) -> None:
+    async def notebook() -> list[float]:
+        return score(server.url)
+
+    assert asyncio.run(notebook()) == [1, 8, 3]
 
 
 def peak(url: str, message: str) -> float:
