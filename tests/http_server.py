@@ -10,6 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ppo_engine.rewards.http import HTTPReward
+from ppo_engine.settings.schema import RewardEndpointConfig
+
+RESPONSES = ["a", "bbbbbbbb", "ccc"]
 Reply = Callable[[socket.socket, dict[str, Any]], None]
 
 
@@ -83,3 +87,15 @@ class Server:
                 self.requests.append(json.loads(body))
                 following = self.script.pop(0) if self.script else self.last
                 following(connection, self.requests[-1])
+
+
+def score(url: str, **settings: Any) -> list[float]:
+    """What the server there, asked as a reward, says of RESPONSES."""
+    reward = HTTPReward(url, RewardEndpointConfig(**settings))
+    return reward(["p"] * 3, RESPONSES, [True] * 3, {}).tolist()
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]

@@ -90,14 +90,20 @@ class Endpoint:
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        return httpx2.AsyncClient(
-            headers=headers,
-            auth=None if self._token else from_netrc(),
-            verify=self._tls,
-            timeout=None,  # the deadline bounds all of it
-            # Proxies of the environment. One would look for this machine's server on itself.
-            trust_env=not is_here(self._url.host),
-        )
+        try:
+            return httpx2.AsyncClient(
+                headers=headers,
+                auth=None if self._token else from_netrc(),
+                verify=self._tls,
+                timeout=None,  # the deadline bounds all of it
+                # Proxies of the environment. One would look for this machine's server on itself.
+                trust_env=not is_here(self._url.host),
+            )
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:
+            raise UserError(
+                "The proxy that the environment sets (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) cannot "
+                f"be used: {error} If {self._url.host} needs none, set NO_PROXY={self._url.host}."
+            ) from error
 
     async def post(self, client: httpx2.AsyncClient, body: str) -> bytes:
         """The body of the reply, of status 200, to the JSON in `body`.
@@ -194,7 +200,7 @@ class Endpoint:
         elif status in (401, 403):
             advice = (
                 "Name the environment variable that holds its token in reward.http.token_env, or "
-                "put user and password into ~/.netrc."
+                "put user and password into ~/.netrc, which only you may read."
             )
         elif passing:
             advice = "Check the server's log."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,13 +18,6 @@ PROMPTS = ["Say a.", [{"role": "user", "content": "Say ü."}], "Say c."]
 RESPONSES = ["a", "bbbbbbbb", "ccc"]
 FINISHED = [True, False, True]
 COLUMNS = {"answer": ["x", None, 3]}
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
 
 
 def score(server: Server, **settings: Any) -> list[float]:
