@@ -59,6 +59,8 @@ _FREE_KEYS = {
     "sft.micro_batch_size",
     "sft.micro_batch_tokens",
     "reward.http.timeout",
+    "reward.http.batch_size",
+    "reward.http.token_env",
 }
 
 

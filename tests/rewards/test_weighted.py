@@ -209,6 +209,14 @@ def test_the_total_is_the_weighted_sum():
     torch.testing.assert_close(plain.score(rollout), each["vowels"] + each["length"])
 
 
+def test_rewards_that_add_up_to_no_number_are_named():
+    rewards = {"a": RewardFunction(length), "b": RewardFunction(vowels)}
+    weighted = Rewards(rewards, [1e30, -1.0], tiny_tokenizer())
+    each = {"a": torch.tensor([1.0, 1e30]), "b": torch.tensor([2.0, 3.0])}
+    with pytest.raises(UserError, match=r"of response 1 .*: inf \(a\) \+ -3 \(b\), with reward\.w"):
+        weighted.total(each)
+
+
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 4e-6), (torch.bfloat16, 0.0156)])
 def test_rounding_is_that_of_each_reward_with_its_weight(reward_folders, dtype, share):
     model = load_reward_model(reward_folders[0], device=CPU, dtype=dtype)

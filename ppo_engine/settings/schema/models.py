@@ -112,9 +112,13 @@ class RewardEndpointConfig:
     """How HTTP endpoints are called."""
 
     timeout: PositiveFloat = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds for a request until its whole answer is there, with further attempts and the waits
+    before them."""
     batch_size: PositiveInt | None = None
     """Responses per request; null sends all in one."""
+    token_env: str | None = None
+    """Environment variable with a token, sent as `Authorization: Bearer …`; null: none. The token
+    itself is written nowhere."""
 
 
 @settings
