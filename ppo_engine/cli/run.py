@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from ppo_engine.cli.parser import make_parser
-from ppo_engine.errors import DEBUG_VARIABLE, MachineError, UserError
+from ppo_engine.errors import DEBUG_VARIABLE, MachineError, Stopped, UserError
 from ppo_engine.memory import keep_freed_memory
-from ppo_engine.run.interrupts import Stopped, name_of
+from ppo_engine.run.interrupts import name_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,16 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ppo_engine.errors import Stopped
+
 Handler = Callable[[int, FrameType | None], None]
-
-
-class Stopped(SystemExit):
-    """By the signal of this `number`, SIGTERM or SIGHUP; where nobody catches it, the process ends
-    with 128 + number, as a shell has it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.number = number
 
 
 @contextmanager

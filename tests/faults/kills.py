@@ -23,7 +23,8 @@ from trainers import same, untimed, weights
 from faults import SURVIVED, Try
 from faults._runs import STEPS, ppo, reward_model, sft
 from ppo_engine import sealed
-from ppo_engine.run import checkpoint, directory, interrupts
+from ppo_engine.errors import Stopped
+from ppo_engine.run import checkpoint, directory
 from ppo_engine.training import ppo as ppo_training
 from ppo_engine.training import supervised
 
@@ -94,7 +95,7 @@ def _forked(run: Callable[[], object]) -> int:
         os.dup2(nowhere, 2)
         run()
         code = 0
-    except interrupts.Stopped as stopped:
+    except Stopped as stopped:
         code = 128 + stopped.number
     except KeyboardInterrupt:
         code = 130

@@ -16,8 +16,7 @@ from faults._runs import STEPS, ppo, reward_model, sft
 from tiny import tiny_model_folder
 from trainers import rows, same, untimed, weights
 
-from ppo_engine.errors import UserError
-from ppo_engine.run.interrupts import Stopped
+from ppo_engine.errors import Stopped, UserError
 from ppo_engine.training.samples import show_samples
 
 
@@ -138,7 +137,7 @@ def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
     monkeypatch.setattr("ppo_engine.run.checkpoint.save_state", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
-    assert "Step 2 could not be kept ([Errno 28] No space left" in caught.value.__notes__[0]
+    assert "step-000002 could not be written: No space left on device). Nothing is" in caught.value.__notes__[0]
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
@@ -184,6 +183,22 @@ def test_a_signal_waits_for_the_weights(
     resumed.train()
     steps = [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")]
     assert steps == [*range(steps[0], STEPS + 1)]
+
+
+def test_a_signal_while_a_reward_function_runs_is_not_its_failure(
+    model: str, tmp_path: Path
+) -> None:
+    calls = []
+
+    def killed(prompts: list[str], responses: list[str]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [1.0] * len(responses)
+
+    with pytest.raises(Stopped) as caught:
+        ppo(model, tmp_path / "run", reward=killed).train()
+    assert "is kept in" in caught.value.__notes__[0]
 
 
 def test_a_second_signal_does_not_wait(model: str, tmp_path: Path) -> None:
