@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +66,7 @@ from ppo_engine.run.checkpoint import (
 )
 from ppo_engine.run.directory import replacing
 from ppo_engine.settings.checks import check_settings
-from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.settings.schema import PPOConfig, settings_of
 from ppo_engine.spans import span
 from ppo_engine.text.prompt import Prompt
 
@@ -81,9 +81,9 @@ class PPOEngine:
             a function `(prompts, responses, **columns) -> list[float]`, sync or async (see
             `rewards.function`); a list of these, or a mapping of names to these. `config.reward`
             has their weights, and names the rewards where None is given.
-        config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
-            updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
-            does, or the schedule to "constant".
+        config: every setting; a `PPOConfig`, or a dictionary of its keys. The learning rate decays
+            over `config.steps` updates of `config.ppo.rollout_batch_size` responses each: set both
+            to what your loop does, or the schedule to "constant".
         tokenizer: of a policy that is a loaded model.
         environment: answers the policy's turns; see `rollout.environment`. None:
             `config.environment`, by default single-turn responses.
@@ -98,11 +98,11 @@ class PPOEngine:
         policy: str | PreTrainedModel = "",
         reward: RewardsLike | None = None,
         *,
-        config: PPOConfig | None = None,
+        config: PPOConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         environment: Callable[..., Any] | Environment | None = None,
     ) -> None:
-        self.config = config = config or PPOConfig()
+        self.config = config = settings_of(PPOConfig, config)
         check_settings(config)
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -173,9 +177,11 @@ def hide_loading_bars() -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the library's progress bars, and its report that the head is new (as intended)."""
+    """Without the library's progress bars, and its report of weights that are new or not used,
+    which `weights` judges; both are as they were afterwards."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
+    hidden = are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     hide_loading_bars()
     try:
@@ -183,4 +189,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bar:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # shows the hub's, too
+        if hidden:
+            disable_progress_bars()

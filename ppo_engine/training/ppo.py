@@ -45,7 +45,7 @@ from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
-from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.settings.schema import PPOConfig, settings_of
 from ppo_engine.training import anatomy
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
@@ -69,7 +69,7 @@ class PPOTrainer:
         reward: RewardsLike | None = None,
         prompts: str | Path | Iterable[Any] | None = None,
         *,
-        config: PPOConfig | None = None,
+        config: PPOConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         environment: Callable[..., Any] | Environment | None = None,
         console: Console | None = None,
@@ -77,7 +77,7 @@ class PPOTrainer:
         """`prompts` is a file, or texts, lists of chat messages, or dictionaries as
         `data.prompts.load_prompts` takes them; all else is as `PPOEngine` takes it. What is not
         given comes from `config`. Progress goes to `console`, by default the terminal."""
-        config = config or PPOConfig()
+        config = settings_of(PPOConfig, config)
         # The run's config.yaml names what is trained, however it was given.
         if isinstance(policy, str) and policy:
             config = replace(config, policy=replace(config.policy, path=policy))

@@ -6,6 +6,7 @@ One tree per command (`SFTConfig`, `RewardModelConfig`, `PPOConfig`). The same n
 description, with units; `settings.describe` shows it wherever people look.
 """
 
+from ppo_engine.settings.schema.base import settings_of
 from ppo_engine.settings.schema.commands import (
     COMMANDS,
     LEARNING_RATES,
@@ -69,4 +70,5 @@ __all__ = [
     "SFTConfig",
     "SFTSettings",
     "ScoringConfig",
+    "settings_of",
 ]
