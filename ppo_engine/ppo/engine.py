@@ -12,6 +12,7 @@ keeps its models by `engine.save(folder)`, and itself by `save_checkpoint` and `
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -172,6 +173,7 @@ class PPOEngine:
         if config.ppo.importance_cap is not None:  # they are what it compares with
             self.takes_samplers = False
         self.steps_done = 0
+        self._warned = False  # that nothing more is learned
         release_freed_memory()  # of weights that were loaded in fp32
 
     @entry_point
@@ -345,8 +347,19 @@ class PPOEngine:
     @entry_point
     @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
-        """Train policy and critic on `experience`; returns the step's metrics."""
+        """Train policy and critic on `experience`; returns the step's metrics. Warns, once, where
+        their schedules are over."""
         settings = self.config.ppo
+        over = [learner.name for learner in self.learners if learner.learning_rate == 0]
+        if over and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The learning rate of {' and '.join(over)} has fallen to 0, and nothing more is "
+                f"learned: it is planned for config.steps={self.config.steps} updates of "
+                f"ppo.rollout_batch_size={settings.rollout_batch_size} responses. Set both to what "
+                'your loop does, or optimizer.schedule to "constant".',
+                stacklevel=4,  # the caller of `entry_point`, which calls `span`, which calls this
+            )
         metrics = objective_metrics(experience, settings.importance_cap)
         metrics["policy/learning_rate"] = self.actor.learner.learning_rate
         if settings.compares_groups:

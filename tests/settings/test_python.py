@@ -28,6 +28,7 @@ from ppo_engine.settings.schema import (
     RewardConfig,
     RewardModelConfig,
     SFTConfig,
+    settings_of,
 )
 
 any_type: Any = lambda value: value  # noqa: E731  what a type checker would refuse
@@ -62,7 +63,11 @@ def test_a_dictionary_serves_for_a_section() -> None:
         ),
         (
             lambda: GRPOConfig(ppo=PPOSettings()),
-            ["ppo: should be a GRPOSettings, or a dictionary of its keys, got PPOSettings(…)"],
+            ["ppo: should be a GRPOSettings (which has all of PPOSettings), or a dictionary of"],
+        ),
+        (
+            lambda: PPOConfig(ppo=GenerationConfig()),
+            ["ppo: should be a PPOSettings, or a dictionary of its keys, got GenerationConfig(…)"],
         ),
         (
             lambda: RewardModelConfig(3),
@@ -80,6 +85,32 @@ def test_mistakes_are_told_as_on_the_command_line(
     assert len(found) == len(lines)
     assert all(line.startswith(f"  - {start}") for line, start in zip(found, lines, strict=True))
     assert caught.value.__suppress_context__  # of pydantic's own error
+
+
+def test_the_settings_of_a_trainer_may_be_a_dictionary_too() -> None:
+    given = {"steps": 3, "generation": {"max_new_tokens": 16}}
+    for config in (given, PPOConfig(**any_type(given))):
+        found = settings_of(PPOConfig, any_type(config))
+        assert (found.steps, found.generation.max_new_tokens, found.run.seed) == (3, 16, 0)
+    assert settings_of(SFTConfig, None) == SFTConfig()
+    grpo = GRPOConfig()
+    assert settings_of(PPOConfig, grpo) is grpo
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: ppo_engine.PPOEngine("x", len, config=config),
+        lambda config: ppo_engine.PPOTrainer("x", len, ["a"], config=config),
+        lambda config: ppo_engine.SFTTrainer("x", [], config),
+        lambda config: ppo_engine.RewardModelTrainer("x", [], config),
+    ],
+)
+def test_what_are_no_settings_of_a_trainer_is_told(make: Callable[[Any], Any]) -> None:
+    with pytest.raises(UserError, match="runn: unknown key; did you mean run"):
+        make({"runn": {}})
+    with pytest.raises(UserError, match=r"should be a \w+Config, or a dictionary .*\(GenerationC"):
+        make(GenerationConfig())
 
 
 def test_a_users_dictionary_stays_as_it_is() -> None:
