@@ -28,6 +28,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import merged
+from ppo_engine.pretrained.hub import check_name
 from ppo_engine.pretrained.storage import as_stored
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
@@ -51,20 +52,20 @@ def load_model_config(path: str) -> Any:
         raise UserError(
             f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
         )
+    here = Path(path).is_dir()
+    if not here:
+        check_name(path)
     failure: Exception | None = None
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         failure = error
-    # Where nothing can be reached, adapters would be waited for as long again.
-    unreachable = "couldn't connect" in str(failure)
-    base, adapters = (path, []) if unreachable else unstack(path)
+    base, adapters = unstack(path)
     if adapters:
         config = _config_of_base(base, path)
         for adapter in adapters:
             adapter.describe(config)
     elif failure is not None:
-        here = Path(path).is_dir()
         nowhere = "" if here else f" (and there is no folder {path!r} here)"
         near = "" if here else nearest_path(path)
         raise UserError(
