@@ -67,7 +67,7 @@ from ppo_engine.run.checkpoint import (
 )
 from ppo_engine.run.directory import replacing
 from ppo_engine.settings.checks import check_settings
-from ppo_engine.settings.schema import PPOConfig, settings_of
+from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
 from ppo_engine.spans import span
 from ppo_engine.text.prompt import Prompt
 
@@ -103,7 +103,7 @@ class PPOEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         environment: Callable[..., Any] | Environment | None = None,
     ) -> None:
-        self.config = config = settings_of(PPOConfig, config)
+        self.config = config = resolved(settings_of(PPOConfig, config))
         check_settings(config)
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)

@@ -165,8 +165,9 @@ def explain(
 def _wanted_section(name: str, given: type) -> str:
     """What a section of Python's should be, which is of another class; a class that is made of the
     `given` one has its settings, with other defaults."""
-    made_of_it = any(cls.__name__ == name for cls in given.__subclasses__())
-    more = f" (which has all of {given.__name__})" if made_of_it else ""
+    made_of_it: list[type] = given.__subclasses__()
+    has_all = name in [cls.__name__ for cls in made_of_it]
+    more = f" (which has all of {given.__name__})" if has_all else ""
     return f"should be a {name}{more}, or a dictionary of its keys"
 
 

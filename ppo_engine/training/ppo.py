@@ -45,7 +45,7 @@ from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
-from ppo_engine.settings.schema import PPOConfig, settings_of
+from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
 from ppo_engine.training import anatomy
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
@@ -298,7 +298,7 @@ class PPOTrainer:
     def _open_trackers(self, run: RunDirectory) -> Trackers:
         if self._trackers is not None:
             return self._trackers
-        settings = flatten(shown_settings(as_dict(self.config)))
+        settings = flatten(shown_settings(as_dict(resolved(self.config))))
         logged = self.step - (self._unreported is not None)
         self._trackers = Trackers(self.config.run.trackers, run.path, settings, logged)
         self._closing.callback(self._trackers.close)

@@ -104,6 +104,6 @@ def test_plain_pytorch_learns_its_toy_reward(monkeypatch, tmp_path, capfd):
     model.save_pretrained(folder)
     monkeypatch.setattr(sys, "argv", ["plain_pytorch", "--model", str(folder)])
     runpy.run_path(str(EXAMPLES / "plain_pytorch.py"))["main"](rate=3e-2)
-    shares = [int(share) for share in re.findall(r"step +\d+: A to M (\d+)%", capfd.readouterr().out)]
+    shares = [int(x) for x in re.findall(r"step +\d+: A to M (\d+)%", capfd.readouterr().out)]
     assert len(shares) == 15
     assert sum(shares[-3:]) > sum(shares[:3]) + 60

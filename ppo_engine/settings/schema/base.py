@@ -9,7 +9,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -32,6 +32,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 T = TypeVar("T")
+
+# The type of a setting that follows from others as long as it is None: see `derived`. Who reads it
+# has resolved settings, so that a type checker need not hear of None.
+if TYPE_CHECKING:
+    Derived = Annotated[T, "derived"]
+else:
+    Derived = Optional
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
