@@ -160,7 +160,7 @@ def unique_names(wanted: Sequence[str], defaults: Sequence[str]) -> list[str]:
     check_names(wanted)
     names: list[str] = []
     for name, default in zip(wanted, defaults, strict=True):
-        stem = "_".join(_NAME.findall(default)) or "reward"
+        stem = re.sub("(_se)+$", "", "_".join(_NAME.findall(default))) or "reward"
         free = (f"{stem}_{n}" if n > 1 else stem for n in itertools.count(1))
         names.append(name or next(x for x in free if x not in {*wanted, *names}))
     return names
@@ -173,6 +173,11 @@ def check_names(wanted: Sequence[str]) -> None:
             raise UserError(
                 f"The reward name {name!r} cannot be used in the name of a metric: use letters, "
                 "digits, '_', '.' and '-'."
+            )
+        if name.endswith("_se"):
+            raise UserError(
+                f"The reward name {name!r} ends in '_se', as the metrics of standard errors do: "
+                "give it another name."
             )
         if wanted.count(name) > 1:
             raise UserError(f"Two rewards are named {name!r}: give each a name of its own.")

@@ -1,6 +1,6 @@
 """The folder of a run: settings, metrics, samples, checkpoints, the result.
 
-config.yaml            resolved settings
+config.yaml            settings
 metrics.jsonl          one line per step
 samples.jsonl          some responses of some steps (PPO)
 critic.jsonl           the critic's values on held-out responses, and their scores
@@ -31,7 +31,9 @@ from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.run.lock import Lock
 from ppo_engine.run.row_file import as_line
 from ppo_engine.sealed import seal, sync
-from ppo_engine.settings.files import as_dict, changed_settings, dump_config, load_config
+from ppo_engine.settings.describe import dump_config
+from ppo_engine.settings.files import as_dict, changed_settings, load_config
+from ppo_engine.settings.schema import resolved
 
 Config = TypeVar("Config", bound=Any)
 
@@ -131,7 +133,7 @@ class RunDirectory:
 def check_resumable(path: str | Path, config: Any) -> None:
     """Raise a UserError where no run is in the folder `path`, or one of other settings."""
     file = settings_file(path)
-    then, now = as_dict(load_config(type(config), str(file))), as_dict(config)
+    then, now = (as_dict(resolved(x)) for x in (load_config(type(config), str(file)), config))
     changed = changed_settings(then, now, _FREE_KEYS)
     if changed:
         raise UserError(

@@ -44,7 +44,7 @@ from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
-from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
 from ppo_engine.training import anatomy
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
@@ -68,7 +68,7 @@ class PPOTrainer:
         reward: RewardsLike | None = None,
         prompts: str | Path | Iterable[Any] | None = None,
         *,
-        config: PPOConfig | None = None,
+        config: PPOConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         environment: Callable[..., Any] | Environment | None = None,
         console: Console | None = None,
@@ -76,7 +76,7 @@ class PPOTrainer:
         """`prompts` is a file, or texts, lists of chat messages, or dictionaries as
         `data.prompts.load_prompts` takes them; all else is as `PPOEngine` takes it. What is not
         given comes from `config`. Progress goes to `console`, by default the terminal."""
-        config = config or PPOConfig()
+        config = settings_of(PPOConfig, config)
         # The run's config.yaml names what is trained, however it was given.
         if isinstance(policy, str) and policy:
             config = replace(config, policy=replace(config.policy, path=policy))
@@ -297,7 +297,7 @@ class PPOTrainer:
     def _open_trackers(self, run: RunDirectory) -> Trackers:
         if self._trackers is not None:
             return self._trackers
-        settings = flatten(shown_settings(as_dict(self.config)))
+        settings = flatten(shown_settings(as_dict(resolved(self.config))))
         logged = self.step - (self._unreported is not None)
         self._trackers = Trackers(self.config.run.trackers, run.path, settings, logged)
         self._closing.callback(self._trackers.close)

@@ -42,6 +42,7 @@ from ppo_engine.settings.schema import (
     RewardModelSettings,
     SFTConfig,
     SFTSettings,
+    resolved,
 )
 from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
@@ -98,7 +99,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             self.settings.batch_size,
             self.unit,
         )
-        self.learner = Learner(self.model, config.model.optimizer, self.total_steps, "the model")
+        optimizer = resolved(config).model.optimizer
+        self.learner = Learner(self.model, optimizer, self.total_steps, "the model")
         self._meter = Meter(self.device, self.dtype)
         self.step = 0
         self.before: dict[str, float] = {}  # held-out metrics of the untrained model
@@ -161,7 +163,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.checkpoints.run = run
         if config.resume:
             self._restore(run)
-        settings = flatten(as_dict(self.config))
+        settings = flatten(as_dict(resolved(self.config)))
         logged = self.step - (self._unreported is not None)
         trackers = Trackers(config.trackers, run.path, settings, logged)
         try:
@@ -189,7 +191,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
             for note in (*self.notes, self._size()):
                 progress.note(note)
-            rate = self.config.model.optimizer.learning_rate
+            rate = self.learner.config.learning_rate
             watch = Watch(supervised_signs(self.command, rate, self.before))
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:

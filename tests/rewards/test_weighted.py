@@ -138,6 +138,7 @@ def test_each_kind_is_loaded(tmp_path, reward_folders, monkeypatch):
         ({"sources": [{"path": "a", "url": "http://b"}]}, r"sources\[0\] .* sets path and url"),
         ({"sources": [{"path": "a", "name": "x"}] * 2}, "Two rewards are named 'x'"),
         ({"sources": [{"path": "a", "name": "x/y"}]}, "'x/y' cannot be used"),
+        ({"sources": [{"path": "a", "name": "x_se"}]}, "'x_se' ends in '_se', as the metrics of"),
         ({"url": "http://a", "weights": [1, 2]}, "2 numbers for 1 reward;"),
     ],
 )
@@ -174,6 +175,13 @@ def test_names_are_as_given_or_numbered():
         {"url": "http://b", "name": "a"},
     ]
     assert list(load(sources=sources).by_name) == ["a_3", "a_2", "a"]
+
+
+def test_a_default_name_is_not_that_of_a_standard_error():
+    def mean_se(prompts, responses):
+        return [0.0] * len(responses)
+
+    assert list(load([mean_se, length]).by_name) == ["mean", "length"]
 
 
 @pytest.mark.parametrize(
