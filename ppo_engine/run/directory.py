@@ -1,6 +1,6 @@
 """The folder of a run: settings, metrics, samples, checkpoints, the result.
 
-config.yaml            settings
+config.yaml            resolved settings
 metrics.jsonl          one line per step
 samples.jsonl          some responses of some steps (PPO)
 critic.jsonl           the critic's values on held-out responses, and their scores

@@ -27,6 +27,7 @@ from ppo_engine.settings.schema import COMMANDS, LEARNING_RATES, derived
 from ppo_engine.settings.schema.base import described
 
 _WIDTH = 80
+_FOLLOWS = "# not set: null lets it follow from other settings"
 _PLAIN: dict[Any, str] = {
     bool: "true or false",
     int: "integer",
@@ -50,9 +51,10 @@ class Setting:
 
 
 def dump_config(config: Any) -> str:
-    """YAML text that `load_config` reads back to an equal object; behind a setting that is null
-    because it follows from others stands what it comes to. A run's config.yaml is this, without
-    descriptions: these are those of the version that shows them."""
+    """YAML text that `load_config` reads back to the `resolved` settings: whatever later versions
+    take for a default, a run's config.yaml says what it was. A comment stands behind those that
+    nobody set and that follow from others. There are no descriptions: these are those of the
+    version that shows them."""
     return _text(config, seen=None)
 
 
@@ -105,8 +107,8 @@ def _lines(
     seen: set[Any] | None,
     prefix: str = "",
 ) -> Iterator[str]:
-    """The settings of `cls` and its sections as YAML. `follows` says what those that are null come
-    to; `seen` are classes whose descriptions stand above, None leaves out all descriptions."""
+    """The settings of `cls` and its sections as YAML. `follows` has the values of those that are
+    not set; `seen` are classes whose descriptions stand above, None leaves out all descriptions."""
     indent = "  " * prefix.count(".")
     texts = {} if seen is None or cls in seen else described(cls)
     if seen is not None:
@@ -121,7 +123,7 @@ def _lines(
             yield f"{indent}{name}:"
             yield from _lines(section, value, follows, seen, f"{key}.")
         elif key in follows:
-            yield f"{indent}{name}: null  # here {_default(follows[key])}"
+            yield f"{indent}{as_yaml({name: follows[key]}).strip()}  {_FOLLOWS}"
         else:
             # Text that YAML folds over several lines is quoted: more indentation changes nothing.
             # Split at newlines alone: text may hold others, such as U+2028, which belong to it.
@@ -245,8 +247,9 @@ LoRA wants ten times the rate of all weights and more (Schulman et al. 2025, "Lo
 optimizer steps, as in OpenRLHF, and then fall linearly to 0. A good rate depends on model, reward
 and batch: these are where others start from, not what was tuned here.
 
-What `--dry-run` prints and a run's `config.yaml` have every setting. One that follows from others
-(`learning_rate`, `ppo.whiten_advantages`, `ppo.kl_estimator`, `ppo.reduction`) is `null` there as
-long as nobody sets it, with a comment that says what it comes to; so it follows, too, where such a
-file is changed to LoRA or to another `ppo.estimator`, or settings in Python by
-`dataclasses.replace`. `PPOEngine.config` has the values themselves."""
+What `--dry-run` prints and a run's `config.yaml` have every setting as it came out. Behind one that
+nobody set and that follows from others (`learning_rate`, `ppo.whiten_advantages`,
+`ppo.kl_estimator`, `ppo.reduction`) a comment says so: whoever changes such a file to LoRA, or to
+another `ppo.estimator`, writes `null` in its place or takes the line out. In Python they are None
+as long as nobody sets them, and go on following through `dataclasses.replace`; `PPOEngine.config`
+has the values themselves."""

@@ -28,7 +28,7 @@ def lines(file: Path) -> list[dict[str, object]]:
 def test_new_run_holds_its_settings(tmp_path: Path) -> None:
     config = load_config(PPOConfig, None, ["ppo.kl_coef=0.5"])
     run = RunDirectory(tmp_path / "deep" / "run", config)
-    assert load_config(PPOConfig, str(run.path / "config.yaml")) == config
+    assert load_config(PPOConfig, str(run.path / "config.yaml")) == resolved(config)
     assert run.checkpoints() == []
 
 
@@ -119,15 +119,15 @@ def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "ppo.kl_coef: 0.05 then, 0.5 now" in text
     assert "ppo.adaptive_kl.target: None then, 3.0 now" in text
-    assert load_config(PPOConfig, str(run.path / "config.yaml")) == PPOConfig()
+    assert load_config(PPOConfig, str(run.path / "config.yaml")) == resolved(PPOConfig())
 
 
 def test_resume_takes_a_default_for_its_number(tmp_path: Path) -> None:
-    """Those that wrote config.yaml before had all numbers in it; another number is another run."""
-    run = RunDirectory(tmp_path / "run", resolved(GRPOConfig()))
-    assert "null  #" not in (run.path / "config.yaml").read_text()
-    RunDirectory(run.path, GRPOConfig(), resume=True)
-    RunDirectory(run.path, resolved(GRPOConfig()), resume=True)
+    """config.yaml has all numbers in it; another number is another run."""
+    run = RunDirectory(tmp_path / "run", GRPOConfig())
+    for same in (GRPOConfig(), resolved(GRPOConfig())):
+        run.close()
+        run = RunDirectory(run.path, same, resume=True)
     other = load_config(GRPOConfig, None, ["policy.lora.rank=4"])
     with pytest.raises(UserError, match=r"learning_rate: 1e-06 then, 0\.0001 now"):
         RunDirectory(run.path, other, resume=True)

@@ -26,6 +26,7 @@ from ppo_engine.settings.schema import (
     PPOSettings,
     RewardModelConfig,
     SFTConfig,
+    resolved,
 )
 from ppo_engine.settings.schema.base import described
 
@@ -57,7 +58,7 @@ def test_a_dry_run_explains_and_reads_back_equal(cls: Any, tmp_path: Path) -> No
     text = commented(config)
     file = tmp_path / "settings.yaml"
     file.write_text(text, encoding="utf-8")
-    assert load_config(cls, str(file)) == config
+    assert load_config(cls, str(file)) == resolved(config)
     comments = [line for line in text.splitlines() if line.lstrip().startswith("#")]
     assert comments and max(map(len, comments)) <= 100
 

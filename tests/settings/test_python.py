@@ -3,6 +3,7 @@ line, and what follows from other settings."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,11 +178,16 @@ def test_the_rate_follows_what_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("dump", [dump_config, commented])
-def test_a_runs_settings_go_on_following_unless_they_were_set(
+def test_a_file_has_the_values_and_goes_on_following_where_it_says_null(
     dump: Callable[[Any], str], tmp_path: Path
 ) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(dump(PPOConfig(critic=ModelConfig(optimizer=OptimizerConfig(1e-5)))))
+    settings = PPOConfig(critic=ModelConfig(optimizer=OptimizerConfig(1e-5)))
+    file.write_text(dump(settings))
+    assert load_config(PPOConfig, str(file)) == resolved(settings)
+    null = [re.sub(": .*  # not set", ": null  # not set", x) for x in dump(settings).split("\n")]
+    file.write_text("\n".join(null))
+    assert load_config(PPOConfig, str(file)) == settings
     overrides = ["policy.lora.rank=4", "critic.lora.rank=4", "ppo.estimator=grpo"]
     config = load_config(PPOConfig, str(file), overrides)
     assert rates(config) == [1e-4, 1e-5]
@@ -192,8 +198,8 @@ def test_a_runs_settings_go_on_following_unless_they_were_set(
 def test_what_unset_settings_come_to_stands_behind_them() -> None:
     config = PPOConfig(ppo=PPOSettings(reduction="sum"))
     for text in (dump_config(config), commented(config)):
-        assert "    learning_rate: null  # here 1e-06\n" in text
-        assert "  whiten_advantages: null  # here true\n" in text
+        assert "    learning_rate: 1.0e-06  # not set: null lets it follow from other" in text
+        assert "  whiten_advantages: true  # not set" in text
         assert "  reduction: sum\n" in text
     assert derived(resolved(config)) == {} and resolved(resolved(config)) == resolved(config)
     assert resolved(GenerateConfig()) == GenerateConfig()

@@ -18,6 +18,7 @@ from ppo_engine.settings.schema import (
     PPOConfig,
     RewardModelConfig,
     SFTConfig,
+    resolved,
 )
 
 
@@ -133,7 +134,7 @@ def test_section_with_every_line_commented_out(tmp_path: Path) -> None:
 )
 def test_dumped_settings_read_back_equal(tmp_path: Path, overrides: list[str]) -> None:
     config = load_config(PPOConfig, None, overrides)
-    assert load_config(PPOConfig, write(tmp_path, dump_config(config))) == config
+    assert load_config(PPOConfig, write(tmp_path, dump_config(config))) == resolved(config)
 
 
 def test_flatten_names_every_leaf() -> None:
@@ -270,7 +271,7 @@ def test_the_settings_of_another_command_are_known_as_such(tmp_path: Path, other
         load_config(PPOConfig, str(file), ["steps=3"])
     message = str(caught.value)
     assert f"holds the settings of `ppo-engine {command[type(other)]}`" in message
-    assert "did you mean" not in message and load_config(type(other), str(file)) == other
+    assert "did you mean" not in message and load_config(type(other), str(file)) == resolved(other)
 
 
 def test_a_mistake_is_not_taken_for_another_command(tmp_path: Path) -> None:

@@ -137,7 +137,10 @@ def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
     monkeypatch.setattr("ppo_engine.run.checkpoint.save_state", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
-    assert "step-000002 could not be written: No space left on device). Nothing is" in caught.value.__notes__[0]
+    assert (
+        "step-000002 could not be written: No space left on device). Nothing is"
+        in caught.value.__notes__[0]
+    )
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
