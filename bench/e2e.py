@@ -119,7 +119,7 @@ def _reason_to_skip(
 ) -> str:
     if only and side.lower() != only:
         return f"--only {only}."
-    if side == "TRL" and (found := _trl_version()) != TRL_VERSION:
+    if side == "TRL" and (found := trl_version()) != TRL_VERSION:
         return (
             f"TRL {TRL_VERSION} is needed, the last release with PPO, and "
             f"{f'{found} is installed' if found else 'none is installed'}: "
@@ -136,7 +136,7 @@ def _reason_to_skip(
     return ""
 
 
-def _trl_version() -> str | None:
+def trl_version() -> str | None:
     try:
         return importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:

@@ -18,6 +18,13 @@ from bench.results import Row
 from ppo_engine.errors import UserError
 
 SIDES = {"ours": "e2e_ours.py", "TRL": "e2e_trl.py"}
+# Of a worker: nothing is downloaded, and libraries print little.
+WORKER_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 _LINES_SHOWN = 15  # of what a process that failed had printed last
 
 
@@ -86,12 +93,7 @@ def _run(side: Side, work: Work) -> list[dict[str, Any]]:
 
 def reports(script: str, work: Work) -> Iterator[dict[str, Any]]:
     """Start a process and yield each step that it reports; raises WorkerFailed."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
+    environment = os.environ | WORKER_ENVIRONMENT
     if work.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.Popen(

@@ -1,0 +1,72 @@
+"""Reward against KL of the runs of `bench/learning.py`: curves over seeds, and who is above whom."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.results import Row
+
+_PLACES = 24  # of the KL at which curves are read
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A side's reward at each KL (nats a response): mean and deviation of its seeds' curves."""
+
+    kl: list[float]
+    reward: list[float]
+    spread: list[float]
+
+
+def curves(rows: Sequence[Row]) -> dict[str, Curve]:
+    """One for each side, from KL 0 to the least of what the seeds of all sides reached.
+
+    Between the policies that were held, a seed's curve is a straight line.
+    """
+    runs: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for row in rows:
+        points = runs.setdefault(row["side"], {}).setdefault(row["seed"], [])
+        points.append((row["kl"], row["reward"]))
+    end = min(max(kl for kl, _ in run) for side in runs.values() for run in side.values())
+    grid = np.linspace(0, end, _PLACES)
+    found = {}
+    for side, seeds in runs.items():
+        each = [np.interp(grid, *zip(*sorted(run), strict=True)) for run in seeds.values()]
+        columns = [[float(x) for x in column] for column in zip(*each, strict=True)]
+        spread = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in columns]
+        found[side] = Curve(
+            [float(kl) for kl in grid], [statistics.mean(x) for x in columns], spread
+        )
+    return found
+
+
+def below(of: Curve, other: Curve) -> float:
+    """By how many spreads (of the two sides together) `of` is below `other` where that is most;
+    0 where it nowhere is."""
+    return max(
+        (b - a) / max((s**2 + t**2) ** 0.5, 1e-9) if b > a else 0.0
+        for a, b, s, t in zip(of.reward, other.reward, of.spread, other.spread, strict=True)
+    )
+
+
+def judged(found: Mapping[str, Curve], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """For each pair of sides that were run, whether the first is at or above the second at every
+    KL, within their spread."""
+    lines = []
+    for one, other in pairs:
+        if one not in found or other not in found:
+            continue
+        most = below(found[one], found[other])
+        mean = statistics.mean(
+            a - b for a, b in zip(found[one].reward, found[other].reward, strict=True)
+        )
+        verdict = "met" if most <= 1 else "MISSED"
+        lines.append(
+            f"{one} beside {other}, at equal KL: reward {mean:+.2f} on average, at its lowest "
+            f"{most:.1f} spreads below, target <= 1: {verdict}"
+        )
+    return lines
