@@ -37,8 +37,9 @@ sys.path[0] = str(ROOT)
 import torch
 
 from bench import machine, table
-from bench.e2e import TRL_VERSION, trl_version
+from bench.e2e import PPO
 from bench.e2e_compare import WORKER_ENVIRONMENT
+from bench.e2e_run import trl_version
 from bench.learning_curves import curves, judged
 from bench.learning_evaluator import Evaluator
 from bench.results import Row, write_csv
@@ -92,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     for line in judged(found, [("now", "TRL"), ("now", "before")]):
         table.say(line)
     if options.out:
-        common = {**machine.about(torch.device("cpu")), "trl": TRL_VERSION, "before": BEFORE}
+        common = {**machine.about(torch.device("cpu")), "trl": PPO.trl, "before": BEFORE}
         command = shlex.join(["python", "bench/learning.py", *sys.argv[1:]])
         write_csv(options.out, command, [row | common for row in rows])
         from bench.plot import plot_learning
@@ -240,11 +241,11 @@ def _is_there(file: Path, sizes: dict[str, Any]) -> bool:
 
 def _check(side: str, before: str | None) -> None:
     """Raises UserError where a side cannot be run here."""
-    if side == "TRL" and (found := trl_version()) != TRL_VERSION:
+    if side == "TRL" and (found := trl_version(sys.executable)) != PPO.trl:
         raise UserError(
-            f"TRL {TRL_VERSION} is needed, the last release with PPO, and "
+            f"TRL {PPO.trl} is needed, the last release with PPO, and "
             f"{f'{found} is installed' if found else 'none is installed'}: pip install "
-            f"trl=={TRL_VERSION}, or leave it out by --sides."
+            f"trl=={PPO.trl}, or leave it out by --sides."
         )
     if side == "before" and not (before and list(Path(before, "kernels").glob("*/_cpu*.so"))):
         raise UserError(
