@@ -61,7 +61,8 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
         (
             "log-probs of policy and reference",
             "from hidden states, of response tokens only",
-            "likewise, by parts of the vocabulary, which the backward pass multiplies again",
+            "likewise, by parts of the vocabulary, which the backward pass multiplies again; on a "
+            "CPU of prompts too",
         ),
         ("memory that is freed", "kept for the next tensor, as ppo-engine does", "as torch has it"),
     ]

@@ -9,6 +9,8 @@ from torch import Tensor
 from bench.case import Case, Cost, Inputs, Outputs, Run, Size, compiled, normal
 from ppo_kernels import token_logprobs
 
+TRL_TRITON = "TRL 1.16, Triton"
+
 # (size, tokens, vocabulary, dtypes); SmolLM2's vocabulary on a CPU, Qwen2.5's on a GPU.
 _SHAPES: dict[str, list[tuple[Size, int, int, list[torch.dtype]]]] = {
     "cpu": [
@@ -56,6 +58,7 @@ def _case(
             "log_softmax + gather + entropy": _log_softmax_and_entropy,
             "the same, compiled": compiled(_log_softmax_and_entropy),
             "TRL: selective, then entropy": _selective_and_entropy,
+            TRL_TRITON: _trl_and_entropy,
         }
     else:
         alternatives = {
@@ -63,11 +66,12 @@ def _case(
             "the same, compiled": compiled(_log_softmax),
             "TRL: selective_log_softmax": _selective,
             "F.cross_entropy": _cross_entropy,
+            TRL_TRITON: _trl,
         }
         if device == "cuda":
             alternatives["liger cross-entropy"] = _liger
     if device == "cuda" and size == "large":  # a launch for each row: some 500 times slower
-        alternatives = {k: run for k, run in alternatives.items() if not k.startswith("TRL")}
+        alternatives = {k: run for k, run in alternatives.items() if not k.startswith("TRL: ")}
     size_of = tokens * vocab * dtype.itemsize
     flops = 4 * tokens * vocab
     return Case(
@@ -119,6 +123,25 @@ def _selective_and_entropy(x: Inputs) -> Outputs:
     logits = x["logits"]
     p = torch.softmax(logits, dim=-1)
     return *_selective(x), torch.logsumexp(logits, dim=-1) - (p * logits).sum(-1)
+
+
+def _trl_and_entropy(x: Inputs) -> Outputs:
+    """Both in one kernel, from TRL 1.16 on; its GRPO on GPUs has the entropy in any case."""
+    needs_gpu(x["logits"])
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    logprobs, entropy = selective_log_softmax_and_entropy(x["logits"], x["targets"])
+    return logprobs, entropy
+
+
+def _trl(x: Inputs) -> Outputs:
+    return _trl_and_entropy(x)[:1]
+
+
+def needs_gpu(x: Tensor) -> None:
+    """Raises ImportError, which becomes the row's status, where Triton's kernels cannot run."""
+    if x.device.type == "cpu":
+        raise ImportError("TRL's Triton kernels need a GPU")
 
 
 def _cross_entropy(x: Inputs) -> Outputs:
