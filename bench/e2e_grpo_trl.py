@@ -1,5 +1,5 @@
 """One process of `bench/e2e_grpo.py`: GRPO steps by TRL's `GRPOTrainer`, on the work in the folder
-it is given.
+it is given; of one epoch, as it counts a further one as a step of its own.
 
 The trainer does all of its own work; its phases are those of its methods:
 
@@ -47,7 +47,6 @@ def main(work: Work) -> None:
             per_device_train_batch_size=work.micro_batch,
             gradient_accumulation_steps=work.responses // work.micro_batch,
             num_generations=work.group,
-            num_iterations=work.epochs,
             max_steps=work.steps,
             max_completion_length=work.new_tokens,
             temperature=1.0,

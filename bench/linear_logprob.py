@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.case import Case, Cost, Inputs, Mode, Outputs, Run, Size, compiled, normal
-from bench.logprob import TRL_TRITON, needs_gpu
+from bench.logprob import TRL_TRITON
 from bench.timing import Call
 from ppo_kernels import linear_logprobs, linear_ppo_loss
 from ppo_kernels.head import multiplies
@@ -56,11 +56,9 @@ def _logprobs_case(
         )
         return tuple(found)
 
-    alternatives: dict[str, Run] = {
-        "eager": _eager,
-        "eager, compiled": compiled(_eager),
-        TRL_TRITON: _trl,
-    }
+    alternatives: dict[str, Run] = {"eager": _eager, "eager, compiled": compiled(_eager)}
+    if device == "cuda":
+        alternatives[TRL_TRITON] = _trl
     return Case(
         op="linear_logprobs",
         size=size,
@@ -91,13 +89,13 @@ def _loss_case(
         "eager": partial(_eager_loss, tokens),
         "eager, compiled": compiled(partial(_eager_loss, tokens)),
         "chunks, checkpointed": partial(_chunked_loss, tokens, _CHUNK[device]),
-        f"{TRL_TRITON}, then the loss": partial(_trl_loss, tokens),
     }
     in_its_dtype = device == "cpu" and multiplies(dtype, torch.device(device))
     of_weight = dtype.itemsize if in_its_dtype else 4  # bytes of its gradient
     if device == "cuda":
         alternatives["liger GRPO, sequences of 1"] = partial(_liger, tokens)
         alternatives["CCE, then the loss"] = partial(_cce_loss, tokens)
+        alternatives[f"{TRL_TRITON}, then the loss"] = partial(_trl_loss, tokens)
     return Case(
         op="linear_ppo_loss",
         size=size,
@@ -205,7 +203,6 @@ def _chunked_loss(tokens: int, chunk: int, x: Inputs) -> Outputs:
 
 def _trl(x: Inputs) -> Outputs:
     """Tiles of logits by cuBLAS, each read once by a kernel; from TRL 1.16 on."""
-    needs_gpu(x["hidden"])
     from trl.kernels import ChunkedLogProbFunction
 
     no_bias, temperature, no_softcap, scale = None, 1.0, None, 1.0

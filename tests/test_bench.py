@@ -375,7 +375,7 @@ def test_pages_have_the_figures_of_the_results(page: str) -> None:
 def test_headlines_compare_the_steps_that_have_both_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about = {"model": "m", "dtype": "float32", "device": "a machine"}
+    about = {"model": "m", "dtype": "float32", "device": "a machine", "trl": "1.12.0"}
     seconds = {"generate": (1.0, 3.0), "update": (4.0, 2.0), "step": (6.0, 9.0)}
     rows: list[Row] = [
         {
@@ -392,8 +392,11 @@ def test_headlines_compare_the_steps_that_have_both_sides(
     write_csv(tmp_path / "a" / "e2e-8bit.csv", "", [r for r in rows if r["side"] == "ours"])
     monkeypatch.setattr(speed_page, "RESULTS", tmp_path)
     assert speed_page.headlines().splitlines()[2:] == [
-        "| m, float32 | a machine | 6.0 | 9.0 | 1.5 | 3.0 | 0.5 | 1.0 | 2.0 |"
+        "| PPO, TRL 1.12.0: m, float32 | a machine | 6.0 | 9.0 | 1.5 | 3.0 | 0.5 | 1.0 | 2.0 |"
     ]
+    grpo = [row | {"algorithm": "GRPO", "trl": "1.16.0"} for row in rows]
+    write_csv(tmp_path / "a" / "e2e-grpo.csv", "", grpo)
+    assert "| GRPO, TRL 1.16.0: m, float32 | a machine | 6.0 |" in speed_page.headlines()
 
 
 def test_cost_by_mode() -> None:

@@ -345,7 +345,7 @@ def test_a_side_does_the_whole_work(
 ) -> None:
     if side == "TRL" and trl_version(sys.executable) != contest.trl:
         pytest.skip(f"TRL {contest.trl} has an environment of its own, or is in the group `bench`")
-    size = replace(TINY_SIZES, prompts=2, group=4) if contest is GRPO else TINY_SIZES
+    size = replace(TINY_SIZES, prompts=2, group=4, epochs=1) if contest is GRPO else TINY_SIZES
     work = prepare(tiny, size, tmp_path, steps=2, device="cpu", dtype="float32")
     one = Side(side, contest.scripts[side])
     compare(work, [one], repeats=1)
