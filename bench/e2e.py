@@ -121,6 +121,4 @@ PPO = Contest(
 )
 
 if __name__ == "__main__":
-    sys.exit(
-        main(PPO, "Time one PPO step, ours against TRL's, each in processes of its own.")
-    )
+    sys.exit(main(PPO, "Time one PPO step, ours against TRL's, each in processes of its own."))

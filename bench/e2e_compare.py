@@ -92,9 +92,7 @@ def _run(side: Side, work: Work) -> list[dict[str, Any]]:
     return steps[1:]
 
 
-def reports(
-    script: str, work: Work, *, python: str = sys.executable
-) -> Iterator[dict[str, Any]]:
+def reports(script: str, work: Work, *, python: str = sys.executable) -> Iterator[dict[str, Any]]:
     """Start a process and yield each step that it reports; raises WorkerFailed."""
     environment = os.environ | WORKER_ENVIRONMENT
     if work.device == "cpu":

@@ -1,8 +1,9 @@
 """The least time a step can take on a machine: its matrix FLOP and weight bytes.
 
-With B responses, P_b tokens in the prompt of response b, T tokens in every response, L_b = P_b + T, and for the
-model (all four are one architecture): W the elements of the decoder layers' matrices, V·H those of
-the output matrix, A = layers x heads x head dimension, s bytes per element of the compute dtype.
+With B responses, P_b tokens in the prompt of response b, T tokens in every response, L_b = P_b + T,
+and for the model (all are one architecture): W the elements of the decoder layers' matrices, V·H
+those of the output matrix, A = layers x heads x head dimension, s bytes per element of the compute
+dtype.
 
 A forward pass over n_b tokens of each sequence, with logits at k positions:
 
@@ -104,7 +105,8 @@ def passes(
     critic = forward(shape, [n - 1 for n in whole])
     return {
         "generate": [
-            forward(shape, prompts, logits=len(prompts)), *_decode(shape, prompts, new_tokens)
+            forward(shape, prompts, logits=len(prompts)),
+            *_decode(shape, prompts, new_tokens),
         ],
         "score": [forward(shape, whole)],
         "advantages": [policy, critic],  # the reference is the policy's equal
@@ -120,7 +122,8 @@ def grpo_passes(
     policy = forward(shape, [n + new_tokens - 1 for n in each], logits=len(each) * new_tokens)
     return {
         "generate": [
-            forward(shape, prompts, logits=len(prompts)), *_decode(shape, each, new_tokens)
+            forward(shape, prompts, logits=len(prompts)),
+            *_decode(shape, each, new_tokens),
         ],
         "score": [],
         "advantages": [policy],

@@ -1,4 +1,4 @@
-"""One process of `bench/e2e_grpo.py`: GRPO steps by `PPOEngine`, on the work in the given folder."""
+"""One process of `bench/e2e_grpo.py`: GRPO steps by `PPOEngine`, on the work in a folder."""
 
 from __future__ import annotations
 

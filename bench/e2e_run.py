@@ -1,4 +1,4 @@
-"""What `bench/e2e.py` and `bench/e2e_grpo.py` share: options, both sides in turn, table and rows."""
+"""What `bench/e2e.py` and `bench/e2e_grpo.py` share: options, sides in turn, table, rows."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def _run(contest: Contest, options: argparse.Namespace) -> int:
     )
     if size.prompts * size.group % size.micro_batch:
         each = f" of {size.group} responses" if size.group > 1 else ""
-        raise UserError(
-            f"--prompts {size.prompts}{each} must be a multiple of {size.micro_batch}."
-        )
+        raise UserError(f"--prompts {size.prompts}{each} must be a multiple of {size.micro_batch}.")
     shape = Shape.of(model_config(options.model))
     pythons = {"ours": sys.executable, "TRL": options.trl}
     sides = [Side(name, script, pythons[name]) for name, script in contest.scripts.items()]
@@ -160,7 +158,7 @@ def reason_to_skip(
 
 
 def trl_version(python: str) -> str:
-    """Of the TRL in this interpreter's environment; empty where there is none, or no interpreter."""
+    """Of the TRL in this interpreter's environment; empty without it, or without that."""
     try:
         asked = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True)
     except OSError:

@@ -51,7 +51,7 @@ def print_comparison(
 def print_differences(
     same: Sequence[str], different: Sequence[tuple[str, str, str]], trl: str
 ) -> None:
-    """What is the same on both sides and what is not; TRL's as the source of that release has it."""
+    """What is the same on both sides and what is not; TRL's as that release's source has it."""
     one = Table(title="The same on both sides", show_header=False)
     for line in same:
         one.add_row(line)

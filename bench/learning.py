@@ -176,7 +176,9 @@ def _work(policy: str, reward: str, sizes: dict[str, Any], seed: int) -> dict[st
         "policy": policy,
         "reward": reward,
         "seed": seed,
-        "prompts": [[next(order) for _ in range(sizes["responses"])] for _ in range(sizes["steps"])],
+        "prompts": [
+            [next(order) for _ in range(sizes["responses"])] for _ in range(sizes["steps"])
+        ],
         "prompt_ids": [renderer.prompt(prompt) for prompt in prompts],
     }
 

@@ -1,4 +1,4 @@
-"""Reward against KL of the runs of `bench/learning.py`: curves over seeds, and who is above whom."""
+"""Reward against KL of the runs of `bench/learning.py`: curves over seeds, and which is above."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def curves(rows: Sequence[Row]) -> dict[str, Curve]:
     grid = np.linspace(0, end, _PLACES)
     found = {}
     for side, seeds in runs.items():
-        each = [np.interp(grid, *zip(*sorted(run), strict=True)) for run in seeds.values()]
+        each = [np.interp(grid, *np.array(sorted(run)).T) for run in seeds.values()]
         columns = [[float(x) for x in column] for column in zip(*each, strict=True)]
         spread = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in columns]
         found[side] = Curve(

@@ -115,8 +115,8 @@ def _padded(rows: list[list[int]], pad: int, left: bool = False) -> tuple[Tensor
     longest = max(map(len, rows))
     gaps = [longest - len(row) for row in rows]
     before, after = ([gap if left else 0 for gap in gaps], [0 if left else gap for gap in gaps])
-    ids = [
-        [pad] * a + row + [pad] * b for a, row, b in zip(before, rows, after, strict=True)
+    ids = [[pad] * a + row + [pad] * b for a, row, b in zip(before, rows, after, strict=True)]
+    mask = [
+        [0] * a + [1] * len(row) + [0] * b for a, row, b in zip(before, rows, after, strict=True)
     ]
-    mask = [[0] * a + [1] * len(row) + [0] * b for a, row, b in zip(before, rows, after, strict=True)]
     return torch.tensor(ids), torch.tensor(mask)

@@ -174,7 +174,9 @@ def _learning(command: str, rows: list[_Row]) -> str:
     ]
     grid = next(iter(found.values())).kl
     for place in range(0, len(grid), _EVERY):
-        cells = " | ".join(f"{c.reward[place]:+.2f} ± {c.spread[place]:.2f}" for c in found.values())
+        cells = " | ".join(
+            f"{c.reward[place]:+.2f} ± {c.spread[place]:.2f}" for c in found.values()
+        )
         lines.append(f"| {grid[place]:.1f} | {cells} |")
     return "\n".join(lines) + "\n"
 

@@ -202,7 +202,7 @@ def test_sides_take_turns_and_the_first_step_does_not_count(tmp_path: Path) -> N
 
 def test_a_side_runs_in_the_environment_that_is_its_own(tmp_path: Path) -> None:
     other = tmp_path / "python"
-    other.write_text(f"#!/bin/sh\nIS_OTHER=yes exec {sys.executable} \"$@\"\n")
+    other.write_text(f'#!/bin/sh\nIS_OTHER=yes exec {sys.executable} "$@"\n')
     other.chmod(0o755)
     told = "import os; assert os.environ['IS_OTHER'] == 'yes'"
     side = Side("TRL", _script(tmp_path, "TRL", [a_step(), a_step()], told), str(other))
@@ -340,9 +340,7 @@ def test_a_random_model_and_its_prompts_are_as_long_as_asked(tiny: str, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["ours", "TRL"])
 @pytest.mark.parametrize("contest", [PPO, GRPO], ids=lambda contest: contest.what)
-def test_a_side_does_the_whole_work(
-    tiny: str, contest: Contest, side: str, tmp_path: Path
-) -> None:
+def test_a_side_does_the_whole_work(tiny: str, contest: Contest, side: str, tmp_path: Path) -> None:
     if side == "TRL" and trl_version(sys.executable) != contest.trl:
         pytest.skip(f"TRL {contest.trl} has an environment of its own, or is in the group `bench`")
     size = replace(TINY_SIZES, prompts=2, group=4, epochs=1) if contest is GRPO else TINY_SIZES
