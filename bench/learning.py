@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from bench import machine, table
 from bench.e2e import PPO
@@ -47,6 +48,8 @@ from ppo_engine.demo.model import model_path
 from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
 from ppo_engine.demo.tiny import save_tiny_model
 from ppo_engine.errors import UserError
+from ppo_engine.pretrained.loading import quiet_transformers
+from ppo_engine.run.directory import atomic_folder
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import load_tokenizer
 
@@ -192,11 +195,20 @@ def _epochs(prompts: list[Any], draw: random.Random) -> Iterator[Any]:
 
 
 def _models(folder: Path, smoke: bool) -> tuple[str, str]:
-    """Policy and reward model, which the demo trains into `folder` if it is not there."""
-    policy = folder / "tiny"
-    if smoke and not policy.exists():
-        save_tiny_model(policy, seed=0)
-    start = str(policy) if smoke else model_path()
+    """Policy and reward model: made in `folder`, the latter by the demo, if they are not there.
+
+    The policy is stored in fp32, as engines save in the dtype that they have read: in bf16 most of
+    what so few steps change would be rounded away.
+    """
+    start = str(folder / "tiny") if smoke else model_path()
+    if smoke and not Path(start).exists():
+        save_tiny_model(Path(start), seed=0)
+    policy = folder / "policy"
+    if not policy.exists():
+        with atomic_folder(policy) as partial, quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+            model.save_pretrained(partial)
+            load_tokenizer(start).save_pretrained(partial)
     demo = folder / "demo"
     reward = demo / "reward" / "reward_model"
     if not reward.exists():
@@ -204,7 +216,7 @@ def _models(folder: Path, smoke: bool) -> tuple[str, str]:
         command += ["--smoke", "--model", start] if smoke else []
         with table.waiting("The demo trains the reward model"):
             subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return start, str(reward)
+    return str(policy), str(reward)
 
 
 def _evaluator(policy: str, reward: str, sizes: dict[str, Any]) -> Evaluator:
