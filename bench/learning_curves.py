@@ -11,6 +11,7 @@ import numpy as np
 from bench.results import Row
 
 _PLACES = 25  # of the KL at which curves are read
+_LEAST = 1e-6  # spread: at KL 0, where all sides are one policy, it is what rounding leaves
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def below(of: Curve, other: Curve) -> float:
     """By how many spreads (of the two sides together) `of` is below `other` where that is most;
     0 where it nowhere is."""
     return max(
-        (b - a) / max((s**2 + t**2) ** 0.5, 1e-9) if b > a else 0.0
+        (b - a) / max((s**2 + t**2) ** 0.5, _LEAST) if b > a else 0.0
         for a, b, s, t in zip(of.reward, other.reward, of.spread, other.spread, strict=True)
     )
 
@@ -59,6 +60,9 @@ def judged(found: Mapping[str, Curve], pairs: Sequence[tuple[str, str]]) -> list
     lines = []
     for one, other in pairs:
         if one not in found or other not in found:
+            continue
+        if not any([*found[one].spread, *found[other].spread]):
+            lines.append(f"{one} beside {other}: one seed has no spread to judge by")
             continue
         most = below(found[one], found[other])
         mean = statistics.mean(

@@ -96,6 +96,8 @@ def test_a_side_may_be_below_another_within_their_spread(
     assert below(one, other) == pytest.approx(most)
     (line,) = judged({"now": one, "TRL": other}, [("now", "TRL"), ("now", "before")])
     assert line.endswith(verdict)
+    alone = Curve([0, 1], [1, reward], [0, 0])
+    assert "one seed" in judged({"now": alone, "TRL": alone}, [("now", "TRL")])[0]
 
 
 def test_settings_are_those_of_the_engine(folder: Path) -> None:
