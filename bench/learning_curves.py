@@ -11,6 +11,7 @@ import numpy as np
 from bench.results import Row
 
 _PLACES = 25  # of the KL at which curves are read
+_TABLE = 4  # of those places, a table has one in so many
 _LEAST = 1e-6  # spread: at KL 0, where all sides are one policy, it is what rounding leaves
 
 
@@ -73,4 +74,17 @@ def judged(found: Mapping[str, Curve], pairs: Sequence[tuple[str, str]]) -> list
             f"{one} beside {other}, at equal KL: reward {mean:+.2f} on average, at its lowest "
             f"{most:.1f} spreads below, target <= 1: {verdict}"
         )
+    return lines
+
+
+def table(found: Mapping[str, Curve]) -> list[str]:
+    """Lines of Markdown: each side's reward and its spread at some places of the KL."""
+    lines = [
+        f"| KL, nats a response | {' | '.join(found)} |",
+        f"| --: |{' --: |' * len(found)}",
+    ]
+    for place, kl in enumerate(next(iter(found.values())).kl):
+        if place % _TABLE == 0:
+            cells = [f"{c.reward[place]:+.2f} ± {c.spread[place]:.2f}" for c in found.values()]
+            lines.append(f"| {kl:.1f} | {' | '.join(cells)} |")
     return lines

@@ -13,15 +13,13 @@ from statistics import median
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.learning_curves import curves
+from bench.learning_curves import curves, table
 from bench.results import Row, read_csv
 from ppo_kernels.dispatch import IMPLS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- speed: begin -->\n", "<!-- speed: end -->\n"
-
-_EVERY = 4  # of the places at which curves of learning are read, those that a table has
 
 _Row = dict[str, str]
 
@@ -161,23 +159,15 @@ def _learning(command: str, rows: list[_Row]) -> str:
     points: list[Row] = [
         row | {"kl": float(row["kl"]), "reward": float(row["reward"])} for row in rows
     ]
-    found = curves(points)
-    seeds = len({row["seed"] for row in rows})
     lines = [
-        f"What is learnt: PPO on the demo's prompts and reward model, ours of {first['before']}, "
-        f"ours now, TRL {first['trl']}; {first['device']}, torch {first['torch']}, commit "
-        f"{first['commit']}, by `{command}`. Reward on held-out prompts at equal KL to the "
-        f"reference, mean and deviation of {seeds} seeds, all measured by one evaluator:",
+        f"What is learnt: PPO on the demo's prompts and reward model, by ours of "
+        f"{first['before']}, ours now and TRL {first['trl']}, on **{first['device']}**, torch "
+        f"{first['torch']}, commit {first['commit']}, by `{command}`. Reward on held-out prompts at "
+        f"equal KL to the reference, mean and deviation of {len({row['seed'] for row in rows})} "
+        "seeds, all measured by one evaluator:",
         "",
-        f"| KL, nats a response | {' | '.join(found)} |",
-        f"| --: |{' --: |' * len(found)}",
+        *table(curves(points)),
     ]
-    grid = next(iter(found.values())).kl
-    for place in range(0, len(grid), _EVERY):
-        cells = " | ".join(
-            f"{c.reward[place]:+.2f} ± {c.spread[place]:.2f}" for c in found.values()
-        )
-        lines.append(f"| {grid[place]:.1f} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
