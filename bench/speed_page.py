@@ -162,8 +162,8 @@ def _learning(command: str, rows: list[_Row]) -> str:
     lines = [
         f"What is learnt: PPO on the demo's prompts and reward model, by ours of "
         f"{first['before']}, ours now and TRL {first['trl']}, on **{first['device']}**, torch "
-        f"{first['torch']}, commit {first['commit']}, by `{command}`. Reward on held-out prompts at "
-        f"equal KL to the reference, mean and deviation of {len({row['seed'] for row in rows})} "
+        f"{first['torch']}, commit {first['commit']}, by `{command}`. Reward on held-out prompts "
+        f"at equal KL to the reference, mean and deviation of {len({row['seed'] for row in rows})} "
         "seeds, all measured by one evaluator:",
         "",
         *table(curves(points)),
