@@ -337,5 +337,5 @@ def test_a_reference_that_leads_nowhere(schema, reference):
 @needs("jsonschema")
 def test_a_reference_to_the_network_is_not_followed(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("it was fetched"))
-    with pytest.raises(UserError, match="'http://localhost/a.json' .* is not fetched"):
+    with pytest.raises(UserError, match=r"'http://localhost/a.json' .* is not fetched"):
         json_schema([], schema={"$ref": "http://localhost/a.json"})

@@ -149,8 +149,10 @@ def test_mistakes_in_tests_and_limits(tests, arguments, message):
         score(ADD, tests, **arguments)
 
 
-@pytest.mark.parametrize(("limits", "told"), [({"memory": 1}, "memory=1 MiB"),
-                                              ({"timeout": 1e-3}, "timeout=0.001 seconds")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [({"memory": 1}, "memory=1 MiB"), ({"timeout": 1e-3}, "timeout=0.001 seconds")],
+)
 def test_limits_that_no_program_keeps_are_told_before_there_is_one(limits, told):
     with pytest.raises(UserError, match=f"not even an empty program ends within .*{told}"):
         unit_tests([], [], **limits)
