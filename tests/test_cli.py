@@ -60,7 +60,7 @@ def read(name: str) -> list[dict[str, Any]]:
 def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
     """What --dry-run prints, read back; of inputs that are not there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: None)
+        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: [])
         assert cli.main([*arguments, "--dry-run"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
     return load_config(cls, "resolved.yaml")
@@ -100,7 +100,11 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
             ["generate", "--n", "3", "--prompt", "x"],
             {"responses": 3, "prompt": "x"},
         ),
-        (GenerateConfig, ["generate", "--output-dir", "d"], {"output": "d/responses.jsonl"}),
+        (
+            GenerateConfig,
+            ["generate", "--output-dir", "d", "--prompt", "x"],
+            {"output": "d/responses.jsonl"},
+        ),
     ],
 )
 def test_switches_become_settings(
@@ -170,9 +174,8 @@ def test_settings_go_before_flags_and_are_checked_together(
         (["ppo", "kl_coef=1"], "did you mean ppo.kl_coef?"),
         (["ppo", "--seed", "x"], "run.seed: should be a valid integer"),
         (["ppo", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
-        (["ppo"], "No policy was given: --model"),
-        (["ppo", "--model", "m"], "No prompts were given: --data"),
-        (["ppo", "--model", "m", "--data", "d"], "No reward was given: --reward"),
+        (["ppo"], "No prompts were given: --data"),
+        (["ppo", "--data", "d"], "No reward was given: --reward"),
         (
             ["ppo", "--model", "m", "--data", "d", "reward.path=a", "reward.url=b"],
             "reward.path and reward.url are set",
@@ -240,7 +243,50 @@ def test_help_and_settings_load_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "smoke: false" in done.stdout and "No policy was given" in done.stderr
+    assert "smoke: false" in done.stdout and "No prompts were given" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ppo --data gone.jsonl --reward last_number", "gone.jsonl does not exist"),
+        ("ppo --data d --reward last_number --model ./gone", "Model folder './gone' does not"),
+        ("ppo --data d --reward last_number --output-dir .", "Run folder . is not empty"),
+        ("grpo --data d --reward gone.py:f", "file 'gone.py' does not exist"),
+        ("grpo --data d --reward ./gone", "Model folder './gone' does not exist"),
+        ("ppo --data d --reward last_number evaluation.path=gone", "gone does not exist"),
+        ("ppo --data d --reward last_number environment.function=gone.py:f", "'gone.py' does not"),
+        ("sft --data d data.eval_path=gone", "gone does not exist"),
+        ("reward --data gone", "gone does not exist"),
+        ("generate --data gone", "gone does not exist"),
+        ("generate", "Give either prompts"),
+        ("inspect --data gone", "gone does not exist"),
+        ("demo --model ./gone", "Model folder './gone' does not exist"),
+    ],
+)
+def test_what_is_not_there_is_told_before_torch_is_loaded(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("d").touch()
+
+    def loaded() -> None:
+        raise AssertionError("torch would be imported here")
+
+    for module in ("commands", "inputs"):
+        monkeypatch.setattr(f"ppo_engine.cli.{module}.quiet_libraries", loaded)
+    assert cli.main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_loads_no_torch() -> None:
+    """What the checks before that import."""
+    code = (
+        "import sys; from ppo_engine.cli import main\n"
+        "assert main('ppo --data gone --reward last_number'.split()) == 2\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "gone does not exist" in done.stderr, done.stderr
 
 
 def test_module_runs_as_a_program() -> None:
