@@ -209,6 +209,38 @@ def test_unknown_arguments(argument: str, capsys: pytest.CaptureFixture[str]) ->
     assert stopped.value.code == 2 and argument in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("ppo --resume run", "run.resume=true --output-dir FOLDER?"),
+        ("sft --resume_from_checkpoint=run", "run.resume=true --output-dir FOLDER?"),
+        ("ppo --lr 1e-5", "policy.optimizer.learning_rate=… or critic.optimizer.learning_rate=…?"),
+        ("sft --learning_rate=1e-5", "model.optimizer.learning_rate=…?"),
+        ("reward --num-train-epochs 2", "reward.epochs=…?"),
+        ("grpo --epochs 2", "ppo.epochs=…?"),
+        ("ppo --batch-size 4", "ppo.rollout_batch_size=…?"),
+        ("sft --batch_size 4", "sft.batch_size=…?"),
+        ("sft --output_dir x", "run.output_dir=…?"),
+        ("generate --max-new-tokens 4", "generation.max_new_tokens=…?"),
+        ("grpo --beta 0", "ppo.kl_coef=…?"),
+        ("ppo --model_name_or_path x", "--model?"),
+        ("ppo --modle x", "--model?"),
+        ("inspect --dataset_name x", "--data?"),
+        ("demo --sede 3", "--seed?"),
+        ("demo --resume", ""),
+        ("ppo --zzz", ""),
+    ],
+)
+def test_an_option_of_another_trainer(
+    line: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    option = line.split()[1]
+    told = f"{option!r}. Did you mean {near} Settings" if near else f"{option!r}. Settings"
+    assert told in capsys.readouterr().err
+
+
 def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEBUG_VARIABLE, "1")
     with pytest.raises(UserError):
