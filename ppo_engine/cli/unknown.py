@@ -29,7 +29,8 @@ _ELSEWHERE = {
 
 
 def meant(option: str, parser: argparse.ArgumentParser) -> str:
-    """A sentence, after a space, that names it for the command of `parser`; nothing where none is near."""
+    """A sentence, after a space, that names it for the command of `parser`; nothing where none is
+    near."""
     from ppo_engine.settings.problems import keys
     from ppo_engine.settings.schema import COMMANDS
 
