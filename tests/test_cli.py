@@ -509,10 +509,12 @@ def test_ppo_goes_on_where_it_failed(
     write("broken", "")
     assert cli.main(flags) == status
     shown = capsys.readouterr().err
-    assert "Step 2 is kept in run/checkpoints/step-000002: the same run with " in shown
-    again = shown.partition("the same run with ")[2].partition(" goes on")[0].split()
+    assert "Step 2 is kept in run/checkpoints/step-000002.\nThe same run with " in shown
+    again = shown.partition("The same run with ")[2].partition(" goes on")[0].split()
     assert again == ["run.output_dir=run", "run.resume=true"]
     assert cli.main([*flags, *again]) == 0
+    told = capsys.readouterr().out
+    assert "The run goes on after step 2 of 4, from run/checkpoints/step-000002.\n" in told
     assert [row["step"] for row in read("run/metrics.jsonl")] == [1, 2, 3, 4]
 
 

@@ -170,6 +170,12 @@ class Checkpoints:
         self._by_time = newest[1] if state.get("by_time") else None
         return state
 
+    def note_on_resuming(self, steps: int) -> str:
+        """Where a run of `steps` goes on that has loaded its newest checkpoint."""
+        newest = self.run.newest_checkpoint() if self.run is not None else None
+        assert newest is not None
+        return f"The run goes on after step {newest[0]} of {steps}, from {newest[1]}."
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Where the block fails after a step, save what was marked last, and add to the exception
@@ -186,16 +192,16 @@ class Checkpoints:
         lost = ""
         if self._begun != [learner.begun for learner in self._learners]:
             step = self._state["step"] + 1
-            lost = f"Step {step} had begun to change the weights, which cannot be undone. "
+            lost = f"Step {step} had begun to change the weights, which cannot be undone.\n"
         elif not self._saved:
             try:
                 self._save()
             except Exception as error:  # such as a full disk; what came first is to be seen
-                lost = f"Step {self._state['step']} could not be kept ({first_line(error)}). "
+                lost = f"Step {self._state['step']} could not be kept ({first_line(error)}).\n"
         newest = run.newest_checkpoint()
         if newest is None:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."
         return (
-            f"{lost}Step {newest[0]} is kept in {newest[1]}: the same run with "
+            f"{lost}Step {newest[0]} is kept in {newest[1]}.\nThe same run with "
             f"run.output_dir={shlex.quote(str(run.path))} run.resume=true goes on from there."
         )

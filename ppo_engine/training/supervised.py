@@ -285,6 +285,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         restore_random_states(state["random"])
         self.step, self.before = state["step"], state["before"]
         self._unreported = state["unreported"]
+        self.notes.insert(0, self.checkpoints.note_on_resuming(self.total_steps))
         run.rewind(self.step - (self._unreported is not None))
 
     def _split(self, source: Any) -> tuple[list[Row], list[Row]]:
