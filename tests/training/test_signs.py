@@ -112,10 +112,11 @@ def said(
         # One update a step: the ratio is 1 whatever happens.
         ({"reward": all_different, "rate": 1e-30, "kl_coef": 0.0, "mini_batch_size": 4}, []),
     ],
-    ids=lambda run: (
-        " ".join(f"{x}" for x in run.values() if not callable(x)) if isinstance(run, dict) else ""
-    ),
-)
+    ids=[
+        "nothing", "constant", "equal groups", "cut", "cut by chance", "constant at the end",
+        "unmoved at the end", "unmoved", "idle", "without a KL", "one update a step",
+    ],
+)  # fmt: skip
 def test_a_run_of_ppo(
     model: str, tmp_path: Path, run: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
