@@ -37,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     twice = {"prompt": "Case?", "responses": ["a", "a", "b"], "ranks": [0, 1, 2]}
     write(tmp_path, *[{**twice, "prompt": f"Case {n}?"} for n in range(8)], name="ranked.jsonl")
     write(tmp_path, {"prompt": "long " * 500}, *PROMPTS, name="long.jsonl")
+    write(tmp_path, {"prompt": "2?", "answers": 2}, name="near.jsonl")
     Path("rewards.py").write_text(REWARD)
     for folder in ("policy", "scorer", "labels"):
         Path(folder).mkdir()
@@ -91,6 +92,11 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
         ("ppo M P --reward rewards.py:lenght", "Did you mean 'length'?"),
         ("ppo M P --reward reward.py:length", "Did you mean 'rewards.py'?"),
         ("ppo M P --reward rewards.py:right", "asks for 'answer', but the prompts have no other"),
+        (
+            "ppo M --data near.jsonl --reward last_number",
+            "holds it (data.columns={answer: answers})",
+        ),
+        ("ppo M P --reward last_number", "holds it (data.columns={answer: …})"),
         ("grpo M P --reward last_number", "asks for 'answer', but the prompts have no other"),
         ("ppo M P --reward format_match", "needs an argument: set reward.arguments.pattern"),
         ("ppo M P --reward ./gone", "Model folder './gone' does not exist"),
