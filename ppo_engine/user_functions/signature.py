@@ -129,8 +129,8 @@ class Signature:
             raise UserError(
                 f"{self._subject} asks for {_quoted(absent)}, but the prompts have "
                 f"{_quoted(columns) if columns else 'no other columns'}. Add the column, or name "
-                f"the one that holds it (data.columns={{{absent[0]}: {near[0]}}}); a function of your "
-                f"own may give the parameter a default{setting}."
+                f"the one that holds it (data.columns={{{absent[0]}: {near[0]}}}); a function of "
+                f"your own may give the parameter a default{setting}."
             )
         return self._arranged(taken)
 
