@@ -65,12 +65,11 @@ def read_value_model(
     path = loading.resolve(path)
     config = loading.load_model_config(path)
     _check_labels(path, config)
-    with loading.quiet_transformers():
-        checkpoint = read_checkpoint(
-            value_model_class(config),
-            path,
-            {"num_labels": 1, **(options or {"dtype": torch.float32})},
-        )
+    checkpoint = read_checkpoint(
+        value_model_class(config),
+        path,
+        {"num_labels": 1, **(options or {"dtype": torch.float32})},
+    )
     head_name, head = _find_head(checkpoint.model)
     of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}
     # Only a language model has none.

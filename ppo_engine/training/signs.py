@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ppo_engine.messages import counted
-from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.settings.schema import PPOConfig, resolved
 
 Row = Mapping[str, float]  # a step's metrics, with its number as "step"
 
@@ -76,7 +76,7 @@ def ppo_signs(config: PPOConfig) -> list[Sign]:
     # Otherwise the ratio is 1 whatever the policy does.
     several_updates = settings.epochs > 1 or settings.mini_batch_size < responses
     measured = settings.kl_coef > 0 or config.evaluation.prompts or config.evaluation.path
-    rate = config.policy.optimizer.learning_rate
+    rate = resolved(config).policy.optimizer.learning_rate
     reward = config.reward
     penalized = reward.missing_eos_penalty > 0 or reward.missing_eos_score is not None
     dearer = "" if penalized else ", or set reward.missing_eos_penalty"

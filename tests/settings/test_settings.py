@@ -9,7 +9,8 @@ import pytest
 
 from ppo_engine.errors import UserError
 from ppo_engine.settings.checks import check_settings
-from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config
+from ppo_engine.settings.describe import dump_config
+from ppo_engine.settings.files import as_dict, flatten, load_config
 from ppo_engine.settings.schema import (
     AdaptiveKLConfig,
     GenerateConfig,
@@ -137,7 +138,7 @@ def test_dumped_settings_read_back_equal(tmp_path: Path, overrides: list[str]) -
 
 def test_flatten_names_every_leaf() -> None:
     flat = flatten(as_dict(PPOConfig()))
-    assert flat["policy.optimizer.learning_rate"] == PPOConfig().policy.optimizer.learning_rate
+    assert flat["policy.optimizer.eps"] == PPOConfig().policy.optimizer.eps
     assert flat["ppo.adaptive_kl"] is None and "ppo" not in flat
 
 
