@@ -60,7 +60,7 @@ def read(name: str) -> list[dict[str, Any]]:
 def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
     """What --dry-run prints, read back; of inputs that are not there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: None)
+        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: [])
         assert cli.main([*arguments, "--dry-run"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
     return load_config(cls, "resolved.yaml")
@@ -100,7 +100,11 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
             ["generate", "--n", "3", "--prompt", "x"],
             {"responses": 3, "prompt": "x"},
         ),
-        (GenerateConfig, ["generate", "--output-dir", "d"], {"output": "d/responses.jsonl"}),
+        (
+            GenerateConfig,
+            ["generate", "--output-dir", "d", "--prompt", "x"],
+            {"output": "d/responses.jsonl"},
+        ),
     ],
 )
 def test_switches_become_settings(
@@ -170,9 +174,8 @@ def test_settings_go_before_flags_and_are_checked_together(
         (["ppo", "kl_coef=1"], "did you mean ppo.kl_coef?"),
         (["ppo", "--seed", "x"], "run.seed: should be a valid integer"),
         (["ppo", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
-        (["ppo"], "No policy was given: --model"),
-        (["ppo", "--model", "m"], "No prompts were given: --data"),
-        (["ppo", "--model", "m", "--data", "d"], "No reward was given: --reward"),
+        (["ppo"], "No prompts were given: --data"),
+        (["ppo", "--data", "d"], "No reward was given: --reward"),
         (
             ["ppo", "--model", "m", "--data", "d", "reward.path=a", "reward.url=b"],
             "reward.path and reward.url are set",
@@ -204,6 +207,38 @@ def test_unknown_arguments(argument: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stopped:
         cli.main(["ppo", "steps=1", argument])
     assert stopped.value.code == 2 and argument in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("ppo --resume run", "run.resume=true --output-dir FOLDER?"),
+        ("sft --resume_from_checkpoint=run", "run.resume=true --output-dir FOLDER?"),
+        ("ppo --lr 1e-5", "policy.optimizer.learning_rate=… or critic.optimizer.learning_rate=…?"),
+        ("sft --learning_rate=1e-5", "model.optimizer.learning_rate=…?"),
+        ("reward --num-train-epochs 2", "reward.epochs=…?"),
+        ("grpo --epochs 2", "ppo.epochs=…?"),
+        ("ppo --batch-size 4", "ppo.rollout_batch_size=…?"),
+        ("sft --batch_size 4", "sft.batch_size=…?"),
+        ("sft --output_dir x", "run.output_dir=…?"),
+        ("generate --max-new-tokens 4", "generation.max_new_tokens=…?"),
+        ("grpo --beta 0", "ppo.kl_coef=…?"),
+        ("ppo --model_name_or_path x", "--model?"),
+        ("ppo --modle x", "--model?"),
+        ("inspect --dataset_name x", "--data?"),
+        ("demo --sede 3", "--seed?"),
+        ("demo --resume", ""),
+        ("ppo --zzz", ""),
+    ],
+)
+def test_an_option_of_another_trainer(
+    line: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    option = line.split()[1]
+    told = f"{option!r}. Did you mean {near} Settings" if near else f"{option!r}. Settings"
+    assert told in capsys.readouterr().err
 
 
 def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +275,50 @@ def test_help_and_settings_load_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "smoke: false" in done.stdout and "No policy was given" in done.stderr
+    assert "smoke: false" in done.stdout and "No prompts were given" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ppo --data gone.jsonl --reward last_number", "gone.jsonl does not exist"),
+        ("ppo --data d --reward last_number --model ./gone", "Model folder './gone' does not"),
+        ("ppo --data d --reward last_number --output-dir .", "Run folder . is not empty"),
+        ("grpo --data d --reward gone.py:f", "file 'gone.py' does not exist"),
+        ("grpo --data d --reward ./gone", "Model folder './gone' does not exist"),
+        ("ppo --data d --reward last_number evaluation.path=gone", "gone does not exist"),
+        ("ppo --data d --reward last_number environment.function=gone.py:f", "'gone.py' does not"),
+        ("sft --data d data.eval_path=gone", "gone does not exist"),
+        ("reward --data gone", "gone does not exist"),
+        ("generate --data gone", "gone does not exist"),
+        ("generate", "Give either prompts"),
+        ("inspect --data gone", "gone does not exist"),
+        ("demo --model ./gone", "Model folder './gone' does not exist"),
+    ],
+)
+def test_what_is_not_there_is_told_before_torch_is_loaded(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("d").touch()
+
+    def loaded() -> None:
+        raise AssertionError("torch would be imported here")
+
+    for module in ("commands", "inputs"):
+        monkeypatch.setattr(f"ppo_engine.cli.{module}.quiet_libraries", loaded)
+    assert cli.main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_loads_no_torch() -> None:
+    """What the checks before that import."""
+    code = (
+        "import sys; from ppo_engine.cli import main\n"
+        "assert main('ppo --data gone --reward last_number'.split()) == 2\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "gone does not exist" in done.stderr, done.stderr
 
 
 def test_module_runs_as_a_program() -> None:
@@ -431,10 +509,12 @@ def test_ppo_goes_on_where_it_failed(
     write("broken", "")
     assert cli.main(flags) == status
     shown = capsys.readouterr().err
-    assert "Step 2 is kept in run/checkpoints/step-000002: the same run with " in shown
-    again = shown.partition("the same run with ")[2].partition(" goes on")[0].split()
+    assert "Step 2 is kept in run/checkpoints/step-000002.\nThe same run with " in shown
+    again = shown.partition("The same run with ")[2].partition(" goes on")[0].split()
     assert again == ["run.output_dir=run", "run.resume=true"]
     assert cli.main([*flags, *again]) == 0
+    told = capsys.readouterr().out
+    assert "The run goes on after step 2 of 4, from run/checkpoints/step-000002.\n" in told
     assert [row["step"] for row in read("run/metrics.jsonl")] == [1, 2, 3, 4]
 
 
