@@ -28,6 +28,7 @@ from ppo_engine.settings.schema import (
     RewardModelConfig,
     RewardSource,
     SFTConfig,
+    resolved,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
+def of_dry_run(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
     """What --dry-run prints, read back; of inputs that are not there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: [])
@@ -66,15 +67,20 @@ def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
     return load_config(cls, "resolved.yaml")
 
 
+def ppo(**settings: Any) -> PPOSettings:
+    """With what the unset ones come to."""
+    return resolved(PPOConfig(ppo=PPOSettings(**settings))).ppo
+
+
 def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "1e-5", "--data", "p.jsonl", "--output-dir", "out: 1", "--seed", "7"]
-    config = resolved(PPOConfig, capsys, "ppo", *flags, "--reward", "my reward/")
+    config = of_dry_run(PPOConfig, capsys, "ppo", *flags, "--reward", "my reward/")
     assert isinstance(config, PPOConfig)
     assert (config.policy.path, config.data.path) == ("1e-5", "p.jsonl")  # taken literally
     assert (config.run.output_dir, config.run.seed) == ("out: 1", 7)
     assert (config.reward.path, config.reward.function) == ("my reward/", None)
     for cls, command in ((RewardModelConfig, "reward"), (SFTConfig, "sft")):
-        config = resolved(cls, capsys, command, *flags)
+        config = of_dry_run(cls, capsys, command, *flags)
         assert isinstance(config, RewardModelConfig | SFTConfig)
         assert (config.model.path, config.data.path) == ("1e-5", "p.jsonl")
 
@@ -82,12 +88,12 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("cls", "arguments", "expected"),
     [
-        (PPOConfig, ["ppo", "--profile"], {"profile": True, "ppo": PPOSettings()}),
+        (PPOConfig, ["ppo", "--profile"], {"profile": True, "ppo": ppo()}),
         (PPOConfig, ["ppo"], {"profile": False}),
         (
             PPOConfig,
             ["grpo", "ppo.kl_coef=0.5"],
-            {"ppo": PPOSettings(estimator="grpo", group_size=8, kl_in="loss", kl_coef=0.5)},
+            {"ppo": ppo(estimator="grpo", group_size=8, kl_in="loss", kl_coef=0.5)},
         ),
         (DemoConfig, ["demo", "--smoke"], {"smoke": True, "algorithm": "ppo"}),
         (
@@ -110,7 +116,7 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
 def test_switches_become_settings(
     cls: type, arguments: list[str], expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = resolved(cls, capsys, *arguments)
+    config = of_dry_run(cls, capsys, *arguments)
     assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -134,16 +140,16 @@ def test_reward_names_one_or_several_in_place_of_those_in_the_file(
     flags = [flag for reward in rewards for flag in ("--reward", reward)]
     for file in ("{path: a}", "{function: b.py:c}", "{url: 'http://d'}", "{sources: [{path: e}]}"):
         Path("settings.yaml").write_text(f"reward: {file}\n")
-        config = resolved(PPOConfig, capsys, "ppo", "--config", "settings.yaml", *flags)
+        config = of_dry_run(PPOConfig, capsys, "ppo", "--config", "settings.yaml", *flags)
         assert isinstance(config, PPOConfig) and config.reward == expected
     weights = "reward.weights=[1, 0.5]"
-    config = resolved(PPOConfig, capsys, "ppo", weights, *flags)
+    config = of_dry_run(PPOConfig, capsys, "ppo", weights, *flags)
     assert isinstance(config, PPOConfig) and config.reward.weights == [1, 0.5]
 
 
 def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     Path("settings.yaml").write_text("run: {seed: 1}\nsteps: 5\nppo: {kl_coef: 0.3}\n")
-    config = resolved(
+    config = of_dry_run(
         PPOConfig, capsys, "ppo", "steps=6", "--config", "settings.yaml", "--seed", "2", "ppo.lam=1"
     )
     assert isinstance(config, PPOConfig)
@@ -153,16 +159,16 @@ def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_file_goes_before_what_grpo_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
     Path("settings.yaml").write_text("ppo: {group_size: 4, kl_coef: 0.3}\n")
-    config = resolved(PPOConfig, capsys, "grpo", "--config", "settings.yaml", "ppo.kl_coef=0.2")
+    config = of_dry_run(PPOConfig, capsys, "grpo", "--config", "settings.yaml", "ppo.kl_coef=0.2")
     assert isinstance(config, PPOConfig)
-    expected = PPOSettings(estimator="grpo", group_size=4, kl_in="loss", kl_coef=0.2)
+    expected = ppo(estimator="grpo", group_size=4, kl_in="loss", kl_coef=0.2)
     assert config.ppo == expected
 
 
 def test_settings_go_before_flags_and_are_checked_together(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = resolved(PPOConfig, capsys, "ppo", "run.seed=3", "--seed", "2")
+    config = of_dry_run(PPOConfig, capsys, "ppo", "run.seed=3", "--seed", "2")
     assert isinstance(config, PPOConfig) and config.run.seed == 3
     assert cli.main(["ppo", "ppo.estimator=rloo", "--dry-run"]) == 2
     assert "set ppo.group_size to 2 or more" in capsys.readouterr().err
