@@ -10,6 +10,8 @@ def check_settings(config: PPOConfig) -> None:
     """Raise a `UserError` for settings that contradict each other, or would have no effect."""
     _check_evaluation(config.evaluation)
     check_generation(config.generation)
+    if config.share_base:
+        _check_shared_base(config)
     if config.reward.missing_eos_score is not None and config.reward.missing_eos_penalty:
         raise UserError(
             "reward.missing_eos_penalty would have no effect: reward.missing_eos_score replaces "
@@ -65,6 +67,20 @@ def check_settings(config: PPOConfig) -> None:
             f"ppo.dual_clip bounds the clipped objective, and ppo.objective={settings.objective} "
             "has none: leave it unset."
         )
+
+
+def _check_shared_base(config: PPOConfig) -> None:
+    if config.policy.lora is None:
+        raise UserError(
+            "share_base keeps the base as it is and trains adapters on it: set policy.lora, such "
+            "as policy.lora.rank=16, or leave share_base unset."
+        )
+    for name in ("path", "quantization"):
+        if value := getattr(config.critic, name):
+            raise UserError(
+                f"critic.{name}={value} would be of another base than the policy's: leave "
+                f"critic.{name} or share_base unset."
+            )
 
 
 def check_generation(config: GenerationConfig) -> None:

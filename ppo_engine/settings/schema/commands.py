@@ -73,12 +73,22 @@ class PPOConfig:
     """Where results go, and what makes the run repeatable."""
     steps: PositiveInt = 100
     """Rollout batches to learn from, one a step."""
+    share_base: bool = False
+    """Hold the base weights once: policy, critic and reward model are adapters and heads on them,
+    the bare base is the reference. Needs policy.lora, and a reward model that is saved as adapters
+    of the same base (run.save_adapters), or another kind of reward. Unset, critic.lora and
+    critic.trainable_layers are then the policy's; from a reward model, the critic goes on with
+    its adapters."""
     profile: bool = False
     """Profile the second step: a table of its phases, and a trace."""
 
     def __post_init__(self) -> None:
+        critic = self.critic
+        if self.share_base and critic.lora is None:
+            layers = critic.trainable_layers or self.policy.trainable_layers
+            critic = replace(critic, lora=self.policy.lora, trainable_layers=layers)
         object.__setattr__(self, "policy", _with_rate(self.policy, "policy"))
-        object.__setattr__(self, "critic", _with_rate(self.critic, "critic"))
+        object.__setattr__(self, "critic", _with_rate(critic, "critic"))
 
 
 @settings
