@@ -26,7 +26,14 @@ import torch
 from bench import machine, table
 from bench.e2e_compare import SIDES, Side, compare, rows
 from bench.e2e_floor import Shape, floors
-from bench.e2e_models import MODELS, model_config, needed_bytes, prepare, sizes
+from bench.e2e_models import (
+    MODELS,
+    model_config,
+    needed_bytes,
+    prepare,
+    save_reward_adapters,
+    sizes,
+)
 from bench.e2e_table import print_comparison, print_differences
 from bench.e2e_worker import Work
 from bench.results import Row, write_csv
@@ -76,7 +83,9 @@ def _run(options: argparse.Namespace) -> int:
                     device=options.device,
                     dtype=str(dtype).removeprefix("torch."),
                 )
-            work = replace(work, moments=options.moments)
+                if options.share_base:
+                    save_reward_adapters(Path(folder))
+            work = replace(work, moments=options.moments, share_base=options.share_base)
             compare(work, sides, options.repeats)
     measured = [side for side in sides if side.steps]
     if measured:
@@ -105,6 +114,7 @@ def _common(model: str, work: Work, ceilings: machine.Ceilings, device: torch.de
         "epochs": work.epochs,
         "micro_batch": work.micro_batch,
         "moments": work.moments,
+        "share_base": work.share_base,
         "device": machine.describe(device),
         **machine.versions(),
         "transformers": importlib.metadata.version("transformers"),
@@ -154,6 +164,11 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--moments", choices=("float32", "8bit"), default="float32", help="of our AdamW"
+    )
+    parser.add_argument(
+        "--share-base",
+        action="store_true",
+        help="ours trains adapters in the last layers of one base (share_base); TRL's as ever",
     )
     parser.add_argument("--prompts", type=_positive, help="in a step; default: 16, on a GPU 64")
     parser.add_argument(

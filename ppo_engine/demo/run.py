@@ -38,6 +38,7 @@ from ppo_engine.settings.schema import (
     DemoConfig,
     EvaluationConfig,
     GenerationConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
@@ -54,6 +55,7 @@ from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.training.reward import RewardModelTrainer
 
 _HELD_OUT = "held_out.jsonl"
+_RATE_OF_LORA = 4  # times that of all weights, so that as few steps take the policy as far
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,13 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
         run.log_samples(0, rankings)
 
         with tempfile.TemporaryDirectory(prefix="ppo-engine-") as shallow:
-            save_lower_layers(model, scale.reward_depth, shallow)
+            if not config.share_base:
+                save_lower_layers(model, scale.reward_depth, shallow)
             reward_trainer = RewardModelTrainer(
                 preferences=clear_pairs(rankings),
-                config=_reward_config(shallow, scale, config, run.path),
+                config=_reward_config(
+                    model if config.share_base else shallow, scale, config, run.path
+                ),
                 console=console,
             )
             reward_metrics = reward_trainer.train()
@@ -242,20 +247,24 @@ def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
         model=ModelConfig(
             path=model,
             trainable_layers=scale.layers,
+            lora=LoraConfig() if config.share_base else None,
             optimizer=OptimizerConfig(
                 learning_rate=scale.reward_learning_rate, warmup_fraction=0.0
             ),
         ),
         data=PreferenceDataConfig(eval_fraction=0.1),
         reward=RewardModelSettings(batch_size=8, epochs=scale.reward_epochs),
-        run=RunConfig(output_dir=str(folder / "reward"), seed=config.seed),
+        run=RunConfig(
+            output_dir=str(folder / "reward"), seed=config.seed, save_adapters=config.share_base
+        ),
     )
 
 
 def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -> Any:
     # Adam's first steps move every weight by the whole learning rate: without a warm-up, four of
     # them at 6e-4 took the policy 8 nats from the reference, and its answers fell apart.
-    optimizer = OptimizerConfig(learning_rate=scale.learning_rate, warmup_fraction=0.1)
+    rate = scale.learning_rate * (_RATE_OF_LORA if config.share_base else 1)
+    optimizer = OptimizerConfig(learning_rate=rate, warmup_fraction=0.1)
     settings: dict[str, Any] = {
         "rollout_batch_size": scale.responses,
         "mini_batch_size": scale.responses // 4,
@@ -266,7 +275,12 @@ def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
     else:  # few steps: the critic is not trained enough to rely on
         settings |= {"lam": 1.0}
     return PPOConfig(
-        policy=ModelConfig(path=model, trainable_layers=scale.layers, optimizer=optimizer),
+        policy=ModelConfig(
+            path=model,
+            trainable_layers=scale.layers,
+            lora=LoraConfig() if config.share_base else None,
+            optimizer=optimizer,
+        ),
         critic=ModelConfig(trainable_layers=scale.layers, optimizer=optimizer),
         reward=RewardConfig(path=str(folder / "reward" / "reward_model")),
         generation=GenerationConfig(max_new_tokens=scale.new_tokens),
@@ -274,4 +288,5 @@ def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
         ppo=PPOSettings(**settings),
         run=RunConfig(output_dir=str(folder / config.algorithm), seed=config.seed, sample_every=2),
         steps=scale.steps,
+        share_base=config.share_base,
     )

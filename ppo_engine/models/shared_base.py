@@ -48,7 +48,7 @@ class SharedBase:
             raise UserError(
                 f"share_base needs a reward model that is adapters on the policy's base, and "
                 f"{path!r} is none: train it with `ppo-engine reward --model "
-                f"{self._name or 'POLICY'} lora.rank=16 run.save_adapters=true`, or leave "
+                f"{self._name or 'POLICY'} model.lora.rank=16 run.save_adapters=true`, or leave "
                 "share_base unset."
             )
         if not _same_place(adapters[-1].base, self._name):

@@ -38,11 +38,11 @@ def to_compute_dtype(model: Any, dtype: torch.dtype) -> Any:
         return torch.float32 if of_head or kept(name) else dtype
 
     for name, parameter in inner.named_parameters():
-        there = parameter.dtype == wanted(name) and not parameter.requires_grad
-        if not parameter.is_floating_point() or there:
+        if not parameter.is_floating_point():
             continue
-        whole, remainder = master(parameter).contiguous(), None
-        if wanted(name) == torch.bfloat16:
+        stays = parameter.dtype == wanted(name) and not parameter.requires_grad
+        whole, remainder = parameter.data if stays else master(parameter).contiguous(), None
+        if wanted(name) == torch.bfloat16 and not stays:
             whole, remainder = split_master(whole)
         parameter.data = whole
         vars(parameter).pop("master_remainder", None)

@@ -40,14 +40,14 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
     """
     base, adapters = unstack(path)
     quantized = "quantization_config" in options
-    wanted = options["dtype"]
-    if adapters:
-        options = {**options, "dtype": torch.float32}  # until they are merged
     if quantized and adapters:
         raise UserError(
             f"{path!r} holds adapters, which cannot be merged into a quantized base: leave "
             "quantization unset, or merge them first (peft: `merge_and_unload`)."
         )
+    wanted = options["dtype"]
+    if adapters:
+        options = {**options, "dtype": torch.float32}  # until they are merged
     try:
         dtype = named_dtype(AutoConfig.from_pretrained(base))
         if dtype is None and not quantized:

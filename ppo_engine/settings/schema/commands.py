@@ -204,6 +204,8 @@ class DemoConfig:
     """Hugging Face name or folder; empty is the embedded SmolLM2-135M-Instruct."""
     algorithm: Literal["ppo", "grpo"] = "ppo"
     """Of the last stage."""
+    share_base: bool = False
+    """Train adapters on one base in place of the upper layers of models of their own."""
     smoke: bool = False
     """Every stage with a tiny random model, within a minute."""
     output_dir: str = ""
