@@ -4,6 +4,8 @@ reference."""
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -290,6 +292,23 @@ def test_a_base_is_loaded_in_the_dtype_it_computes_in(
         torch.bfloat16
     }
     assert engine.policy._head is not None and not engine.policy.makes_logits
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells of the memory")
+def test_loading_holds_the_base_once(tmp_path: Path) -> None:
+    """At no moment a second copy of it, nor one in float32: measured 1.2 of its bytes, and 58 MiB
+    of all else."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    model = of_family("llama", **sizes).bfloat16()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    script = Path(__file__).parents[1] / "loaded_memory.py"
+    shown = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], check=True, capture_output=True, text=True
+    ).stdout
+    weights = 2 * numbers(model)
+    assert weights > 90e6
+    assert int(shown.split()[-1]) < 1.3 * weights + 80e6
 
 
 def test_settings_of_a_critic_on_the_shared_base() -> None:
