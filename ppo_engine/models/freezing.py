@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.probes import check_repeatable
-from ppo_engine.pretrained.adapters import add_lora, is_adapted, is_quantized, train_adapters
+from ppo_engine.pretrained.adapters import add_lora, is_quantized
 from ppo_engine.pretrained.architecture import checkpoint_gradients, lower_layers, unwrap
 from ppo_engine.pretrained.masters import computing_in_fp32, to_compute_dtype
 from ppo_engine.settings.schema import ModelConfig
@@ -20,9 +20,8 @@ def prepare_for_training(
     model: PreTrainedModel, config: ModelConfig, task: str, dtype: torch.dtype
 ) -> Any:
     """Freeze, wrap and checkpoint as configured, in training mode; a score head is always trained.
-    A model that has adapters goes on with these. Weights, in fp32 until then or frozen in the
-    compute `dtype`, are afterwards in that (`pretrained.masters`). A model that is random in
-    training mode is a UserError.
+    Weights, in fp32 until then or frozen in the compute `dtype`, are afterwards in that
+    (`pretrained.masters`). A model that is random in training mode is a UserError.
 
     `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
     """
@@ -37,9 +36,7 @@ def prepare_for_training(
             f"{type(model).__name__} cannot be quantized: its layers are not nn.Linear, so the "
             "trained model could not be saved in its format. Leave quantization unset."
         )
-    if is_adapted(model):
-        train_adapters(model, config.trainable_layers)
-    elif config.lora is not None:
+    if config.lora is not None:
         model = add_lora(model, config.lora, task, config.trainable_layers)
     else:
         freeze_lower_layers(model, config.trainable_layers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models import freezing, value_model
 from ppo_engine.pretrained import architecture, loading
 from ppo_engine.pretrained.adapter_folder import unstack
+from ppo_engine.pretrained.adapters import train_adapters
 from ppo_engine.pretrained.classifier import value_model_class
 from ppo_engine.settings.schema import ModelConfig
 
@@ -68,6 +70,8 @@ class SharedBase:
             )
         else:
             critic = copy.deepcopy(reward_model, _itself(self._policy))
+            train_adapters(critic, config.trainable_layers)
+            config = replace(config, lora=None, trainable_layers=None)  # as that has done
         return freezing.prepare_for_training(critic, config, "SEQ_CLS", self._dtype)
 
     @property

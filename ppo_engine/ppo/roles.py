@@ -15,7 +15,7 @@ from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.reader import Limit
 from ppo_engine.models.shared_base import SharedBase
 from ppo_engine.ppo.critic import Critic
-from ppo_engine.pretrained.adapters import check_saving
+from ppo_engine.pretrained.adapters import check_saving, is_adapted
 from ppo_engine.rewards.model import RewardModel
 from ppo_engine.rewards.weighted import Rewards, RewardsLike, load_rewards
 from ppo_engine.settings.schema import PPOConfig
@@ -83,6 +83,8 @@ def load_roles(
         if config.ppo.has_critic
         else None
     )
+    if critic is not None and config.run.save_adapters and is_adapted(critic.model):
+        check_saving(critic.model)
     return Roles(writer, reference, rewards, critic, limit)
 
 

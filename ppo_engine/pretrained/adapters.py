@@ -20,8 +20,6 @@ from ppo_engine.pretrained.architecture import lower_layers, unwrap
 from ppo_engine.pretrained.masters import master
 from ppo_engine.settings.schema import LoraConfig
 
-_NAME = "default"  # what peft calls adapters unless told otherwise
-
 
 def add_lora(
     model: PreTrainedModel, config: LoraConfig, task: str, trainable_layers: int | None = None
@@ -67,14 +65,14 @@ def _below(model: PreTrainedModel, trainable_layers: int | None) -> str | None:
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether a model has adapters that are not merged into it."""
-    return hasattr(model, "peft_config")
+    """Whether a model has adapters around it that are not merged into it."""
+    return hasattr(model, "get_base_model")
 
 
 def train_adapters(model: Any, trainable_layers: int | None) -> None:
     """Let those that a model has be trained, as `add_lora` does, with its head."""
-    model.peft_config[_NAME].inference_mode = False
-    model.set_adapter(_NAME)
+    model.active_peft_config.inference_mode = False
+    model.set_adapter(model.active_adapter)
     if trainable_layers is not None:
         for layer in lower_layers(unwrap(model), trainable_layers):
             layer.requires_grad_(False)
@@ -104,7 +102,7 @@ def check_saving(model: Any) -> None:
 def save_adapters(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
     """Write adapters, and a head that is trained with them, as `peft` does, with the absolute path
     or name of their base; in `dtype`, from their masters."""
-    settings = model.peft_config[_NAME]
+    settings = model.active_peft_config
     base = unwrap(model).name_or_path
     settings.base_model_name_or_path = str(Path(base).absolute()) if Path(base).is_dir() else base
     state = {

@@ -85,8 +85,9 @@ class PPOConfig:
     def __post_init__(self) -> None:
         critic = self.critic
         if self.share_base and critic.lora is None:
-            layers = critic.trainable_layers or self.policy.trainable_layers
-            critic = replace(critic, lora=self.policy.lora, trainable_layers=layers)
+            critic = replace(critic, lora=self.policy.lora)
+            if critic.trainable_layers is None:
+                critic = replace(critic, trainable_layers=self.policy.trainable_layers)
         object.__setattr__(self, "policy", _with_rate(self.policy, "policy"))
         object.__setattr__(self, "critic", _with_rate(critic, "critic"))
 
