@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from families import of_family
 from reading import sequence_scores, token_values
 from rich.console import Console
-from rollouts import length, move, moved_engine, rollout_of
+from rollouts import length, move, moved_engine, record, rollout_of
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import nn
@@ -84,7 +85,7 @@ def reward(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def engine_of(base: str, reward: Any, **settings: Any) -> PPOEngine:
     policy = {"lora": LORA, "trainable_layers": 1} | settings.pop("policy", {})
-    return moved_engine(reward, model=base, policy=policy, share_base=True, **settings)
+    return moved_engine(reward, model=base, policy=policy, **{"share_base": True} | settings)
 
 
 def roles(engine: PPOEngine) -> list[Any]:
@@ -382,3 +383,27 @@ def test_adapters_that_could_not_be_loaded_again_are_not_saved() -> None:
         engine()
     with pytest.raises(UserError, match="give the model's folder or name"):
         engine(lora=LORA)
+
+
+def test_a_step_is_that_of_roles_apart(
+    base: str, reward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients, with the layers below run once, and with each role reading all by itself; of the
+    policy also with a reward model and a critic in bases of their own."""
+    found = []
+    for kind in ("shared", "each by itself", "apart"):
+        engine = engine_of(base, reward, share_base=kind != "apart")
+        if kind == "each by itself":
+            monkeypatch.setattr(engine.trunks, "of", lambda _: nullcontext())
+        with monkeypatch.context() as patch:
+            steps = record(engine, patch)
+            rollout = rollout_of()
+            scores = engine.score(rollout)
+            engine.update(engine.estimate_advantages(rollout, scores))
+        found.append((scores, steps.policy[0].gradients, steps.critic[0].gradients))
+    (scores, *ours), (_, *alone), (expected, theirs, _) = found
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours[0] + ours[1], alone[0] + alone[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-7)
+    for a, b in zip(ours[0], theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-7)
