@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.training.reward import RewardModelTrainer
 
 _HELD_OUT = "held_out.jsonl"
-_RATE_OF_LORA = 4  # times that of all weights, so that as few steps take the policy as far
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,9 @@ FULL = Scale(
     responses=32,
     kl_coef=0.1,
 )
+# Adapters want higher rates. A reward model of all layers is adapted from the middle ones on: in the
+# last eight alone it had 66 % of the held-out rankings right where sixteen had 89 % (seed 1).
+ONE_BASE = replace(FULL, layers=16, reward_learning_rate=2e-3, learning_rate=3.2e-3)
 SMOKE = Scale(
     topics=16,
     candidates=1,
@@ -110,7 +112,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     """Run every stage; returns the figures of `summary.json`."""
     console = console or Console(highlight=False)
     sentiment = load_vader()
-    scale = SMOKE if config.smoke else FULL
+    scale = SMOKE if config.smoke else ONE_BASE if config.share_base else FULL
     started = time.perf_counter()
     with _model_folder(config, console) as model:
         run = RunDirectory(config.output_dir, config, command="demo")
@@ -263,8 +265,7 @@ def _reward_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -
 def _policy_config(model: str, scale: Scale, config: DemoConfig, folder: Path) -> Any:
     # Adam's first steps move every weight by the whole learning rate: without a warm-up, four of
     # them at 6e-4 took the policy 8 nats from the reference, and its answers fell apart.
-    rate = scale.learning_rate * (_RATE_OF_LORA if config.share_base else 1)
-    optimizer = OptimizerConfig(learning_rate=rate, warmup_fraction=0.1)
+    optimizer = OptimizerConfig(learning_rate=scale.learning_rate, warmup_fraction=0.1)
     settings: dict[str, Any] = {
         "rollout_batch_size": scale.responses,
         "mini_batch_size": scale.responses // 4,
