@@ -89,8 +89,8 @@ FULL = Scale(
     responses=32,
     kl_coef=0.1,
 )
-# Adapters want higher rates. A reward model of all layers is adapted from the middle ones on: in the
-# last eight alone it had 66 % of the held-out rankings right where sixteen had 89 % (seed 1).
+# Adapters want higher rates. They begin in the middle of the model: in its last eight layers alone,
+# at 1e-3, a reward model had 66 % of the held-out rankings right, and so 89 % (seed 1).
 ONE_BASE = replace(FULL, layers=16, reward_learning_rate=2e-3, learning_rate=3.2e-3)
 SMOKE = Scale(
     topics=16,
