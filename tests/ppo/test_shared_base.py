@@ -4,6 +4,7 @@ reference."""
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -40,6 +41,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import trainable_state
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.architecture import unwrap
+from ppo_engine.pretrained.masters import master
 from ppo_engine.rewards.model import RewardModel, load_reward_model
 from ppo_engine.settings.checks import check_settings
 
@@ -128,6 +130,14 @@ def test_saved_adapters_score_as_they_did_in_training(
     trained = trained_reward(base, tmp_path / "run", dtype)
     folder = str(tmp_path / "run/reward_model")
     expected = sequence_scores(trained, IDS, ONES)
+    assert same(
+        peft.load_peft_weights(folder, device="cpu"),
+        {  # unrounded
+            re.sub(r"(\.modules_to_save)?\.default", "", name): master(x)
+            for name, x in trained.named_parameters()
+            if x.requires_grad
+        },
+    )
     run = PPOConfig(
         policy=ModelConfig(path=base, lora=LORA), run=RunConfig(dtype=dtype), share_base=True
     )
