@@ -44,6 +44,7 @@ from ppo_engine.pretrained.architecture import unwrap
 from ppo_engine.pretrained.masters import master
 from ppo_engine.rewards.model import RewardModel, load_reward_model
 from ppo_engine.settings.checks import check_settings
+from ppo_engine.settings.schema import resolved
 
 peft = pytest.importorskip("peft", reason="the optional package peft is not installed")
 CPU = torch.device("cpu")
@@ -324,7 +325,7 @@ def test_loading_holds_the_base_once(tmp_path: Path) -> None:
 
 def test_settings_of_a_critic_on_the_shared_base() -> None:
     policy = ModelConfig(lora=LORA, trainable_layers=3)
-    critic = PPOConfig(policy=policy, share_base=True).critic
+    critic = resolved(PPOConfig(policy=policy, share_base=True)).critic
     assert (critic.lora, critic.trainable_layers) == (LORA, 3)
     assert critic.optimizer.learning_rate == 1e-4
     own = ModelConfig(lora=LoraConfig(rank=3), trainable_layers=1)

@@ -34,6 +34,7 @@ from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.value_model import load_value_model, value_model_from_policy
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import RewardModel
+from ppo_engine.run.state_file import load_state
 
 CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
@@ -149,7 +150,7 @@ def test_every_folder_of_a_run_has_the_dtype_that_is_set(tmp_path: Path, wanted:
     saved = [tmp_path / "sft" / "policy", tmp_path / "reward" / "reward_model"]
     saved += [tmp_path / "ppo" / "policy", tmp_path / "ppo" / "critic"]
     assert [saved_dtypes(folder) for folder in saved] == [{dtype}] * 4
-    states = torch.load(next((tmp_path / "ppo" / "checkpoints").glob("*/*.pt")), weights_only=False)
+    states = load_state(next((tmp_path / "ppo/checkpoints").iterdir()), torch.device("cpu"))
     assert torch.float32 in dtypes_in(states) and not dtypes_in(states) & set(HALVES)
 
 
