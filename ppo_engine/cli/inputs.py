@@ -71,9 +71,10 @@ def _check_ppo(config: PPOConfig) -> None:
     from ppo_engine.rollout.environment import load_environment
 
     _check_run(config)
-    tokenizer = loading.tokenizer_at(config.policy.path)
+    tokenizer = loading.open_tokenizer(None, config.policy, None)
     if config.critic.path:
-        loading.load_model_config(loading.resolve(config.critic.path))
+        path, trust = loading.resolve(config.critic.path), config.critic.trust_remote_code
+        loading.load_model_config(path, trust=trust)
     environment = load_environment(config.environment)
     for path in filter(None, (config.data.path, config.evaluation.path)):
         examples, _ = load_prompts(
@@ -119,7 +120,7 @@ def _check_supervised(config: SFTConfig | RewardModelConfig) -> None:
     # As the command fills it in.
     config = replace(config, model=replace(config.model, path=config.model.path or model_path()))
     _check_run(config)
-    tokenizer = loading.tokenizer_at(config.model.path)
+    tokenizer = loading.open_tokenizer(None, config.model, None)
     load: Any = load_demonstrations if isinstance(config, SFTConfig) else load_preferences
     for path in filter(None, (config.data.path, config.data.eval_path)):
         load(

@@ -66,10 +66,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+            )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
+                trust_remote_code=False,
                 quantization_config=GgufConfig(dequantize=True),
             )
     except ImportError as error:

@@ -91,9 +91,10 @@ class LanguageModel:
         constructor takes it."""
         if isinstance(model, str):
             path = loading.resolve(model or config.path)
-            if architecture.is_classifier(loading.load_model_config(path)):
+            trust = config.trust_remote_code
+            if architecture.is_classifier(loading.load_model_config(path, trust=trust)):
                 raise UserError(f"{path!r} is a classifier: give a causal language model.")
-            tokenizer = tokenizer or loading.tokenizer_at(path)
+            tokenizer = tokenizer or loading.tokenizer_at(path, trust=trust)
             options = loading.load_options(config, device, dtype)
             model = read_language_model(path, options)
         elif tokenizer is None:

@@ -61,7 +61,9 @@ def read_value_model(
 ) -> PreTrainedModel:
     """What `load_value_model` loads, for `ready_value_model`, which checks it."""
     path = loading.resolve(path)
-    config = loading.load_model_config(path)
+    options = options or {"dtype": torch.float32}
+    trust = options.get("trust_remote_code", False)
+    config = loading.load_model_config(path, trust=trust)
     if architecture.is_classifier(config) and config.num_labels != 1:
         raise UserError(
             f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
@@ -71,7 +73,7 @@ def read_value_model(
         checkpoint = read_checkpoint(
             value_model_class(config),
             path,
-            {"num_labels": 1, **(options or {"dtype": torch.float32})},
+            {"num_labels": 1, **options},
         )
     head_name, head = _find_head(checkpoint.model)
     of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}

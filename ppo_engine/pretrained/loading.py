@@ -21,10 +21,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line, nearest_path
+from ppo_engine.messages import nearest_path, reason, untrusted
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import merged
 from ppo_engine.pretrained.storage import as_stored
+from ppo_engine.pretrained.weights import some, weights_not_finite
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
@@ -34,8 +35,9 @@ def resolve(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def load_model_config(path: str) -> Any:
-    """The Hugging Face configuration at `path`, a folder or name; a UserError says why not."""
+def load_model_config(path: str, *, trust: bool = False) -> Any:
+    """The Hugging Face configuration at `path`, a folder or name; a UserError says why not. With
+    `trust`, by code that comes with it."""
     if not path:
         raise UserError("No model was given: set its path to a Hugging Face name or folder.")
     if (path.startswith((".", "/")) or Path(path).exists()) and not Path(path).is_dir():
@@ -49,14 +51,14 @@ def load_model_config(path: str) -> Any:
         )
     failure: Exception | None = None
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except Exception as error:  # what is in the file may fail anywhere within the library
         failure = error
     # Where nothing can be reached, adapters would be waited for as long again.
     unreachable = "couldn't connect" in str(failure)
     base, adapters = (path, []) if unreachable else unstack(path)
     if adapters:
-        config = _config_of_base(base, path)
+        config = _config_of_base(base, path, trust)
         for adapter in adapters:
             adapter.describe(config)
     elif failure is not None:
@@ -64,14 +66,15 @@ def load_model_config(path: str) -> Any:
         nowhere = "" if here else f" (and there is no folder {path!r} here)"
         near = "" if here else nearest_path(path)
         raise UserError(
-            f"Could not load a model from {path!r}{nowhere}: {first_line(failure)}{near}"
+            f"Could not load a model from {path!r}{nowhere}: {reason(failure)}{near}"
+            f"{untrusted(failure)}"
         ) from failure
     return config
 
 
-def _config_of_base(base: str, path: str) -> Any:
+def _config_of_base(base: str, path: str, trust: bool) -> Any:
     try:
-        return load_model_config(base)
+        return load_model_config(base, trust=trust)
     except UserError as error:
         raise UserError(
             f"The base of the adapters in {path!r} cannot be had: {error} Its place is "
@@ -80,23 +83,25 @@ def _config_of_base(base: str, path: str) -> Any:
 
 
 def open_tokenizer(
-    model: str | PreTrainedModel | None, path: str, given: PreTrainedTokenizerBase | None
+    model: str | PreTrainedModel | None,
+    config: ModelConfig,
+    given: PreTrainedTokenizerBase | None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `model`: the one that was `given`, as a model object needs, or the one at
-    `path`; ready for use, before any weights are loaded."""
+    `config.path`; ready for use, before any weights are loaded."""
     if given is None:
         if model is not None and not isinstance(model, str):
             raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
-        return tokenizer_at(path)
+        return tokenizer_at(config.path, trust=config.trust_remote_code)
     separate_pad_from_eos(given)
     return given
 
 
-def tokenizer_at(path: str) -> PreTrainedTokenizerBase:
+def tokenizer_at(path: str, *, trust: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at `path`, a folder or name; a UserError where there is none."""
     path = resolve(path)
-    load_model_config(path)
-    return load_tokenizer(tokenizer_source(path))
+    load_model_config(path, trust=trust)
+    return load_tokenizer(tokenizer_source(path), trust=trust)
 
 
 def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -110,7 +115,10 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     Nothing that `peft.prepare_model_for_kbit_training` does is needed: what is not quantized is
     in fp32, adapters freeze the rest, and checkpointing here does without reentrant backward.
     """
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "trust_remote_code": config.trust_remote_code,
+    }
     if config.quantization is None:
         return options
     if config.lora is None:
@@ -158,8 +166,14 @@ def save_model(
     """
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = "left"  # as the engine generates, whatever a given one does
+    stored = as_stored(merged(model), dtype)
+    if bad := weights_not_finite(stored):
+        raise UserError(
+            f"The weights {some(set(bad))} are not finite in {stored.dtype}, so the model is not "
+            "saved: give run.save_dtype a wider range, such as bfloat16."
+        )
     with quiet_transformers():
-        as_stored(merged(model), dtype).save_pretrained(folder)
+        stored.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line
+from ppo_engine.messages import reason
 from ppo_engine.pretrained.adapter_folder import unstack
 from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.storage import in_fp32, named_dtype
@@ -44,15 +43,19 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             f"{path!r} holds adapters, which cannot be merged into a quantized base: leave "
             "quantization unset, or merge them first (peft: `merge_and_unload`)."
         )
+    trust = options.get("trust_remote_code", False)
     try:
-        dtype = named_dtype(AutoConfig.from_pretrained(base))
+        dtype = named_dtype(AutoConfig.from_pretrained(base, trust_remote_code=trust))
         if dtype is None and not quantized:
             options = {**options, "dtype": "auto"}  # that of the weights
         model, info = model_class.from_pretrained(
-            base, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            base,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **{**options, "trust_remote_code": trust},
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"Could not load a model from {base!r}: {first_line(error)}") from error
+    except Exception as error:  # what is in the files may fail anywhere within the libraries
+        raise UserError(f"Could not load a model from {base!r}: {reason(error)}") from error
     for name, saved, own in sorted(info["mismatched_keys"]):
         raise UserError(
             f"The checkpoint {path!r} has {name} in the shape {list(saved)}, but its config.json "
@@ -64,20 +67,31 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             f"The checkpoint {path!r} has weights that its config.json does not describe: "
             f"{some(inside)}. They do not belong together."
         )
-    if broken := {name for name, x in model.named_parameters() if not _is_finite(x)}:
-        raise UserError(
-            f"The checkpoint {path!r} has weights that are not finite: {some(broken)}. It was "
-            "saved after its training had failed, or in a dtype of too small a range."
-        )
     missing = {name for name, _ in model.named_parameters()} & set(info["missing_keys"])
     model = model if quantized else in_fp32(model, dtype)
     for adapter in adapters:
         missing -= adapter.merge_into(model)
+    if broken := weights_not_finite(model):
+        raise UserError(
+            f"The checkpoint {path!r} has weights that are not finite: {some(set(broken))}. It was "
+            "saved after its training had failed, or in a dtype of too small a range."
+        )
     return Checkpoint(model, missing, unused)
 
 
-def _is_finite(x: Tensor) -> bool:
-    return not x.is_floating_point() or bool(x.detach().sum(dtype=torch.float64).isfinite())
+def weights_not_finite(model: nn.Module, *, trained: bool = False) -> list[str]:
+    """The names of a model's weights, or of those that are `trained`, that are not finite. A GPU is
+    waited for once."""
+    weights = [
+        (name, x.detach())
+        for name, x in model.named_parameters()
+        if x.is_floating_point() and x.numel() and (x.requires_grad or not trained)
+    ]
+    # Least and greatest of all pass NaN on, and read memory at its speed, as `isfinite` does not.
+    ends = [torch.stack(torch.aminmax(x)).isfinite().all() for _, x in weights]
+    if not ends or bool(torch.stack(ends).all()):
+        return []
+    return [name for (name, _), good in zip(weights, ends, strict=True) if not good]
 
 
 def _is_part_of(model: PreTrainedModel, weight: str) -> bool:

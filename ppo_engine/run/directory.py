@@ -41,6 +41,7 @@ _FREE_KEYS = {
     "run.output_dir",
     "run.device",
     "run.save_dtype",
+    "run.on_bad_numbers",
     "run.checkpoint_every",
     "run.checkpoint_minutes",
     "run.sample_every",
@@ -54,6 +55,8 @@ _FREE_KEYS = {
     "sft.micro_batch_size",
     "sft.micro_batch_tokens",
     "reward.http.timeout",
+    "ppo.stop_at_kl",
+    "ppo.stop_at_entropy",
 }
 
 

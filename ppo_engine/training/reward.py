@@ -22,6 +22,7 @@ from ppo_engine.errors import UserError, entry_point
 from ppo_engine.messages import counted
 from ppo_engine.models import freezing, value_model
 from ppo_engine.models.experts import asks_for_balance
+from ppo_engine.models.finite import Losses
 from ppo_engine.models.reader import Limit, Reader, plan
 from ppo_engine.models.token_rows import scored
 from ppo_engine.models.work import passing
@@ -165,9 +166,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                     "than two responses: remove it, or give only pairs (chosen, rejected)."
                 )
 
-    def _backward(self, examples: Sequence[EncodedRanking]) -> dict[str, Tensor]:
+    def _backward(self, examples: Sequence[EncodedRanking]) -> tuple[dict[str, Tensor], Losses]:
         settings = self.config.reward
         found = torch.zeros(3, device=self.device)
+        losses = []
         pairs = sum(count_pairs(ranking.ranks) for ranking in examples)
         for planned in self._plan(examples):
             part = [examples[i] for i in planned]
@@ -180,7 +182,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             found += torch.stack(
                 (loss.detach() * share, stats.accuracy * of_pairs, stats.margin * of_pairs)
             )
-        return dict(zip(("loss", "accuracy", "margin"), found, strict=True))
+            losses.append((planned, loss.detach()))
+        return dict(zip(("loss", "accuracy", "margin"), found, strict=True)), losses
 
     def _loss(
         self, scores: Tensor, rankings: Sequence[EncodedRanking], center_coef: float = 0.0

@@ -110,6 +110,12 @@ class PPOSettings:
     adaptive_kl: AdaptiveKLConfig | None = None
     """Change kl_coef so that the KL stays near a target; null: kl_coef stays."""
 
+    stop_at_kl: PositiveFloat | None = None
+    """The run ends with an error where the KL to the reference, nats a response, is above; null:
+    never."""
+    stop_at_entropy: NonNegativeFloat | None = None
+    """The same where the policy's entropy, nats a token, is below."""
+
     objective: Literal["clip", "cispo"] = "clip"
     """PPO's clipped surrogate, or CISPO's clipped weights, with which every token has a
     gradient."""

@@ -55,6 +55,9 @@ class RunConfig:
     it. auto: bfloat16 where the device multiplies it faster."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of saved models; auto: the dtype they came in. Checkpoints to resume from keep every bit."""
+    on_bad_numbers: Literal["raise", "skip"] = "raise"
+    """Where a score, log-prob, value, advantage, loss or gradient is not finite: raise ends the
+    run; skip leaves out the update, in at most 3 steps in a row. Weights always end it."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir."""
     checkpoint_every: NonNegativeInt = 0
