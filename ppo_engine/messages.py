@@ -26,6 +26,11 @@ def first_line(error: Exception) -> str:
 def reason(error: Exception) -> str:
     """What a library says of a file that it could not read; of what it did not expect, with the
     kind of the error, as a bare `'dtype'` or `list index out of range` says nothing."""
+    if "weights_only" in str(error):  # torch's words advise to run whatever code a file holds
+        return (
+            "a .bin file of it is damaged, or holds more than tensors, and that is not read: it "
+            "could run any code. Take the weights as safetensors."
+        )
     said = first_line(error)[:500]
     expected = isinstance(error, OSError | ValueError | RuntimeError)
     return said if expected and said else f"{type(error).__name__}: {said}"

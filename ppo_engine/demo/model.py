@@ -18,7 +18,7 @@ import torch
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained.architecture import decoder_layers
-from ppo_engine.pretrained.loading import quiet_transformers
+from ppo_engine.pretrained.loading import let_others_read, quiet_transformers
 from ppo_engine.run.directory import atomic_folder
 from ppo_engine.settings.schema import ModelConfig
 
@@ -84,6 +84,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     with atomic_folder(folder) as partial, quiet_transformers():
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        let_others_read(partial)
 
 
 def save_lower_layers(model: str, depth: int, folder: str | Path) -> None:

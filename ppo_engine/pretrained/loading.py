@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,15 @@ def save_model(
     with quiet_transformers():
         stored.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    let_others_read(folder)
+
+
+def let_others_read(folder: str | Path) -> None:
+    """Give weights the mode of the files beside them, which is as the umask says: safetensors lets
+    nobody else read what it writes."""
+    mode = Path(folder, "config.json").stat().st_mode
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(stat.S_IMODE(mode))
 
 
 def hide_loading_bars() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import reason
+from ppo_engine.messages import reason, untrusted
 from ppo_engine.pretrained.adapter_folder import unstack
 from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.storage import in_fp32, named_dtype
@@ -55,7 +55,9 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             **{**options, "trust_remote_code": trust},
         )
     except Exception as error:  # what is in the files may fail anywhere within the libraries
-        raise UserError(f"Could not load a model from {base!r}: {reason(error)}") from error
+        raise UserError(
+            f"Could not load a model from {base!r}: {reason(error)}{untrusted(error)}"
+        ) from error
     for name, saved, own in sorted(info["mismatched_keys"]):
         raise UserError(
             f"The checkpoint {path!r} has {name} in the shape {list(saved)}, but its config.json "

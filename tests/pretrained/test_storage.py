@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 from dataclasses import replace
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,20 @@ def test_a_given_model_is_saved_in_the_dtype_it_had(tmp_path: Path, dtype: torch
     for _ in range(2):  # the engine turned it into fp32 the first time
         open_policy(model).save(tmp_path / "saved")
         assert saved_dtypes(tmp_path / "saved") == {dtype}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_others_read_what_is_saved_as_the_umask_says(tmp_path: Path, umask: int) -> None:
+    policy = open_policy(tiny_model())
+    before = os.umask(umask)
+    try:
+        policy.save(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    modes = {
+        file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "saved").iterdir()
+    }
+    assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_merged_adapters_and_value_models_follow_the_policys_dtype(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     PPOTrainer(model, both, PROMPTS, config=settings).train()
     # Without a critic, the KL in the loss.
     grpo = {"estimator": "grpo", "group_size": 2, "kl_in": "loss"}
-    PPOTrainer(model, length_reward, PROMPTS, config=config(path / "grpo", ppo=grpo, on_bad_numbers="skip")).train()
+    settings = config(path / "grpo", ppo=grpo, on_bad_numbers="skip")
+    PPOTrainer(model, length_reward, PROMPTS, config=settings).train()
     picture.undo()
     return {name for file in path.glob("*/metrics.jsonl") for row in rows(file) for name in row}
 
