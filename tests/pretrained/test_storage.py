@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from dataclasses import replace
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,8 @@ def test_others_read_what_is_saved_as_the_umask_says(tmp_path: Path, umask: int)
         policy.save(tmp_path / "saved")
     finally:
         os.umask(before)
-    modes = {
-        file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "saved").iterdir()
-    }
+    saved = (tmp_path / "saved").iterdir()
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in saved}
     assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}
 
 
