@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 DEBUG_VARIABLE = "PPO_ENGINE_DEBUG"  # set: tracebacks in full
@@ -15,6 +20,27 @@ Result = TypeVar("Result")
 
 class UserError(Exception):
     """Wrong input, configuration or environment; the message says what, where, and what to do."""
+
+
+def note_folder(error: BaseException, folder: Path) -> None:
+    """Remember with `error` the folder of the run that it ended, for a traceback that is written
+    there."""
+    error.run_folder = folder  # type: ignore[attr-defined]
+
+
+def write_traceback(error: BaseException) -> Path:
+    """Write the traceback of an error that nobody expected into a file, in the folder of the run
+    that it ended, if there is one; returns its path."""
+    text = "".join(traceback.format_exception(error))
+    for folder in (getattr(error, "run_folder", None), tempfile.gettempdir()):
+        if folder is not None:
+            with contextlib.suppress(OSError):  # such as a full disk
+                name = time.strftime("traceback-%Y%m%d-%H%M%S-")
+                handle, path = tempfile.mkstemp(".txt", name, folder)
+                with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(text)
+                return Path(path)
+    raise error
 
 
 def entry_point(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from pydantic import Field
 
 from ppo_engine.settings.schema.base import (
+    FITS_FLOAT,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -27,7 +28,7 @@ class GenerationConfig:
 
     max_new_tokens: PositiveInt = 128
     """Tokens of the longest response, or turn of the policy; longer ones are cut off."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False), FITS_FLOAT] = 1.0
     """Logits are divided by it."""
     top_k: NonNegativeInt = 0
     """Draw from this many most likely tokens; 0: from all."""

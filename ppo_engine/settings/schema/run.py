@@ -11,6 +11,7 @@ from ppo_engine.settings.schema.base import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Seed,
     settings,
 )
 
@@ -44,7 +45,7 @@ class RunConfig:
 
     output_dir: str = ""
     """A new folder for the results; empty: runs/COMMAND-TIME."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything that is drawn: samples, orders of data, new weights."""
     date: datetime.date | None = None
     """For chat templates that show the date (YYYY-MM-DD); null: the day on which the run began."""
