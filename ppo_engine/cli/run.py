@@ -50,9 +50,7 @@ def _unexpected(error: Exception, long_name: bool) -> str:
     """What is said of an error that is not worded for people, whose traceback goes to a file."""
     if long_name:
         name = str(getattr(error, "filename", ""))
-        return (
-            f"error: A name in the path {name[:60]!r}… is longer than this disk allows: shorten it."
-        )
+        return f"error: A name in the path {name[:60]!r}… is too long for this disk: shorten it."
     said = first_line(error)[:300]
     return (
         f"error: {type(error).__name__}: {said}. This is not foreseen, and may be a bug; the "
