@@ -15,15 +15,15 @@ from tiny import tiny_model_folder
 from faults import REFUSED, SURVIVED, Try
 from ppo_engine.cli import main
 
-# Scores of a function by what it is called, for responses of which the number is known.
-_SCORES = {
-    "huge": "1e38",
-    "growing": "10.0 ** (10 * len(responses[0]))",
-    "tiny": "1e-45 * len(responses[0])",
-    "nan later": "float('nan') if calls[0] > 2 else 1.0",
-    "inf later": "float('inf') if calls[0] > 2 else 1.0",
-    "a huge integer": "10 ** 400",
-}
+# Scores of a function that counts its calls.
+_SCORES = (
+    "1e38",
+    "10.0 ** (10 * len(responses[0]))",
+    "1e-45 * len(responses[0])",
+    "float('nan') if calls[0] > 2 else 1.0",
+    "float('inf') if calls[0] > 2 else 1.0",
+    "10 ** 400",
+)
 _OF_PPO = (
     "generation.temperature=1e-6", "generation.temperature=1e30", "generation.top_p=1e-300",
     "ppo.kl_coef=3e38", "ppo.lam=1e-320", "ppo.gamma=1e-300", "ppo.entropy_coef=3e38",
@@ -49,14 +49,18 @@ def _write(folder: Path) -> None:
         for n in range(1, 9)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, score in _SCORES.items():
-        code = (
-            "calls = [0]\n"
-            "def reward(prompts, responses):\n"
-            "    calls[0] += 1\n"
-            f"    return [{score}] * len(responses)\n"
-        )
-        (folder / f"{name}.py").write_text(code)
+
+
+def _reward(score: str, folder: Path, number: int) -> str:
+    """A function of its own for each run: it counts its calls."""
+    file = folder / f"reward_{number}.py"
+    file.write_text(
+        "calls = [0]\n"
+        "def reward(prompts, responses):\n"
+        "    calls[0] += 1\n"
+        f"    return [{score}] * len(responses)\n"
+    )
+    return f"{file}:reward"
 
 
 def _run(fault: str, folder: Path, number: int, *given: str) -> Try:
@@ -85,15 +89,16 @@ def tries() -> Iterator[Try]:
         sizes = ["steps=3", "ppo.rollout_batch_size=4", "ppo.mini_batch_size=2"]
         ppo = ["ppo", *model, *sizes, "generation.max_new_tokens=4", "run.dtype=float32"]
         count = 0
-        for name in _SCORES:
+        for score in _SCORES:
             for choice in ("raise", "skip"):
                 count += 1
-                function = f"{folder / name}.py:reward"
+                function = _reward(score, folder, count)
                 given = [*ppo, "--reward", function, f"run.on_bad_numbers={choice}"]
                 yield _run("scores of a reward", folder, count, *given)
         for setting in _OF_PPO:
             count += 1
-            given = [*ppo, "--reward", f"{folder / 'tiny'}.py:reward", setting]
+            function = _reward("len(responses[0]) / 10", folder, count)
+            given = [*ppo, "--reward", function, setting]
             yield _run("extreme settings of PPO", folder, count, *given)
         for command in ("sft", "reward"):
             for setting in _OF_OTHERS:
