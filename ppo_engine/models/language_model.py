@@ -28,7 +28,7 @@ from ppo_engine.models.token_rows import TokenRows, pick
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, generation_config, loading
 from ppo_engine.pretrained.storage import in_fp32
-from ppo_engine.pretrained.weights import read_language_model
+from ppo_engine.pretrained.weights import read_language_model, refuse_not_finite_weights
 from ppo_engine.settings.schema import GenerationConfig, ModelConfig
 from ppo_engine.spans import span
 from ppo_engine.text.renderer import Renderer
@@ -101,6 +101,7 @@ class LanguageModel:
             raise UserError("A model object needs its tokenizer: pass tokenizer=….")
         else:
             separate_pad_from_eos(tokenizer)
+            refuse_not_finite_weights(model, "The given model")
             model = in_fp32(model)
         opened = cls(model, tokenizer, device=device, dtype=dtype, **template)
         opened.model = prepare_for_training(model, config, "CAUSAL_LM", dtype).eval()

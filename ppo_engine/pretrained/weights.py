@@ -73,11 +73,7 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
     model = model if quantized else in_fp32(model, dtype)
     for adapter in adapters:
         missing -= adapter.merge_into(model)
-    if broken := weights_not_finite(model):
-        raise UserError(
-            f"The checkpoint {path!r} has weights that are not finite: {some(set(broken))}. It was "
-            "saved after its training had failed, or in a dtype of too small a range."
-        )
+    refuse_not_finite_weights(model, f"The checkpoint {path!r}")
     return Checkpoint(model, missing, unused)
 
 
@@ -94,6 +90,15 @@ def weights_not_finite(model: nn.Module, *, trained: bool = False) -> list[str]:
     if not ends or bool(torch.stack(ends).all()):
         return []
     return [name for (name, _), good in zip(weights, ends, strict=True) if not good]
+
+
+def refuse_not_finite_weights(model: nn.Module, name: str) -> None:
+    """Raise a UserError where a model that is to be used has such weights."""
+    if broken := weights_not_finite(model):
+        raise UserError(
+            f"{name} has weights that are not finite: {some(set(broken))}. It was saved after its "
+            "training had failed, or in a dtype of too small a range."
+        )
 
 
 def _is_part_of(model: PreTrainedModel, weight: str) -> bool:

@@ -27,6 +27,7 @@ from ppo_engine.models.reader import Limit, Reader, plan
 from ppo_engine.models.token_rows import scored
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, loading, storage
+from ppo_engine.pretrained.weights import refuse_not_finite_weights
 from ppo_engine.run.headlines import with_error
 from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
@@ -123,6 +124,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         arguments, date = self.config.data.chat_template_kwargs, self.config.run.date
         self.renderer = Renderer(self.tokenizer, arguments=arguments, date=date)
         if isinstance(model, PreTrainedModel):
+            refuse_not_finite_weights(model, "The given model")
             model = value_model.ready_value_model(
                 storage.in_fp32(model), self.tokenizer, self.device
             )
