@@ -102,7 +102,6 @@ def test_what_a_failure_leaves_is_shown(flags: list[str], monkeypatch: pytest.Mo
     )
 
 
-@pytest.mark.parametrize("display", [True, False], ids=["live", "plain"])
 @pytest.mark.parametrize("what", ["log-probs", "scores"])
 def test_an_answer_by_numbers_that_are_not_finite_is_refused(
     flags: list[str],
@@ -129,6 +128,7 @@ def test_an_answer_by_numbers_that_are_not_finite_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("display", [True, False], ids=["live", "plain"])
 def test_rows_alone_reach_a_pipe(
     flags: list[str],
     display: bool,
