@@ -209,11 +209,11 @@ def test_ctrl_c_waits_for_the_weights(
         owner = getattr(owner, attribute)
     step = getattr(owner, name)
 
-    def interrupted() -> Any:
+    def interrupted(losses: Any) -> Any:
         calls.append(1)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
-        return step()
+        return step(losses)
 
     setattr(owner, name, interrupted)
     before = signal.getsignal(signal.SIGINT)
@@ -228,10 +228,10 @@ def test_a_second_ctrl_c_does_not_wait(model: str, tmp_path: Path) -> None:
     trainer = ppo(model, tmp_path / "run")
     step = trainer.engine.actor.learner.step
 
-    def interrupted() -> torch.Tensor:
+    def interrupted(losses: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        return step()
+        return step(losses)
 
     trainer.engine.actor.learner.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
