@@ -85,11 +85,12 @@ def weights_not_finite(model: nn.Module, *, trained: bool = False) -> list[str]:
         for name, x in model.named_parameters()
         if x.is_floating_point() and x.numel() and (x.requires_grad or not trained)
     ]
-    # Least and greatest of all pass NaN on, and read memory at its speed, as `isfinite` does not.
-    ends = [torch.stack(torch.aminmax(x)).isfinite().all() for _, x in weights]
-    if not ends or bool(torch.stack(ends).all()):
+    if not weights:
         return []
-    return [name for (name, _), good in zip(weights, ends, strict=True) if not good]
+    # Least and greatest of all pass NaN on, and read memory at its speed, as `isfinite` does not.
+    ends = [end for _, x in weights for end in torch.aminmax(x)]
+    good = torch.stack(ends).isfinite().view(-1, 2).all(1).tolist()
+    return [name for (name, _), is_good in zip(weights, good, strict=True) if not is_good]
 
 
 def refuse_not_finite_weights(model: nn.Module, name: str) -> None:
