@@ -24,6 +24,14 @@ DOUBLED = (
 )
 
 
+def memory() -> tuple[int, int] | None:
+    """The limits that the process has: soft and hard."""
+    return bounds.resource and bounds.resource.getrlimit(bounds.resource.RLIMIT_DATA)
+
+
+LIMIT = memory()  # before any test
+
+
 def template(source: str) -> ChatTemplate:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = source
@@ -57,13 +65,11 @@ def test_a_template_without_an_end_is_refused(
 
 
 def test_limits_are_as_they_were() -> None:
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
     handler = signal.getsignal(signal.SIGALRM)
     for source in (WORDS, "{{ 'x' * 1000000000 }}" + WORDS):
         with contextlib.suppress(UserError):
             template(source).render(ASKED, ask=True)
-        assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+        assert memory() == LIMIT
         assert signal.getsignal(signal.SIGALRM) is handler
 
 

@@ -32,7 +32,7 @@ from ppo_engine import (
     SFTTrainer,
 )
 from ppo_engine.errors import UserError
-from ppo_engine.models.finite import SKIPPED_IN_A_ROW, NotFiniteError
+from ppo_engine.models.finite import SKIPPED_IN_A_ROW, NotFiniteError, Skips
 from ppo_engine.run.checkpoint import random_states
 
 NAN = math.nan
@@ -233,6 +233,21 @@ def test_too_many_in_a_row_end_the_run(model, tmp_path):
     with pytest.raises(UserError, match="3 steps were left out before this one"):
         trainer.train()
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == SKIPPED_IN_A_ROW
+
+
+def test_steps_in_a_row_are_counted_and_no_others():
+    skips = Skips("skip")
+
+    def end_step(bad: bool) -> dict[str, float]:
+        with skips.left_out():
+            if bad:
+                raise NotFiniteError("a number is")
+        return skips.end_step()
+
+    for bad in (*[True] * SKIPPED_IN_A_ROW, False, *[True] * SKIPPED_IN_A_ROW):
+        assert end_step(bad) == {"skipped_updates": bad}
+    with pytest.raises(UserError, match="3 steps were left out before this one"):
+        end_step(True)
 
 
 @pytest.mark.parametrize(("make", "path"), [(sft, "policy.nll_loss"), (reward, "_forward")])
