@@ -25,7 +25,8 @@ from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
 from ppo_engine.errors import UserError
 from ppo_engine.models.freezing import prepare_for_training
 from ppo_engine.models.value_model import load_value_model
-from ppo_engine.pretrained.loading import quiet_transformers, save_model
+from ppo_engine.pretrained.loading import save_model
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.settings.schema import LoraConfig, ModelConfig
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import load_tokenizer

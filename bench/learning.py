@@ -48,7 +48,7 @@ from ppo_engine.demo.model import model_path
 from ppo_engine.demo.prompts import HELD_OUT_TOPICS, TRAINING_TOPICS, prompt_about
 from ppo_engine.demo.tiny import save_tiny_model
 from ppo_engine.errors import UserError
-from ppo_engine.pretrained.loading import quiet_transformers
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.run.directory import atomic_folder
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import load_tokenizer

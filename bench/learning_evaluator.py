@@ -20,7 +20,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from ppo_engine.pretrained.loading import quiet_transformers
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.training.evaluation import mean_and_error
 
 _ROWS = 32  # of a pass: its logits are there in fp32, of two models

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 DEBUG_VARIABLE = "PPO_ENGINE_DEBUG"  # set: tracebacks in full
@@ -28,6 +33,27 @@ class Stopped(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+
+
+def note_folder(error: BaseException, folder: Path) -> None:
+    """Remember with `error` the folder of the run that it ended, for a traceback that is written
+    there."""
+    error.run_folder = folder  # type: ignore[attr-defined]
+
+
+def write_traceback(error: BaseException) -> Path:
+    """Write the traceback of an error that nobody expected into a file, in the folder of the run
+    that it ended, if there is one; returns its path."""
+    text = "".join(traceback.format_exception(error))
+    for folder in (getattr(error, "run_folder", None), tempfile.gettempdir()):
+        if folder is not None:
+            with contextlib.suppress(OSError):  # such as a full disk
+                name = time.strftime("traceback-%Y%m%d-%H%M%S-")
+                handle, path = tempfile.mkstemp(".txt", name, folder)
+                with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(text)
+                return Path(path)
+    raise error
 
 
 def entry_point(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -22,6 +22,8 @@ from ppo_engine.data.prompts import (
     load_prompts,
     prompts_from_sequence,
 )
+from ppo_engine.errors import UserError
+from ppo_engine.messages import shown
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import loading
@@ -162,11 +164,13 @@ def _respond(
         with progress.phase("generate"):
             prompts = [example.prompt for example in part]
             rollout = generation.generate(sampler, prompts, config.generation, columns_of(part))
+        _check_finite("its log-probs", rollout.logprobs, part)
         found["responses"] += rollout.responses
         found["finished"] += rollout.finished.tolist()
         if rewards is not None:
             with progress.phase("score"):
                 scores = rewards.total(rewards.score_each(rollout))
+            _check_finite("the rewards' scores", scores, part)
             found.setdefault("scores", []).extend(scores.tolist())
     rows = []
     for index, example in enumerate(batch):
@@ -174,6 +178,17 @@ def _respond(
         row = {"prompt": example.prompt, **{name: column[own] for name, column in found.items()}}
         rows.append(row | {k: v for k, v in example.columns.items() if k not in row})
     return rows
+
+
+def _check_finite(what: str, x: torch.Tensor | None, asked: list[PromptExample]) -> None:
+    """Raise a UserError where these numbers of the answers to `asked`, `[B, …]`, are not finite."""
+    if x is None or bool(x.isfinite().all()):
+        return
+    [number, *_] = (~x.isfinite()).nonzero()[0].tolist()
+    raise UserError(
+        f"In an answer to {shown(asked[number].prompt)} {what} are not finite: a model computes "
+        "beyond its dtype. Try dtype=float32, or a generation.temperature nearer 1."
+    )
 
 
 @contextmanager

@@ -31,6 +31,29 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def reason(error: Exception) -> str:
+    """What a library says of a file that it could not read; of what it did not expect, with the
+    kind of the error, as a bare `'dtype'` or `list index out of range` says nothing."""
+    if "weights_only" in str(error):  # torch's words advise to run whatever code a file holds
+        return (
+            "a .bin file of it is damaged, or holds more than tensors, and that is not read: it "
+            "could run any code. Take the weights as safetensors."
+        )
+    said = first_line(error)[:500]
+    expected = isinstance(error, OSError | ValueError | RuntimeError)
+    return said if expected and said else f"{type(error).__name__}: {said}"
+
+
+def untrusted(error: Exception) -> str:
+    """A sentence, after a space, where transformers refused to run code that a model brings."""
+    if "trust_remote_code" not in str(error):
+        return ""
+    return (
+        " This code is not run. Where you have read it and trust it, set trust_remote_code=true "
+        "beside the model's path (policy.trust_remote_code, model.trust_remote_code)."
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence, after a space, that names the nearest of `known`; nothing where none is near."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

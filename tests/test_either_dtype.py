@@ -69,7 +69,7 @@ def gradients(engine: PPOEngine, experience: Experience) -> list[Tensor]:
     found = []
     for learner in (engine.actor.learner, engine.critic.learner):
 
-        def step(of: Any = learner) -> Tensor:
+        def step(losses: Any, of: Any = learner) -> Tensor:
             found.append(torch.cat([p.grad.flatten() for p in of.model.parameters()]))
             return torch.zeros(())
 

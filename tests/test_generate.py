@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from screen import Terminal, open_terminal
 from tiny import tiny_model_folder
 
 from ppo_engine import cli
+from ppo_engine.rewards.weighted import Rewards
+from ppo_engine.rollout import generation
+from ppo_engine.rollout.batch import Rollout
 from ppo_engine.run.progress import printable
 
 REWARD = """
@@ -93,6 +100,32 @@ def test_what_a_failure_leaves_is_shown(flags: list[str], monkeypatch: pytest.Mo
     assert shown.index("Prompt: One [2J") < next(
         i for i, x in enumerate(shown) if x[:6] == "error:"
     )
+
+
+@pytest.mark.parametrize("what", ["log-probs", "scores"])
+def test_an_answer_by_numbers_that_are_not_finite_is_refused(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    sample = generation.generate
+
+    def respond(*given: Any, **named: Any) -> Rollout:
+        rollout = sample(*given, **named)
+        return replace(rollout, logprobs=torch.full(rollout.mask.shape, math.nan))
+
+    if what == "log-probs":
+        monkeypatch.setattr(generation, "generate", respond)
+    else:
+        monkeypatch.setattr(Rewards, "total", lambda self, scores: torch.tensor([math.nan]))
+    out = tmp_path / "out.jsonl"
+    given = [*flags, "--reward", "reward.py:reward", "--out", str(out), "--prompt", "Hi"]
+    assert cli.main(given) == 2
+    said = capsys.readouterr().err
+    assert "error: In an answer to" in said and f"{what} are not finite" in said
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("display", [True, False], ids=["live", "plain"])

@@ -19,6 +19,7 @@ from ppo_engine.cli.libraries import quiet_libraries
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.settings.schema import (
     GenerateConfig,
+    ModelConfig,
     PPOConfig,
     RewardModelConfig,
     ScoringConfig,
@@ -76,12 +77,13 @@ def _check_ppo(config: PPOConfig) -> list[str]:
 
     _check_run(config)
     if config.critic.path:
-        loading.load_model_config(loading.resolve(config.critic.path))
+        path, trust = loading.resolve(config.critic.path), config.critic.trust_remote_code
+        loading.load_model_config(path, trust=trust)
     environment = load_environment(config.environment)
     notes: list[str] = []
 
     def prompts(path: str) -> list[PromptExample]:
-        found = _prompts(path, config, config.policy.path, config.run.date, notes)
+        found = _prompts(path, config, config.policy, config.run.date, notes)
         if environment is not None:
             environment.check_columns(column_names(found))
         _check_rewards(config.reward, found, several_turns=environment is not None)
@@ -105,7 +107,7 @@ def _check_generate(config: GenerateConfig) -> list[str]:
     notes: list[str] = []
     examples: list[PromptExample] = []
     if config.data.path:
-        examples = _prompts(config.data.path, config, config.model, config.date, notes)
+        examples = _prompts(config.data.path, config, ModelConfig(config.model), config.date, notes)
     else:
         loading.tokenizer_at(config.model)
     _check_rewards(config.reward, examples)
@@ -115,7 +117,7 @@ def _check_generate(config: GenerateConfig) -> list[str]:
 def _prompts(
     path: str,
     config: PPOConfig | GenerateConfig,
-    model: str,
+    model: ModelConfig,
     date: datetime.date | None,
     notes: list[str],
 ) -> list[PromptExample]:
@@ -126,7 +128,7 @@ def _prompts(
     from ppo_engine.rollout.generation import room_for_prompts
     from ppo_engine.text.renderer import Renderer
 
-    data, tokenizer = config.data, loading.tokenizer_at(model)
+    data, tokenizer = config.data, loading.open_tokenizer(None, model, None)
     examples, left_out = load_prompts(
         path, tokenizer=tokenizer, on_bad_line=data.on_bad_line, **reading(data)
     )
@@ -136,7 +138,10 @@ def _prompts(
             tokenizer, arguments=data.chat_template_kwargs, date=date or datetime.date.today()
         ),
         data.max_prompt_tokens,
-        room=room_for_prompts(loading.load_model_config(loading.resolve(model)), config.generation),
+        room=room_for_prompts(
+            loading.load_model_config(loading.resolve(model.path), trust=model.trust_remote_code),
+            config.generation,
+        ),
         on_bad_line=data.on_bad_line,
     )
     notes += text_note(examples, tokenizer, "prompts")
@@ -154,7 +159,7 @@ def _check_supervised(config: SFTConfig | RewardModelConfig) -> list[str]:
     from ppo_engine.training.batch_notes import few_steps_note
 
     _check_run(config)
-    data, tokenizer = config.data, loading.tokenizer_at(config.model.path)
+    data, tokenizer = config.data, loading.open_tokenizer(None, config.model, None)
     of_sft = isinstance(config, SFTConfig)
     load: Any = load_demonstrations if of_sft else load_preferences
     unit = "examples" if of_sft else "preferences"

@@ -11,7 +11,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
-    from ppo_engine.pretrained.loading import hide_loading_bars
+    from ppo_engine.pretrained.quiet import hide_loading_bars
 
     hide_loading_bars()
     logging.set_verbosity_error()

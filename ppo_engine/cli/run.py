@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -9,14 +10,15 @@ from collections.abc import Sequence
 
 from ppo_engine.cli.parser import make_parser
 from ppo_engine.cli.unknown import meant
-from ppo_engine.errors import DEBUG_VARIABLE, MachineError, Stopped, UserError
+from ppo_engine.errors import DEBUG_VARIABLE, MachineError, Stopped, UserError, write_traceback
 from ppo_engine.memory import keep_freed_memory
+from ppo_engine.messages import first_line
 from ppo_engine.run.interrupts import name_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (the machine's fault; doctor: broken), 2
-    (the user's), 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP)."""
+    """Run one command; returns the exit status: 0, 1 (the machine's fault; doctor: broken; an error
+    that nobody expected), 2 (the user's), 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP)."""
     parser = make_parser()
     # `key=value` may stand between options, where argparse's own positionals cannot.
     options, rest = parser.parse_known_args(arguments)
@@ -42,6 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        long_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        print("\n".join([_unexpected(error, long_name), *_notes(error)]), file=sys.stderr)
+        return 2 if long_name else 1
+
+
+def _unexpected(error: Exception, long_name: bool) -> str:
+    """What is said of an error that is not worded for people, whose traceback goes to a file."""
+    if long_name:
+        name = str(getattr(error, "filename", ""))
+        return f"error: A name in the path {name[:60]!r}… is too long for this disk: shorten it."
+    said = first_line(error)[:300]
+    return (
+        f"error: {type(error).__name__}: {said}. This is not foreseen, and may be a bug; the "
+        f"traceback is in {write_traceback(error)}."
+    )
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -36,6 +36,8 @@ from ppo_engine.errors import UserError
 from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.text.template import ChatTemplate
 
+_LARGEST_MARGIN = 3.4e38  # of a float32
+
 # All columns that are read.
 COLUMNS = (
     *ASKING,
@@ -332,4 +334,6 @@ def _check_margin(margin: Any) -> float | None:
         return None
     if not is_number(margin):
         raise BadLineError("'margin' must be a finite number", f", not {margin!r}")
+    if abs(margin) > _LARGEST_MARGIN:
+        raise BadLineError("'margin' is too large", f": {float(margin):g}")
     return float(margin)

@@ -18,7 +18,7 @@ import torch
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained.architecture import decoder_layers
-from ppo_engine.pretrained.loading import quiet_transformers
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.run.directory import atomic_folder
 from ppo_engine.settings.schema import ModelConfig
 
@@ -66,10 +66,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+            )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
+                trust_remote_code=False,
                 quantization_config=GgufConfig(dequantize=True),
             )
     except ImportError as error:

@@ -28,7 +28,7 @@ from ppo_engine.models.token_rows import TokenRows, pick
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import adapters, architecture, generation_config, loading, masters
 from ppo_engine.pretrained.storage import in_fp32
-from ppo_engine.pretrained.weights import read_language_model
+from ppo_engine.pretrained.weights import read_language_model, refuse_not_finite_weights
 from ppo_engine.settings.schema import GenerationConfig, ModelConfig
 from ppo_engine.spans import span
 from ppo_engine.text.renderer import Renderer
@@ -92,9 +92,10 @@ class LanguageModel:
         constructor takes it."""
         if isinstance(model, str):
             path = loading.resolve(model or config.path)
-            if architecture.is_classifier(loading.load_model_config(path)):
+            trust = config.trust_remote_code
+            if architecture.is_classifier(loading.load_model_config(path, trust=trust)):
                 raise UserError(f"{path!r} is a classifier: give a causal language model.")
-            tokenizer = tokenizer or loading.tokenizer_at(path)
+            tokenizer = tokenizer or loading.tokenizer_at(path, trust=trust)
             options = loading.load_options(config, device, dtype)
             if config.lora is not None and config.quantization is None:
                 options["dtype"] = dtype  # frozen, it needs no masters, nor the memory for them
@@ -103,6 +104,7 @@ class LanguageModel:
             raise UserError("A model object needs its tokenizer: pass tokenizer=….")
         else:
             separate_pad_from_eos(tokenizer)
+            refuse_not_finite_weights(model, "The given model")
             model = in_fp32(model)
         opened = cls(model, tokenizer, device=device, dtype=dtype, **template)
         opened.model = prepare_for_training(model, config, "CAUSAL_LM", dtype).eval()

@@ -12,7 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.adamw import AdamW
+from ppo_engine.models.finite import Losses, NotFiniteError, refuse_bad_gradient
 from ppo_engine.pretrained.masters import set_master
+from ppo_engine.pretrained.weights import some, weights_not_finite
 from ppo_engine.settings.schema import OptimizerConfig
 from ppo_engine.spans import span
 from ppo_kernels import join_master
@@ -40,16 +42,40 @@ class Learner:
         return float(self.optimizer.param_groups[0]["lr"])
 
     @span("optimizer")
-    def step(self) -> Tensor:
-        """Take a step with the clipped gradients, clear them; returns the norm before clipping."""
+    def step(self, losses: Losses = ()) -> Tensor:
+        """Take a step with the clipped gradients, clear them; returns the norm before clipping.
+
+        Where it or one of the `losses` is not finite, a NotFiniteError comes before anything has
+        changed; the gradients are cleared all the same, for the step after it.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        where = f"{self.name}, step {self.scheduler.last_epoch + 1}"
-        norm, factor = clip_factor(parameters, self.config.max_grad_norm, where)
+        norm, factor = clip_factor(parameters, self.config.max_grad_norm)
+        try:
+            refuse_bad_gradient(f"{self.name} (update {self.updates + 1})", norm, losses)
+        except NotFiniteError:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         self.begun += 1
         self.optimizer.step(factor)
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return norm
+
+    @property
+    def updates(self) -> int:
+        """Steps that were taken."""
+        return self.scheduler.last_epoch
+
+    def refuse_bad_weights(self, step: int) -> None:
+        """Raise a UserError where the run's `step` has left a weight that is not finite. Nothing
+        undoes that, so it is not skipped either."""
+        if bad := weights_not_finite(self.model, trained=True):
+            rate = float(self.config.learning_rate)
+            raise UserError(
+                f"Step {step} has made weights of {self.name} that are not finite: "
+                f"{some(set(bad))}. They are not saved. Lower its learning rate ({rate:g}), or "
+                "raise its eps."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What to resume from: tensors are the model's and the optimizer's own, not copies."""
@@ -114,16 +140,9 @@ def make_scheduler(optimizer: AdamW, config: OptimizerConfig, total_steps: int) 
     return LambdaLR(optimizer, factor)
 
 
-def clip_factor(
-    parameters: Sequence[Tensor], max_norm: float, where: str = ""
-) -> tuple[Tensor, Tensor]:
+def clip_factor(parameters: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """The total norm of the gradients, and what to multiply them by so that it is at most
-    `max_norm`, both 0-dim: `clip_grad_norm_`, but in fp32 for gradients of any dtype.
-
-    A norm that is not finite raises a UserError before any weight has changed: neither a step
-    with it nor a silently skipped step would leave a model that can be trusted. `where` names
-    the model and step in the message.
-    """
+    `max_norm`, both 0-dim: `clip_grad_norm_`, but in fp32 for gradients of any dtype."""
     grads = [x.grad for x in parameters if x.grad is not None]
     norms: Sequence[Tensor]
     if grads and grads[0].is_cuda:  # one launch
@@ -133,12 +152,6 @@ def clip_factor(
         pieces = (piece for x in grads for piece in x.reshape(-1).split(_NORM_PIECE))
         norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
     norm = torch.linalg.vector_norm(torch.stack([*norms] or [torch.zeros(())]))
-    if not torch.isfinite(norm):
-        raise UserError(
-            f"The gradient{f' of {where}' if where else ''} is not finite (its norm is "
-            f"{norm.item()}). The step was not taken. Try a lower learning rate, float32 compute "
-            "(run.dtype=float32), or look for extreme rewards in the data."
-        )
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

@@ -14,9 +14,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = _no_gpu(name) or f"{first_line(error).rstrip('.')}."
+        torch.empty(0, device=device).cpu()  # which meta tensors cannot be
+    except Exception as error:  # each kind of device has its own
+        reason = _no_gpu(name) or f"{first_line(error)[:200].rstrip('.')}."
         raise UserError(
             f"Device {name!r} cannot be used: {reason} The device 'auto' is a GPU where there is "
             "one, and else the CPU."

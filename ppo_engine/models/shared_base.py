@@ -23,6 +23,7 @@ from ppo_engine.pretrained import architecture, loading
 from ppo_engine.pretrained.adapter_folder import unstack
 from ppo_engine.pretrained.adapters import train_adapters
 from ppo_engine.pretrained.classifier import value_model_class
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.settings.schema import ModelConfig
 
 
@@ -84,7 +85,7 @@ class SharedBase:
         plain = copy.deepcopy(self._policy, _itself(self._policy)).unload()
         architecture.keep_activations(plain)
         plain.config.num_labels = 1
-        with torch.device("meta"), loading.quiet_transformers():
+        with torch.device("meta"), quiet_transformers():
             model = value_model_class(plain.config)._from_config(copy.deepcopy(plain.config))
         prefix = model.base_model_prefix
         setattr(model, prefix, getattr(plain, prefix))

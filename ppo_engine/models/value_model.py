@@ -25,6 +25,7 @@ from ppo_engine.models.token_rows import TokenRows, pick, scored, stack
 from ppo_engine.pretrained import adapters, architecture, loading, masters, storage
 from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.classifier import value_model_class
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.pretrained.weights import read_checkpoint, refuse_missing
 from ppo_engine.settings.schema import ModelConfig
 
@@ -63,13 +64,10 @@ def read_value_model(
 ) -> PreTrainedModel:
     """What `load_value_model` loads, for `ready_value_model`, which checks it."""
     path = loading.resolve(path)
-    config = loading.load_model_config(path)
+    options = options or {"dtype": torch.float32}
+    config = loading.load_model_config(path, trust=options.get("trust_remote_code", False))
     _check_labels(path, config)
-    checkpoint = read_checkpoint(
-        value_model_class(config),
-        path,
-        {"num_labels": 1, **(options or {"dtype": torch.float32})},
-    )
+    checkpoint = read_checkpoint(value_model_class(config), path, {"num_labels": 1, **options})
     head_name, head = _find_head(checkpoint.model)
     of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}
     # Only a language model has none.
@@ -152,7 +150,7 @@ def value_model_from_policy(
     device, policy = policy.device, adapters.merged(policy)  # merged, it is on the CPU
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    with loading.quiet_transformers():
+    with quiet_transformers():
         model = value_model_class(config)._from_config(config, dtype=torch.float32)
     model = storage.in_fp32(model, storage.stored_dtype(policy))
     source = getattr(policy, model.base_model_prefix)  # of a few families not their base_model

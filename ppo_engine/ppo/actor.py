@@ -38,6 +38,7 @@ class Actor:
         normalizer = self._normalizer(tokens, len(numbers))
         weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
+        losses: list[tuple[list[int], Tensor]] = []
         penalized = settings.kl_in == "loss"
         policy.model.train()
         for part in parts:
@@ -71,6 +72,7 @@ class Actor:
             with span("backward"), passing():
                 loss.backward()
             found["policy/loss"] += loss.detach()
+            losses.append((part.numbers, loss.detach()))
             for name in (
                 "approx_kl",
                 "clip_fraction",
@@ -81,7 +83,7 @@ class Actor:
                 found[f"policy/{name}"] += getattr(stats, name) * share
             found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
         policy.model.eval()
-        found["policy/grad_norm"] = self.learner.step()
+        found["policy/grad_norm"] = self.learner.step(losses)
         self.version += 1
         return found
 

@@ -71,6 +71,7 @@ class Critic:
         """One optimizer step on the responses of these `numbers`, a mini-batch."""
         assert experience.values is not None and experience.returns is not None
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        losses: list[tuple[list[int], Tensor]] = []
         parts = parts_of(experience.rollout, numbers, self.reader, limit)
         tokens = max(1, sum(len(part.places) for part in parts))
         for part in parts:
@@ -86,6 +87,7 @@ class Critic:
             with span("backward"), passing():
                 loss.backward()
             found["value/loss"] += loss.detach()
+            losses.append((part.numbers, loss.detach()))
             found["value/clip_fraction"] += stats.clip_fraction * (len(part.places) / tokens)
-        found["value/grad_norm"] = self.learner.step()
+        found["value/grad_norm"] = self.learner.step(losses)
         return found

@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
-from ppo_engine.messages import nearest_path
+from ppo_engine.messages import nearest_path, shown
 from ppo_engine.models import precision
+from ppo_engine.models.finite import NotFiniteError, Skips, refuse_not_finite
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.ppo.actor import Actor
 from ppo_engine.ppo.estimators import (
@@ -136,6 +138,7 @@ class PPOEngine:
             self.takes_samplers = False
         self.steps_done = 0
         self._warned = False  # that nothing more is learned
+        self.skips = Skips(config.run.on_bad_numbers)
         release_freed_memory()  # of weights that were loaded in fp32
 
     @entry_point
@@ -207,14 +210,20 @@ class PPOEngine:
         or a model's in bf16, `rewards.rounding(score_each(rollout))`. Without it, they are taken
         for numbers computed in fp32.
 
-        Raises ValueError unless there is one finite score for each response, in complete groups.
+        Raises ValueError unless there is one score for each response, in complete groups; and
+        NotFiniteError, which changes nothing, where scores, or what comes of them, is not finite.
         """
         scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)
-        if scores.shape != (len(rollout),) or not scores.isfinite().all():
+        if scores.shape != (len(rollout),):
             raise ValueError(
-                f"scores must be {len(rollout)} finite numbers, one for each response, but are "
+                f"scores must be {len(rollout)} numbers, one for each response, but are "
                 f"{tuple(scores.shape)}: {scores.flatten()[:8].tolist()}"
             )
+        with self._unchanged_by_bad_numbers(rollout):
+            return self._estimate(rollout, scores, rounding)
+
+    def _estimate(self, rollout: Rollout, scores: Tensor, rounding: Tensor | None) -> Experience:
+        given = scores
         if self.config.ppo.compares_groups:
             check_groups(rollout.prompts, self.config.ppo)
         rounding = rounding_of(scores, rounding)
@@ -241,6 +250,18 @@ class PPOEngine:
                 ),
                 settings,
             )
+        refuse_not_finite(
+            {
+                "the rewards' scores are": given,
+                "the shaped scores are": scores,
+                "the policy's log-probs are": logprobs,
+                "the reference's log-probs are": ref_logprobs,
+                "the policy's entropies are": entropy,
+                "the critic's values are": values,
+                "the advantages are": shaped.advantages,
+                "the returns are": None if values is None else shaped.returns,
+            }
+        )
         kl_coef = self.kl.coef.clone()
         # Until then the KL is 0, whatever its coefficient.
         if ref_logprobs is not None and not self._warms_up:
@@ -261,6 +282,29 @@ class PPOEngine:
             returns=None if values is None else shaped.returns,
             is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
             sampled=entropy is None,
+        )
+
+    @contextmanager
+    def _unchanged_by_bad_numbers(self, rollout: Rollout) -> Iterator[None]:
+        """Where the block raises a NotFiniteError, what it learned of bad numbers is forgotten."""
+        takes = self.takes_samplers
+        statistics = self.normalizer.state_dict() if self.normalizer else None
+        try:
+            yield
+        except NotFiniteError as error:
+            self.takes_samplers = takes
+            if self.normalizer is not None and statistics is not None:
+                self.normalizer.load_state_dict(statistics)
+            raise self._named(error, rollout) from None
+
+    def _named(self, error: NotFiniteError, rollout: Rollout) -> NotFiniteError:
+        """With the step and the responses; a UserError where an update before it is the cause."""
+        step = self.steps_done + 1
+        for learner in self.learners:
+            learner.refuse_bad_weights(step)
+        return error.at(
+            step,
+            lambda n: f"response {n + 1} of {len(rollout)}, to {shown(rollout.prompts[n])}",
         )
 
     def shaped_scores(self, rollout: Rollout, scores: Tensor, *, learn: bool = False) -> Tensor:
@@ -330,6 +374,7 @@ class PPOEngine:
             )
         kl_coef = float(experience.kl_coef)  # once: it synchronizes with the GPU
         records: dict[str, list[Tensor]] = defaultdict(list)
+        named = partial(self._named, rollout=experience.rollout)
         with self.trunks.of(experience.rollout):
             for _ in range(settings.epochs):
                 order = torch.randperm(len(experience), generator=self.shuffle)
@@ -337,13 +382,18 @@ class PPOEngine:
                     numbers = rows.tolist()
                     found: dict[str, Tensor] = {}
                     if not self._warms_up:
-                        found |= self.actor.update(experience, numbers, kl_coef)
+                        with self.skips.left_out(named):
+                            found |= self.actor.update(experience, numbers, kl_coef)
                     if self.critic is not None:
-                        found |= self.critic.update(experience, numbers, settings, self.limit)
+                        with self.skips.left_out(named):
+                            found |= self.critic.update(experience, numbers, settings, self.limit)
                     for name, value in found.items():
                         records[name].append(value)
         self.trunks.clear()
         self.steps_done += 1
+        for learner in self.learners:
+            learner.refuse_bad_weights(self.steps_done)
+        metrics |= self.skips.end_step()
         entropies = records.pop("policy/entropy", [])
         if entropies and "objective/entropy" not in metrics:  # nothing else has measured it
             mini_batches = math.ceil(len(experience) / settings.mini_batch_size)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line
+from ppo_engine.messages import reason
 from ppo_engine.pretrained.adapters import untie, untie_adapted
 from ppo_engine.pretrained.architecture import is_classifier
 from ppo_engine.pretrained.hub import silence
@@ -135,10 +135,9 @@ class AdapterFolder:
 
         try:
             weights = peft.load_peft_weights(self.path, device="cpu")
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # what is in the file may fail anywhere within the library
             raise UserError(
-                f"The weights of the adapters in {self.path!r} could not be read: "
-                f"{first_line(error)}"
+                f"The weights of the adapters in {self.path!r} could not be read: {reason(error)}"
             ) from error
         return {name: x for name, x in weights.items() if ".original_module." not in name}
 
@@ -186,10 +185,10 @@ def _find(path: str) -> AdapterFolder | None:
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
         kind = peft.PeftConfig.from_pretrained(path)
         base, task = settings["base_model_name_or_path"], settings.get("task_type")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except Exception as error:  # what is in the file may fail anywhere within the library
         raise UserError(
             f"{path!r} holds adapters, but its {ADAPTER_CONFIG_NAME} could not be read: "
-            f"{first_line(error)}"
+            f"{reason(error)}"
         ) from error
     if kind.is_prompt_learning or kind.is_adaption_prompt:
         raise UserError(

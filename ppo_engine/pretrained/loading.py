@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line, nearest_path
+from ppo_engine.messages import nearest_path, reason, untrusted
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import is_adapted, merged, save_adapters
 from ppo_engine.pretrained.folder import check_folder
 from ppo_engine.pretrained.hub import check_name
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.pretrained.storage import as_stored, storage_dtype
+from ppo_engine.pretrained.weights import some, weights_not_finite
 from ppo_engine.sealed import check
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
@@ -41,8 +35,9 @@ def resolve(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def load_model_config(path: str) -> Any:
-    """The Hugging Face configuration at `path`, a folder or name; a UserError says why not."""
+def load_model_config(path: str, *, trust: bool = False) -> Any:
+    """The Hugging Face configuration at `path`, a folder or name; a UserError says why not. With
+    `trust`, by code that comes with it."""
     if not path:
         raise UserError("No model was given: set its path to a Hugging Face name or folder.")
     check_folder(path)
@@ -53,26 +48,27 @@ def load_model_config(path: str) -> Any:
         check_name(path)
     failure: Exception | None = None
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except Exception as error:  # what is in the file may fail anywhere within the library
         failure = error
     base, adapters = unstack(path)
     if adapters:
-        config = _config_of_base(base, path)
+        config = _config_of_base(base, path, trust)
         for adapter in adapters:
             adapter.describe(config)
     elif failure is not None:
         nowhere = "" if here else f" (and there is no folder {path!r} here)"
         near = "" if here else nearest_path(path)
         raise UserError(
-            f"Could not load a model from {path!r}{nowhere}: {first_line(failure)}{near}"
+            f"Could not load a model from {path!r}{nowhere}: {reason(failure)}{near}"
+            f"{untrusted(failure)}"
         ) from failure
     return config
 
 
-def _config_of_base(base: str, path: str) -> Any:
+def _config_of_base(base: str, path: str, trust: bool) -> Any:
     try:
-        return load_model_config(base)
+        return load_model_config(base, trust=trust)
     except UserError as error:
         raise UserError(
             f"The base of the adapters in {path!r} cannot be had: {error} Its place is "
@@ -81,23 +77,25 @@ def _config_of_base(base: str, path: str) -> Any:
 
 
 def open_tokenizer(
-    model: str | PreTrainedModel | None, path: str, given: PreTrainedTokenizerBase | None
+    model: str | PreTrainedModel | None,
+    config: ModelConfig,
+    given: PreTrainedTokenizerBase | None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `model`: the one that was `given`, as a model object needs, or the one at
-    `path`; ready for use, before any weights are loaded."""
+    `config.path`; ready for use, before any weights are loaded."""
     if given is None:
         if model is not None and not isinstance(model, str):
             raise UserError("A model object was given without its tokenizer: pass tokenizer=….")
-        return tokenizer_at(path)
+        return tokenizer_at(config.path, trust=config.trust_remote_code)
     separate_pad_from_eos(given)
     return given
 
 
-def tokenizer_at(path: str) -> PreTrainedTokenizerBase:
+def tokenizer_at(path: str, *, trust: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at `path`, a folder or name; a UserError where there is none."""
     path = resolve(path)
-    load_model_config(path)
-    return load_tokenizer(tokenizer_source(path))
+    load_model_config(path, trust=trust)
+    return load_tokenizer(tokenizer_source(path), trust=trust)
 
 
 def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -111,7 +109,10 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     Nothing that `peft.prepare_model_for_kbit_training` does is needed: what is not quantized is
     in fp32, adapters freeze the rest, and checkpointing here does without reentrant backward.
     """
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "trust_remote_code": config.trust_remote_code,
+    }
     if config.quantization is None:
         return options
     if config.lora is None:
@@ -166,36 +167,16 @@ def save_model(
     """
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = "left"  # as the engine generates, whatever a given one does
+    adapters = as_adapters and is_adapted(model)
+    stored = model if adapters else as_stored(merged(model), dtype)
+    if bad := weights_not_finite(stored):
+        raise UserError(
+            f"The weights {some(set(bad))} are not finite in {stored.dtype}, so the model is not "
+            "saved: give run.save_dtype a wider range, such as bfloat16."
+        )
     with quiet_transformers():
-        if as_adapters and is_adapted(model):
+        if adapters:
             save_adapters(model, folder, storage_dtype(dtype, torch.float32))
         else:
-            as_stored(merged(model), dtype).save_pretrained(folder)
+            stored.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def hide_loading_bars() -> None:
-    """Hide progress bars of loading weights (seconds), but not those of downloads (minutes)."""
-    hidden = are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # hides both
-    if not hidden:
-        enable_progress_bars()
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the library's progress bars, and its report of weights that are new or not used,
-    which `weights` judges; both are as they were afterwards."""
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    hidden = are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    hide_loading_bars()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()  # shows the hub's, too
-        if hidden:
-            disable_progress_bars()

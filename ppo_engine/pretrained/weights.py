@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line
+from ppo_engine.messages import reason, untrusted
 from ppo_engine.pretrained.adapter_folder import unstack
 from ppo_engine.pretrained.architecture import SCORE_HEADS
-from ppo_engine.pretrained.loading import quiet_transformers
 from ppo_engine.pretrained.masters import to_compute_dtype
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.pretrained.storage import in_fp32, named_dtype, remember_dtype
 
 
@@ -46,19 +45,25 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             f"{path!r} holds adapters, which cannot be merged into a quantized base: leave "
             "quantization unset, or merge them first (peft: `merge_and_unload`)."
         )
+    trust = options.get("trust_remote_code", False)
     wanted = options["dtype"]
     if adapters:
         options = {**options, "dtype": torch.float32}  # until they are merged
     try:
-        dtype = named_dtype(AutoConfig.from_pretrained(base))
+        dtype = named_dtype(AutoConfig.from_pretrained(base, trust_remote_code=trust))
         if dtype is None and not quantized:
             options = {**options, "dtype": "auto"}  # that of the weights
         with quiet_transformers():
             model, info = model_class.from_pretrained(
-                base, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                base,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **{**options, "trust_remote_code": trust},
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"Could not load a model from {base!r}: {first_line(error)}") from error
+    except Exception as error:  # what is in the files may fail anywhere within the libraries
+        raise UserError(
+            f"Could not load a model from {base!r}: {reason(error)}{untrusted(error)}"
+        ) from error
     for name, saved, own in sorted(info["mismatched_keys"]):
         raise UserError(
             f"The checkpoint {path!r} has {name} in the shape {list(saved)}, but its config.json "
@@ -70,28 +75,42 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             f"The checkpoint {path!r} has weights that its config.json does not describe: "
             f"{some(inside)}. They do not belong together."
         )
-    if broken := {name for name, x in model.named_parameters() if not _is_finite(x)}:
-        raise UserError(
-            f"The checkpoint {path!r} has weights that are not finite: {some(broken)}. It was "
-            "saved after its training had failed, or in a dtype of too small a range."
-        )
     missing = {name for name, _ in model.named_parameters()} & set(info["missing_keys"])
     if not quantized and (adapters or wanted == torch.float32):
         model = in_fp32(model, dtype)
     for adapter in adapters:
         missing -= adapter.merge_into(model)
         model.name_or_path = path
+    refuse_not_finite_weights(model, f"The checkpoint {path!r}")
     if not quantized and wanted != torch.float32:
         remember_dtype(model, dtype)
         model = to_compute_dtype(model.requires_grad_(False), wanted)
     return Checkpoint(model, missing, unused)
 
 
-def _is_finite(x: Tensor) -> bool:
-    if not x.is_floating_point() or not x.numel():
-        return True
-    ends = torch.stack(x.detach().aminmax())  # NaN where there is one; without a copy of `x`
-    return bool(ends.isfinite().all())
+def weights_not_finite(model: nn.Module, *, trained: bool = False) -> list[str]:
+    """The names of a model's weights, or of those that are `trained`, that are not finite. A GPU is
+    waited for once."""
+    weights = [
+        (name, x.detach())
+        for name, x in model.named_parameters()
+        if x.is_floating_point() and x.numel() and (x.requires_grad or not trained)
+    ]
+    if not weights:
+        return []
+    # Least and greatest of all pass NaN on, and read memory at its speed, as `isfinite` does not.
+    ends = [end for _, x in weights for end in torch.aminmax(x)]
+    good = torch.stack(ends).isfinite().view(-1, 2).all(1).tolist()
+    return [name for (name, _), is_good in zip(weights, good, strict=True) if not is_good]
+
+
+def refuse_not_finite_weights(model: nn.Module, name: str) -> None:
+    """Raise a UserError where a model that is to be used has such weights."""
+    if broken := weights_not_finite(model):
+        raise UserError(
+            f"{name} has weights that are not finite: {some(set(broken))}. It was saved after its "
+            "training had failed, or in a dtype of too small a range."
+        )
 
 
 def _is_part_of(model: PreTrainedModel, weight: str) -> bool:

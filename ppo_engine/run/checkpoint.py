@@ -20,7 +20,7 @@ import torch
 from transformers import set_seed
 
 from ppo_engine.data.digest import changed_data
-from ppo_engine.errors import UserError
+from ppo_engine.errors import UserError, note_folder
 from ppo_engine.messages import first_line
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.run.directory import RunDirectory, atomic_folder
@@ -178,6 +178,8 @@ class Checkpoints:
             with stopped_by_signals():
                 yield
         except BaseException as error:
+            if self.run is not None:
+                note_folder(error, self.run.path)
             if self.run is not None and self._state.get("step"):
                 error.add_note(self._rescue(self.run))
             raise

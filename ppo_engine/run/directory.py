@@ -47,6 +47,7 @@ _FREE_KEYS = {
     "run.output_dir",
     "run.device",
     "run.save_dtype",
+    "run.on_bad_numbers",
     "run.checkpoint_every",
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
@@ -63,6 +64,8 @@ _FREE_KEYS = {
     "reward.http.timeout",
     "reward.http.batch_size",
     "reward.http.token_env",
+    "ppo.stop_at_kl",
+    "ppo.stop_at_entropy",
 }
 
 

@@ -49,6 +49,11 @@ def check_settings(config: PPOConfig) -> None:
             "ppo.kl_estimator=k1 in the loss is no penalty: the mean of its gradient is 0. Use k2 "
             "or k3, or ppo.kl_in=reward."
         )
+    if settings.stop_at_kl is not None and settings.kl_coef == 0:
+        raise UserError(
+            "ppo.stop_at_kl looks at the KL of every step, which is not measured with "
+            "ppo.kl_coef=0: set this above 0 (1e-6 changes next to nothing), or leave that unset."
+        )
     if settings.adaptive_kl is not None and settings.kl_coef == 0:
         raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: set it above 0.")
     if settings.old_logprobs == "sampler":

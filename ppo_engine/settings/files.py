@@ -114,6 +114,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a name, not a list or section", key_node.start_mark
+                )
             key = key_node.value
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -132,6 +136,8 @@ def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
     number = float(node.value.replace("_", ""))
     return int(number) if number.is_integer() else number
 
+
+_LARGEST = 100_000  # values in a file: more than anybody writes
 
 # YAML 1.1 wants a dot in the mantissa and a sign in the exponent: 1e-5 and 1.5e4 would be strings.
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
@@ -191,11 +197,25 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
 
 def _parse_yaml(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
+        _refuse_endless(data)
+        return data
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
     except ValueError as error:  # such as the date 2026-13-01
         raise yaml.YAMLError(str(error)) from None
+
+
+def _refuse_endless(data: Any) -> None:
+    """Raise a YAMLError where anchors make of a short text one without an end, or nearly so."""
+    left, found = [data], 0
+    while left:
+        item = left.pop()
+        found += 1
+        if found > _LARGEST:
+            raise yaml.YAMLError("an anchor (&name) holds itself, or too much")
+        if isinstance(item, dict | list):
+            left += item.values() if isinstance(item, dict) else item
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
+from ppo_engine.text.bounds import CHARACTERS, UnboundedError, bounded, check_length
 from ppo_engine.text.prompt import Message
 
 Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and arguments of its own
@@ -91,6 +92,8 @@ class ChatTemplate:
                 self._known(self.arguments, str(tokenizer.get_chat_template()))
             except TemplateError as error:
                 raise UserError(f"data.chat_template_kwargs: {error}.") from None
+            except UnboundedError as error:
+                raise self._refusal(error) from None
 
     def __bool__(self) -> bool:
         """Whether the tokenizer has one."""
@@ -121,16 +124,12 @@ class ChatTemplate:
         options = options or {}
         # Templates are programs: a message that they did not expect fails in any way.
         try:
-            source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
-            arguments = self._known({**self.arguments, **options}, source)
-            prepared = [_prepared(message, source) for message in messages]
-            dated = self._clock + source if "strftime_now" in source else source
-            try:
-                text = self._apply(prepared, ask, dated, arguments)
-            except TypeError:  # some families' write the arguments of a call as they come: as text
-                text = self._apply(_with_text_arguments(prepared), ask, dated, arguments)
+            with bounded():
+                text = self._render(messages, ask, options)
         except TemplateError:
             raise
+        except UnboundedError as error:
+            raise self._refusal(error) from None
         except Exception as error:
             detail = first_line(error) or type(error).__name__
             raise TemplateError("refused by the model's chat template", f" ({detail})") from error
@@ -138,6 +137,26 @@ class ChatTemplate:
         if not sampled:
             _check_words(text, messages)
         return text
+
+    def _render(self, messages: Sequence[Message], ask: bool, options: Options) -> str:
+        source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
+        _looked_at(source)  # or an UnboundedError
+        arguments = self._known({**self.arguments, **options}, source)
+        prepared = [_prepared(message, source) for message in messages]
+        dated = self._clock + source if "strftime_now" in source else source
+        try:
+            text = self._apply(prepared, ask, dated, arguments)
+        except TypeError:  # some families' write the arguments of a call as they come: as text
+            text = self._apply(_with_text_arguments(prepared), ask, dated, arguments)
+        if len(text) > CHARACTERS:
+            raise UnboundedError(f"writes {len(text):,} characters")
+        return text
+
+    def _refusal(self, error: UnboundedError) -> UserError:
+        return UserError(
+            f"The chat template of {self.tokenizer.name_or_path!r} {error}: no conversation needs "
+            "that. Correct its chat_template.jinja or tokenizer_config.json, or take another model."
+        )
 
     def unseen(self, messages: Sequence[Message], options: Options | None = None) -> set[str]:
         """The keys of messages of which the template shows nothing: without them the text is the
@@ -336,9 +355,13 @@ def _check_calls(text: str, messages: Sequence[Message], options: Options) -> No
 
 @functools.lru_cache
 def _looked_at(source: str) -> frozenset[str]:
-    """The names of variables, keys and attributes that a template looks at."""
+    """The names of variables, keys and attributes that a template looks at; an UnboundedError for
+    one that is not to be run."""
+    check_length(source)
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     tree = environment.parse(_GENERATION.sub("", source))
+    if tree.find(jinja2.nodes.Pow):  # nothing interrupts the computing of a huge one
+        raise UnboundedError("computes powers (**), which can take forever")
     attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
     keys = {node.value for node in tree.find_all(jinja2.nodes.Const) if type(node.value) is str}
     return frozenset(attributes | keys | jinja2.meta.find_undeclared_variables(tree))

@@ -7,24 +7,27 @@ from collections.abc import Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import first_line
+from ppo_engine.messages import reason, untrusted
 
 # Special tokens that models ship for padding or leave unused, tried when pad is missing or is EOS.
 _PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>")
 _PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, padding on the left and with a pad token other than EOS.
+def load_tokenizer(path: str, *, trust: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, padding on the left and with a pad token other than EOS; with
+    `trust`, by code that comes with it.
 
     A pad token equal to EOS hides the end of a response from every model that finds the last
     token by its id, so another special token is used for padding. Where a model has none, one is
     added: `resize_embeddings` makes room for it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Could not load a tokenizer from {path!r}: {first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except Exception as error:  # what is in the files may fail anywhere within the library
+        raise UserError(
+            f"Could not load a tokenizer from {path!r}: {reason(error)}{untrusted(error)}"
+        ) from error
     separate_pad_from_eos(tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer

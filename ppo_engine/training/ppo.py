@@ -50,7 +50,7 @@ from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.samples import sample_rows, show_samples
-from ppo_engine.training.signs import Watch, ppo_signs
+from ppo_engine.training.signs import Watch, ppo_signs, refuse_collapse
 from ppo_engine.training.summary import logged_rows, size_of_ppo, tell_outcome
 
 
@@ -90,7 +90,7 @@ class PPOTrainer:
         check_settings(config)
         check_output(config.run.output_dir, config.run.resume)
         self.notes: list[str] = []
-        tokenizer = loading.open_tokenizer(policy, config.policy.path, tokenizer)
+        tokenizer = loading.open_tokenizer(policy, config.policy, tokenizer)
         examples, left_out = self._read(config.data.path if prompts is None else prompts, tokenizer)
         held_out: list[PromptExample] = []
         if config.evaluation.path:
@@ -169,6 +169,7 @@ class PPOTrainer:
                     self._take_step(progress, profile=self.step + 1 == profiled)
                 metrics = self._report(progress)
                 self.checkpoints.mark()
+                refuse_collapse(self.config.ppo, {"step": self.step, **metrics})
                 self.checkpoints.save_if_due(last=self._done())
             run = self._open_run()
             if not metrics:  # resumed at its end
@@ -210,11 +211,13 @@ class PPOTrainer:
                 # Only now: a reward that fails on its first responses leaves nothing behind.
                 run = self._open_run()
                 self._open_trackers(run)
-                with self._phase(progress, "advantages"):
+                experience = None
+                with self._phase(progress, "advantages"), self.engine.skips.left_out():
                     experience = self.engine.estimate_advantages(rollout, scores, rounding)
                 updating.enter_context(self.checkpoints.changing())
                 with self._phase(progress, "update"):
-                    metrics = self.engine.update(experience)
+                    skips, update = self.engine.skips, self.engine.update
+                    metrics = update(experience) if experience is not None else skips.end_step()
             self.step += 1
             tokens = int(rollout.mask.sum())
             seconds = time.perf_counter() - started
@@ -243,7 +246,10 @@ class PPOTrainer:
         trackers.log(self.step, metrics)
         progress.step(self.step, metrics)
         show_samples(self.step, samples, run, trackers, progress)
-        for note in self._watch.look({"step": self.step, **metrics}):
+        for note in (
+            *self.engine.skips.take_notes(),
+            *self._watch.look({"step": self.step, **metrics}),
+        ):
             progress.note(note)
         self._unreported = None
         return metrics

@@ -22,10 +22,12 @@ from ppo_engine.errors import UserError, entry_point
 from ppo_engine.messages import counted
 from ppo_engine.models import freezing, value_model
 from ppo_engine.models.experts import asks_for_balance
+from ppo_engine.models.finite import Losses
 from ppo_engine.models.reader import Limit, Reader, plan
 from ppo_engine.models.token_rows import scored
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, loading, storage
+from ppo_engine.pretrained.weights import refuse_not_finite_weights
 from ppo_engine.run.headlines import with_error
 from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings, settings_of
@@ -123,6 +125,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         arguments, date = self.config.data.chat_template_kwargs, self.config.run.date
         self.renderer = Renderer(self.tokenizer, arguments=arguments, date=date)
         if isinstance(model, PreTrainedModel):
+            refuse_not_finite_weights(model, "The given model")
             model = value_model.ready_value_model(
                 storage.in_fp32(model), self.tokenizer, self.device
             )
@@ -166,9 +169,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                     "than two responses: remove it, or give only pairs (chosen, rejected)."
                 )
 
-    def _backward(self, examples: Sequence[EncodedRanking]) -> dict[str, Tensor]:
+    def _backward(self, examples: Sequence[EncodedRanking]) -> tuple[dict[str, Tensor], Losses]:
         settings = self.config.reward
         found = torch.zeros(3, device=self.device)
+        losses = []
         pairs = sum(count_pairs(ranking.ranks) for ranking in examples)
         for planned in self._plan(examples):
             part = [examples[i] for i in planned]
@@ -181,7 +185,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             found += torch.stack(
                 (loss.detach() * share, stats.accuracy * of_pairs, stats.margin * of_pairs)
             )
-        return dict(zip(("loss", "accuracy", "margin"), found, strict=True))
+            losses.append((planned, loss.detach()))
+        return dict(zip(("loss", "accuracy", "margin"), found, strict=True)), losses
 
     def _loss(
         self, scores: Tensor, rankings: Sequence[EncodedRanking], center_coef: float = 0.0

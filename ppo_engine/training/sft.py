@@ -24,6 +24,7 @@ from ppo_engine.data.demonstrations import (
 from ppo_engine.data.forms import reading
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError, entry_point
+from ppo_engine.models.finite import Losses
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
 from ppo_engine.models.reader import Limit
@@ -123,17 +124,19 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
     def _limit_of_tokens(self) -> int:
         return min(self.config.data.max_tokens, architecture.context_length(self.policy.model))
 
-    def _backward(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+    def _backward(self, examples: Sequence[EncodedExample]) -> tuple[dict[str, Tensor], Losses]:
         rows = [predicting(example.ids, example.trained) for example in examples]
         tokens = sum(len(row.places) for row in rows)
         total = torch.zeros((), device=self.device)
+        losses = []
         for planned in self.policy.reader.plan(rows, self.limit):
             part = self.policy.reader.stack([rows[i] for i in planned])
             loss = self.policy.nll_loss(part, tokens)
             with passing():
                 loss.backward()
             total += loss.detach()
-        return {"loss": total}
+            losses.append((planned, loss.detach()))
+        return {"loss": total}, losses
 
     def _tokens(self, example: EncodedExample) -> int:
         return len(example)

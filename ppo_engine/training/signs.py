@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
-from ppo_engine.settings.schema import PPOConfig, resolved
+from ppo_engine.settings.schema import PPOConfig, PPOSettings, resolved
 
 Row = Mapping[str, float]  # a step's metrics, with its number as "step"
 
@@ -93,7 +94,7 @@ def ppo_signs(config: PPOConfig) -> list[Sign]:
         updates = row["step"] - 1 - settings.critic_warmup_steps
         if far is None or updates < _UPDATES or constant(row) or equal(row) or still(row):
             return False
-        return abs(far) <= _ROUNDING * row["objective/response_length"]
+        return abs(far) <= _ROUNDING * row.get("objective/response_length", 0.0)
 
     def still(row: Row) -> bool:
         return row.get("policy/grad_norm") == 0 and not constant(row) and not equal(row)
@@ -158,6 +159,26 @@ def ppo_signs(config: PPOConfig) -> list[Sign]:
             after=3,  # of a policy that moves away the mean is above 0: one step is soon followed
         ),
     ]
+
+
+def refuse_collapse(settings: PPOSettings, row: Row) -> None:
+    """Raise a UserError where a step is beyond `ppo.stop_at_kl` or `ppo.stop_at_entropy`."""
+    kl, entropy = row.get("objective/kl"), row.get("objective/entropy")
+    if settings.stop_at_kl is not None and kl is not None and kl > settings.stop_at_kl:
+        raise UserError(
+            f"Step {row['step']}: the policy is {kl:.4g} nats a response from the reference, more "
+            f"than ppo.stop_at_kl={settings.stop_at_kl:g}. What it writes may please the reward "
+            "alone: read samples.jsonl. Try a lower policy.optimizer.learning_rate, a higher "
+            "ppo.kl_coef, or ppo.adaptive_kl.target."
+        )
+    least = settings.stop_at_entropy
+    if least is not None and entropy is not None and entropy < least:
+        raise UserError(
+            f"Step {row['step']}: the policy's entropy is {entropy:.4g} nats a token, less than "
+            f"ppo.stop_at_entropy={least:g}: it writes the same again and again, and explores no "
+            "more. Try a lower policy.optimizer.learning_rate, a higher ppo.kl_coef, or "
+            "ppo.entropy_coef=0.01."
+        )
 
 
 def supervised_signs(command: str, rate: float, before: Row) -> list[Sign]:

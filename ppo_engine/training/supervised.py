@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -30,6 +31,7 @@ from ppo_engine.errors import entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
+from ppo_engine.models.finite import Losses, NotFiniteError, Skips
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.adapters import check_saving
@@ -85,7 +87,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
-        self.tokenizer = loading.open_tokenizer(model, config.model.path, tokenizer)
+        self.tokenizer = loading.open_tokenizer(model, config.model, tokenizer)
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)
         self.notes += text_note([*training, *held_out], self.tokenizer, self.unit)
@@ -105,6 +107,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         )
         optimizer = resolved(config).model.optimizer
         self.learner = Learner(self.model, optimizer, self.total_steps, "the model")
+        self.skips = Skips(config.run.on_bad_numbers)
         self._meter = Meter(self.device, self.dtype)
         self.step = 0
         self.before: dict[str, float] = {}  # held-out metrics of the untrained model
@@ -140,8 +143,9 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         """Rows as token ids; `name` says which of the two sets they are."""
 
     @abstractmethod
-    def _backward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Add the gradient of the mini-batch's mean loss; returns the metrics to log."""
+    def _backward(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], Losses]:
+        """Add the gradient of the mini-batch's mean loss; returns the metrics to log, and each
+        pass's loss."""
 
     @abstractmethod
     def _tokens(self, example: Example) -> int:
@@ -211,7 +215,10 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
-                for note in watch.look({"step": self.step, **metrics}):
+                for note in (
+                    *self.skips.take_notes(),
+                    *watch.look({"step": self.step, **metrics}),
+                ):
                     progress.note(note)
                 self._unreported = None
                 self.checkpoints.mark()
@@ -232,16 +239,24 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         """One optimizer step on a mini-batch, accumulated over micro-batches to its exact mean."""
         started = time.perf_counter()
         learning_rate = self.learner.learning_rate
-        found = self._backward(examples)
+        found, losses = self._backward(examples)
         self.step += 1
-        found["grad_norm"] = self.learner.step()
-        metrics = {f"{self.command}/{name}": float(value) for name, value in found.items()}
+        measured: dict[str, Tensor] = {}
+        with self.skips.left_out(partial(self._named, examples=examples)):
+            measured = {"grad_norm": self.learner.step(losses), **found}
+        self.learner.refuse_bad_weights(self.step)
+        metrics = {f"{self.command}/{name}": float(value) for name, value in measured.items()}
         seconds = time.perf_counter() - started
         return {
             **metrics,
+            **self.skips.end_step(),
             f"{self.command}/learning_rate": learning_rate,
             "tokens_per_second": sum(map(self._tokens, examples)) / seconds,
         }
+
+    def _named(self, error: NotFiniteError, examples: Sequence[Example]) -> NotFiniteError:
+        """With the step, and where in the data its examples are."""
+        return error.at(self.step, lambda number: cast(Any, examples[number]).place)
 
     def _measured_step(self, examples: Sequence[Example]) -> dict[str, float]:
         """`train_step`, with what it achieves (`training.meter`)."""

@@ -33,8 +33,9 @@ from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import trainable_state
 from ppo_engine.models.output_head import OutputHead
 from ppo_engine.models.value_model import load_value_model
-from ppo_engine.pretrained import architecture, loading
+from ppo_engine.pretrained import architecture
 from ppo_engine.pretrained.loading import save_model
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.rollout.generation import generate
 from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.settings.schema import GenerationConfig as Sampling
@@ -454,6 +455,6 @@ def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
 
 
 def test_downloads_show_how_far_they_are():
-    with loading.quiet_transformers():
+    with quiet_transformers():
         assert not transformers_logging.is_progress_bar_enabled()
         assert not are_progress_bars_disabled()

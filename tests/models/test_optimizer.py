@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_engine.errors import UserError
+from ppo_engine.models.finite import NotFiniteError
 from ppo_engine.models.optimizer import Learner, clip_factor, make_optimizer, make_scheduler
 from ppo_engine.pretrained.masters import master, to_compute_dtype
 from ppo_engine.settings.schema import OptimizerConfig
@@ -108,9 +110,6 @@ def test_a_learners_step_by_hand():
     torch.testing.assert_close(model.weight.detach(), moved, atol=1e-5, rtol=0)
     assert model.weight.grad is None
     assert learner.learning_rate == pytest.approx(0.075)
-    model.weight.grad = torch.full((1, 2), float("nan"))
-    with pytest.raises(UserError, match="the policy, step 2 is not finite"):
-        learner.step()
 
 
 def test_gradients_are_clipped_to_the_norm():
@@ -121,12 +120,40 @@ def test_gradients_are_clipped_to_the_norm():
     assert clip_factor([parameter], 6.0)[1] == 1.0
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_says_where(bad):
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([bad, 1.0])
-    with pytest.raises(UserError, match="gradient of the policy, step 7 is not finite"):
-        clip_factor([parameter], 1.0, "the policy, step 7")
+@pytest.mark.parametrize(
+    ("gradient", "losses", "what", "samples"),
+    [
+        (math.nan, [], "gradient", ()),
+        (math.inf, [([4, 1], 0.5), ([2], 1.0)], "gradient", (4, 1, 2)),
+        (math.nan, [([4, 1], 0.5), ([2], -math.inf)], "loss", (2,)),
+        (1.0, [([4, 1], math.nan), ([2], 1.0)], "loss", (4, 1)),  # finite gradients all the same
+    ],
+)
+def test_numbers_that_are_not_finite_change_nothing(gradient, losses, what, samples):
+    learner = steps(trained(BF16, seed=0), 0, 1)
+    before, rate = [x.clone() for x in state_of(learner)], learner.learning_rate
+    for parameter in learner.model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    with pytest.raises(
+        NotFiniteError, match=f"The {what} of the model .update 2. is not"
+    ) as caught:
+        learner.step([(of, torch.tensor(loss)) for of, loss in losses])
+    assert caught.value.samples == samples and learner.begun == 1
+    assert same(state_of(learner), before) and learner.learning_rate == rate
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+
+def test_weights_that_are_not_finite_end_a_run():
+    learner = steps(trained(F32, seed=0), 0, 1)
+    learner.refuse_bad_weights(1)
+    with torch.no_grad():
+        learner.model["inner"].weight[1, 1] = -math.inf
+    with pytest.raises(
+        UserError, match=r"Step 2 has made weights of the model .*finite: inner\.weight"
+    ):
+        learner.refuse_bad_weights(2)
+    learner.model["inner"].weight.requires_grad_(False)
+    learner.refuse_bad_weights(3)
 
 
 # --- Weights in bf16 ------------------------------------------------------------------------------

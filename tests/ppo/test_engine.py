@@ -126,7 +126,7 @@ def test_the_loss_is_the_one_that_is_set(ppo, objective):
     )
     before = [p.detach().clone() for p in engine.policy.model.parameters()]
     gradients: list[torch.Tensor] = []
-    engine.actor.learner.step = lambda: (
+    engine.actor.learner.step = lambda losses: (
         gradients.extend(  # type: ignore[method-assign]
             p.grad.clone() for p in engine.policy.model.parameters()
         )
@@ -447,8 +447,8 @@ def test_scores_of_ones_own_are_checked():
     engine = make_engine()
     rollout = engine.generate(PROMPTS)
     engine.estimate_advantages(rollout, [0.5] * 8)
-    for wrong in ([0.5] * 7, [math.nan] * 8, 0.5):
-        with pytest.raises(ValueError, match="8 finite numbers"):
+    for wrong, what in (([0.5] * 7, "8 numbers"), (0.5, "8 numbers"), ([math.nan] * 8, "finite")):
+        with pytest.raises(ValueError, match=what):
             engine.estimate_advantages(rollout, wrong)
 
 

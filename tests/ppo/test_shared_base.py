@@ -39,9 +39,9 @@ from ppo_engine import (
 )
 from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import trainable_state
-from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.architecture import unwrap
 from ppo_engine.pretrained.masters import master
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.rewards.model import RewardModel, load_reward_model
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.schema import resolved
@@ -148,7 +148,7 @@ def test_saved_adapters_score_as_they_did_in_training(
     # The critic begins as the reward model.
     assert torch.equal(sequence_scores(engine.critic.model, IDS, ONES), expected)
     if dtype == "float32":  # merged, weights in bf16 round otherwise
-        with loading.quiet_transformers():
+        with quiet_transformers():
             plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         elsewhere = peft.PeftModel.from_pretrained(plain, folder).merge_and_unload().eval()
         here = load_reward_model(folder, device=CPU, dtype=torch.float32).model
@@ -364,7 +364,7 @@ def test_reward_models_that_are_not_on_the_base_are_refused(
 
 def test_adapters_that_are_more_or_less_are_refused(base: str, tmp_path: Path) -> None:
     def saved(name: str, **settings: Any) -> str:
-        with loading.quiet_transformers():
+        with quiet_transformers():
             plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         options = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], **settings)
         peft.get_peft_model(plain, options).save_pretrained(tmp_path / name)

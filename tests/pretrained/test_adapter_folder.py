@@ -30,8 +30,8 @@ from ppo_engine.errors import UserError
 from ppo_engine.generate import generate
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.value_model import load_value_model
-from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.adapter_folder import tokenizer_source
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.pretrained.weights import read_language_model
 from ppo_engine.rewards.model import load_reward_model
 from ppo_engine.settings.schema import GenerateConfig, GenerationConfig, ScoringConfig
@@ -52,7 +52,7 @@ def adapt(base: str, folder: Path, kind: str = "LoraConfig", **settings: Any) ->
     rows = settings.pop("rows", None)
     classes = {"SEQ_CLS": AutoModelForSequenceClassification}
     more = {"num_labels": settings.pop("labels", 1)} if task == "SEQ_CLS" else {}
-    with loading.quiet_transformers():
+    with quiet_transformers():
         model = classes.get(task, AutoModelForCausalLM).from_pretrained(base, **more)
     if rows:
         model.resize_token_embeddings(rows)

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ppo_engine.errors import UserError
@@ -24,12 +24,27 @@ from ppo_engine.settings.problems import (
     section_of,
 )
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _fits(kind: str, least: float, most: float) -> AfterValidator:
+    """Numbers that `kind` holds, which nobody needs to read beside every setting."""
+
+    def check(value: Any) -> Any:
+        if not least <= value <= most:
+            raise ValueError(f"should fit into {kind} (up to {most:.2g})")
+        return value
+
+    return AfterValidator(check)
+
+
+FITS_FLOAT = _fits("a float32", -3.4e38, 3.4e38)  # which most of them become
+_FITS_INT = _fits("64 bits", -(2**63), 2**63 - 1)
+PositiveInt = Annotated[int, Field(gt=0), _FITS_INT]
+NonNegativeInt = Annotated[int, Field(ge=0), _FITS_INT]
+Seed = Annotated[int, _fits("64 bits", -(2**63), 2**64 - 1)]  # as torch takes it
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), FITS_FLOAT]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), FITS_FLOAT]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False), FITS_FLOAT]
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ppo_engine.settings.schema.base import NonNegativeFloat, PositiveInt, settings
+from ppo_engine.settings.schema.base import NonNegativeFloat, PositiveInt, Seed, settings
 from ppo_engine.settings.schema.data import (
     DemonstrationDataConfig,
     PreferenceDataConfig,
@@ -159,7 +159,7 @@ class GenerateConfig:
     """A file; empty writes to standard output."""
     resume: bool = False
     """Go on with the rows in output.partial, which a failure left there."""
-    seed: int = 0
+    seed: Seed = 0
     """Of what is drawn."""
     date: datetime.date | None = None
     """For chat templates that show the date (YYYY-MM-DD); null: today."""
@@ -183,7 +183,7 @@ class DemoConfig:
     """Every stage with a tiny random model, within a minute."""
     output_dir: str = ""
     """A new folder for the results; empty: runs/demo-TIME."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything that is drawn."""
 
 

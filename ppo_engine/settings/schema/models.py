@@ -66,6 +66,9 @@ class ModelConfig:
     path: str = ""
     """Hugging Face name or folder. An empty critic path: start from the reward model, or from the
     policy where rewards do not come from a model."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model, which may do anything on this machine: only where
+    you have read them."""
     trainable_layers: NonNegativeInt | None = None
     """Train the last N decoder layers; null trains all. With lora: those get adapters."""
     lora: LoraConfig | None = None

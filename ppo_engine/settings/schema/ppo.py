@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from pydantic import Field
 
 from ppo_engine.settings.schema.base import (
+    FITS_FLOAT,
     Derived,
     Fraction,
     NonNegativeFloat,
@@ -28,7 +29,7 @@ class GenerationConfig:
 
     max_new_tokens: PositiveInt = 128
     """Tokens of the longest response, or turn of the policy; longer ones are cut off."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-6, allow_inf_nan=False), FITS_FLOAT] = 1.0
     """Logits are divided by it."""
     top_k: NonNegativeInt = 0
     """Draw from this many most likely tokens; 0: from all."""
@@ -110,6 +111,12 @@ class PPOSettings:
     never negative. null: k1 in the reward, k3 in the loss."""
     adaptive_kl: AdaptiveKLConfig | None = None
     """Change kl_coef so that the KL stays near a target; null: kl_coef stays."""
+
+    stop_at_kl: PositiveFloat | None = None
+    """The run ends with an error where the KL to the reference, nats a response, is above; null:
+    never."""
+    stop_at_entropy: NonNegativeFloat | None = None
+    """The same where the policy's entropy, nats a token, is below."""
 
     objective: Literal["clip", "cispo"] = "clip"
     """PPO's clipped surrogate, or CISPO's clipped weights, with which every token has a

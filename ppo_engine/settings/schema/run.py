@@ -11,6 +11,7 @@ from ppo_engine.settings.schema.base import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Seed,
     settings,
 )
 
@@ -44,7 +45,7 @@ class RunConfig:
 
     output_dir: str = ""
     """A new folder for the results; empty: runs/COMMAND-TIME."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything that is drawn: samples, orders of data, new weights."""
     date: datetime.date | None = None
     """For chat templates that show the date (YYYY-MM-DD); null: the day on which the run began."""
@@ -58,6 +59,9 @@ class RunConfig:
     save_adapters: bool = False
     """Save adapters in place of models that they are merged into, in the format of `peft`: in
     fp32, or in save_dtype. Needs lora, and a base that is a folder or a name."""
+    on_bad_numbers: Literal["raise", "skip"] = "raise"
+    """Where a score, log-prob, value, advantage, loss or gradient is not finite: raise ends the
+    run; skip leaves out the update, in at most 3 steps in a row. Weights always end it."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir."""
     checkpoint_every: NonNegativeInt = 0
