@@ -153,10 +153,12 @@ class Rewards:
         return {name: self._score(name, rollout) for name in self.by_name}
 
     def total(self, each: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of `score_each`: [B] fp32; a UserError where that cannot hold it."""
+        """The weighted sum of `score_each`: [B] fp32; a UserError where that cannot hold it. Of
+        scores that are not finite it is none either."""
         parts = {name: self.weights[name] * scores for name, scores in each.items()}
         total = torch.stack([*parts.values()]).sum(0)
-        for index in (~total.isfinite()).nonzero().flatten().tolist()[:1]:
+        good = torch.stack([*each.values()]).isfinite().all(0)
+        for index in (good & ~total.isfinite()).nonzero().flatten().tolist()[:1]:
             terms = " + ".join(f"{float(part[index]):g} ({name})" for name, part in parts.items())
             raise UserError(
                 f"The rewards of response {index} (counted from 0) add up to no finite number: "

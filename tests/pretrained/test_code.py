@@ -18,8 +18,6 @@ SOURCE = Path(ppo_engine.__file__).parent
 # Which may, and why.
 ALLOWED = {
     ("rewards/ready/harness.py", "exec"),  # a program that is tested, in a process of its own
-    ("run/checkpoint.py", "pickle"),  # the error that torch.load raises
-    ("run/checkpoint.py", "torch.load"),  # of tensors alone
 }
 
 

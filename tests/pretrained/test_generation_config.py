@@ -44,6 +44,7 @@ def writes(*tokens: int, **generation_config: Any) -> LlamaForCausalLM:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+        embedding[PAD].normal_()  # it is 0 in a new model, which nothing can follow
         for last, following in pairwise((A, *tokens)):
             model.lm_head.weight[following] += 9 * embedding[last] / embedding[last].norm()
     return model

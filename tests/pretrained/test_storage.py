@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,19 +100,6 @@ def test_a_given_model_is_saved_in_the_dtype_it_had(tmp_path: Path, dtype: torch
     for _ in range(2):  # the engine turned it into fp32 the first time
         open_policy(model).save(tmp_path / "saved")
         assert saved_dtypes(tmp_path / "saved") == {dtype}
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
-def test_others_read_what_is_saved_as_the_umask_says(tmp_path: Path, umask: int) -> None:
-    policy = open_policy(tiny_model())
-    before = os.umask(umask)
-    try:
-        policy.save(tmp_path / "saved")
-    finally:
-        os.umask(before)
-    saved = (tmp_path / "saved").iterdir()
-    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in saved}
-    assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_merged_adapters_and_value_models_follow_the_policys_dtype(tmp_path: Path) -> None:

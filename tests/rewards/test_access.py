@@ -15,7 +15,8 @@ from ppo_engine.errors import UserError
 from ppo_engine.rewards import access, endpoint
 from ppo_engine.rewards.http import HTTPReward
 from ppo_engine.rewards.sources import configured_sources
-from ppo_engine.settings.files import dump_config, shown_settings, shown_url
+from ppo_engine.settings.describe import dump_config
+from ppo_engine.settings.files import shown_settings, shown_url
 from ppo_engine.settings.schema import (
     GenerateConfig,
     RewardConfig,

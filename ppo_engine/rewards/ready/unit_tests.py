@@ -45,11 +45,12 @@ def unit_tests(
 
 @functools.cache  # settings are checked more than once
 def _check_limits(timeout: float, memory: float) -> None:
-    """A UserError where not even an empty program stays within the limits."""
-    if not passes("", ["pass"], timeout=timeout, memory=int(memory * 2**20)):
+    """A UserError where not even a program that does next to nothing stays within the limits."""
+    # An empty one may live on what the interpreter has left; any other asks for more.
+    if not passes("", ["bytearray(1 << 20)"], timeout=timeout, memory=int(memory * 2**20)):
         raise UserError(
-            f"unit_tests: not even an empty program ends within timeout={timeout:g} seconds and "
-            f"memory={memory:g} MiB, so that all would score 0: raise reward.arguments.timeout or "
+            f"unit_tests: no program ends within timeout={timeout:g} seconds and "
+            f"memory={memory:g} MiB, not even one that needs 1 MiB, so that all would score 0: raise reward.arguments.timeout or "
             "reward.arguments.memory (10 and 1024 where they are not set)."
         )
 

@@ -154,7 +154,7 @@ def test_mistakes_in_tests_and_limits(tests, arguments, message):
     [({"memory": 1}, "memory=1 MiB"), ({"timeout": 1e-3}, "timeout=0.001 seconds")],
 )
 def test_limits_that_no_program_keeps_are_told_before_there_is_one(limits, told):
-    with pytest.raises(UserError, match=f"not even an empty program ends within .*{told}"):
+    with pytest.raises(UserError, match=f"no program ends within .*{told}"):
         unit_tests([], [], **limits)
 
 
