@@ -26,7 +26,7 @@ from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import entry_point
-from ppo_engine.memory import release_freed_memory
+from ppo_engine.memory import peak_memory, release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
 from ppo_engine.models.optimizer import Learner
@@ -205,6 +205,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 if last and self.held_out:
                     with progress.phase("evaluate"):
                         metrics |= self.evaluate(progress)
+                metrics["memory/peak"] = peak_memory(self.device)
                 metrics |= progress.times
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)

@@ -1,0 +1,299 @@
+"""What a run will take, phase by phase, from its settings and the models' configurations: before
+any weight is loaded.
+
+A phase is told as it is once optimizers have their moments, from the second step on. On a CPU the
+process keeps what it has freed, as a command does (`memory.keep_freed_memory`), so that loading,
+after which it is given back, leaves fp32 copies behind until its end. Every response is taken to be
+as long as it may be.
+
+Not counted: held-out prompts beyond a step's, a reward function, what families that are sampled by
+`generate` keep, and whether a reward model's frozen layers are the policy's, which only weights
+tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ppo_engine.models.footprint import Footprint, Texts
+from ppo_engine.models.reader import enough
+from ppo_engine.pretrained import loading
+from ppo_engine.pretrained.architecture import find_base
+from ppo_engine.pretrained.storage import named_dtype
+from ppo_engine.rewards.sources import configured_sources
+from ppo_engine.rollout.decoder import STAYING, STEPS, heads_of
+from ppo_engine.rollout.sampling import ALIGNED, SHARE_OF_FREE
+from ppo_engine.rollout.schedule import row_bucket
+from ppo_engine.rollout.slots import bytes_per_token
+from ppo_engine.settings.schema import ModelConfig, PPOConfig, RewardModelConfig, SFTConfig
+from ppo_kernels import can_pack
+
+LIBRARIES = "Python and its libraries"
+
+
+class Place(NamedTuple):
+    """Where a run is to be, before it has loaded anything; in bytes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    free: float  # what could be allocated
+    used: float = 0.0  # by this process
+
+    @property
+    def room(self) -> float:
+        return self.free + self.used
+
+
+class Lengths(NamedTuple):
+    """Of the data's texts, in tokens: prompts of `ppo`, else whole texts."""
+
+    mean: float
+    longest: int
+    trained: float = 1.0  # share of the tokens that have a loss
+    each: int = 1  # texts of an example
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase, and what is there within it: bytes by what they are."""
+
+    name: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The phases of a run in their order."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def __getitem__(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+class _Role(NamedTuple):
+    """A model of the run: what it holds, and what is there beside it while it is loaded."""
+
+    name: str
+    of: Footprint
+    held: float
+    beside: float
+    saved: float = 0.0  # a copy that is made to save it, on the CPU
+
+
+def forecast(config: Any, lengths: Lengths, place: Place) -> Forecast:
+    """Of `ppo` and its relatives, `sft` or `reward`. Raises what a model's family raises that
+    cannot be made without weights."""
+    if isinstance(config, PPOConfig):
+        return _of_ppo(config, lengths, place)
+    return _of_supervised(config, lengths, place)
+
+
+def _of_supervised(
+    config: SFTConfig | RewardModelConfig, lengths: Lengths, place: Place
+) -> Forecast:
+    scores = isinstance(config, RewardModelConfig)
+    settings = config.reward if isinstance(config, RewardModelConfig) else config.sft
+    role = _trained("model", config.model, place, scores=scores, save=config.run.save_dtype)
+    tokens = settings.batch_size * lengths.each * lengths.mean
+    limit = _limit(settings, role.of, place)
+    longest = lengths.each * lengths.longest
+    texts = _texts(tokens, limit, longest, lengths.mean, lengths.trained)
+    held = _held([role], place) | {"moments": role.of.moments}
+    return Forecast(
+        (
+            _loading([role], place),
+            Phase("update", held | _pass(role, texts, place)),
+            Phase("save", held | {"copies to be saved": role.saved}),
+        )
+    )
+
+
+def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
+    settings, save = config.ppo, config.run.save_dtype
+    policy = _trained("policy", config.policy, place, save=save)
+    frozen = _frozen(config, policy, place)
+    trained, roles = [policy], [policy, *frozen]
+    if settings.has_critic:
+        trained.append(_critic(config, policy, frozen, place))
+        roles.append(trained[-1])
+
+    new = config.generation.max_new_tokens
+    new *= config.environment.max_turns if config.environment.function else 1
+    limit, responses = _limit(settings, policy.of, place), settings.rollout_batch_size
+    length, longest = lengths.mean + new, lengths.longest + new
+    wanted = new / length
+    whole = _texts(responses * length, limit, longest, length, wanted)
+    mini = min(settings.mini_batch_size, responses)
+    part = _texts(mini * length, limit, longest, length, wanted)
+
+    held = _held(roles, place) | {"moments": sum(role.of.moments for role in trained)}
+    slots = _slots(config, responses, longest, place, sum(held.values()))
+    staying = place.device.type == "cuda" and slots <= STAYING
+    in_slots = {"keys and values": slots}
+    kept = {"kept states": _kept_states(config, trained, responses * length)}
+    after = held | kept | (in_slots if staying else {})
+    passing = {"a pass": max(role.of.working(whole, place.device) for role in roles)}
+    both = 2 if frozen and frozen[0].name == "reference" else 1
+    of_head = policy.of.losses(whole, place.device, gradients=False)
+    states = both * whole.wanted * policy.of.config.hidden_size * place.dtype.itemsize
+    updates = [_pass(role, part, place) for role in trained]
+    phases = (
+        _loading(roles, place),
+        Phase("generate", held | in_slots | _sampling(policy.of, responses, place)),
+        Phase("score", after | passing),
+        Phase("advantages", after | passing | {"log-probs": of_head + states}),
+        Phase("update", after | max(updates, key=lambda parts: sum(parts.values()))),
+        Phase("save", after | {"copies to be saved": sum(role.saved for role in trained)}),
+    )
+    return Forecast(phases)
+
+
+def _trained(
+    name: str,
+    settings: ModelConfig,
+    place: Place,
+    *,
+    path: str = "",
+    scores: bool = False,
+    save: str = "auto",
+) -> _Role:
+    """A model that is trained, from the settings' path or another one."""
+    config = loading.load_model_config(loading.resolve(path or settings.path))
+    of = Footprint.of(config, place.dtype, settings, scores=scores)
+    # As it comes in fp32; in fp32 it stays.
+    beside = 0.0 if place.dtype == torch.float32 or settings.quantization else of.loaded
+    stored = named_dtype(config) or torch.float32
+    dtype = {"auto": stored}.get(save) or getattr(torch, save)
+    saved = 0.0
+    if place.device.type == "cpu":
+        saved += of.fp32 if settings.lora is not None else 0.0  # merged
+        if settings.lora is not None or dtype != place.dtype:
+            saved += of.fp32 / 4 * dtype.itemsize
+    return _Role(name, of, of.weights, beside, saved)
+
+
+def _frozen(config: PPOConfig, policy: _Role, place: Place) -> list[_Role]:
+    """The reference, where it is no policy without adapters, and reward models."""
+    found = []
+    if config.policy.lora is None:  # what is never trained is the policy's
+        of = policy.of
+        found.append(_Role("reference", of, of.gradients, of.frozen))
+    for source in configured_sources(config.reward):
+        if source.path:
+            base = loading.load_model_config(loading.resolve(source.path))
+            of = Footprint.of(base, place.dtype, None, scores=True)
+            beside = 0.0 if place.dtype == torch.float32 else of.loaded
+            found.append(_Role("reward model", of, of.weights, beside))
+    return found
+
+
+def _critic(config: PPOConfig, policy: _Role, frozen: list[_Role], place: Place) -> _Role:
+    """The critic: what it never trains is the policy's or the reward model's, whose weights it
+    starts from."""
+    sources = [source.path for source in configured_sources(config.reward) if source.path]
+    path = config.critic.path or next(iter(sources), "") or config.policy.path
+    role = _trained(
+        "critic", config.critic, place, path=path, scores=True, save=config.run.save_dtype
+    )
+    held, beside = role.held, role.beside
+    if not config.critic.path:
+        if sources:  # copied in the compute dtype, then widened
+            held -= role.of.frozen
+            beside += 0.0 if place.dtype == torch.float32 else role.of.loaded / 2
+        else:
+            held -= min(role.of.frozen, policy.of.frozen)
+            beside += 0.0 if place.dtype == torch.float32 else role.of.loaded
+            beside += role.of.loaded if config.policy.lora is not None else 0.0  # merged
+    elif path == config.policy.path:
+        held -= min(role.of.frozen, policy.of.frozen)
+    return role._replace(held=held, beside=beside)
+
+
+def _held(roles: list[_Role], place: Place) -> dict[str, float]:
+    """What is there from the first step to the last."""
+    libraries = {LIBRARIES: place.used} if place.device.type == "cpu" else {}
+    found: dict[str, float] = {}
+    for role in roles:
+        found[role.name] = found.get(role.name, 0.0) + role.held
+    return libraries | {name: held for name, held in found.items() if held}
+
+
+def _loading(roles: list[_Role], place: Place) -> Phase:
+    """A GPU takes again what was freed; on a CPU pieces in between are smaller than what comes."""
+    beside = [role.beside for role in roles]
+    most = sum(beside) if place.device.type == "cpu" else max(beside)
+    return Phase("load", _held(roles, place) | {"copies in float32": most})
+
+
+def _limit(settings: Any, of: Footprint, place: Place) -> tuple[int, float]:
+    """Tokens and rows of a pass; the first is chosen when its model is there."""
+    tokens = settings.micro_batch_tokens
+    if tokens == "auto":
+        free = place.free - max(of.weights, of.loaded)
+        tokens = enough(of.config, of.dtype, place.device, free)
+    return tokens, settings.micro_batch_size or math.inf
+
+
+def _texts(
+    tokens: float, limit: tuple[int, float], longest: int, length: float, wanted: float
+) -> Texts:
+    """The largest of the passes over so many tokens, which are about even (`reader.plan`)."""
+    most = min(max(limit[0], longest), limit[1] * length)
+    of_pass = tokens / max(1, math.ceil(tokens / most))
+    return Texts(math.ceil(max(of_pass, longest)), math.ceil(length), math.ceil(of_pass * wanted))
+
+
+def _pass(role: _Role, texts: Texts, place: Place) -> dict[str, float]:
+    """Of a pass that makes gradients."""
+    of = role.of
+    return {
+        f"gradients of the {role.name}": of.gradients,
+        "a pass": of.kept(texts, place.device),
+        "logits": of.losses(texts, place.device, gradients=True) if of.has_output else 0.0,
+    }
+
+
+def _sampling(of: Footprint, rows: int, place: Place) -> dict[str, float]:
+    """Beside the slots: logits, and on a CPU the packed weights (`rollout.products`)."""
+    logits = 2 * rows * of.config.vocab_size * place.dtype.itemsize
+    packed = place.device.type == "cpu" and can_pack(place.dtype)
+    return {"logits": logits} | ({"packed weights": of.matrices} if packed else {})
+
+
+def _slots(config: PPOConfig, rows: int, longest: int, place: Place, held: float) -> float:
+    """Keys and values of as many rows as there is room for."""
+    base = loading.load_model_config(loading.resolve(config.policy.path))
+    with torch.device("meta"), loading.quiet_transformers():
+        model = AutoModelForCausalLM.from_config(base)
+    find_base(model)
+    each = -(-longest // ALIGNED) * ALIGNED
+    each *= bytes_per_token(heads_of(model, torch.device("meta")), place.dtype)
+    budget = config.generation.kv_cache_gib
+    room = SHARE_OF_FREE * (place.room - held) if budget is None else budget * 2**30
+    return float(each * row_bucket(rows, max(1, int(room / each)), STEPS[place.device.type]))
+
+
+def _kept_states(config: PPOConfig, trained: list[_Role], tokens: float) -> float:
+    """Of the layers that are never trained, for each model that has its own (`ppo.trunks`)."""
+    found = 0.0
+    for role, settings in zip(trained, (config.policy, config.critic), strict=False):
+        layers = role.of.config.num_hidden_layers
+        if settings.lora is None and role.of.trained_layers < layers:
+            apart = role.name == "policy" or role.held == role.of.weights
+            found += apart * tokens * role.of.config.hidden_size * role.of.dtype.itemsize
+    return found
