@@ -93,3 +93,14 @@ def free_memory(device: torch.device) -> float:
     import psutil
 
     return float(psutil.virtual_memory().available)
+
+
+def used_memory(device: torch.device) -> float:
+    """Bytes that this process has: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)

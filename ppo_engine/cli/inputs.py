@@ -49,32 +49,37 @@ def check_given(config: Any) -> None:
         raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
 
 
-def check_inputs(config: Any) -> None:
+def check_inputs(config: Any) -> str:
     """The same, and a UserError for a model, data or a reward that is not there or does not fit:
-    all that can be seen without loading weights or sampling. Nothing is written."""
+    all that can be seen without loading weights or sampling. Nothing is written. Returns what a
+    training run takes of the memory, in words."""
     check_given(config)
     if isinstance(config, PPOConfig):
         quiet_libraries()
-        _check_ppo(config)
-    elif isinstance(config, GenerateConfig):
+        return _check_ppo(config)
+    if isinstance(config, GenerateConfig):
         quiet_libraries()
         _check_generate(config)
     elif isinstance(config, SFTConfig | RewardModelConfig):
         quiet_libraries()
-        _check_supervised(config)
+        return _check_supervised(config)
+    return ""
 
 
-def _check_ppo(config: PPOConfig) -> None:
+def _check_ppo(config: PPOConfig) -> str:
     from ppo_engine.data.forms import reading
     from ppo_engine.data.prompts import column_names, load_prompts
     from ppo_engine.pretrained import loading
     from ppo_engine.rollout.environment import load_environment
+    from ppo_engine.text.renderer import Renderer
+    from ppo_engine.training import fit
 
     _check_run(config)
     tokenizer = loading.tokenizer_at(config.policy.path)
     if config.critic.path:
         loading.load_model_config(loading.resolve(config.critic.path))
     environment = load_environment(config.environment)
+    prompts: list[PromptExample] = []
     for path in filter(None, (config.data.path, config.evaluation.path)):
         examples, _ = load_prompts(
             path,
@@ -85,6 +90,10 @@ def _check_ppo(config: PPOConfig) -> None:
         if environment is not None:
             environment.check_columns(column_names(examples))
         _check_rewards(config.reward, examples, several_turns=environment is not None)
+        prompts = prompts or examples  # not those held out
+    renderer = Renderer(tokenizer, arguments=config.data.chat_template_kwargs, date=config.run.date)
+    lengths = fit.prompt_lengths(prompts, renderer, config.data.max_prompt_tokens)
+    return "" if lengths is None else fit.report(config, lengths, fit.place_of(config))
 
 
 def _check_generate(config: GenerateConfig) -> None:
@@ -109,25 +118,37 @@ def _check_generate(config: GenerateConfig) -> None:
     _check_rewards(config.reward, examples)
 
 
-def _check_supervised(config: SFTConfig | RewardModelConfig) -> None:
-    from ppo_engine.data.demonstrations import load_demonstrations
+def _check_supervised(config: SFTConfig | RewardModelConfig) -> str:
+    from ppo_engine.data.demonstrations import encode_demonstrations, load_demonstrations
+    from ppo_engine.data.encoded_rankings import encode_rankings
     from ppo_engine.data.forms import reading
     from ppo_engine.data.preferences import load_preferences
     from ppo_engine.demo.model import model_path
     from ppo_engine.pretrained import loading
+    from ppo_engine.text.renderer import Renderer
+    from ppo_engine.training import fit
 
     # As the command fills it in.
     config = replace(config, model=replace(config.model, path=config.model.path or model_path()))
     _check_run(config)
     tokenizer = loading.tokenizer_at(config.model.path)
-    load: Any = load_demonstrations if isinstance(config, SFTConfig) else load_preferences
-    for path in filter(None, (config.data.path, config.data.eval_path)):
+    is_sft = isinstance(config, SFTConfig)
+    load: Any = load_demonstrations if is_sft else load_preferences
+    encode: Any = encode_demonstrations if is_sft else encode_rankings
+    training, *_ = [
         load(
             path,
             tokenizer=tokenizer,
             on_bad_line=config.data.on_bad_line,
             **reading(config.data),
-        )
+        )[0]
+        for path in filter(None, (config.data.path, config.data.eval_path))
+    ]
+    renderer = Renderer(tokenizer, arguments=config.data.chat_template_kwargs, date=config.run.date)
+    some, most = fit.sample(training), config.data.max_tokens
+    encoded, *_ = encode(renderer, some, most, name="training", on_bad_line="skip")
+    lengths = fit.text_lengths(encoded)
+    return "" if lengths is None else fit.report(config, lengths, fit.place_of(config))
 
 
 def _check_run(config: PPOConfig | SFTConfig | RewardModelConfig) -> None:

@@ -53,7 +53,8 @@ def load(
     check: Callable[[Any], None] | None = None,
 ) -> Any:
     """The command's settings, after `check` and with what it needs given; None where they were only
-    shown, by --help-settings or by a dry run, which has checked its inputs too.
+    shown, by --help-settings or by a dry run, which has checked its inputs too and tells on stderr
+    what memory they take.
 
     A run that is resumed without a settings file goes on with those in its folder.
     """
@@ -76,8 +77,11 @@ def load(
         from ppo_engine.settings.describe import commented
 
         with redirect_stdout(sys.stderr):  # a reward's file may print as it is imported
-            check_inputs(config)
+            told = check_inputs(config)
         print(commented(config), end="")
+        if told:
+            sys.stdout.flush()  # in a terminal the settings come first
+            print(told, file=sys.stderr)
         return None
     check_given(config)
     return config

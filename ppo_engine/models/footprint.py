@@ -168,9 +168,9 @@ class Footprint:
 def _made(config: Any, settings: ModelConfig | None, scores: bool) -> tuple[Any, set[int]]:
     """A model without weights, wrapped and frozen as `settings` say, and the ids of the parameters
     that are trained."""
+    config = copy.deepcopy(config)  # which making a model changes
     with torch.device("meta"), loading.quiet_transformers():
         if scores:
-            config = copy.deepcopy(config)
             config.num_labels = 1
             model: Any = value_model_class(config)._from_config(config, dtype=torch.float32)
         else:

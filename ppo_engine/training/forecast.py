@@ -109,6 +109,10 @@ def _of_supervised(
     scores = isinstance(config, RewardModelConfig)
     settings = config.reward if isinstance(config, RewardModelConfig) else config.sft
     role = _trained("model", config.model, place, scores=scores, save=config.run.save_dtype)
+    most = config.data.max_tokens
+    lengths = lengths._replace(
+        mean=min(lengths.mean, most), longest=min(lengths.longest, most)
+    )
     tokens = settings.batch_size * lengths.each * lengths.mean
     limit = _limit(settings, role.of, place)
     longest = lengths.each * lengths.longest

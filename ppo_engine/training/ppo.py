@@ -46,7 +46,7 @@ from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig
-from ppo_engine.training import anatomy
+from ppo_engine.training import anatomy, fit
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
@@ -98,6 +98,7 @@ class PPOTrainer:
             held_out, of_held_out = self._read(config.evaluation.path, tokenizer)
             left_out += of_held_out
         self.notes += text_note([*examples, *held_out], tokenizer, "prompts")
+        place = fit.place_of(config)  # before anything is loaded
         self.engine = PPOEngine(
             policy, reward, config=config, tokenizer=tokenizer, environment=environment
         )
@@ -121,6 +122,8 @@ class PPOTrainer:
                 several_turns=self.engine.environment is not None,
             )
         self.notes += batch_notes(config.ppo, len(self.examples))
+        lengths = fit.prompt_lengths(self.examples, self.engine.policy.renderer, None)
+        self.notes += fit.note(config, lengths, place)
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)

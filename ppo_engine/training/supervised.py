@@ -44,6 +44,7 @@ from ppo_engine.settings.schema import (
     SFTConfig,
     SFTSettings,
 )
+from ppo_engine.training import fit
 from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.signs import Watch, supervised_signs
@@ -87,8 +88,10 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)
         self.notes += text_note([*training, *held_out], self.tokenizer, self.unit)
+        place = fit.place_of(config)  # before anything is loaded
         self.model = self._load_model(model)
         self.training = self._encode(training, "training")
+        self.notes += fit.note(config, fit.text_lengths(cast(Any, self.training)), place)
         self.held_out = self._encode(held_out, "held-out")
         self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
         self.total_steps = self.steps_per_epoch * self.settings.epochs
