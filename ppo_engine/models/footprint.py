@@ -30,6 +30,7 @@ from ppo_kernels.head import chunk_tokens
 # Bytes of a quantized weight, with its block's scale: of 8 bits (a row), of 4 (64 weights, and the
 # scales in 8 bits; Dettmers et al. 2023, arXiv:2305.14314, section 3).
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
+_ROUNDING = 12  # bytes a weight, of `ppo_kernels.split_master`
 # What a layer at work has at once, beside what it keeps, as a share of that (measured: 1.2 to 1.5).
 _WORKING = 1.5
 
@@ -51,12 +52,12 @@ def numbers_kept(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a pass reads: so many `tokens` in texts of about `length` tokens each, and of how many
-    of them log-probs are wanted."""
+    """What a pass reads, the largest of some."""
 
     tokens: int
-    length: int
-    wanted: int
+    length: int  # of a text, about
+    wanted: int  # tokens of which log-probs are
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Footprint:
     dtype: torch.dtype
     loaded: float  # as it comes, in fp32 or quantized
     fp32: float  # its masters, adapters merged
+    rounding: float  # what stands beside its largest weight while that is rounded
     weights: float  # those that are trained with what is missing to their fp32 masters
     frozen: float  # of these, those that are not trained
     gradients: float
@@ -93,6 +95,7 @@ class Footprint:
         linear = {id(x.weight): x.weight for x in inner.modules() if isinstance(x, nn.Linear)}
         head = None if scores else inner.get_output_embeddings()
         ends = {id(inner.get_input_embeddings().weight)} | ({id(head.weight)} if head else set())
+        largest = max(x.numel() for x in inner.parameters())
         loaded = fp32 = frozen = masters = gradients = moments = adapters = 0.0
         for name, parameter in inner.named_parameters():
             count, size = parameter.numel(), wanted(name).itemsize
@@ -112,13 +115,14 @@ class Footprint:
                 adapters += len(parameter)
         layers = config.get_text_config().num_hidden_layers
         through = 0 if not trained else layers
-        if settings is not None and settings.lora is None and settings.trainable_layers is not None:
+        if settings is not None and settings.trainable_layers is not None:
             through = settings.trainable_layers
         return cls(
             config=config.get_text_config(),
             dtype=dtype,
             loaded=loaded,
             fp32=fp32,
+            rounding=0.0 if dtype == torch.float32 else _ROUNDING * largest,
             weights=frozen + masters,
             frozen=frozen,
             gradients=gradients,
@@ -138,7 +142,7 @@ class Footprint:
         layers, width = self.trained_layers, self.config.hidden_size * self.dtype.itemsize
         if self.checkpointed:
             return layers * width * texts.tokens + (1 + _WORKING) * layer
-        return layers * layer + (_WORKING - 1) * layer
+        return (layers + _WORKING) * layer
 
     def working(self, texts: Texts, device: torch.device) -> float:
         """What a pass without gradients has at once."""

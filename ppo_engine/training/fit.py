@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -36,6 +38,9 @@ class Change(NamedTuple):
 
 def place_of(config: Any) -> Place:
     """Where a run with this `config` is to be, as it is now."""
+    if any(getattr(x, "lora", None) for x in vars(config).values()):
+        with contextlib.suppress(ImportError):  # told elsewhere
+            importlib.import_module("peft")  # its 70 MB are there in any case
     device = precision.choose_device(config.run.device)
     dtype = precision.choose_dtype(config.run.dtype, device)
     return Place(device, dtype, free_memory(device), used_memory(device))

@@ -14,8 +14,8 @@ tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,12 @@ from ppo_engine.rollout.slots import bytes_per_token
 from ppo_engine.settings.schema import ModelConfig, PPOConfig, RewardModelConfig, SFTConfig
 from ppo_kernels import can_pack
 
+# What one pass, and several of a mini-batch, take of a CPU's memory beside what the largest has, as
+# malloc's room is in pieces: between those of one stand the gradients of another. Measured
+# (docs/choosing.md).
+_IN_PIECES, _IN_PIECES_OF_SEVERAL = 0.2, 0.75
+
+_OFFLOADED = {"reference": "reference", "reward": "reward model"}  # as `run.offload` calls them
 LIBRARIES = "Python and its libraries"
 
 
@@ -145,22 +151,29 @@ def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
     mini = min(settings.mini_batch_size, responses)
     part = _texts(mini * length, limit, longest, length, wanted)
 
-    held = _held(roles, place) | {"moments": sum(role.of.moments for role in trained)}
+    away = {_OFFLOADED[name] for name in getattr(config.run, "offload", ())}
+    moments = {"moments": sum(role.of.moments for role in trained)}
+    held = _held([role for role in roles if role.name not in away], place) | moments
+    back = {role.name: role.held for role in roles if role.name in away}
     slots = _slots(config, responses, longest, place, sum(held.values()))
     staying = place.device.type == "cuda" and slots <= STAYING
     in_slots = {"keys and values": slots}
-    kept = {"kept states": _kept_states(config, trained, responses * length)}
+    kept = {"kept states": _kept_states(trained, responses * length)}
     after = held | kept | (in_slots if staying else {})
+    load = _loading(roles, place, away)
+    generate = Phase("generate", held | in_slots | _sampling(policy.of, responses, place))
+    after["freed by generate"] = _left_behind(load, generate, held, place)
     passing = {"a pass": max(role.of.working(whole, place.device) for role in roles)}
     both = 2 if frozen and frozen[0].name == "reference" else 1
     of_head = policy.of.losses(whole, place.device, gradients=False)
     states = both * whole.wanted * policy.of.config.hidden_size * place.dtype.itemsize
+    heads = {"log-probs": of_head + states}
     updates = [_pass(role, part, place) for role in trained]
     phases = (
-        _loading(roles, place),
-        Phase("generate", held | in_slots | _sampling(policy.of, responses, place)),
-        Phase("score", after | passing),
-        Phase("advantages", after | passing | {"log-probs": of_head + states}),
+        load,
+        generate,
+        Phase("score", after | _of(back, "reward model") | passing),
+        Phase("advantages", after | _of(back, "reference") | passing | heads),
         Phase("update", after | max(updates, key=lambda parts: sum(parts.values()))),
         Phase("save", after | {"copies to be saved": sum(role.saved for role in trained)}),
     )
@@ -193,12 +206,14 @@ def _trained(
 
 def _frozen(config: PPOConfig, policy: _Role, place: Place) -> list[_Role]:
     """The reference, where it is no policy without adapters, and reward models."""
-    found = []
+    found, shared = [], getattr(config, "share_base", False)
     if config.policy.lora is None:  # what is never trained is the policy's
         of = policy.of
         found.append(_Role("reference", of, of.gradients, of.frozen))
     for source in configured_sources(config.reward):
-        if source.path:
+        if source.path and shared:  # adapters about as large as the policy's, and a head
+            found.append(_Role("reward model", policy.of, policy.of.gradients, 0.0))
+        elif source.path:
             base = loading.load_model_config(loading.resolve(source.path))
             of = Footprint.of(base, place.dtype, None, scores=True)
             beside = 0.0 if place.dtype == torch.float32 else of.loaded
@@ -209,6 +224,9 @@ def _frozen(config: PPOConfig, policy: _Role, place: Place) -> list[_Role]:
 def _critic(config: PPOConfig, policy: _Role, frozen: list[_Role], place: Place) -> _Role:
     """The critic: what it never trains is the policy's or the reward model's, whose weights it
     starts from."""
+    if getattr(config, "share_base", False):
+        role = _trained("critic", _adapted(config), place, path=config.policy.path, scores=True)
+        return role._replace(held=role.of.weights - role.of.frozen, beside=0.0)
     sources = [source.path for source in configured_sources(config.reward) if source.path]
     path = config.critic.path or next(iter(sources), "") or config.policy.path
     role = _trained(
@@ -221,11 +239,15 @@ def _critic(config: PPOConfig, policy: _Role, frozen: list[_Role], place: Place)
             beside += 0.0 if place.dtype == torch.float32 else role.of.loaded / 2
         else:
             held -= min(role.of.frozen, policy.of.frozen)
-            beside += 0.0 if place.dtype == torch.float32 else role.of.loaded
             beside += role.of.loaded if config.policy.lora is not None else 0.0  # merged
     elif path == config.policy.path:
         held -= min(role.of.frozen, policy.of.frozen)
     return role._replace(held=held, beside=beside)
+
+
+def _adapted(config: PPOConfig) -> ModelConfig:
+    """The critic's settings where it shares the policy's base."""
+    return replace(config.critic, lora=config.critic.lora or config.policy.lora)
 
 
 def _held(roles: list[_Role], place: Place) -> dict[str, float]:
@@ -237,11 +259,27 @@ def _held(roles: list[_Role], place: Place) -> dict[str, float]:
     return libraries | {name: held for name, held in found.items() if held}
 
 
-def _loading(roles: list[_Role], place: Place) -> Phase:
-    """A GPU takes again what was freed; on a CPU pieces in between are smaller than what comes."""
-    beside = [role.beside for role in roles]
+def _of(parts: Mapping[str, float], name: str) -> dict[str, float]:
+    return {name: parts[name]} if name in parts else {}
+
+
+def _loading(roles: list[_Role], place: Place, away: Collection[str] = ()) -> Phase:
+    """A GPU takes again what was freed; on a CPU pieces in between are smaller than what comes.
+    Those that are `away` leave it as soon as they are loaded."""
+    beside = [role.beside + (role.held if role.name in away else 0.0) for role in roles]
+    roles = [role for role in roles if role.name not in away]
     most = sum(beside) if place.device.type == "cpu" else max(beside)
-    return Phase("load", _held(roles, place) | {"copies in float32": most})
+    rounding = max(role.of.rounding for role in roles)
+    return Phase("load", _held(roles, place) | {"copies in float32": most + rounding})
+
+
+def _left_behind(load: Phase, generate: Phase, held: Mapping[str, float], place: Place) -> float:
+    """On a CPU: pages of what `generate` has freed. What comes after it takes as readily the room
+    of what was freed and given back after loading, as far as there is some."""
+    if place.device.type != "cpu":
+        return 0.0
+    before = sum(held.values())
+    return min(generate.total - before, max(0.0, load.total - before))
 
 
 def _limit(settings: Any, of: Footprint, place: Place) -> tuple[int, float]:
@@ -258,16 +296,20 @@ def _texts(
 ) -> Texts:
     """The largest of the passes over so many tokens, which are about even (`reader.plan`)."""
     most = min(max(limit[0], longest), limit[1] * length)
-    of_pass = tokens / max(1, math.ceil(tokens / most))
-    return Texts(math.ceil(max(of_pass, longest)), math.ceil(length), math.ceil(of_pass * wanted))
+    passes = max(1, math.ceil(tokens / most))
+    of_pass = max(tokens / passes, longest)
+    return Texts(math.ceil(of_pass), math.ceil(length), math.ceil(of_pass * wanted), passes)
 
 
 def _pass(role: _Role, texts: Texts, place: Place) -> dict[str, float]:
     """Of a pass that makes gradients."""
     of = role.of
+    kept = of.kept(texts, place.device)
+    in_pieces = _IN_PIECES_OF_SEVERAL if texts.passes > 1 else _IN_PIECES
     return {
         f"gradients of the {role.name}": of.gradients,
-        "a pass": of.kept(texts, place.device),
+        "a pass": kept,
+        "room in pieces": in_pieces * kept if place.device.type == "cpu" else 0.0,
         "logits": of.losses(texts, place.device, gradients=True) if of.has_output else 0.0,
     }
 
@@ -292,12 +334,11 @@ def _slots(config: PPOConfig, rows: int, longest: int, place: Place, held: float
     return float(each * row_bucket(rows, max(1, int(room / each)), STEPS[place.device.type]))
 
 
-def _kept_states(config: PPOConfig, trained: list[_Role], tokens: float) -> float:
+def _kept_states(trained: list[_Role], tokens: float) -> float:
     """Of the layers that are never trained, for each model that has its own (`ppo.trunks`)."""
     found = 0.0
-    for role, settings in zip(trained, (config.policy, config.critic), strict=False):
-        layers = role.of.config.num_hidden_layers
-        if settings.lora is None and role.of.trained_layers < layers:
+    for role in trained:
+        if role.of.trained_layers < role.of.config.num_hidden_layers:
             apart = role.name == "policy" or role.held == role.of.weights
             found += apart * tokens * role.of.config.hidden_size * role.of.dtype.itemsize
     return found
