@@ -50,6 +50,10 @@ def numbers_kept(config: Any) -> int:
     return 2 * int(config.hidden_size + (heads + groups) * size + inner)
 
 
+# Those that were counted: which settings help takes some dozens.
+_known: dict[tuple[Any, ...], Footprint] = {}
+
+
 @dataclass(frozen=True)
 class Texts:
     """What a pass reads, the largest of some."""
@@ -87,6 +91,15 @@ class Footprint:
         """Of a language model, or one that `scores`, of this Hugging Face `config`, trained by the
         `settings`; frozen where they are None. Raises what a family raises that cannot be made
         without weights."""
+        key = config.to_json_string(use_diff=False), dtype, repr(settings), scores
+        if key not in _known:
+            _known[key] = cls._counted(config, dtype, settings, scores=scores)
+        return _known[key]
+
+    @classmethod
+    def _counted(
+        cls, config: Any, dtype: torch.dtype, settings: ModelConfig | None, *, scores: bool
+    ) -> Footprint:
         model, trained = _made(config, settings, scores)
         inner, wanted = unwrap(model), compute_dtypes(unwrap(model), dtype)
         small = 1.0

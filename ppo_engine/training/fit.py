@@ -19,7 +19,8 @@ from ppo_engine.pretrained import loading
 from ppo_engine.settings.schema import LoraConfig, PPOConfig, RewardModelConfig
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
-from ppo_engine.training.forecast import Forecast, Lengths, Place, forecast
+from ppo_engine.training.forecast import Forecast, Lengths, forecast
+from ppo_engine.training.forecast_roles import Place
 
 SAMPLED = 256  # texts that tell the lengths of all
 _GIB = 2**30

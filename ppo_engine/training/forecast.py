@@ -13,9 +13,10 @@ tell.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +26,19 @@ from ppo_engine.models.footprint import Footprint, Texts
 from ppo_engine.models.reader import enough
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.architecture import find_base
-from ppo_engine.pretrained.storage import named_dtype
-from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.rollout.decoder import STAYING, STEPS, heads_of
 from ppo_engine.rollout.sampling import ALIGNED, SHARE_OF_FREE
 from ppo_engine.rollout.schedule import row_bucket
-from ppo_engine.rollout.slots import bytes_per_token
-from ppo_engine.settings.schema import ModelConfig, PPOConfig, RewardModelConfig, SFTConfig
+from ppo_engine.rollout.slots import Heads, bytes_per_token
+from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
+from ppo_engine.training.forecast_roles import (
+    Place,
+    Role,
+    critic_role,
+    frozen_roles,
+    held_by,
+    trained_role,
+)
 from ppo_kernels import can_pack
 
 # What one pass, and several of a mini-batch, take of a CPU's memory beside what the largest has, as
@@ -40,20 +47,8 @@ from ppo_kernels import can_pack
 _IN_PIECES, _IN_PIECES_OF_SEVERAL = 0.2, 0.75
 
 _OFFLOADED = {"reference": "reference", "reward": "reward model"}  # as `run.offload` calls them
-LIBRARIES = "Python and its libraries"
 
-
-class Place(NamedTuple):
-    """Where a run is to be, before it has loaded anything; in bytes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    free: float  # what could be allocated
-    used: float = 0.0  # by this process
-
-    @property
-    def room(self) -> float:
-        return self.free + self.used
+_known_heads: dict[str, list[Heads]] = {}  # by the model's configuration
 
 
 class Lengths(NamedTuple):
@@ -91,16 +86,6 @@ class Forecast:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-class _Role(NamedTuple):
-    """A model of the run: what it holds, and what is there beside it while it is loaded."""
-
-    name: str
-    of: Footprint
-    held: float
-    beside: float
-    saved: float = 0.0  # a copy that is made to save it, on the CPU
-
-
 def forecast(config: Any, lengths: Lengths, place: Place) -> Forecast:
     """Of `ppo` and its relatives, `sft` or `reward`. Raises what a model's family raises that
     cannot be made without weights."""
@@ -114,16 +99,14 @@ def _of_supervised(
 ) -> Forecast:
     scores = isinstance(config, RewardModelConfig)
     settings = config.reward if isinstance(config, RewardModelConfig) else config.sft
-    role = _trained("model", config.model, place, scores=scores, save=config.run.save_dtype)
+    role = trained_role("model", config.model, place, scores=scores, save=config.run.save_dtype)
     most = config.data.max_tokens
-    lengths = lengths._replace(
-        mean=min(lengths.mean, most), longest=min(lengths.longest, most)
-    )
+    lengths = lengths._replace(mean=min(lengths.mean, most), longest=min(lengths.longest, most))
     tokens = settings.batch_size * lengths.each * lengths.mean
     limit = _limit(settings, role.of, place)
     longest = lengths.each * lengths.longest
     texts = _texts(tokens, limit, longest, lengths.mean, lengths.trained)
-    held = _held([role], place) | {"moments": role.of.moments}
+    held = held_by([role], place) | {"moments": role.of.moments}
     return Forecast(
         (
             _loading([role], place),
@@ -135,11 +118,11 @@ def _of_supervised(
 
 def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
     settings, save = config.ppo, config.run.save_dtype
-    policy = _trained("policy", config.policy, place, save=save)
-    frozen = _frozen(config, policy, place)
+    policy = trained_role("policy", config.policy, place, save=save)
+    frozen = frozen_roles(config, policy, place)
     trained, roles = [policy], [policy, *frozen]
     if settings.has_critic:
-        trained.append(_critic(config, policy, frozen, place))
+        trained.append(critic_role(config, policy, frozen, place))
         roles.append(trained[-1])
 
     new = config.generation.max_new_tokens
@@ -153,7 +136,7 @@ def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
 
     away = {_OFFLOADED[name] for name in getattr(config.run, "offload", ())}
     moments = {"moments": sum(role.of.moments for role in trained)}
-    held = _held([role for role in roles if role.name not in away], place) | moments
+    held = held_by([role for role in roles if role.name not in away], place) | moments
     back = {role.name: role.held for role in roles if role.name in away}
     slots = _slots(config, responses, longest, place, sum(held.values()))
     staying = place.device.type == "cuda" and slots <= STAYING
@@ -180,97 +163,18 @@ def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
     return Forecast(phases)
 
 
-def _trained(
-    name: str,
-    settings: ModelConfig,
-    place: Place,
-    *,
-    path: str = "",
-    scores: bool = False,
-    save: str = "auto",
-) -> _Role:
-    """A model that is trained, from the settings' path or another one."""
-    config = loading.load_model_config(loading.resolve(path or settings.path))
-    of = Footprint.of(config, place.dtype, settings, scores=scores)
-    # As it comes in fp32; in fp32 it stays.
-    beside = 0.0 if place.dtype == torch.float32 or settings.quantization else of.loaded
-    stored = named_dtype(config) or torch.float32
-    dtype = {"auto": stored}.get(save) or getattr(torch, save)
-    saved = 0.0
-    if place.device.type == "cpu":
-        saved += of.fp32 if settings.lora is not None else 0.0  # merged
-        if settings.lora is not None or dtype != place.dtype:
-            saved += of.fp32 / 4 * dtype.itemsize
-    return _Role(name, of, of.weights, beside, saved)
-
-
-def _frozen(config: PPOConfig, policy: _Role, place: Place) -> list[_Role]:
-    """The reference, where it is no policy without adapters, and reward models."""
-    found, shared = [], getattr(config, "share_base", False)
-    if config.policy.lora is None:  # what is never trained is the policy's
-        of = policy.of
-        found.append(_Role("reference", of, of.gradients, of.frozen))
-    for source in configured_sources(config.reward):
-        if source.path and shared:  # adapters about as large as the policy's, and a head
-            found.append(_Role("reward model", policy.of, policy.of.gradients, 0.0))
-        elif source.path:
-            base = loading.load_model_config(loading.resolve(source.path))
-            of = Footprint.of(base, place.dtype, None, scores=True)
-            beside = 0.0 if place.dtype == torch.float32 else of.loaded
-            found.append(_Role("reward model", of, of.weights, beside))
-    return found
-
-
-def _critic(config: PPOConfig, policy: _Role, frozen: list[_Role], place: Place) -> _Role:
-    """The critic: what it never trains is the policy's or the reward model's, whose weights it
-    starts from."""
-    if getattr(config, "share_base", False):
-        role = _trained("critic", _adapted(config), place, path=config.policy.path, scores=True)
-        return role._replace(held=role.of.weights - role.of.frozen, beside=0.0)
-    sources = [source.path for source in configured_sources(config.reward) if source.path]
-    path = config.critic.path or next(iter(sources), "") or config.policy.path
-    role = _trained(
-        "critic", config.critic, place, path=path, scores=True, save=config.run.save_dtype
-    )
-    held, beside = role.held, role.beside
-    if not config.critic.path:
-        if sources:  # copied in the compute dtype, then widened
-            held -= role.of.frozen
-            beside += 0.0 if place.dtype == torch.float32 else role.of.loaded / 2
-        else:
-            held -= min(role.of.frozen, policy.of.frozen)
-            beside += role.of.loaded if config.policy.lora is not None else 0.0  # merged
-    elif path == config.policy.path:
-        held -= min(role.of.frozen, policy.of.frozen)
-    return role._replace(held=held, beside=beside)
-
-
-def _adapted(config: PPOConfig) -> ModelConfig:
-    """The critic's settings where it shares the policy's base."""
-    return replace(config.critic, lora=config.critic.lora or config.policy.lora)
-
-
-def _held(roles: list[_Role], place: Place) -> dict[str, float]:
-    """What is there from the first step to the last."""
-    libraries = {LIBRARIES: place.used} if place.device.type == "cpu" else {}
-    found: dict[str, float] = {}
-    for role in roles:
-        found[role.name] = found.get(role.name, 0.0) + role.held
-    return libraries | {name: held for name, held in found.items() if held}
-
-
 def _of(parts: Mapping[str, float], name: str) -> dict[str, float]:
     return {name: parts[name]} if name in parts else {}
 
 
-def _loading(roles: list[_Role], place: Place, away: Collection[str] = ()) -> Phase:
+def _loading(roles: list[Role], place: Place, away: Collection[str] = ()) -> Phase:
     """A GPU takes again what was freed; on a CPU pieces in between are smaller than what comes.
     Those that are `away` leave it as soon as they are loaded."""
     beside = [role.beside + (role.held if role.name in away else 0.0) for role in roles]
     roles = [role for role in roles if role.name not in away]
     most = sum(beside) if place.device.type == "cpu" else max(beside)
     rounding = max(role.of.rounding for role in roles)
-    return Phase("load", _held(roles, place) | {"copies in float32": most + rounding})
+    return Phase("load", held_by(roles, place) | {"copies in float32": most + rounding})
 
 
 def _left_behind(load: Phase, generate: Phase, held: Mapping[str, float], place: Place) -> float:
@@ -301,7 +205,7 @@ def _texts(
     return Texts(math.ceil(of_pass), math.ceil(length), math.ceil(of_pass * wanted), passes)
 
 
-def _pass(role: _Role, texts: Texts, place: Place) -> dict[str, float]:
+def _pass(role: Role, texts: Texts, place: Place) -> dict[str, float]:
     """Of a pass that makes gradients."""
     of = role.of
     kept = of.kept(texts, place.device)
@@ -324,17 +228,23 @@ def _sampling(of: Footprint, rows: int, place: Place) -> dict[str, float]:
 def _slots(config: PPOConfig, rows: int, longest: int, place: Place, held: float) -> float:
     """Keys and values of as many rows as there is room for."""
     base = loading.load_model_config(loading.resolve(config.policy.path))
-    with torch.device("meta"), loading.quiet_transformers():
-        model = AutoModelForCausalLM.from_config(base)
-    find_base(model)
-    each = -(-longest // ALIGNED) * ALIGNED
-    each *= bytes_per_token(heads_of(model, torch.device("meta")), place.dtype)
+    each = -(-longest // ALIGNED) * ALIGNED * bytes_per_token(_heads(base), place.dtype)
     budget = config.generation.kv_cache_gib
     room = SHARE_OF_FREE * (place.room - held) if budget is None else budget * 2**30
     return float(each * row_bucket(rows, max(1, int(room / each)), STEPS[place.device.type]))
 
 
-def _kept_states(trained: list[_Role], tokens: float) -> float:
+def _heads(config: Any) -> list[Heads]:
+    key = config.to_json_string(use_diff=False)
+    if key not in _known_heads:
+        with torch.device("meta"), loading.quiet_transformers():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        find_base(model)
+        _known_heads[key] = heads_of(model, torch.device("meta"))
+    return _known_heads[key]
+
+
+def _kept_states(trained: list[Role], tokens: float) -> float:
     """Of the layers that are never trained, for each model that has its own (`ppo.trunks`)."""
     found = 0.0
     for role in trained:

@@ -28,7 +28,8 @@ from ppo_engine.rollout.decoder import Decoder
 from ppo_engine.rollout.slots import bytes_per_token
 from ppo_engine.settings.schema import GRPOConfig, LoraConfig, ModelConfig, PPOConfig, RewardConfig
 from ppo_engine.training import fit
-from ppo_engine.training.forecast import Lengths, Place, forecast
+from ppo_engine.training.forecast import Lengths, forecast
+from ppo_engine.training.forecast_roles import Place
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
