@@ -1,4 +1,4 @@
-"""The pages of docs/ name files, code and metrics that exist; what is made of figures is current."""
+"""The pages of docs/ name files, code and metrics that exist; their tables are those of today."""
 
 from __future__ import annotations
 
