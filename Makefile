@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 
-.PHONY: demo smoke test test-minimum docs-check mutants memory fuzz sanitize valgrind docs lint bench build clean
+.PHONY: demo smoke test test-minimum docs-check mutants memory faults fuzz sanitize valgrind docs lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -30,6 +30,9 @@ docs-check: $(VENV)/dev.stamp  ## all that the pages show, as a newcomer: in an 
 
 mutants: $(VENV)/dev.stamp  ## bugs planted in ppo_engine, one at a time: which do the tests see?
 	$(BIN)/python tests/mutants.py
+
+faults: $(VENV)/dev.stamp  ## what machines, servers and files do to a run: survived or refused?
+	PYTHONPATH=kernels:.:tests $(BIN)/python -m faults
 
 # FUZZ_SEED=2000 goes on where this ends.
 fuzz: $(VENV)/dev.stamp  ## FUZZ_CASES random cases of each op and instruction set, 10 minutes

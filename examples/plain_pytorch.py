@@ -20,7 +20,7 @@ def early(text):
     return float("a" <= text.lstrip()[:1].lower() <= "m")
 
 
-def main():
+def main(rate=2e-4):
     options = common.options(__doc__)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -34,7 +34,7 @@ def main():
     value_head = torch.nn.Linear(policy.config.hidden_size, 1)
     torch.nn.init.zeros_(value_head.weight)
     parameters = [*trained.parameters(), *value_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-2 if options.smoke else 2e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}],
         add_generation_prompt=True,
@@ -52,7 +52,7 @@ def main():
         states = model.base_model(ids, attention_mask=attention_mask).last_hidden_state
         return states[:, width - 1 : -1]
 
-    for step in range(1, 16):
+    for step in range(1, (2 if options.smoke else 15) + 1):
         # 1 the policy writes; the mask has its tokens up to the first EOS, that one included
         ids = policy.generate(
             **prompt, do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS,

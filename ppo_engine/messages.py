@@ -10,8 +10,16 @@ from typing import Any
 
 def shown(value: Any) -> str:
     """A value in an error message: its repr, shortened, and its type."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    return f"{shortened(value)} ({type(value).__name__})"
+
+
+def shortened(value: Any) -> str:
+    """The beginning of its repr; an ellipsis where it has none, as an int of 5,000 digits."""
+    try:
+        text = repr(value)
+    except Exception:
+        return "…"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def counted(number: int, noun: str) -> str:

@@ -34,7 +34,7 @@ _MEMORY = ROOT / "build" / "mutants.json"
 # What tests import that is not ours, before any fork.
 _HEAVY = (
     "pytest", "torch", "transformers", "transformers.generation.utils", "peft", "pydantic",
-    "transformers.models.llama.modeling_llama", "transformers.trainer_pt_utils", "requests",
+    "transformers.models.llama.modeling_llama", "transformers.trainer_pt_utils", "httpx2",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "rich.live", "torch._dynamo",
     "ppo_kernels",
 )  # fmt: skip

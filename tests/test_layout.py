@@ -16,7 +16,7 @@ ROOT = Path(ppo_engine.__file__).parent
 
 # Lowest first. What stands together on a line is one floor; a room may import within itself.
 ORDER = (
-    ("errors", "messages", "spans", "memory", "user_functions"),
+    ("errors", "messages", "sealed", "spans", "memory", "user_functions"),
     ("settings",),
     ("text",),
     ("data",),

@@ -88,7 +88,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     return AdamW(
         [group for group in groups if group["params"]],
         eight_bits=config.moments == "8bit",
-        lr=float(config.learning_rate),  # as a checkpoint can hold it
+        lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
     )

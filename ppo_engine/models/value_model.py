@@ -67,12 +67,11 @@ def read_value_model(
             f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
             "has exactly one (num_labels=1)."
         )
-    with loading.quiet_transformers():
-        checkpoint = read_checkpoint(
-            value_model_class(config),
-            path,
-            {"num_labels": 1, **(options or {"dtype": torch.float32})},
-        )
+    checkpoint = read_checkpoint(
+        value_model_class(config),
+        path,
+        {"num_labels": 1, **(options or {"dtype": torch.float32})},
+    )
     head_name, head = _find_head(checkpoint.model)
     of_head = {name for name in checkpoint.missing if name.startswith(f"{head_name}.")}
     # Only a language model has none.

@@ -12,8 +12,9 @@ keeps its models by `engine.save(folder)`, and itself by `save_checkpoint` and `
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -57,16 +58,11 @@ from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment, load_environment
 from ppo_engine.rollout.generation import generate
 from ppo_engine.rollout.sampling import Sampler
-from ppo_engine.run.checkpoint import (
-    TRAINING_STATE,
-    load_training_state,
-    random_states,
-    restore_random_states,
-    save_training_state,
-)
+from ppo_engine.run.checkpoint import random_states, restore_random_states
 from ppo_engine.run.directory import replacing
+from ppo_engine.run.state_file import STATE, load_state, save_state
 from ppo_engine.settings.checks import check_settings
-from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
 from ppo_engine.spans import span
 from ppo_engine.text.prompt import Prompt
 
@@ -81,9 +77,9 @@ class PPOEngine:
             a function `(prompts, responses, **columns) -> list[float]`, sync or async (see
             `rewards.function`); a list of these, or a mapping of names to these. `config.reward`
             has their weights, and names the rewards where None is given.
-        config: every setting; see `PPOConfig`. The learning rate decays over `config.steps`
-            updates of `config.ppo.rollout_batch_size` responses each: set both to what your loop
-            does, or the schedule to "constant".
+        config: every setting; a `PPOConfig`, or a dictionary of its keys. The learning rate decays
+            over `config.steps` updates of `config.ppo.rollout_batch_size` responses each: set both
+            to what your loop does, or the schedule to "constant".
         tokenizer: of a policy that is a loaded model.
         environment: answers the policy's turns; see `rollout.environment`. None:
             `config.environment`, by default single-turn responses.
@@ -98,11 +94,11 @@ class PPOEngine:
         policy: str | PreTrainedModel = "",
         reward: RewardsLike | None = None,
         *,
-        config: PPOConfig | None = None,
+        config: PPOConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         environment: Callable[..., Any] | Environment | None = None,
     ) -> None:
-        self.config = config = config or PPOConfig()
+        self.config = config = resolved(settings_of(PPOConfig, config))
         check_settings(config)
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
@@ -172,6 +168,7 @@ class PPOEngine:
         if config.ppo.importance_cap is not None:  # they are what it compares with
             self.takes_samplers = False
         self.steps_done = 0
+        self._warned = False  # that nothing more is learned
         release_freed_memory()  # of weights that were loaded in fp32
 
     @entry_point
@@ -345,8 +342,19 @@ class PPOEngine:
     @entry_point
     @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
-        """Train policy and critic on `experience`; returns the step's metrics."""
+        """Train policy and critic on `experience`; returns the step's metrics. Warns, once, where
+        their schedules are over."""
         settings = self.config.ppo
+        over = [learner.name for learner in self.learners if learner.learning_rate == 0]
+        if over and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The learning rate of {' and '.join(over)} has fallen to 0, and nothing more is "
+                f"learned: it is planned for config.steps={self.config.steps} updates of "
+                f"ppo.rollout_batch_size={settings.rollout_batch_size} responses. Set both to what "
+                'your loop does, or optimizer.schedule to "constant".',
+                stacklevel=4,  # the caller of `entry_point`, which calls `span`, which calls this
+            )
         metrics = objective_metrics(experience, settings.importance_cap)
         metrics["policy/learning_rate"] = self.actor.learner.learning_rate
         if settings.compares_groups:
@@ -434,8 +442,8 @@ class PPOEngine:
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write what a loop of your own resumes from into `folder`, whole or not at all: trained
         weights, optimizers, and the states of all generators of random numbers."""
-        with replacing(folder, TRAINING_STATE, "checkpoint") as inside:
-            save_training_state(inside, {"engine": self.state_dict(), "random": random_states()})
+        with replacing(folder, STATE, "checkpoint") as inside:
+            save_state(inside, {"engine": self.state_dict(), "random": random_states()})
 
     @entry_point
     def load_checkpoint(self, folder: str | Path) -> None:
@@ -444,7 +452,7 @@ class PPOEngine:
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"There is no checkpoint {str(folder)!r}.{nearest_path(folder)}")
-        state = load_training_state(folder, self.device)
+        state = load_state(folder, self.device)
         if "engine" not in state:
             raise UserError(f"{folder} is a checkpoint of `sft` or `reward`, not of a PPO run.")
         self.load_state_dict(state["engine"])

@@ -22,6 +22,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.pretrained.adapters import untie, untie_adapted
 from ppo_engine.pretrained.architecture import is_classifier
+from ppo_engine.pretrained.hub import silence
 
 _TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -195,7 +196,7 @@ def _file(path: str, name: str) -> str | None:
 @functools.cache
 def _downloaded(repository: str, name: str) -> str | None:
     try:
-        return cached_file(repository, name)
+        return cached_file(repository, name, local_files_only=bool(silence(repository)))
     except (OSError, ValueError):  # no such file, no such repository, no connection
         return None
 

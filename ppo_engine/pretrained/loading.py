@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -24,7 +28,9 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import merged
+from ppo_engine.pretrained.hub import check_name
 from ppo_engine.pretrained.storage import as_stored
+from ppo_engine.sealed import check
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
 
@@ -47,20 +53,22 @@ def load_model_config(path: str) -> Any:
         raise UserError(
             f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
         )
+    here = Path(path).is_dir()
+    if here:
+        check(path)
+    else:
+        check_name(path)
     failure: Exception | None = None
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         failure = error
-    # Where nothing can be reached, adapters would be waited for as long again.
-    unreachable = "couldn't connect" in str(failure)
-    base, adapters = (path, []) if unreachable else unstack(path)
+    base, adapters = unstack(path)
     if adapters:
         config = _config_of_base(base, path)
         for adapter in adapters:
             adapter.describe(config)
     elif failure is not None:
-        here = Path(path).is_dir()
         nowhere = "" if here else f" (and there is no folder {path!r} here)"
         near = "" if here else nearest_path(path)
         raise UserError(
@@ -173,9 +181,11 @@ def hide_loading_bars() -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the library's progress bars, and its report that the head is new (as intended)."""
+    """Without the library's progress bars, and its report of weights that are new or not used,
+    which `weights` judges; both are as they were afterwards."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
+    hidden = are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     hide_loading_bars()
     try:
@@ -183,4 +193,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bar:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # shows the hub's, too
+        if hidden:
+            disable_progress_bars()

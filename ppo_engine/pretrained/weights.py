@@ -16,6 +16,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.pretrained.adapter_folder import unstack
 from ppo_engine.pretrained.architecture import SCORE_HEADS
+from ppo_engine.pretrained.loading import quiet_transformers
 from ppo_engine.pretrained.storage import in_fp32, named_dtype
 
 
@@ -48,9 +49,10 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
         dtype = named_dtype(AutoConfig.from_pretrained(base))
         if dtype is None and not quantized:
             options = {**options, "dtype": "auto"}  # that of the weights
-        model, info = model_class.from_pretrained(
-            base, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with quiet_transformers():
+            model, info = model_class.from_pretrained(
+                base, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"Could not load a model from {base!r}: {first_line(error)}") from error
     for name, saved, own in sorted(info["mismatched_keys"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import counted, shown
+from ppo_engine.messages import counted, shortened, shown
 from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.user_functions.function import UserFunction
 from ppo_engine.user_functions.signature import Lists
@@ -67,36 +66,53 @@ class RewardFunction(UserFunction):
         if turns is not None:
             told["turns"] = turns
             columns = {name: column for name, column in columns.items() if name != "turns"}
-        return checked_scores(self.call(told, columns), len(responses), str(self))
+        return checked_scores(self.call(told, columns), responses, str(self))
 
 
-def checked_scores(result: Any, count: int, source: str) -> Tensor:
-    """`result` as `count` finite scores, fp32; a UserError that begins with `source` otherwise."""
-    values = result.tolist() if hasattr(result, "tolist") else result
+def checked_scores(result: Any, responses: Sequence[str], source: str, first: int = 0) -> Tensor:
+    """`result` as a finite score for each response, fp32; a UserError that begins with `source`
+    otherwise. The first response is number `first` of its batch."""
+    values = _read(result, "tolist", source)
     if not isinstance(values, list | tuple):
         raise UserError(
-            f"{source} returned {shown(result)}; it must return a list of {count} numbers, one "
-            "for each response."
+            f"{source} returned {shown(result)}; it must return a list of {len(responses)} "
+            "numbers, one for each response."
         )
-    if len(values) != count:
+    if len(values) != len(responses):
         raise UserError(
             f"{source} returned {counted(len(values), 'score')} for "
-            f"{counted(count, 'response')}; it must return one for each."
+            f"{counted(len(responses), 'response')}; it must return one for each."
         )
-    return torch.tensor([_number(value, i, source) for i, value in enumerate(values)])
+    return torch.tensor(
+        [
+            _number(value, f"response {index} (counted from 0), {shortened(response)}", source)
+            for index, (value, response) in enumerate(zip(values, responses, strict=True), first)
+        ]
+    )
 
 
-def _number(value: Any, index: int, source: str) -> float:
-    number = value.item() if getattr(value, "ndim", None) == 0 else value  # torch, numpy
+def _number(value: Any, place: str, source: str) -> float:
+    number = _read(value, "item", source) if getattr(value, "ndim", None) == 0 else value
     if number is None:
         raise UserError(
-            f"{source} returned {shown(value)} for response {index} (counted from 0): where a "
-            "reward does not apply return 0, which leaves the sum of several as it is."
+            f"{source} returned {shown(value)} for {place}: where a reward does not apply return "
+            "0, which leaves the sum of several as it is."
         )
-    valid = isinstance(number, int | float) and math.isfinite(number)
-    if not valid or abs(number) > torch.finfo(torch.float32).max:
+    # Before any conversion, which an int may be too large for. NaN is not within the bounds.
+    largest = torch.finfo(torch.float32).max
+    if not (isinstance(number, int | float) and -largest <= number <= largest):
         raise UserError(
-            f"{source} returned {shown(value)} for response {index} (counted from 0); every score "
-            "must be a finite number."
+            f"{source} returned {shown(value)} for {place}; every score must be a finite number, "
+            f"an int or a float of at most {largest:.1e}."
         )
     return float(number)
+
+
+def _read(value: Any, method: str, source: str) -> Any:
+    """A tensor's or an array's numbers, of torch, numpy and the like; all else as it is."""
+    try:
+        return getattr(value, method)() if hasattr(value, method) else value
+    except Exception as error:  # a tensor without data, an object that only looks like one
+        raise UserError(
+            f"{source} returned {shown(value)}, whose numbers cannot be read: {error}"
+        ) from error

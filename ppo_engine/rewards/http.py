@@ -12,62 +12,29 @@ Prompts are text, or lists of chat messages; `finished` says whether a response 
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-import requests
 import torch
-from requests.adapters import HTTPAdapter
 from torch import Tensor
-from urllib3.exceptions import ReadTimeoutError
-from urllib3.util import Retry
 
 from ppo_engine.errors import UserError
+from ppo_engine.messages import shown
+from ppo_engine.rewards.endpoint import Endpoint
 from ppo_engine.rewards.function import checked_scores
-from ppo_engine.settings.files import shown_url
 from ppo_engine.settings.schema import RewardEndpointConfig
 from ppo_engine.text.prompt import Prompt
-
-_ATTEMPTS = 6
-_READ_ATTEMPTS = 3  # where the request got through: each may have cost the server its work
-_BACKOFF = 0.5  # seconds; times 0, 2, 4, 8 and 16: the waits between attempts
-_LONGEST_WAIT = 60  # seconds, where the server asks for a longer one (Retry-After)
-_BODY_CHARACTERS = 200
+from ppo_engine.user_functions.awaiting import awaited
 
 
 class HTTPReward:
-    """Scores from a server, with retries where it is busy, restarts, or cannot be reached."""
+    """Scores from a server (`endpoint` says how it is asked), each of which it gave itself."""
 
     def __init__(self, url: str, settings: RewardEndpointConfig) -> None:
-        try:
-            parts = urlsplit(url)
-            valid = bool(parts.hostname) and parts.port != 0
-        except ValueError:  # such as a port that is not a number
-            valid = False
-        if not valid:
-            raise UserError(f"{shown_url(url)!r} is not a valid URL: write http://HOST:PORT/PATH.")
-        self.url = url
-        self.host = parts.netloc.rpartition("@")[2]
+        self._endpoint = Endpoint(url, settings)
         self.settings = settings
-        # A proxy would look for this machine's server on itself. `no_proxy` of a request goes
-        # before the environment's.
-        self._proxies = {"no_proxy": "*"} if _is_here(parts.hostname or "") else None
-        self._shown = f"The reward endpoint {shown_url(url)}"
-        retry = Retry(
-            total=_ATTEMPTS - 1,
-            read=_READ_ATTEMPTS - 1,
-            backoff_factor=_BACKOFF,
-            retry_after_max=_LONGEST_WAIT,
-            status_forcelist=(429, *range(500, 600)),
-            allowed_methods=("POST",),
-            raise_on_status=False,
-        )
-        self._session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(max_retries=retry))
+        self.host = self._endpoint.host
 
     def __call__(
         self,
@@ -78,97 +45,62 @@ class HTTPReward:
     ) -> Tensor:
         """Scores `[B]`, fp32, on the CPU; a UserError where the endpoint fails or misbehaves."""
         size = self.settings.batch_size or max(len(responses), 1)
-        scores = []
-        for start in range(0, len(responses), size):
-            part = slice(start, start + size)
-            request: dict[str, Any] = {
+        parts = [slice(start, start + size) for start in range(0, len(responses), size)]
+        requests = [
+            {
                 "prompts": list(prompts[part]),
                 "responses": list(responses[part]),
                 "finished": list(finished[part]),
                 "columns": {name: list(column[part]) for name, column in columns.items()},
             }
-            answer = self._answer(request)
-            if isinstance(answer, dict):
-                answer = answer.get("scores", answer.get("rewards", answer))
-            scores.append(checked_scores(answer, len(request["responses"]), self._shown))
-        return torch.cat(scores) if scores else torch.zeros(0)
+            for part in parts
+        ]
+        return awaited(self._scores([self._body(request) for request in requests], responses, size))
 
-    def _answer(self, request: Mapping[str, Any]) -> Any:
+    def _body(self, request: Mapping[str, Any]) -> str:
         try:
-            body = json.dumps(request, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            return json.dumps(request, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(
-                f"{self._shown} cannot be called: the prompts or their columns are not valid JSON "
-                f"({error}). Give text, finite numbers, lists and dictionaries of them."
-            ) from error
-        response = self._post(body)
-        if response.status_code != requests.codes.ok:
-            raise UserError(
-                f"{self._shown} answered {response.status_code} {response.reason}"
-                f"{_first_line(response)}. {_advice(response)}"
-            )
-        try:
-            return response.json()
-        except ValueError as error:
-            raise UserError(
-                f"{self._shown} answered 200, but not with JSON{_first_line(response)}. It must "
-                'answer {"scores": [...]}.'
+                f"{self._endpoint.shown} cannot be called: the prompts or their columns are not "
+                f"valid JSON ({error}). Give text, finite numbers, lists and dictionaries of them."
             ) from error
 
-    def _post(self, body: str) -> requests.Response:
+    async def _scores(self, bodies: Sequence[str], responses: Sequence[str], size: int) -> Tensor:
+        """`size` of them by each request."""
+        scores = [torch.zeros(0)]
+        async with self._endpoint.client() as client:
+            for first, body in zip(range(0, len(responses), size), bodies, strict=True):
+                reply = await self._endpoint.post(client, body)
+                scores.append(self._checked(reply, responses[first : first + size], first))
+        return torch.cat(scores)
+
+    def _checked(self, reply: bytes, responses: Sequence[str], first: int) -> Tensor:
+        """Of one reply; its `responses` are from number `first` of the batch on."""
+        source = self._endpoint.shown
         try:
-            return self._session.post(
-                self.url,
-                data=body,
-                headers={"Content-Type": "application/json"},
-                timeout=self.settings.timeout,
-                proxies=self._proxies,
-                allow_redirects=False,  # they would turn the POST into a GET
-            )
-        except requests.RequestException as error:
-            reason = getattr(error.args[0] if error.args else error, "reason", None)
-            reason = reason or str(error).replace(self.url, shown_url(self.url))
-            if isinstance(error, requests.Timeout) or isinstance(reason, ReadTimeoutError):
+            answer = json.loads(reply, object_pairs_hook=_no_key_twice)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{source} answered 200, but not with valid JSON ({error})"
+                f'{self._endpoint.first_line(reply)}. It must answer {{"scores": [...]}}.'
+            ) from error
+        if isinstance(answer, dict):
+            answer = answer.get("scores", answer.get("rewards", answer))
+        for index, score in enumerate(answer if isinstance(answer, list) else (), first):
+            if isinstance(score, bool):
                 raise UserError(
-                    f"{self._shown} did not answer within {self.settings.timeout:g} s, nor on "
-                    "retries. Raise reward.http.timeout, or send fewer responses at a time "
-                    "(reward.http.batch_size)."
-                ) from error
-            if isinstance(error, requests.exceptions.ProxyError):
-                raise UserError(
-                    f"{self._shown} cannot be reached through the proxy that the environment sets "
-                    f"(HTTP_PROXY, HTTPS_PROXY or ALL_PROXY): {reason}. If it needs none, set "
-                    f"NO_PROXY={urlsplit(self.url).hostname}."
-                ) from error
-            raise UserError(
-                f"{self._shown} cannot be reached: {reason}. Is the server running?"
-            ) from error
+                    f"{source} returned {shown(score)} for response {index} (counted from 0); "
+                    "every score must be a number: 1 or 0."
+                )
+        return checked_scores(answer, responses, source, first)
 
 
-def _is_here(host: str) -> bool:
-    """Whether connections to `host` stay on this machine."""
-    name = host.rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0])
-    except ValueError:  # a name
-        return False
-    mapped = getattr(address, "ipv4_mapped", None) or address
-    return bool(mapped.is_loopback or mapped.is_unspecified)
-
-
-def _first_line(response: requests.Response) -> str:
-    lines = response.text.strip().splitlines()
-    return f": {lines[0][:_BODY_CHARACTERS]!r}" if lines else ", with an empty body"
-
-
-def _advice(response: requests.Response) -> str:
-    if response.is_redirect:
-        return f"Use the URL that it points to: {shown_url(response.headers['location'])}"
-    if response.status_code == requests.codes.too_many_requests or response.status_code >= 500:
-        return f"That was the last of {_ATTEMPTS} attempts; check the server's log."
-    return (
-        "It must take POST requests with the JSON keys prompts, responses, finished and columns; "
-        "check the URL and the server."
-    )
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON leaves open which of two values counts."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
+    return found

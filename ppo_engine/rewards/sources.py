@@ -17,6 +17,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import counted, did_you_mean
 from ppo_engine.rewards.arguments import ready_reward
 from ppo_engine.rewards.ready import READY
+from ppo_engine.settings.files import shown_url
 from ppo_engine.settings.schema import RewardSource, ScoringConfig
 
 Scoring = TypeVar("Scoring", bound=ScoringConfig)
@@ -78,6 +79,7 @@ def configured_sources(config: ScoringConfig) -> list[RewardSource]:
     ]
     for source in sources:
         check_function(source)
+    check_token(config, sources)
     return sources
 
 
@@ -87,6 +89,18 @@ def check_arguments(config: ScoringConfig, rewards: int) -> None:
         raise UserError(
             "reward.arguments are those of one reward function, and there are several rewards: "
             "give them under reward.sources, to the function that takes them."
+        )
+
+
+def check_token(config: ScoringConfig, sources: Sequence[RewardSource]) -> None:
+    """Raise a UserError where `reward.http.token_env` would go to more than one host."""
+    urls = [shown_url(source.url) for source in sources if source.url]
+    hosts = sorted({url.partition("://")[2].partition("/")[0] for url in urls})
+    if config.http.token_env and len(hosts) > 1:
+        raise UserError(
+            f"reward.http.token_env is one token, which {' and '.join(hosts)} would all be sent: "
+            "leave it out, and put a user and password for each host into ~/.netrc; or ask all "
+            "but one from a function of your own."
         )
 
 
@@ -146,7 +160,7 @@ def unique_names(wanted: Sequence[str], defaults: Sequence[str]) -> list[str]:
     check_names(wanted)
     names: list[str] = []
     for name, default in zip(wanted, defaults, strict=True):
-        stem = "_".join(_NAME.findall(default)) or "reward"
+        stem = re.sub("(_se)+$", "", "_".join(_NAME.findall(default))) or "reward"
         free = (f"{stem}_{n}" if n > 1 else stem for n in itertools.count(1))
         names.append(name or next(x for x in free if x not in {*wanted, *names}))
     return names
@@ -159,6 +173,11 @@ def check_names(wanted: Sequence[str]) -> None:
             raise UserError(
                 f"The reward name {name!r} cannot be used in the name of a metric: use letters, "
                 "digits, '_', '.' and '-'."
+            )
+        if name.endswith("_se"):
+            raise UserError(
+                f"The reward name {name!r} ends in '_se', as the metrics of standard errors do: "
+                "give it another name."
             )
         if wanted.count(name) > 1:
             raise UserError(f"Two rewards are named {name!r}: give each a name of its own.")

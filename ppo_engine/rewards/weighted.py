@@ -31,6 +31,7 @@ from ppo_engine.rewards.sources import (
     check_arguments,
     check_function,
     check_names,
+    check_token,
     check_weights,
     configured_sources,
     named_rewards,
@@ -151,8 +152,16 @@ class Rewards:
         return {name: self._score(name, rollout) for name in self.by_name}
 
     def total(self, each: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of `score_each`: [B] fp32."""
-        return torch.stack([self.weights[name] * scores for name, scores in each.items()]).sum(0)
+        """The weighted sum of `score_each`: [B] fp32; a UserError where that cannot hold it."""
+        parts = {name: self.weights[name] * scores for name, scores in each.items()}
+        total = torch.stack([*parts.values()]).sum(0)
+        for index in (~total.isfinite()).nonzero().flatten().tolist()[:1]:
+            terms = " + ".join(f"{float(part[index]):g} ({name})" for name, part in parts.items())
+            raise UserError(
+                f"The rewards of response {index} (counted from 0) add up to no finite number: "
+                f"{terms}, with reward.weights. Scale them down."
+            )
+        return total
 
     def rounding(self, each: Mapping[str, Tensor]) -> Tensor:
         """By how much rounding alone may change the `total` of `score_each`: [B] fp32.
@@ -227,6 +236,7 @@ def load_rewards(
     if given is not None:
         rewards = named_rewards(given)
         check_arguments(config, len(rewards))
+        check_token(config, [parse_source(text) for _, text in rewards if isinstance(text, str)])
     else:
         rewards = [(source.name, source) for source in configured_sources(config)]
     if not rewards:

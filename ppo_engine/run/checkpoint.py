@@ -7,14 +7,12 @@ optimizers and schedulers, and the states of every source of randomness.
 
 from __future__ import annotations
 
-import pickle
 import random
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy
@@ -26,30 +24,12 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.run.interrupts import interrupted_after, stopped_by_signals
+from ppo_engine.run.state_file import load_state, save_state
+from ppo_engine.sealed import Damaged
 from ppo_engine.settings.schema import RunConfig
 
-TRAINING_STATE = "training_state.pt"
-
-
-def save_training_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings and containers of these) into an existing folder."""
-    torch.save(state, folder / TRAINING_STATE)
-
-
-def load_training_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    """The state that `save_training_state` wrote; a missing or damaged file is a UserError."""
-    path = folder / TRAINING_STATE
-    try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        # Never torch's own words, which advise to run whatever code the file holds.
-        strange = "it was cut short, damaged, or not written by a run"
-        reason = getattr(error, "strerror", None) or strange
-        raise UserError(
-            f"The checkpoint {path} cannot be read ({reason}): remove its folder to resume from "
-            "the previous one."
-        ) from error
-    return state
+_LONGEST_SHARE = 0.05  # of the time, for checkpoints that are due by time
 
 
 def random_states() -> dict[str, Any]:
@@ -87,10 +67,8 @@ def seeded(name: str) -> Iterator[None]:
 
 class Checkpoints:
     """The checkpoints of a run: `mark` the end of each step, `save_if_due` some of them; in the
-    context of `kept`, the last one is saved when the next one fails.
-
-    One that is written because much time has gone by takes the place of the one before it that was:
-    a run of days does not fill the disk.
+    context of `kept`, the last one is saved when the next one fails. The newest
+    `run.keep_checkpoints` stay.
 
     Args:
         config: how often they are written.
@@ -114,7 +92,8 @@ class Checkpoints:
     ) -> None:
         self._config, self._clock = config, clock
         self._last = clock()  # when one was written, or the run began
-        self._by_time: Path | None = None  # the last that was written for the time alone
+        self._took = 0.0  # seconds, to write it
+        self.notes: list[str] = []  # on those that were not whole
         self._measure, self._learners = measure, list(learners)
         self._data, self._unit = dict(data), unit
         self._state: dict[str, Any] = {}
@@ -127,48 +106,63 @@ class Checkpoints:
         self._begun = [learner.begun for learner in self._learners]
         self._saved = False
 
+    def changing(self) -> AbstractContextManager[None]:
+        """For an update and its `mark`: once it has begun to change weights, signals wait for its
+        end."""
+        return interrupted_after(self._has_begun)
+
+    def _has_begun(self) -> bool:
+        """Whether weights may no longer be those that were marked."""
+        return self._begun != [learner.begun for learner in self._learners]
+
     def save_if_due(self, *, last: bool) -> None:
         """Write what was marked last where it is the run's `last` step, or the settings say so."""
         every, minutes = self._config.checkpoint_every, self._config.checkpoint_minutes
-        if last or (every and self._state["step"] % every == 0):
+        pause = max(60 * minutes, self._took / _LONGEST_SHARE)
+        by_time = minutes and self._clock() - self._last >= pause
+        if last or by_time or (every and self._state["step"] % every == 0):
             self._save()
-        elif minutes and self._clock() - self._last >= 60 * minutes:
-            before, self._by_time = self._by_time, self._save(by_time=True)
-            if before is not None and before.parent == self._by_time.parent:  # not another run's
-                shutil.rmtree(before, ignore_errors=True)
 
-    def _save(self, *, by_time: bool = False) -> Path:
-        """Write what was marked last; returns its folder. The file says whether it is there
-        `by_time` alone: in a resumed run, too, the next one takes its place."""
+    def _save(self) -> None:
+        """Write what was marked last, then remove those that are too many."""
         assert self.run is not None
-        path = self.run.checkpoint(self._state["step"])
-        with atomic_folder(path) as folder:
-            save_training_state(folder, {**self._state, "by_time": by_time})
+        began = self._clock()
+        with atomic_folder(self.run.checkpoint(self._state["step"])) as folder:
+            save_state(folder, self._state)
         self._saved, self._last = True, self._clock()
-        return path
+        self._took = self._last - began
+        # After a resumption from an older one there may be damaged ones of later steps.
+        kept = [found for found in self.run.checkpoints() if found[0] <= self._state["step"]]
+        for _, path in kept[self._config.keep_checkpoints or len(kept) :]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest one, None where there is none; a UserError where it was made of other data."""
+        """The newest that is whole, None where there is none; `notes` name those that are not. A
+        UserError where it was made of other data, or all are damaged."""
         assert self.run is not None
-        newest = self.run.newest_checkpoint()
-        if newest is None:
-            return None
-        state = load_training_state(newest[1], device)
-        if "data" not in state:
+        found, self.notes = self.run.checkpoints(), []
+        for step, folder in found:
+            try:
+                state = load_state(folder, device)
+                if state.get("step") != step or "data" not in state:
+                    raise Damaged(f"{folder} does not hold step {step} of a run.")
+            except Damaged as error:
+                self.notes.append(f"A damaged checkpoint is passed over: {error}")
+                continue
+            changed = changed_data(state["data"], self._data)
+            if changed:
+                raise UserError(
+                    f"The {self._unit} are not those of the run in {self.run.path}, so held-out "
+                    "ones may have been trained on: resume it with the same data, or start a new "
+                    "run:\n" + "\n".join(f"  - {line}" for line in changed)
+                )
+            return state
+        if found:
             raise UserError(
-                f"The checkpoint {newest[1]} is of an earlier version, which did not write down "
-                f"which {self._unit} it was made of: finish its run with that version, or start a "
-                "new run."
+                f"No checkpoint of the run in {self.run.path} is whole; start a new run:\n"
+                + "\n".join(f"  - {note}" for note in self.notes)
             )
-        changed = changed_data(state["data"], self._data)
-        if changed:
-            raise UserError(
-                f"The {self._unit} are not those of the run in {self.run.path}, so held-out ones "
-                "may have been trained on: resume it with the same data, or start a new run:\n"
-                + "\n".join(f"  - {line}" for line in changed)
-            )
-        self._by_time = newest[1] if state.get("by_time") else None
-        return state
+        return None
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -176,23 +170,28 @@ class Checkpoints:
         (`__notes__`) what is kept and how to go on."""
         self._last = self._clock()
         try:
-            yield
+            with stopped_by_signals():
+                yield
         except BaseException as error:
             if self.run is not None and self._state.get("step"):
                 error.add_note(self._rescue(self.run))
             raise
+        finally:
+            if self.run is not None:
+                self.run.close()
 
     def _rescue(self, run: RunDirectory) -> str:
         lost = ""
-        if self._begun != [learner.begun for learner in self._learners]:
+        if self._has_begun():
             step = self._state["step"] + 1
             lost = f"Step {step} had begun to change the weights, which cannot be undone. "
         elif not self._saved:
             try:
                 self._save()
             except Exception as error:  # such as a full disk; what came first is to be seen
-                lost = f"Step {self._state['step']} could not be kept ({first_line(error)}). "
-        newest = run.newest_checkpoint()
+                reason = first_line(error).rstrip(".")
+                lost = f"Step {self._state['step']} could not be kept ({reason}). "
+        newest = next(iter(run.checkpoints()), None)
         if newest is None:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."
         return (

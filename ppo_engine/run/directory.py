@@ -24,10 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppo_engine.errors import UserError
-from ppo_engine.messages import nearest_path
+from safetensors import SafetensorError
+
+from ppo_engine.errors import MachineError, UserError
+from ppo_engine.messages import first_line, nearest_path
+from ppo_engine.run.lock import Lock
 from ppo_engine.run.row_file import as_line
-from ppo_engine.settings.files import as_dict, changed_settings, dump_config, load_config
+from ppo_engine.sealed import seal, sync
+from ppo_engine.settings.describe import dump_config
+from ppo_engine.settings.files import as_dict, changed_settings, load_config
+from ppo_engine.settings.schema import resolved
 
 Config = TypeVar("Config", bound=Any)
 
@@ -43,6 +49,7 @@ _FREE_KEYS = {
     "run.save_dtype",
     "run.checkpoint_every",
     "run.checkpoint_minutes",
+    "run.keep_checkpoints",
     "run.sample_every",
     "run.trackers",
     "evaluation.patience",
@@ -54,11 +61,14 @@ _FREE_KEYS = {
     "sft.micro_batch_size",
     "sft.micro_batch_tokens",
     "reward.http.timeout",
+    "reward.http.batch_size",
+    "reward.http.token_env",
 }
 
 
 class RunDirectory:
-    """Creates the folder of a new run, or opens that of a run to resume.
+    """Creates the folder of a new run, or opens that of a run to resume, for one process at a time:
+    until `close`, another is refused.
 
     Everything is checked before anything is written. An empty `path` means
     `runs/<command>-<time>`.
@@ -78,24 +88,29 @@ class RunDirectory:
         else:
             _check_free(self.path)
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
             _write_atomically(self.path / _CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
                 f"Run folder {self.path} cannot be written: {error.strerror}."
             ) from error
 
+    def close(self) -> None:
+        """Let others write to the folder."""
+        self._lock.release()
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 
-    def newest_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the last complete checkpoint."""
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and folders of all complete checkpoints, the newest first."""
         found = (
             (int(folder.name.removeprefix("step-")), folder)
             for folder in (self.path / "checkpoints").glob("step-[0-9]*")
             if folder.name.removeprefix("step-").isdecimal()
         )
-        return max(found, default=None)
+        return sorted(found, reverse=True)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a number that is not finite becomes null, as JSON has no NaN."""
@@ -118,7 +133,7 @@ class RunDirectory:
 def check_resumable(path: str | Path, config: Any) -> None:
     """Raise a UserError where no run is in the folder `path`, or one of other settings."""
     file = settings_file(path)
-    then, now = as_dict(load_config(type(config), str(file))), as_dict(config)
+    then, now = (as_dict(resolved(x)) for x in (load_config(type(config), str(file)), config))
     changed = changed_settings(then, now, _FREE_KEYS)
     if changed:
         raise UserError(
@@ -174,7 +189,8 @@ def check_output(path: str | Path, resume: bool = False) -> None:
 def _check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
-    if path.is_dir() and any(path.iterdir()):
+    # A run that was killed before it wrote its settings leaves no more than hidden files.
+    if path.is_dir() and any(not inside.name.startswith(".") for inside in path.iterdir()):
         is_run = (path / _CONFIG).exists()
         hint = "resume that run (run.resume=true), " if is_run else ""
         raise UserError(
@@ -187,23 +203,27 @@ def _check_free(path: Path) -> None:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A folder that appears at `path` complete or not at all, replacing what was there.
 
-    Yields an empty sibling to write into; it is renamed on success and removed on failure.
+    Yields an empty sibling to write into; on success it is sealed (see `sealed`) and renamed, on
+    failure removed. It is on the disk when this returns.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
+        seal(partial)
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         partial.rename(path)
-    except BaseException:
+        sync(path.parent)
+    except BaseException as error:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
+        if isinstance(error, OSError | SafetensorError):
+            raise _unwritten(path, error) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -230,9 +250,19 @@ def _default_path(command: str) -> Path:
     return Path("runs") / f"{command}-{started}"
 
 
+def _unwritten(path: Path, error: Exception) -> MachineError:
+    """Of a full disk, one that is read-only, a folder that somebody removed, and the like."""
+    return MachineError(
+        f"{path} could not be written: {getattr(error, 'strerror', None) or first_line(error)}."
+    )
+
+
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with open(file, "a", encoding="utf-8", newline="\n") as out:
-        out.write("".join(map(as_line, rows)))
+    try:
+        with open(file, "a", encoding="utf-8", newline="\n") as out:
+            out.write("".join(map(as_line, rows)))
+    except OSError as error:
+        raise _unwritten(file, error) from error
 
 
 def _lines_until(file: Path, step: int) -> Iterator[str]:
@@ -248,4 +278,6 @@ def _lines_until(file: Path, step: int) -> Iterator[str]:
 def _write_atomically(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
+    sync(partial)
     os.replace(partial, file)
+    sync(file.parent)

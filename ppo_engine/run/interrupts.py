@@ -1,37 +1,87 @@
-"""Ctrl-C while weights change: half an update is neither the step before it nor the one after."""
+"""Ctrl-C, SIGTERM and SIGHUP in training: they end it as exceptions do, after which the last
+finished step can be saved; but not while weights change, as half an update is neither the step
+before it nor the one after."""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ppo_engine.errors import Stopped
+
+Handler = Callable[[int, FrameType | None], None]
+
 
 @contextmanager
-def interrupted_after() -> Iterator[None]:
-    """The block is finished before a Ctrl-C within it is raised; a second one is raised at once.
-
-    Only in the main thread, which alone gets signals, and where nobody else handles them.
-    """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    asked = False
-
-    def wait(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\ninterrupted: this step is finished first; once more ends it at once\n")
-
-    signal.signal(signal.SIGINT, wait)
+def stopped_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Stopped`, where nobody else handles or ignores them (as
+    nohup does). Only in the main thread, which alone gets signals."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def interrupted_after(begun: Callable[[], bool]) -> Iterator[None]:
+    """Where the block has `begun` to change weights, it is finished before a signal within it is
+    raised; a second one is raised at once. Only of signals that would be raised outside it."""
+    ours: dict[int, Handler] = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for handler in (signal.default_int_handler, _stop):
+                if signal.getsignal(signum) is handler:
+                    ours[signum] = handler
+    asked = 0
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        restore()
+        if not begun():
+            ours[number](number, frame)
+        asked = number
+        _leave_terminal(number)
+        text = f"\n{name_of(number)}: this step is finished first; once more ends it at once\n"
+        os.write(2, text.encode())
+
+    def restore() -> None:
+        for signum, handler in ours.items():
+            signal.signal(signum, handler)
+
+    for number in ours:
+        signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        restore()
     if asked:
-        raise KeyboardInterrupt
+        ours[asked](asked, None)
+
+
+def name_of(number: int) -> str:
+    """In the words of who sent it."""
+    return "interrupted" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _leave_terminal(number)
+    raise Stopped(number)
+
+
+def _leave_terminal(number: int) -> None:
+    """After SIGHUP it is gone, and whatever is printed there would fail."""
+    if number == signal.SIGHUP:
+        for output in (1, 2):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)

@@ -1,4 +1,4 @@
-"""Settings as people read them: the comments of `--dry-run`, `--help-settings` and
+"""Settings as people read them: config.yaml, `--dry-run` with its comments, `--help-settings` and
 docs/settings.md, all from the descriptions below the fields of `schema`."""
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from ppo_engine.settings.problems import (
     section_kinds,
     section_of,
 )
-from ppo_engine.settings.schema import COMMANDS, LEARNING_RATES
+from ppo_engine.settings.schema import COMMANDS, LEARNING_RATES, derived
 from ppo_engine.settings.schema.base import described
 
 _WIDTH = 80
+_FOLLOWS = "# not set: null lets it follow from other settings"
 _PLAIN: dict[Any, str] = {
     bool: "true or false",
     int: "integer",
@@ -49,18 +50,24 @@ class Setting:
     text: str
 
 
+def dump_config(config: Any) -> str:
+    """YAML text that `load_config` reads back to the `resolved` settings: whatever later versions
+    take for a default, a run's config.yaml says what it was. A comment stands behind those that
+    nobody set and that follow from others. There are no descriptions: these are those of the
+    version that shows them."""
+    return _text(config, seen=None)
+
+
 def commented(config: Any) -> str:
-    """YAML text that `load_config` reads back to an equal object, with the description of each
-    setting above it; those of a class that comes twice (the critic is a model as the policy is)
-    stand where it comes first."""
-    lines = _commented(type(config), as_dict(config), "", set())
-    return "".join(f"{line}\n" for line in lines)
+    """The same, with the description of each setting above it; those of a class that comes twice
+    (the critic is a model as the policy is) stand where it comes first."""
+    return _text(config, seen=set())
 
 
 def help_settings(cls: Any, section: str = "") -> str:
     """Every setting of `cls`, or those of the `section` (or the one setting) of that key, for a
     terminal of 80 columns."""
-    found = list(_settings(cls, cls()))
+    found = list(_settings(cls, cls(), derived(cls())))
     if section:
         chosen = [s for s in found if s.key == section or s.key.startswith(f"{section}.")]
         if not chosen:
@@ -88,18 +95,35 @@ def markdown() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _commented(cls: Any, tree: Mapping[str, Any], indent: str, seen: set[Any]) -> Iterator[str]:
-    texts = {} if cls in seen else described(cls)
-    seen.add(cls)
+def _text(config: Any, seen: set[Any] | None) -> str:
+    lines = _lines(type(config), as_dict(config), derived(config), seen)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _lines(
+    cls: Any,
+    tree: Mapping[str, Any],
+    follows: Mapping[str, Any],
+    seen: set[Any] | None,
+    prefix: str = "",
+) -> Iterator[str]:
+    """The settings of `cls` and its sections as YAML. `follows` has the values of those that are
+    not set; `seen` are classes whose descriptions stand above, None leaves out all descriptions."""
+    indent = "  " * prefix.count(".")
+    texts = {} if seen is None or cls in seen else described(cls)
+    if seen is not None:
+        seen.add(cls)
     for name, kind in section_kinds(cls).items():
         comment = f"{indent}# "
         yield from textwrap.wrap(
             texts.get(name, ""), 100, initial_indent=comment, subsequent_indent=comment
         )
-        section, value = section_of(kind), tree[name]
+        key, section, value = prefix + name, section_of(kind), tree[name]
         if section is not None and isinstance(value, dict):
             yield f"{indent}{name}:"
-            yield from _commented(section, value, f"{indent}  ", seen)
+            yield from _lines(section, value, follows, seen, f"{key}.")
+        elif key in follows:
+            yield f"{indent}{as_yaml({name: follows[key]}).strip()}  {_FOLLOWS}"
         else:
             # Text that YAML folds over several lines is quoted: more indentation changes nothing.
             # Split at newlines alone: text may hold others, such as U+2028, which belong to it.
@@ -107,16 +131,23 @@ def _commented(cls: Any, tree: Mapping[str, Any], indent: str, seen: set[Any]) -
             yield from (f"{indent}{line}" for line in lines)
 
 
-def _settings(cls: Any, made: Any, prefix: str = "") -> Iterator[Setting]:
-    """The settings of `cls` and its sections, in their order; `made` holds the defaults."""
+def _settings(
+    cls: Any, made: Any, follows: Mapping[str, Any], prefix: str = ""
+) -> Iterator[Setting]:
+    """The settings of `cls` and its sections, in their order; `made` holds the defaults, and
+    `follows` what those come to that are null."""
     texts = described(cls)
     for name, kind in section_kinds(cls).items():
         section, in_list, value = section_of(kind), section_in_list(kind), getattr(made, name)
-        yield Setting(prefix + name, type_text(kind), _default(value), texts.get(name, ""))
+        key, default = prefix + name, _default(value)
+        if key in follows:
+            default += f", here {_default(follows[key])}"
+        yield Setting(key, type_text(kind), default, texts.get(name, ""))
         if section is not None:
-            yield from _settings(section, section() if value is None else value, f"{prefix}{name}.")
+            inside = section() if value is None else value
+            yield from _settings(section, inside, follows, f"{key}.")
         if in_list is not None:
-            yield from _settings(in_list, in_list(), f"{prefix}{name}[].")
+            yield from _settings(in_list, in_list(), follows, f"{key}[].")
 
 
 def _default(value: Any) -> str:
@@ -177,8 +208,6 @@ def _table(cls: Any) -> str:
         default = f"`{_default(value)}`"
         if dataclasses.is_dataclass(value):
             default = _link(type(value))
-        elif name == "learning_rate":
-            default = "by use, see above"
         cells = [f"`{name}`", type_text(kind), default, texts.get(name, "")]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -218,7 +247,9 @@ LoRA wants ten times the rate of all weights and more (Schulman et al. 2025, "Lo
 optimizer steps, as in OpenRLHF, and then fall linearly to 0. A good rate depends on model, reward
 and batch: these are where others start from, not what was tuned here.
 
-What `--dry-run` prints and a run's `config.yaml` have every setting, as it came out: none of them
-follows from another any more. Who changes such a file to LoRA, or to another `ppo.estimator`, takes
-out the lines that are to follow: `learning_rate`, `whiten_advantages`, `reduction`, `kl_estimator`.
-In Python `dataclasses.replace` keeps such values too, but for the learning rates."""
+What `--dry-run` prints and a run's `config.yaml` have every setting as it came out. Behind one that
+nobody set and that follows from others (`learning_rate`, `ppo.whiten_advantages`,
+`ppo.kl_estimator`, `ppo.reduction`) a comment says so: whoever changes such a file to LoRA, or to
+another `ppo.estimator`, writes `null` in its place or takes the line out. In Python they are None
+as long as nobody sets them, and go on following through `dataclasses.replace`; `PPOEngine.config`
+has the values themselves."""

@@ -61,13 +61,6 @@ def load_config(
     return config
 
 
-def dump_config(config: Any) -> str:
-    """YAML text that `load_config` reads back to an equal object. A run's config.yaml is this,
-    without comments: programs compare it, and descriptions are those of the version that shows
-    them (`settings.describe`)."""
-    return as_yaml(as_dict(config))
-
-
 def as_yaml(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

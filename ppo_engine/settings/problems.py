@@ -145,7 +145,7 @@ def explain(
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         message = message.partition(", unable to ")[0]
         if problem["type"] == "dataclass_type" and dataclasses.is_dataclass(problem["input"]):
-            message = f"should be a {problem['ctx']['class_name']}, or a dictionary of its keys"
+            message = _wanted_section(problem["ctx"]["class_name"], type(problem["input"]))
         elif problem["type"].endswith("dataclass_type"):
             first = next((name for name in known if name.startswith(f"{key}.")), "")
             message = f"should be a section of keys, such as {first}" if first else message
@@ -160,6 +160,15 @@ def explain(
         f"{key}: {' or '.join(messages)}, got {_shown(given[key])}"
         for key, messages in expected.items()
     ]
+
+
+def _wanted_section(name: str, given: type) -> str:
+    """What a section of Python's should be, which is of another class; a class that is made of the
+    `given` one has its settings, with other defaults."""
+    made_of_it: list[type] = given.__subclasses__()
+    has_all = name in [cls.__name__ for cls in made_of_it]
+    more = f" (which has all of {given.__name__})" if has_all else ""
+    return f"should be a {name}{more}, or a dictionary of its keys"
 
 
 def _shown(value: Any) -> str:

@@ -39,13 +39,12 @@ from ppo_engine.rollout.environment import Environment
 from ppo_engine.rollout.generation import room_for_prompts
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states, seeded
 from ppo_engine.run.directory import RunDirectory, check_output, dated
-from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
-from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
 from ppo_engine.training import anatomy, fit
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
@@ -69,7 +68,7 @@ class PPOTrainer:
         reward: RewardsLike | None = None,
         prompts: str | Path | Iterable[Any] | None = None,
         *,
-        config: PPOConfig | None = None,
+        config: PPOConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         environment: Callable[..., Any] | Environment | None = None,
         console: Console | None = None,
@@ -77,7 +76,7 @@ class PPOTrainer:
         """`prompts` is a file, or texts, lists of chat messages, or dictionaries as
         `data.prompts.load_prompts` takes them; all else is as `PPOEngine` takes it. What is not
         given comes from `config`. Progress goes to `console`, by default the terminal."""
-        config = config or PPOConfig()
+        config = settings_of(PPOConfig, config)
         # The run's config.yaml names what is trained, however it was given.
         if isinstance(policy, str) and policy:
             config = replace(config, policy=replace(config.policy, path=policy))
@@ -216,7 +215,7 @@ class PPOTrainer:
                 self._open_trackers(run)
                 with self._phase(progress, "advantages"):
                     experience = self.engine.estimate_advantages(rollout, scores, rounding)
-                updating.enter_context(interrupted_after())
+                updating.enter_context(self.checkpoints.changing())
                 with self._phase(progress, "update"):
                     metrics = self.engine.update(experience)
             self.step += 1
@@ -301,7 +300,7 @@ class PPOTrainer:
     def _open_trackers(self, run: RunDirectory) -> Trackers:
         if self._trackers is not None:
             return self._trackers
-        settings = flatten(shown_settings(as_dict(self.config)))
+        settings = flatten(shown_settings(as_dict(resolved(self.config))))
         logged = self.step - (self._unreported is not None)
         self._trackers = Trackers(self.config.run.trackers, run.path, settings, logged)
         self._closing.callback(self._trackers.close)
@@ -324,6 +323,7 @@ class PPOTrainer:
 
     def _restore(self, run: RunDirectory) -> None:
         state = self.checkpoints.load(self.engine.device)
+        self.notes += self.checkpoints.notes
         if state is None:
             self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)

@@ -5,7 +5,7 @@ All ordered pairs of a prompt come from one forward pass of its K responses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, loading, storage
 from ppo_engine.run.headlines import with_error
 from ppo_engine.run.progress import Progress
-from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings
+from ppo_engine.settings.schema import RewardModelConfig, RewardModelSettings, settings_of
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 from ppo_kernels import pairwise_loss, ranking_loss
@@ -56,14 +56,15 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         self,
         model: str | PreTrainedModel | None = None,
         preferences: str | Path | Iterable[Any] | None = None,
-        config: RewardModelConfig | None = None,
+        config: RewardModelConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         console: Console | None = None,
     ) -> None:
         """`model` and `preferences` (a file, or rows as `load_preferences` takes them) come
         from `config` where they are not given. A model object needs its `tokenizer`. Progress goes
         to `console`, by default the terminal."""
-        super().__init__(model, preferences, config or RewardModelConfig(), tokenizer, console)
+        config = settings_of(RewardModelConfig, config)
+        super().__init__(model, preferences, config, tokenizer, console)
         everything = [*self.training, *self.held_out]
         self.pairs_only = all(len(ranking.rows) == 2 for ranking in everything)
         if not self.pairs_only:

@@ -6,7 +6,7 @@ excluded. It comes from hidden states before these tokens; the logits of all nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.run.headlines import with_error
 from ppo_engine.run.progress import Progress
-from ppo_engine.settings.schema import SFTConfig, SFTSettings
+from ppo_engine.settings.schema import SFTConfig, SFTSettings, settings_of
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
 
 
@@ -52,14 +52,14 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         self,
         model: str | PreTrainedModel | None = None,
         examples: str | Path | Iterable[Any] | None = None,
-        config: SFTConfig | None = None,
+        config: SFTConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         console: Console | None = None,
     ) -> None:
         """`model` and `examples` (a file, or rows as `demonstrations.load_demonstrations` takes
         them) come from `config` where they are not given. A model object needs its `tokenizer`.
         Progress goes to `console`, by default the terminal."""
-        super().__init__(model, examples, config or SFTConfig(), tokenizer, console)
+        super().__init__(model, examples, settings_of(SFTConfig, config), tokenizer, console)
 
     @property
     def settings(self) -> SFTSettings:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ppo_engine.messages import counted
-from ppo_engine.settings.schema import PPOConfig
+from ppo_engine.settings.schema import PPOConfig, resolved
 
 Row = Mapping[str, float]  # a step's metrics, with its number as "step"
 
@@ -56,7 +56,7 @@ def ppo_signs(config: PPOConfig) -> list[Sign]:
     """Those of PPO and its relatives."""
     settings, tokens = config.ppo, config.generation.max_new_tokens
     responses = settings.rollout_batch_size
-    rate = config.policy.optimizer.learning_rate
+    rate = resolved(config).policy.optimizer.learning_rate
     reward = config.reward
     penalized = reward.missing_eos_penalty > 0 or reward.missing_eos_score is not None
     dearer = "" if penalized else ", or set reward.missing_eos_penalty"

@@ -33,7 +33,6 @@ from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
-from ppo_engine.run.interrupts import interrupted_after
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
 from ppo_engine.run.trackers import Trackers, check_trackers
@@ -43,6 +42,7 @@ from ppo_engine.settings.schema import (
     RewardModelSettings,
     SFTConfig,
     SFTSettings,
+    resolved,
 )
 from ppo_engine.training import fit
 from ppo_engine.training.batch_notes import few_steps_note
@@ -102,7 +102,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             self.settings.batch_size,
             self.unit,
         )
-        self.learner = Learner(self.model, config.model.optimizer, self.total_steps, "the model")
+        optimizer = resolved(config).model.optimizer
+        self.learner = Learner(self.model, optimizer, self.total_steps, "the model")
         self._meter = Meter(self.device, self.dtype)
         self.step = 0
         self.before: dict[str, float] = {}  # held-out metrics of the untrained model
@@ -165,7 +166,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.checkpoints.run = run
         if config.resume:
             self._restore(run)
-        settings = flatten(as_dict(self.config))
+        settings = flatten(as_dict(resolved(self.config)))
         logged = self.step - (self._unreported is not None)
         trackers = Trackers(config.trackers, run.path, settings, logged)
         try:
@@ -193,12 +194,12 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
             for note in (*self.notes, self._size()):
                 progress.note(note)
-            rate = self.config.model.optimizer.learning_rate
+            rate = self.learner.config.learning_rate
             watch = Watch(supervised_signs(self.command, rate, self.before))
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
-                    with interrupted_after():
+                    with self.checkpoints.changing():
                         with progress.phase("update"):
                             metrics = self._measured_step(self.mini_batch(self.step))
                         self._unreported = metrics | progress.times
@@ -281,6 +282,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     def _restore(self, run: RunDirectory) -> None:
         state = self.checkpoints.load(self.device)
+        self.notes += self.checkpoints.notes
         if state is None:
             self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-from ppo_engine.errors import UserError
+from ppo_engine.errors import Stopped, UserError
 from ppo_engine.user_functions.awaiting import awaited
 from ppo_engine.user_functions.signature import Lists, Signature
 
@@ -58,6 +58,8 @@ class UserFunction:
             return awaited(result) if inspect.isawaitable(result) else result
         except UserError as error:  # it says what to do
             raise UserError(f"{self}: {error}") from error
+        except Stopped:  # by a signal, which came while the function ran
+            raise
         # The latter two are no Exceptions, but end neither a run nor its process.
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise UserError(

@@ -1,4 +1,4 @@
-"""`make docs-check`: every page, in a new environment, in a terminal and without.
+"""`make docs-check`: every page, in a new environment, without a terminal and in one.
 
     PYTHONPATH=tests python -m documents [--here] [--short] [PAGE.md …]
 
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +28,6 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="with a tiny model")
     options = parser.parse_args()
     faults: list[str] = []
-    count = 0
     with tempfile.TemporaryDirectory(prefix="documents-") as name:
         folder = Path(name)
         where = (here if options.here else fresh)(folder / "environment", short=options.short)
@@ -35,9 +35,9 @@ def main() -> int:
             found, ran, left_out = [], 0, []
             try:
                 found += names.faults(page, ROOT)
-                for terminal in (True, False):
-                    place = folder / str(count)
-                    count += 1
+                for terminal in (False, True):
+                    place = folder / "reader"
+                    shutil.rmtree(place, ignore_errors=True)  # runs leave gigabytes
                     place.mkdir()
                     ran, left_out, of_run = check_page(
                         page, place, where, terminal=terminal, short=options.short

@@ -11,7 +11,7 @@ from pathlib import Path
 # `<!-- check: RULE … -->` above a block; whether the rule needs more words.
 RULES = {
     "skip because": True,
-    "long because": True,  # skipped in the short form
+    "long because": True,  # skipped in the short form, and run once, in a terminal
     "file": True,  # the block is this file
     "output": False,  # the block is what the one above prints
     "fails": False,  # the command ends with an error, without a traceback

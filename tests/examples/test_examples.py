@@ -90,13 +90,20 @@ def test_calculator_answers_calls_alone(example):
     assert names["right"]([asked, [{"content": "132"}], turns[0]], [132, 132, 132]) == [1.2, 1, 0]
 
 
-def test_plain_pytorch_learns_its_toy_reward(example):
-    save_tiny_model(Path("model"), seed=0)
-    model = AutoModelForCausalLM.from_pretrained("model")
+def test_a_smoke_run_of_plain_pytorch_is_two_steps(example):
+    assert re.findall(r"step +(\d+): A to M ", example("plain_pytorch")) == ["1", "2"]
+
+
+def test_plain_pytorch_learns_its_toy_reward(monkeypatch, tmp_path, capfd):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    folder = tmp_path / "model"
+    save_tiny_model(folder, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():  # so large that the layers, which alone are trained, can tell words apart
         model.get_input_embeddings().weight *= 5
-    model.save_pretrained("model")
-    steps = re.findall(r"step +\d+: A to M (\d+)%", example("plain_pytorch", "--model", "model"))
-    shares = [int(share) for share in steps]
+    model.save_pretrained(folder)
+    monkeypatch.setattr(sys, "argv", ["plain_pytorch", "--model", str(folder)])
+    runpy.run_path(str(EXAMPLES / "plain_pytorch.py"))["main"](rate=3e-2)
+    shares = [int(x) for x in re.findall(r"step +\d+: A to M (\d+)%", capfd.readouterr().out)]
     assert len(shares) == 15
     assert sum(shares[-3:]) > sum(shares[:3]) + 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -340,8 +341,14 @@ def test_learning_rate_decays_to_zero():
     engine = make_engine(policy=ModelConfig(optimizer=optimizer), steps=2)
     engine.update(experience_of(engine))
     assert engine.actor.learner.learning_rate == pytest.approx(5e-4)
-    engine.update(experience_of(engine))
+    experience = experience_of(engine)
+    with warnings.catch_warnings(action="error"):
+        engine.update(experience)
     assert engine.actor.learner.learning_rate == 0.0
+    with pytest.warns(UserWarning, match=r"of the policy has .* config\.steps=2 ") as told:
+        for _ in range(2):
+            engine.update(experience)
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def test_an_update_of_a_half_precision_run_changes_fp32_masters():

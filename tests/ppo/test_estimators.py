@@ -13,7 +13,13 @@ from ppo_engine.errors import UserError
 from ppo_engine.ppo.estimators import ESTIMATORS, Evidence, equal_groups
 from ppo_engine.rewards.shaping import ScoreNormalizer
 from ppo_engine.settings.checks import check_settings
-from ppo_engine.settings.schema import AdaptiveKLConfig, GenerationConfig, PPOConfig, PPOSettings
+from ppo_engine.settings.schema import (
+    AdaptiveKLConfig,
+    GenerationConfig,
+    PPOConfig,
+    PPOSettings,
+    resolved,
+)
 
 B, T, G = 6, 5, 3
 KL = 0.3
@@ -116,7 +122,8 @@ def settings_of(name: str, **more) -> PPOSettings:
         estimator=name, group_size=G, rollout_batch_size=B, gamma=0.9, lam=0.7, **more
     )
     discounts = not (settings.compares_groups or settings.needs_greedy)
-    return settings if discounts else dataclasses.replace(settings, gamma=1.0)
+    settings = settings if discounts else dataclasses.replace(settings, gamma=1.0)
+    return resolved(PPOConfig(ppo=settings)).ppo
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -271,7 +278,7 @@ def test_remax_compares_with_the_greedy_response():
     ],
 )
 def test_what_is_not_set_is_as_the_source_has_it(ppo, whitens, reduction, kl_estimator):
-    settings = PPOSettings(**ppo)
+    settings = resolved(PPOConfig(ppo=PPOSettings(**ppo))).ppo
     assert settings.whiten_advantages == whitens
     assert (settings.reduction, settings.kl_estimator) == (reduction, kl_estimator)
 

@@ -17,6 +17,7 @@ from ppo_engine import GRPOConfig, LoraConfig, ModelConfig, OptimizerConfig, PPO
 from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import trainable_state
 from ppo_engine.rewards.shaping import ScoreNormalizer
+from ppo_engine.run.state_file import save_state
 
 
 def take(engine: PPOEngine, steps: int) -> list[dict[str, float]]:
@@ -81,7 +82,8 @@ def test_a_checkpoint_replaces_nothing_but_one(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "dear"
     with pytest.raises(UserError, match=r"no checkpoint '.*/min'. Did you mean '.*/mine'"):
         engine.load_checkpoint(tmp_path / "min")
-    torch.save({"model": {}}, tmp_path / "mine/training_state.pt")
+    (tmp_path / "mine/SHA256SUMS").unlink()
+    save_state(tmp_path / "mine", {"model": {}})
     with pytest.raises(UserError, match="not of a PPO run"):
         engine.load_checkpoint(tmp_path / "mine")
 

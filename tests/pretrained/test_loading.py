@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
@@ -139,3 +145,23 @@ def test_a_file_that_was_cut_off_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match="Could not load a model from"):
         open_policy(folder)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_no_bar_is_shown_and_those_of_others_stay(shown, tmp_path, capfd):
+    """Nor do downloads of others get bars for it that their user had hidden."""
+    bar, hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    folder = save_changed(tmp_path / "model", lambda _: None, tiny_model())
+    transformers_logging.enable_progress_bar()
+    (enable_progress_bars if shown else disable_progress_bars)()
+    try:
+        capfd.readouterr()
+        for opened in (open_policy, open_critic):
+            opened(folder)
+            assert transformers_logging.is_progress_bar_enabled()
+            assert are_progress_bars_disabled() != shown
+        assert capfd.readouterr() == ("", "")
+    finally:
+        if not bar:
+            transformers_logging.disable_progress_bar()
+        (disable_progress_bars if hidden else enable_progress_bars)()

@@ -82,6 +82,14 @@ def test_every_usual_kind_of_number_is_taken(result):
         ([1e300, 2.0, 3.0], r"1e\+300 \(float\) for response 0"),
         ([[1.0], [2.0], [3.0]], r"\[1.0\] \(list\) for response 0"),
         (torch.ones(3, 1), r"\[1.0\] \(list\) for response 0"),
+        (
+            [1.0, 2.0, 10**400],
+            r"1000.* \(int\) for response 2 \(counted from 0\), 'ccc'; .* finite",
+        ),
+        ([-(10**5000), 2.0, 3.0], r"… \(int\) for response 0"),
+        ([1.0, 3.5e38, 3.0], r"3\.5e\+38 \(float\) for response 1 .* at most 3\.4e\+38"),
+        (torch.ones(3, device="meta"), "whose numbers cannot be read: Cannot copy out of meta"),
+        ([torch.ones((), device="meta")] * 3, "whose numbers cannot be read: .* on meta tensors"),
     ],
 )
 def test_a_bad_result_is_described(result, message):
@@ -101,3 +109,39 @@ def test_an_exception_names_function_and_line_and_keeps_its_cause(tmp_path):
     with pytest.raises(UserError, match=r"broken\.py, line 4: JSONDecodeError") as caught:
         reward(PROMPTS, RESPONSES, FINISHED, {})
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def leave(prompts, responses):
+    raise SystemExit(3)
+
+
+async def leave_later(prompts, responses):
+    raise SystemExit(3)
+
+
+def for_ever(prompts, responses):
+    return for_ever(prompts, responses)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(leave, "SystemExit: 3"), (leave_later, "SystemExit: 3"), (for_ever, "RecursionError")],
+)
+def test_a_function_that_leaves_ends_with_a_message(function, message):
+    name = function.__name__
+    with pytest.raises(UserError, match=rf"'{name}' failed at .*test_function\.py, .*{message}"):
+        score(function)
+
+
+def interrupt(prompts, responses):
+    raise KeyboardInterrupt
+
+
+async def interrupt_later(prompts, responses):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("function", [interrupt, interrupt_later])
+def test_ctrl_c_in_a_function_is_no_mistake_of_it(function):
+    with pytest.raises(KeyboardInterrupt):
+        score(function)

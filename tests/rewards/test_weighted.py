@@ -138,6 +138,7 @@ def test_each_kind_is_loaded(tmp_path, reward_folders, monkeypatch):
         ({"sources": [{"path": "a", "url": "http://b"}]}, r"sources\[0\] .* sets path and url"),
         ({"sources": [{"path": "a", "name": "x"}] * 2}, "Two rewards are named 'x'"),
         ({"sources": [{"path": "a", "name": "x/y"}]}, "'x/y' cannot be used"),
+        ({"sources": [{"path": "a", "name": "x_se"}]}, "'x_se' ends in '_se', as the metrics of"),
         ({"url": "http://a", "weights": [1, 2]}, "2 numbers for 1 reward;"),
     ],
 )
@@ -176,6 +177,13 @@ def test_names_are_as_given_or_numbered():
     assert list(load(sources=sources).by_name) == ["a_3", "a_2", "a"]
 
 
+def test_a_default_name_is_not_that_of_a_standard_error():
+    def mean_se(prompts, responses):
+        return [0.0] * len(responses)
+
+    assert list(load([mean_se, length]).by_name) == ["mean", "length"]
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -207,6 +215,14 @@ def test_the_total_is_the_weighted_sum():
     torch.testing.assert_close(engine.score(rollout), expected)
     plain = make_engine([vowels, length])
     torch.testing.assert_close(plain.score(rollout), each["vowels"] + each["length"])
+
+
+def test_rewards_that_add_up_to_no_number_are_named():
+    rewards = {"a": RewardFunction(length), "b": RewardFunction(vowels)}
+    weighted = Rewards(rewards, [1e30, -1.0], tiny_tokenizer())
+    each = {"a": torch.tensor([1.0, 1e30]), "b": torch.tensor([2.0, 3.0])}
+    with pytest.raises(UserError, match=r"of response 1 .*: inf \(a\) \+ -3 \(b\), with reward\.w"):
+        weighted.total(each)
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 4e-6), (torch.bfloat16, 0.0156)])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -13,14 +13,9 @@ from torch import nn
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.optimizer import load_trainable_state, trainable_state
-from ppo_engine.run.checkpoint import (
-    Checkpoints,
-    load_training_state,
-    random_states,
-    restore_random_states,
-    save_training_state,
-)
+from ppo_engine.run.checkpoint import Checkpoints, random_states, restore_random_states
 from ppo_engine.run.directory import RunDirectory
+from ppo_engine.run.state_file import load_state, save_state
 from ppo_engine.settings.schema import RunConfig
 
 CPU = torch.device("cpu")
@@ -37,8 +32,8 @@ def test_trained_weights_alone_are_saved_and_copied_back(tmp_path: Path) -> None
     one, two = small_model(), small_model()
     frozen = two[0].weight.clone()
     assert trainable_state(one).keys() == {"1.weight", "1.bias"}
-    save_training_state(tmp_path, {"weights": trainable_state(one), "step": 3})
-    state = load_training_state(tmp_path, CPU)
+    save_state(tmp_path, {"weights": trainable_state(one), "step": 3})
+    state = load_state(tmp_path, CPU)
     assert state["step"] == 3
     load_trainable_state(two, state["weights"], {})
     assert torch.equal(one[1].weight, two[1].weight) and torch.equal(one[1].bias, two[1].bias)
@@ -62,39 +57,22 @@ def test_the_weights_of_another_model_are_refused(other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.unlink(),
-        lambda file: file.write_bytes(b""),
-        lambda file: file.write_bytes(file.read_bytes()[:-100]),
-        lambda file: file.write_bytes(b"no checkpoint at all"),
-    ],
-    ids=["missing", "empty", "cut short", "something else"],
-)
-def test_a_damaged_checkpoint_says_what_to_do(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    save_training_state(tmp_path, {"weights": torch.zeros(1000)})
-    damage(tmp_path / "training_state.pt")
-    with pytest.raises(UserError, match=r"(?s)cannot be read .*: remove its folder"):
-        load_training_state(tmp_path, CPU)
-
-
-@pytest.mark.parametrize(
     ("settings", "kept"),
     [
-        ({}, [4, 6, 8]),  # of those by time (3 and 6), the last one
-        ({"checkpoint_every": 0}, [5, 8]),
+        ({}, [3, 4, 6, 8]),
+        ({"checkpoint_every": 0}, [3, 5, 8]),
         ({"checkpoint_minutes": 0}, [4, 8]),
-        ({"checkpoint_minutes": 0.5}, [4, 7, 8]),
-        ({"checkpoint_every": 1}, [*range(1, 9)]),
+        ({"checkpoint_minutes": 0.5}, [*range(1, 9)]),
+        ({"checkpoint_every": 1, "keep_checkpoints": 3}, [6, 7, 8]),
+        ({"checkpoint_every": 1, "keep_checkpoints": 1}, [8]),
     ],
 )
 def test_checkpoints_by_steps_and_by_time(
     tmp_path: Path, settings: dict[str, float], kept: list[int]
 ) -> None:
     now = 1e6
-    config = RunConfig(**({"checkpoint_every": 4} | settings))  # 30 minutes
+    default = {"checkpoint_every": 4, "checkpoint_minutes": 30, "keep_checkpoints": 0}
+    config = RunConfig(**(default | settings))
     state = {"step": 0}
     checkpoints = Checkpoints(config, lambda: state, [], {}, "rows", clock=lambda: now)
     checkpoints.run = RunDirectory(tmp_path / "run", config)
@@ -107,41 +85,94 @@ def test_checkpoints_by_steps_and_by_time(
             checkpoints.save_if_due(last=step == 8)
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == [f"step-{step:06d}" for step in kept]
-    assert load_training_state(folders[-2], CPU)["step"] == kept[-2]
+    assert load_state(folders[-1], CPU)["step"] == kept[-1]
 
 
-def test_a_resumed_run_replaces_what_was_written_for_the_time(tmp_path: Path) -> None:
-    times = iter([0, 0, 61, 61] * 2)
-    config = RunConfig(checkpoint_minutes=1)
+def test_what_takes_long_to_write_is_not_due_as_often(tmp_path: Path) -> None:
+    now = 0.0
     state = {"step": 0}
-    run = RunDirectory(tmp_path / "run", config)
-    for step in (1, 2):  # each in a run of its own, which is killed
-        checkpoints = Checkpoints(config, lambda: state, [], {}, "rows", lambda: next(times))
-        checkpoints.run = run
-        if step > 1:
-            assert checkpoints.load(CPU) is not None
-        with checkpoints.kept():
+    config = RunConfig(checkpoint_minutes=1, keep_checkpoints=0)
+    checkpoints = Checkpoints(config, lambda: state, [], {}, "rows", clock=lambda: now)
+    checkpoints.run = run = RunDirectory(tmp_path / "run", config)
+
+    class Slow(dict[str, int]):
+        def items(self) -> Any:
+            nonlocal now
+            now += 30
+            return super().items()
+
+    with checkpoints.kept():
+        for step in range(1, 31):
+            now += 60
             state["step"] = step
             checkpoints.mark()
+            checkpoints._state = Slow(checkpoints._state)
             checkpoints.save_if_due(last=False)
-    assert [folder.name for folder in (run.path / "checkpoints").iterdir()] == ["step-000002"]
-
-
-def test_nobody_is_told_to_run_what_a_file_holds(tmp_path: Path) -> None:
-    """As torch's own message does."""
-    torch.save({"code": small_model()}, tmp_path / "training_state.pt")
-    with pytest.raises(UserError, match="cut short, damaged, or not written by a run") as caught:
-        load_training_state(tmp_path, CPU)
-    assert "weights_only" not in str(caught.value)
+    # After 600 s, or 20 times as long as it took.
+    assert [step for step, _ in run.checkpoints()] == [21, 11, 1]
 
 
 def test_random_states_go_through_a_file(tmp_path: Path) -> None:
     def drawn() -> list[float]:
         return [random.random(), float(numpy.random.rand()), float(torch.rand(()))]
 
-    save_training_state(tmp_path, {"random": random_states()})
+    save_state(tmp_path, {"random": random_states()})
     expected = drawn()
     for found, other in zip(drawn(), expected, strict=True):
         assert found != other
-    restore_random_states(load_training_state(tmp_path, CPU)["random"])
+    restore_random_states(load_state(tmp_path, CPU)["random"])
     assert drawn() == expected
+
+
+def run_of(tmp_path: Path, steps: int, **settings: int) -> Checkpoints:
+    """A run with a checkpoint of each step, and a tensor that says which."""
+    state: dict[str, Any] = {"step": 0}
+    config = RunConfig(checkpoint_every=1, keep_checkpoints=0, **settings)
+    checkpoints = Checkpoints(config, lambda: dict(state), [], {}, "rows")
+    checkpoints.run = RunDirectory(tmp_path / "run", config)
+    with checkpoints.kept():
+        for step in range(1, steps + 1):
+            state |= {"step": step, "weights": torch.full((1000,), float(step))}
+            checkpoints.mark()
+            checkpoints.save_if_due(last=False)
+    return checkpoints
+
+
+def flipped(file: Path, at: int, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
+    checkpoints = run_of(tmp_path, 3)
+    assert checkpoints.run is not None
+    (newest, second, _) = (folder for _, folder in checkpoints.run.checkpoints())
+    flipped(newest / "tensors-00001.safetensors", 500, 3)
+    second.rename(newest.with_name("step-000009"))  # a number that is not its own
+    found = checkpoints.load(CPU)
+    assert found is not None and found["step"] == 1 and found["weights"].eq(1).all()
+    first, later = checkpoints.notes
+    assert first.endswith("step-000009 does not hold step 9 of a run.")
+    assert "step-000003/tensors-00001.safetensors is damaged: " in later
+
+
+def test_where_all_are_damaged_nothing_begins_anew(tmp_path: Path) -> None:
+    checkpoints = run_of(tmp_path, 2)
+    assert checkpoints.run is not None
+    for _, folder in checkpoints.run.checkpoints():
+        (folder / "state.json").unlink()
+    with pytest.raises(UserError, match=r"(?s)No checkpoint .* is whole.*000002.*000001"):
+        checkpoints.load(CPU)
+
+
+def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
+    checkpoints = run_of(tmp_path, 4)
+    run = checkpoints.run
+    assert run is not None
+    config = RunConfig(checkpoint_every=1, keep_checkpoints=1)
+    again = Checkpoints(config, lambda: {"step": 2}, [], {}, "rows")
+    again.run = run
+    again.mark()
+    again.save_if_due(last=False)
+    assert [step for step, _ in run.checkpoints()] == [4, 3, 2]

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from ppo_engine.errors import UserError
+from ppo_engine.errors import MachineError, UserError
 from ppo_engine.run.directory import RunDirectory, atomic_folder
+from ppo_engine.run.lock import Lock
 from ppo_engine.settings.files import load_config
-from ppo_engine.settings.schema import PPOConfig, RewardModelConfig
+from ppo_engine.settings.schema import GRPOConfig, PPOConfig, RewardModelConfig, resolved
 
 
 def lines(file: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
-def test_new_run_holds_its_resolved_settings(tmp_path: Path) -> None:
+def test_new_run_holds_its_settings(tmp_path: Path) -> None:
     config = load_config(PPOConfig, None, ["ppo.kl_coef=0.5"])
     run = RunDirectory(tmp_path / "deep" / "run", config)
-    assert load_config(PPOConfig, str(run.path / "config.yaml")) == config
-    assert run.newest_checkpoint() is None
+    assert load_config(PPOConfig, str(run.path / "config.yaml")) == resolved(config)
+    assert run.checkpoints() == []
 
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +103,10 @@ def test_resume_takes_up_the_run(tmp_path: Path) -> None:
     longer = load_config(
         PPOConfig, None, ["steps=500", "run.resume=true", "run.save_dtype=float32"]
     )
+    run.close()
     again = RunDirectory(run.path, longer, resume=True)
-    assert again.newest_checkpoint() == (10, run.path / "checkpoints" / "step-000010")
+    folders = [run.path / "checkpoints" / name for name in ("step-000010", "step-000002")]
+    assert again.checkpoints() == [*zip((10, 2), folders, strict=True)]
     assert lines(again.metrics_file) == [{"step": 1, "x": 1.0}]
     assert load_config(PPOConfig, str(run.path / "config.yaml")).steps == 500
 
@@ -109,7 +119,18 @@ def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "ppo.kl_coef: 0.05 then, 0.5 now" in text
     assert "ppo.adaptive_kl.target: None then, 3.0 now" in text
-    assert load_config(PPOConfig, str(run.path / "config.yaml")) == PPOConfig()
+    assert load_config(PPOConfig, str(run.path / "config.yaml")) == resolved(PPOConfig())
+
+
+def test_resume_takes_a_default_for_its_number(tmp_path: Path) -> None:
+    """config.yaml has all numbers in it; another number is another run."""
+    run = RunDirectory(tmp_path / "run", GRPOConfig())
+    for same in (GRPOConfig(), resolved(GRPOConfig())):
+        run.close()
+        run = RunDirectory(run.path, same, resume=True)
+    other = load_config(GRPOConfig, None, ["policy.lora.rank=4"])
+    with pytest.raises(UserError, match=r"learning_rate: 1e-06 then, 0\.0001 now"):
+        RunDirectory(run.path, other, resume=True)
 
 
 def test_resume_of_nothing(tmp_path: Path) -> None:
@@ -145,4 +166,60 @@ def test_remains_of_a_killed_run_are_no_checkpoint(tmp_path: Path) -> None:
         pass
     (run.path / "checkpoints" / ".step-000002.partial").mkdir()
     (run.path / "checkpoints" / "step-000003.bak").mkdir()
-    assert run.newest_checkpoint() == (1, run.checkpoint(1))
+    assert run.checkpoints() == [(1, run.checkpoint(1))]
+
+
+def test_a_run_has_one_writer(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+    owner = f"in use by process {os.getpid()} on {socket.gethostname()}, since 2"
+    with pytest.raises(UserError, match=owner):
+        RunDirectory(run.path, PPOConfig(), resume=True)
+    run.close()
+    run.close()
+    RunDirectory(run.path, PPOConfig(), resume=True)
+
+
+def test_a_killed_run_locks_nobody_out(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from ppo_engine.run.lock import Lock; from pathlib import Path\n"
+        "lock = Lock(Path(sys.argv[1])); print('locked', flush=True); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert killed.stdout == "locked\n" and killed.returncode == -9, killed.stderr
+    # Before it had written its settings: the folder is as good as free.
+    (tmp_path / ".config.yaml.partial").touch()
+    RunDirectory(tmp_path, PPOConfig()).close()
+
+
+def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    locks = [Lock(tmp_path), Lock(tmp_path)]
+    assert [lock.held for lock in locks] == [False, False]
+
+
+def test_what_the_machine_cannot_write_is_told(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+    shutil.rmtree(run.path)
+    (tmp_path / "run").touch()  # as no permission would keep a superuser out
+    for write in (lambda: run.log_metrics(1, {"x": 1.0}), lambda: enter(run.checkpoint(1))):
+        with pytest.raises(MachineError, match="could not be written: Not a directory"):
+            write()
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    target = tmp_path / "step-000001"
+    full = SafetensorError("Error while serializing: I/O error: No space left on device")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), full):
+        with pytest.raises(MachineError, match=r"000001 could not be .* No space left on device"):
+            enter(target, error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def enter(folder: Path, error: Exception | None = None) -> None:
+    with atomic_folder(folder) as inside:
+        (inside / "half").touch()
+        if error is not None:
+            raise error

@@ -3,6 +3,7 @@ line, and what follows from other settings."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ import pytest
 
 import ppo_engine
 from ppo_engine.errors import DEBUG_VARIABLE, UserError, entry_point
-from ppo_engine.settings.files import dump_config, load_config
+from ppo_engine.settings.describe import commented, dump_config
+from ppo_engine.settings.files import load_config
 from ppo_engine.settings.schema import (
     AdaptiveKLConfig,
+    GenerateConfig,
     GenerationConfig,
     GRPOConfig,
     GRPOSettings,
@@ -28,6 +31,9 @@ from ppo_engine.settings.schema import (
     RewardConfig,
     RewardModelConfig,
     SFTConfig,
+    derived,
+    resolved,
+    settings_of,
 )
 
 any_type: Any = lambda value: value  # noqa: E731  what a type checker would refuse
@@ -62,7 +68,11 @@ def test_a_dictionary_serves_for_a_section() -> None:
         ),
         (
             lambda: GRPOConfig(ppo=PPOSettings()),
-            ["ppo: should be a GRPOSettings, or a dictionary of its keys, got PPOSettings(…)"],
+            ["ppo: should be a GRPOSettings (which has all of PPOSettings), or a dictionary of"],
+        ),
+        (
+            lambda: PPOConfig(ppo=GenerationConfig()),
+            ["ppo: should be a PPOSettings, or a dictionary of its keys, got GenerationConfig(…)"],
         ),
         (
             lambda: RewardModelConfig(3),
@@ -82,6 +92,32 @@ def test_mistakes_are_told_as_on_the_command_line(
     assert caught.value.__suppress_context__  # of pydantic's own error
 
 
+def test_the_settings_of_a_trainer_may_be_a_dictionary_too() -> None:
+    given = {"steps": 3, "generation": {"max_new_tokens": 16}}
+    for config in (given, PPOConfig(**any_type(given))):
+        found = settings_of(PPOConfig, any_type(config))
+        assert (found.steps, found.generation.max_new_tokens, found.run.seed) == (3, 16, 0)
+    assert settings_of(SFTConfig, None) == SFTConfig()
+    grpo = GRPOConfig()
+    assert settings_of(PPOConfig, grpo) is grpo
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: ppo_engine.PPOEngine("x", len, config=config),
+        lambda config: ppo_engine.PPOTrainer("x", len, ["a"], config=config),
+        lambda config: ppo_engine.SFTTrainer("x", [], config),
+        lambda config: ppo_engine.RewardModelTrainer("x", [], config),
+    ],
+)
+def test_what_are_no_settings_of_a_trainer_is_told(make: Callable[[Any], Any]) -> None:
+    with pytest.raises(UserError, match="runn: unknown key; did you mean run"):
+        make({"runn": {}})
+    with pytest.raises(UserError, match=r"should be a \w+Config, or a dictionary .*\(GenerationC"):
+        make(GenerationConfig())
+
+
 def test_a_users_dictionary_stays_as_it_is() -> None:
     given = {"kl_coeff": 3, "adaptive_kl": {"targett": 1}}
     with pytest.raises(UserError):
@@ -96,7 +132,7 @@ def test_grpo_starts_from_its_papers_settings() -> None:
         GRPOConfig(ppo=any_type({"kl_coef": 0.1})),
         load_config(GRPOConfig, None, ["ppo.kl_coef=0.1"]),
     ):
-        ppo = config.ppo
+        ppo = resolved(config).ppo
         assert (ppo.estimator, ppo.group_size, ppo.kl_in, ppo.kl_coef) == ("grpo", 8, "loss", 0.1)
         assert (ppo.kl_estimator, ppo.reduction, ppo.whiten_advantages) == (
             "k3",
@@ -107,6 +143,7 @@ def test_grpo_starts_from_its_papers_settings() -> None:
 
 
 def rates(config: Any) -> list[float]:
+    config = resolved(config)
     names = [name for name in ("policy", "critic", "model") if hasattr(config, name)]
     return [getattr(config, name).optimizer.learning_rate for name in names]
 
@@ -133,21 +170,49 @@ def test_the_rate_follows_what_is_replaced() -> None:
     config = PPOConfig()
     policy = replace(config.policy, lora=LoraConfig())
     assert rates(replace(config, policy=policy)) == [1e-4, 1e-5]
-    optimizer = replace(policy.optimizer, eps=1e-8)  # the rate is handed on, and still nobody's
+    optimizer = replace(policy.optimizer, eps=1e-8)
     assert rates(replace(config, policy=replace(policy, optimizer=optimizer))) == [1e-4, 1e-5]
     assert rates(SFTConfig(model=policy)) == [2e-4]
     chosen = replace(policy.optimizer, learning_rate=1e-6)  # the default's number, but chosen
     assert rates(replace(config, policy=replace(policy, optimizer=chosen))) == [1e-6, 1e-5]
 
 
-def test_a_runs_settings_keep_their_rate(tmp_path: Path) -> None:
-    """config.yaml has the number, which later defaults do not change."""
+@pytest.mark.parametrize("dump", [dump_config, commented])
+def test_a_file_has_the_values_and_goes_on_following_where_it_says_null(
+    dump: Callable[[Any], str], tmp_path: Path
+) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(
-        dump_config(PPOConfig()).replace("learning_rate: 1.0e-06", "learning_rate: 7.0e-6")
-    )
-    config = load_config(PPOConfig, str(file), ["policy.lora.rank=4"])
-    assert rates(config) == [7e-6, 1e-5]
+    settings = PPOConfig(critic=ModelConfig(optimizer=OptimizerConfig(1e-5)))
+    file.write_text(dump(settings))
+    assert load_config(PPOConfig, str(file)) == resolved(settings)
+    null = [re.sub(": .*  # not set", ": null  # not set", x) for x in dump(settings).split("\n")]
+    file.write_text("\n".join(null))
+    assert load_config(PPOConfig, str(file)) == settings
+    overrides = ["policy.lora.rank=4", "critic.lora.rank=4", "ppo.estimator=grpo"]
+    config = load_config(PPOConfig, str(file), overrides)
+    assert rates(config) == [1e-4, 1e-5]
+    assert resolved(config).ppo.reduction == "sequence_mean"
+    assert resolved(load_config(PPOConfig, str(file), ["ppo.kl_in=loss"])).ppo.kl_estimator == "k3"
+
+
+def test_what_unset_settings_come_to_stands_behind_them() -> None:
+    config = PPOConfig(ppo=PPOSettings(reduction="sum"))
+    for text in (dump_config(config), commented(config)):
+        assert "    learning_rate: 1.0e-06  # not set: null lets it follow from other" in text
+        assert "  whiten_advantages: true  # not set" in text
+        assert "  reduction: sum\n" in text
+    assert derived(resolved(config)) == {} and resolved(resolved(config)) == resolved(config)
+    assert resolved(GenerateConfig()) == GenerateConfig()
+
+
+def test_what_is_replaced_in_python_goes_on_following() -> None:
+    for changed, name, value in (
+        ({"estimator": "grpo"}, "reduction", "sequence_mean"),
+        ({"estimator": "grpo"}, "whiten_advantages", False),
+        ({"kl_in": "loss"}, "kl_estimator", "k3"),
+    ):
+        settings = replace(PPOSettings(), **any_type(changed))
+        assert getattr(resolved(PPOConfig(ppo=settings)).ppo, name) == value
 
 
 def test_all_settings_classes_are_exported() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from ppo_engine.errors import UserError
 from ppo_engine.settings.checks import check_settings
-from ppo_engine.settings.files import as_dict, dump_config, flatten, load_config
+from ppo_engine.settings.describe import dump_config
+from ppo_engine.settings.files import as_dict, flatten, load_config
 from ppo_engine.settings.schema import (
     AdaptiveKLConfig,
     GenerateConfig,
@@ -17,6 +18,7 @@ from ppo_engine.settings.schema import (
     PPOConfig,
     RewardModelConfig,
     SFTConfig,
+    resolved,
 )
 
 
@@ -132,12 +134,12 @@ def test_section_with_every_line_commented_out(tmp_path: Path) -> None:
 )
 def test_dumped_settings_read_back_equal(tmp_path: Path, overrides: list[str]) -> None:
     config = load_config(PPOConfig, None, overrides)
-    assert load_config(PPOConfig, write(tmp_path, dump_config(config))) == config
+    assert load_config(PPOConfig, write(tmp_path, dump_config(config))) == resolved(config)
 
 
 def test_flatten_names_every_leaf() -> None:
     flat = flatten(as_dict(PPOConfig()))
-    assert flat["policy.optimizer.learning_rate"] == PPOConfig().policy.optimizer.learning_rate
+    assert flat["policy.optimizer.eps"] == PPOConfig().policy.optimizer.eps
     assert flat["ppo.adaptive_kl"] is None and "ppo" not in flat
 
 
@@ -269,7 +271,7 @@ def test_the_settings_of_another_command_are_known_as_such(tmp_path: Path, other
         load_config(PPOConfig, str(file), ["steps=3"])
     message = str(caught.value)
     assert f"holds the settings of `ppo-engine {command[type(other)]}`" in message
-    assert "did you mean" not in message and load_config(type(other), str(file)) == other
+    assert "did you mean" not in message and load_config(type(other), str(file)) == resolved(other)
 
 
 def test_a_mistake_is_not_taken_for_another_command(tmp_path: Path) -> None:

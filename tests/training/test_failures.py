@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import signal
@@ -13,30 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from faults._runs import STEPS, ppo, reward_model, sft
 from tiny import tiny_model_folder
-from trainers import PROMPTS, config, planted_pairs, rows, same, untimed, weights
+from trainers import rows, same, untimed, weights
 
-from ppo_engine.errors import UserError
-from ppo_engine.settings.schema import (
-    DemonstrationDataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PreferenceDataConfig,
-    RewardModelConfig,
-    RewardModelSettings,
-    RunConfig,
-    SFTConfig,
-    SFTSettings,
-)
-from ppo_engine.training.ppo import PPOTrainer
-from ppo_engine.training.reward import RewardModelTrainer
+from ppo_engine.errors import Stopped, UserError
 from ppo_engine.training.samples import show_samples
-from ppo_engine.training.sft import SFTTrainer
-
-STEPS = 4
-Trainer = PPOTrainer | SFTTrainer | RewardModelTrainer
 
 
 class Failing:
@@ -62,39 +43,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ppo", "supervised"):
         monkeypatch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
-
-
-def noisy(prompts: list[str], responses: list[str]) -> list[float]:
-    return [sum(map(ord, response)) / 1e5 + random.random() for response in responses]
-
-
-def ppo(model: str, folder: Path, *, reward: Any = noisy, **run: Any) -> PPOTrainer:
-    random.seed(1)
-    settings = config(folder, steps=STEPS, sample_every=1, seed=2, **run)
-    policy = ModelConfig(optimizer=OptimizerConfig(learning_rate=3e-2))
-    held_out = EvaluationConfig(prompts=2, every=2)
-    settings = replace(settings, policy=policy, evaluation=held_out)
-    return PPOTrainer(model, reward, PROMPTS, config=settings, console=Console(file=io.StringIO()))
-
-
-def sft(model: str, folder: Path, **run: Any) -> SFTTrainer:
-    settings = SFTConfig(
-        data=DemonstrationDataConfig(eval_fraction=0.2),
-        sft=SFTSettings(batch_size=2),
-        run=RunConfig(output_dir=str(folder), dtype="float32", **run),
-    )
-    data = [{"prompt": f"Q{n}", "response": "yes" * n} for n in range(1, 11)]
-    return SFTTrainer(model, data, settings, console=Console(file=io.StringIO()))
-
-
-def reward_model(model: str, folder: Path, **run: Any) -> RewardModelTrainer:
-    settings = RewardModelConfig(
-        data=PreferenceDataConfig(eval_fraction=0.2),
-        reward=RewardModelSettings(batch_size=2),
-        run=RunConfig(output_dir=str(folder), dtype="float32", **run),
-    )
-    quiet = Console(file=io.StringIO())
-    return RewardModelTrainer(model, planted_pairs(10), settings, console=quiet)
 
 
 def fails(trainer: Any, path: str, at: int, error: type[BaseException]) -> Failing:
@@ -166,7 +114,7 @@ def test_half_an_update_is_not_kept(model: str, tmp_path: Path, checkpoint_every
     ending = "Step 2 is kept in " if checkpoint_every else "Nothing is kept; with run.checkpoint_"
     assert note.partition("undone. ")[2].startswith(ending)
     kept = ["step-000002"] * bool(checkpoint_every)
-    assert [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()] == kept
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoints/*")] == kept
 
 
 def test_nothing_is_said_before_there_is_a_step(model: str, tmp_path: Path) -> None:
@@ -175,7 +123,7 @@ def test_nothing_is_said_before_there_is_a_step(model: str, tmp_path: Path) -> N
     with pytest.raises(UserError) as caught:
         trainer.train()
     assert not hasattr(caught.value, "__notes__")
-    assert not list((tmp_path / "run/checkpoints").iterdir())
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
@@ -186,59 +134,106 @@ def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
 
     trainer = sft(model, tmp_path / "run")
     fails(trainer, "policy.nll_loss", 3, OUT_OF_MEMORY)
-    monkeypatch.setattr("ppo_engine.run.checkpoint.save_training_state", full)
+    monkeypatch.setattr("ppo_engine.run.checkpoint.save_state", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
-    assert "Step 2 could not be kept ([Errno 28] No space left" in caught.value.__notes__[0]
+    assert (
+        "step-000002 could not be written: No space left on device). Nothing is"
+        in caught.value.__notes__[0]
+    )
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("make", "path", "at"),
-    [(ppo, "engine.critic.learner.step", 4), (sft, "learner.step", 2)],
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped), (signal.SIGHUP, Stopped)],
 )
-def test_ctrl_c_waits_for_the_weights(
-    model: str, tmp_path: Path, make: Any, path: str, at: int, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Between two mini-batches of step 2."""
+@pytest.mark.parametrize(
+    ("make", "path", "at", "kept"),
+    [
+        (ppo, "engine.critic.learner.step", 4, 2),  # between two mini-batches of step 2
+        (sft, "learner.optimizer.zero_grad", 2, 2),
+        (sft, "learner.step", 2, 1),  # no weight has changed yet
+        (ppo, "engine.estimate_advantages", 3, 2),
+    ],
+)
+def test_a_signal_waits_for_the_weights(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    make: Any, path: str, at: int, kept: int, number: int, error: type[BaseException],
+) -> None:  # fmt: skip
     trainer = make(model, tmp_path / "run")
     calls = []
     *owners, name = path.split(".")
     owner: Any = trainer
     for attribute in owners:
         owner = getattr(owner, attribute)
-    step = getattr(owner, name)
+    function = getattr(owner, name)
 
-    def interrupted() -> Any:
+    def interrupted(*given: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step()
+            os.kill(os.getpid(), number)
+        return function(*given, **named)
 
     setattr(owner, name, interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt) as caught:
+    before = signal.getsignal(number)
+    with pytest.raises(error) as caught:
         trainer.train()
-    assert "Step 2 is kept" in caught.value.__notes__[0]
-    assert "this step is finished first" in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+    assert f"Step {kept} is kept" in caught.value.__notes__[0]
+    assert ("this step is finished first" in capfd.readouterr().err) == (kept == at or at == 4)
+    assert signal.getsignal(number) is before
+    resumed = make(model, tmp_path / "run", resume=True)
+    resumed.train()
+    steps = [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")]
+    assert steps == [*range(steps[0], STEPS + 1)]
 
 
-def test_a_second_ctrl_c_does_not_wait(model: str, tmp_path: Path) -> None:
+def test_a_signal_while_a_reward_function_runs_is_not_its_failure(
+    model: str, tmp_path: Path
+) -> None:
+    calls = []
+
+    def killed(prompts: list[str], responses: list[str]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [1.0] * len(responses)
+
+    with pytest.raises(Stopped) as caught:
+        ppo(model, tmp_path / "run", reward=killed).train()
+    assert "is kept in" in caught.value.__notes__[0]
+
+
+def test_a_second_signal_does_not_wait(model: str, tmp_path: Path) -> None:
     trainer = ppo(model, tmp_path / "run")
-    step = trainer.engine.actor.learner.step
+    step = trainer.engine.actor.learner.optimizer.step
 
-    def interrupted() -> torch.Tensor:
+    def interrupted(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        return step()
+        step(*given)
 
-    trainer.engine.actor.learner.step = interrupted  # type: ignore[method-assign]
+    trainer.engine.actor.learner.optimizer.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer.step == 0 and [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [
-        0
-    ]
+    assert trainer.step == 0
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [0]
+
+
+def test_ignored_signals_stay_ignored(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = sft(model, tmp_path / "run")
+        evaluate = trainer.evaluate
+        hung_up = lambda *given: (os.kill(os.getpid(), signal.SIGHUP), evaluate(*given))[1]  # noqa: E731
+        monkeypatch.setattr(trainer, "evaluate", hung_up)
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.step == STEPS
 
 
 def test_a_run_goes_on_with_smaller_micro_batches(model: str, tmp_path: Path) -> None:

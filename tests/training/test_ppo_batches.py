@@ -13,6 +13,7 @@ from tiny import tiny_model_folder
 
 from ppo_engine.errors import UserError
 from ppo_engine.rollout.batch import Rollout
+from ppo_engine.run.state_file import load_state
 from ppo_engine.settings.schema import (
     EvaluationConfig,
     GenerationConfig,
@@ -116,8 +117,8 @@ def test_a_checkpoint_holds_what_it_was_made_of(model: str, tmp_path: Path) -> N
     folders = sorted(folder.name for folder in (tmp_path / "run/checkpoints").iterdir())
     assert folders == ["step-000002", "step-000003"]
     for step in (2, 3):
-        file = tmp_path / f"run/checkpoints/step-{step:06d}/training_state.pt"
-        state = torch.load(file, weights_only=True)
+        folder = tmp_path / f"run/checkpoints/step-{step:06d}"
+        state = load_state(folder, torch.device("cpu"))
         assert state["step"] == state["engine"]["steps_done"] == step
         assert state["engine"]["policy_version"] == 2 * step
         assert state["engine"]["policy"]["scheduler"]["last_epoch"] == 2 * step

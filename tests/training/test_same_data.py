@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import tiny_model_folder
 from trainers import PROMPTS, config, planted_pairs
 
@@ -151,15 +150,3 @@ def test_a_template_that_makes_another_number_of_examples_is_another_order(
     template.write_text(shown.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor"))
     with pytest.raises(UserError, match=r"examples made of the training rows: \d then, \d now"):
         sft(model, tmp_path, data, None, resume=True).train()
-
-
-@pytest.mark.parametrize("make", [ppo, sft])
-def test_a_checkpoint_that_does_not_say_is_refused(model: str, tmp_path: Path, make: Any) -> None:
-    data = write(tmp_path / "data.jsonl", ROWS[make])
-    make(model, tmp_path, data, None).train()
-    [folder] = (tmp_path / "run/checkpoints").iterdir()
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    del state["data"]
-    torch.save(state, folder / "training_state.pt")
-    with pytest.raises(UserError, match=f"earlier version, which did not write .* {UNIT[make]}"):
-        make(model, tmp_path, data, None, resume=True).train()

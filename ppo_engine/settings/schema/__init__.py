@@ -6,9 +6,9 @@ One tree per command (`SFTConfig`, `RewardModelConfig`, `PPOConfig`). The same n
 description, with units; `settings.describe` shows it wherever people look.
 """
 
+from ppo_engine.settings.schema.base import settings_of
 from ppo_engine.settings.schema.commands import (
     COMMANDS,
-    LEARNING_RATES,
     DemoConfig,
     GenerateConfig,
     GRPOConfig,
@@ -23,6 +23,7 @@ from ppo_engine.settings.schema.data import (
     PreferenceDataConfig,
     PromptDataConfig,
 )
+from ppo_engine.settings.schema.derived import LEARNING_RATES, derived, resolved
 from ppo_engine.settings.schema.models import (
     LoraConfig,
     ModelConfig,
@@ -69,4 +70,7 @@ __all__ = [
     "SFTConfig",
     "SFTSettings",
     "ScoringConfig",
+    "derived",
+    "resolved",
+    "settings_of",
 ]

@@ -8,11 +8,14 @@ import functools
 import inspect
 import sys
 import textwrap
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ppo_engine.errors import UserError
+from ppo_engine.messages import shown
 from ppo_engine.settings.problems import (
     problems_of_call,
     refusal,
@@ -29,6 +32,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 T = TypeVar("T")
+
+# The type of a setting that follows from others as long as it is None: see `derived`. Who reads it
+# has resolved settings, so that a type checker need not hear of None.
+if TYPE_CHECKING:
+    Derived = Annotated[T, "derived"]
+else:
+    Derived = Optional
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
@@ -49,6 +59,18 @@ def settings(cls: type[T]) -> type[T]:
     made.__init__ = checked
     made.__doc__ = "\n\n".join([inspect.cleandoc(cls.__doc__ or ""), _listed(made)])
     return cast(type[T], made)
+
+
+def settings_of(cls: type[T], given: T | Mapping[str, Any] | None) -> T:
+    """The settings of class `cls` that Python was given: they themselves, a dictionary of their
+    keys, or None for the defaults; a `UserError` for anything else."""
+    if isinstance(given, cls):
+        return given
+    if given is None or isinstance(given, Mapping):
+        return cls(**{str(key): value for key, value in (given or {}).items()})
+    raise UserError(
+        f"config should be a {cls.__name__}, or a dictionary of its keys, but is {shown(given)}."
+    )
 
 
 def described(cls: type) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -14,7 +13,7 @@ from ppo_engine.settings.schema.data import (
     PreferenceDataConfig,
     PromptDataConfig,
 )
-from ppo_engine.settings.schema.models import DefaultRate, ModelConfig, RewardConfig, ScoringConfig
+from ppo_engine.settings.schema.models import ModelConfig, RewardConfig, ScoringConfig
 from ppo_engine.settings.schema.ppo import (
     EnvironmentConfig,
     GenerationConfig,
@@ -22,27 +21,6 @@ from ppo_engine.settings.schema.ppo import (
     PPOSettings,
 )
 from ppo_engine.settings.schema.run import EvaluationConfig, RunConfig
-
-# What is trained: its learning rate for all weights, that for LoRA, and where they come from.
-LEARNING_RATES: dict[str, tuple[float, float, str]] = {
-    "policy": (
-        1e-6,
-        1e-4,
-        "DeepSeekMath (Shao et al. 2024, section 4.2), TRL's GRPOConfig and verl: 1e-6",
-    ),
-    "critic": (1e-5, 1e-4, "verl: 1e-5; OpenRLHF: 9e-6"),
-    "reward model": (9e-6, 1e-4, "InstructGPT (Ouyang et al. 2022, appendix C.2), OpenRLHF: 9e-6"),
-    "SFT": (2e-5, 2e-4, "Llama 2 (Touvron et al. 2023, section 3.1), TRL's SFTConfig: 2e-5"),
-}
-
-
-def _with_rate(model: ModelConfig, use: str) -> ModelConfig:
-    """`model` with the learning rate of its use, where nobody set one."""
-    given = model.optimizer.learning_rate
-    rate = LEARNING_RATES[use][0 if model.lora is None else 1]
-    if given == rate or not (given is None or isinstance(given, DefaultRate)):
-        return model
-    return replace(model, optimizer=replace(model.optimizer, learning_rate=DefaultRate(rate)))
 
 
 @settings
@@ -75,10 +53,6 @@ class PPOConfig:
     """Rollout batches to learn from, one a step."""
     profile: bool = False
     """Profile the second step: a table of its phases, and a trace."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "policy", _with_rate(self.policy, "policy"))
-        object.__setattr__(self, "critic", _with_rate(self.critic, "critic"))
 
 
 @settings
@@ -118,9 +92,6 @@ class RewardModelConfig:
     run: RunConfig = Field(default_factory=RunConfig)
     """Where results go, and what makes the run repeatable."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "model", _with_rate(self.model, "reward model"))
-
 
 @settings
 class SFTSettings:
@@ -149,9 +120,6 @@ class SFTConfig:
     """How it is trained."""
     run: RunConfig = Field(default_factory=RunConfig)
     """Where results go, and what makes the run repeatable."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "model", _with_rate(self.model, "SFT"))
 
 
 @settings

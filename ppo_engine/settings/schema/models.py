@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, WrapValidator
+from pydantic import Field
 
 from ppo_engine.settings.schema.base import (
+    Derived,
     FiniteFloat,
     Fraction,
     NonNegativeFloat,
@@ -18,23 +18,12 @@ from ppo_engine.settings.schema.base import (
 )
 
 
-class DefaultRate(float):
-    """A learning rate that nobody set: it changes where what it follows from is replaced."""
-
-
-def _as_it_is(value: Any, validated: Callable[[Any], Any]) -> Any:
-    return value if isinstance(value, DefaultRate) else validated(value)
-
-
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_as_it_is)]
-
-
 @settings
 class OptimizerConfig:
     """AdamW over fp32 weights, or the fp32 masters of bf16 ones."""
 
-    learning_rate: LearningRate = cast(Any, None)
-    """Of the first step after the warm-up. Unset: by what is trained, and whether by LoRA; see
+    learning_rate: Derived[PositiveFloat] = cast(Any, None)
+    """Of the first step after the warm-up. null: by what is trained, and whether by LoRA; see
     the table in docs/settings.md."""
     weight_decay: NonNegativeFloat = 0.0
     """Share of a weight that each step takes away, times the learning rate; biases and norms are
@@ -112,9 +101,13 @@ class RewardEndpointConfig:
     """How HTTP endpoints are called."""
 
     timeout: PositiveFloat = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds for a request until its whole answer is there, with further attempts and the waits
+    before them."""
     batch_size: PositiveInt | None = None
     """Responses per request; null sends all in one."""
+    token_env: str | None = None
+    """Environment variable with a token, sent as `Authorization: Bearer …`; null: none. The token
+    itself is written nowhere."""
 
 
 @settings

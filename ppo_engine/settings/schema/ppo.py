@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from pydantic import Field
 
 from ppo_engine.settings.schema.base import (
+    Derived,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -69,8 +70,8 @@ class PPOSettings:
     """The algorithm (Schulman et al. 2017; Ouyang et al. 2022) and its relatives.
 
     The module `estimators` says what each one is; those without a critic use no value setting. The
-    losses are those of `ppo_kernels.ppo_policy_loss`. "The source's own" defaults to what the
-    estimator's paper uses.
+    losses are those of `ppo_kernels.ppo_policy_loss`. "The source's own" is what the estimator's
+    paper uses.
     """
 
     estimator: Estimator = "gae"
@@ -93,8 +94,8 @@ class PPOSettings:
     """Discount per token."""
     lam: Fraction = 0.95
     """Of gae: 0 trusts the critic alone (td), 1 the rewards alone (monte_carlo)."""
-    whiten_advantages: bool = cast(Any, None)
-    """Shift and scale the step's advantages to mean 0 and deviation 1. Unset: the source's own,
+    whiten_advantages: Derived[bool] = cast(Any, None)
+    """Shift and scale the step's advantages to mean 0 and deviation 1. null: the source's own,
     true with a critic and for reinforce_pp."""
     whiten_rewards: bool = False
     """Scale the step's per-token rewards to deviation 1; they are not shifted."""
@@ -104,9 +105,9 @@ class PPOSettings:
     prompts."""
     kl_in: KLPlace = "reward"
     """Subtract the KL from each token's reward, or add it to the loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] = cast(Any, None)
+    kl_estimator: Derived[Literal["k1", "k2", "k3"]] = cast(Any, None)
     """How a token's KL is estimated (Schulman 2020): log ratio, half its square, or the one that is
-    never negative. Unset: k1 in the reward, k3 in the loss."""
+    never negative. null: k1 in the reward, k3 in the loss."""
     adaptive_kl: AdaptiveKLConfig | None = None
     """Change kl_coef so that the KL stays near a target; null: kl_coef stays."""
 
@@ -123,9 +124,10 @@ class PPOSettings:
     """How far the ratio counts beyond 1: one number, or [low, high] ("clip-higher")."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Bound of the ratio where the advantage is negative; null: none."""
-    reduction: Literal["token_mean", "sequence_mean", "sum"] = cast(Any, None)
+    reduction: Derived[Literal["token_mean", "sequence_mean", "sum"]] = cast(Any, None)
     """Mean of tokens, mean of responses' means, or a sum over a constant (responses times
-    generation.max_new_tokens). Unset: the source's own."""
+    generation.max_new_tokens). null: the source's own, token_mean but for grpo (sequence_mean) and
+    dr_grpo (sum)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the policy's entropy (nats a token), which is maximized."""
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
@@ -160,17 +162,6 @@ class PPOSettings:
     def needs_greedy(self) -> bool:
         """Whether it comes from the greedy response to the same prompt."""
         return self.estimator == "remax"
-
-    def __post_init__(self) -> None:
-        reductions = {"grpo": "sequence_mean", "dr_grpo": "sum"}
-        own = {
-            "whiten_advantages": self.has_critic or self.estimator == "reinforce_pp",
-            "kl_estimator": "k1" if self.kl_in == "reward" else "k3",
-            "reduction": reductions.get(self.estimator, "token_mean"),
-        }
-        for name, value in own.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
 
 
 @settings

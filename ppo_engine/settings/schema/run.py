@@ -59,9 +59,11 @@ class RunConfig:
     """Continue from the newest checkpoint in output_dir."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 writes only the final one, or a failure's."""
-    checkpoint_minutes: NonNegativeFloat = 30.0
-    """Minutes since the last checkpoint after which a finished step writes one, too; 0 leaves it to
-    checkpoint_every."""
+    checkpoint_minutes: NonNegativeFloat = 10.0
+    """Minutes since the last checkpoint after which a finished step writes one, too, but for no
+    more than a twentieth of the time; 0 leaves it to checkpoint_every."""
+    keep_checkpoints: NonNegativeInt = 2
+    """How many checkpoints stay, the newest; 0: all. best/ and the result are none."""
     sample_every: NonNegativeInt = 5
     """Steps between those whose responses are written into samples.jsonl, one of them printed; 0:
     none. Held-out responses are written after each evaluation."""

@@ -1,0 +1,48 @@
+"""One writer: a run's folder is locked while a process trains into it."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from ppo_engine.errors import UserError
+
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Lock:
+    """Of the run in `folder`, held until `release`. It is the kernel's (flock), so that it ends
+    with its process, however that ends. A UserError where somebody else has it.
+
+    On a file system without locks, as some network ones, nobody is kept out: `held` is False.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        self.held = True
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read() or "another process"
+            self._file.close()
+            raise UserError(
+                f"Run folder {folder} is in use by {owner}: wait for its end, or choose another "
+                "run.output_dir."
+            ) from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            self.held = False
+        self._file.truncate(0)
+        began = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {began}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Does nothing where it is released already."""
+        self._file.close()
