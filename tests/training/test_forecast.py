@@ -62,7 +62,8 @@ def parameter_bytes(*models: Any) -> int:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "whole": {},
-    "upper layers, 8 bits": {"trainable_layers": 1, "optimizer": {"moments": "8bit"}},
+    "upper layers": {"trainable_layers": 1},
+    "8 bits": {"optimizer": {"moments": "8bit"}},
     "adapters": {"lora": LoraConfig(rank=4)},
     "checkpointed": {"gradient_checkpointing": True},
 }
