@@ -5,176 +5,120 @@ own, in turn (ours, TRL, ours, TRL, …). The first step of each process is warm
 median seconds of each phase, response tokens per second, peak memory, the floor (`e2e_floor.py`
 has the formula), and what is the same on both sides and what is not.
 
-TRL 1.12.0 is the last release with a PPO trainer. Nothing is downloaded.
+TRL 1.12.0 is the last release with a PPO trainer: its owner deleted it in September 2026. Nothing
+is downloaded. `bench/e2e_grpo.py` has GRPO, against a TRL that has it.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import shlex
 import sys
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 # A script's own folder comes first on the path; the package `bench` is in the one above.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
-from bench import machine, table
-from bench.e2e_compare import SIDES, Side, compare, rows
-from bench.e2e_floor import Shape, floors
-from bench.e2e_models import MODELS, model_config, needed_bytes, prepare, sizes
-from bench.e2e_table import print_comparison, print_differences
+from bench.e2e_floor import Pass, Shape, passes
+from bench.e2e_models import Sizes
+from bench.e2e_run import Contest, main
 from bench.e2e_worker import Work
-from bench.results import Row, write_csv
-from ppo_engine.errors import UserError
-
-TRL_VERSION = "1.12.0"
-_STEPS = 2  # of each process, the warm-up step included
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def main() -> int:
-    options = _options()
-    try:
-        return _run(options)
-    except UserError as error:
-        table.say(f"Error: {error}")
-        return 1
+def _passes(shape: Shape, work: Work) -> dict[str, list[Pass]]:
+    return passes(shape, [len(ids) for ids in work.prompt_ids], work.new_tokens, work.epochs)
 
 
-def _run(options: argparse.Namespace) -> int:
-    device, dtype = machine.asked(options.device), _DTYPES[options.dtype]
-    if device.type == "cpu" and options.model != MODELS[0]:
-        raise UserError(f"--model {options.model} is for a GPU: add --device cuda.")
-    size = sizes(device.type)
-    size = replace(
-        size,
-        prompts=options.prompts or size.prompts,
-        new_tokens=options.new_tokens or size.new_tokens,
-    )
-    if size.prompts % size.micro_batch:
-        raise UserError(f"--prompts {size.prompts} must be a multiple of {size.micro_batch}.")
-    shape = Shape.of(model_config(options.model))
-    sides = [Side(name) for name in SIDES]
-    for side in sides:
-        side.skipped = _reason_to_skip(side.name, options.only, shape, device, dtype)
-    if not all(side.skipped for side in sides):
-        table.say(f"{machine.describe(device)}, {torch.get_num_threads()} threads; its ceilings:")
-        ceilings = machine.measure_ceilings(device, [dtype])
-        table.print_ceilings(ceilings)
-        with tempfile.TemporaryDirectory(prefix="ppo-e2e-") as folder:
-            with table.waiting("Preparing models and prompts"):
-                work = prepare(
-                    options.model,
-                    size,
-                    Path(folder),
-                    steps=_STEPS,
-                    device=options.device,
-                    dtype=str(dtype).removeprefix("torch."),
-                )
-            work = replace(work, moments=options.moments)
-            compare(work, sides, options.repeats)
-    measured = [side for side in sides if side.steps]
-    if measured:
-        lengths = [len(ids) for ids in work.prompt_ids]
-        floor = floors(shape, lengths, work.new_tokens, work.epochs, ceilings, dtype)
-        print_comparison(sides, floor, work)
-        print_differences(work)
-    for side in sides:
-        if side.skipped:
-            table.say(f"{side.name} was not measured. {side.skipped}")
-    if measured and options.out:
-        command = shlex.join(["python", "bench/e2e.py", *sys.argv[1:]])
-        common = _common(options.model, work, ceilings, device)
-        write_csv(options.out, command, rows(measured, floor, work, common))
-        table.say(f"Rows are in {options.out}")
-    return 1 if not measured or any(side.failed for side in sides) else 0
+def _same(work: Work) -> list[str]:
+    count, prompt_tokens = len(work.prompts), sum(map(len, work.prompt_ids))
+    return [
+        "Policy, reference, reward model and critic: one architecture, the same files; the critic "
+        "starts from the reward model. Every weight of policy and critic is trained.",
+        f"{count} prompts, {prompt_tokens} tokens; every response {work.new_tokens} tokens, "
+        "whatever is sampled: temperature 1, no top-k, no top-p, all prompts in one batch.",
+        f"{work.epochs} epochs of one mini-batch of {count}, so {work.epochs} optimizer steps.",
+        "Fused AdamW, learning rate 1e-6, policy and value clip 0.2, gamma 1, lambda 0.95, KL "
+        "coefficient 0.05; PyTorch attention, no dropout, no gradient checkpointing.",
+    ]
 
 
-def _common(model: str, work: Work, ceilings: machine.Ceilings, device: torch.device) -> Row:
-    return {
-        "model": model,
-        "dtype": work.dtype,
-        "prompts": len(work.prompts),
-        "prompt_tokens": sum(map(len, work.prompt_ids)),
-        "new_tokens": work.new_tokens,
-        "epochs": work.epochs,
-        "micro_batch": work.micro_batch,
-        "moments": work.moments,
-        "device": machine.describe(device),
-        **machine.versions(),
-        "transformers": importlib.metadata.version("transformers"),
-        "trl": TRL_VERSION,
-        "commit": machine.commit(),
-        **table.ceiling_columns(ceilings),
-    }
-
-
-def _reason_to_skip(
-    side: str, only: str | None, shape: Shape, device: torch.device, dtype: torch.dtype
-) -> str:
-    if only and side.lower() != only:
-        return f"--only {only}."
-    if side == "TRL" and (found := _trl_version()) != TRL_VERSION:
-        return (
-            f"TRL {TRL_VERSION} is needed, the last release with PPO, and "
-            f"{f'{found} is installed' if found else 'none is installed'}: "
-            f"pip install trl=={TRL_VERSION}"
+def _different(work: Work) -> list[tuple[str, str, str]]:
+    count = len(work.prompts)
+    rows = [
+        (
+            "log-probs before the update",
+            "the sampler's where they agree with a pass's to 0.02 nats (in fp32), else that pass",
+            "from the sampler's logits, which are kept for every token; no pass",
+        ),
+        (
+            "passes of the update",
+            "packed, by tokens, without padding",
+            f"{work.micro_batch} sequences, padded",
+        ),
+        (
+            "logits of policy and reference",
+            "none; log-probs from hidden states, of response tokens only",
+            "of prompt and response tokens",
+        ),
+        (
+            "passes without gradients",
+            "likewise, all but the last token",
+            f"{count} at once (the setting that also sets the sampling batch), every token",
+        ),
+        (
+            "hidden states",
+            "the last layer's",
+            "those of every layer are kept until the pass is over",
+        ),
+        (
+            "policy and critic",
+            "one backward pass and one optimizer step each, one after the other",
+            "one backward pass over the sum of both losses, one optimizer over both",
+        ),
+        (
+            "gradient clipping",
+            "to a norm of 1, for each model",
+            "none: max_grad_norm is not read",
+        ),
+        (
+            "entropy in the update",
+            "in the same pass over the logits as the log-probs",
+            "by a softmax over the logits of its own, after each micro-batch",
+        ),
+        (
+            "GAE and rewards",
+            "one kernel",
+            "a Python loop over tokens",
+        ),
+        ("responses", "decoded to text", "left as tokens"),
+        ("memory that is freed", "kept for the next tensor, as ppo-engine does", "as torch has it"),
+    ]
+    if work.dtype == "bfloat16":
+        rows.insert(
+            0,
+            (
+                "weights, gradients, Adam states",
+                "bf16, with the rest of an fp32 master; Adam states fp32",
+                "bf16: its sampling does not use mixed precision",
+            ),
         )
-    if device.type == "cuda":
-        needed = needed_bytes(shape.parameters, side, dtype)
-        there = torch.cuda.get_device_properties(device).total_memory
-        if needed > there:
-            return (
-                f"Weights, gradients and optimizer states alone need {needed / 2**30:.0f} GiB, and "
-                f"the GPU has {there / 2**30:.0f} GiB."
-            )
-    return ""
+    return rows
 
 
-def _trl_version() -> str | None:
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Time one PPO step, ours against TRL's, each in processes of its own."
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of compute; default: fp32 on a CPU, bf16 on a GPU"
-    )
-    parser.add_argument(
-        "--moments", choices=("float32", "8bit"), default="float32", help="of our AdamW"
-    )
-    parser.add_argument("--prompts", type=_positive, help="in a step; default: 16, on a GPU 64")
-    parser.add_argument(
-        "--new-tokens", type=_positive, help="of every response; default: 32, on a GPU 128"
-    )
-    parser.add_argument(
-        "--repeats", type=_positive, default=2, help="processes of each side (default: 2)"
-    )
-    parser.add_argument("--only", choices=[name.lower() for name in SIDES], help="one side alone")
-    parser.add_argument("--out", metavar="FILE.csv", help="write the rows to this file")
-    options = parser.parse_args()
-    options.dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
-    return options
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
+PPO = Contest(
+    what="PPO",
+    command="bench/e2e.py",
+    trl="1.12.0",
+    why="the last release with PPO",
+    scripts={"ours": "e2e_ours.py", "TRL": "e2e_trl.py"},
+    sizes={
+        "cpu": Sizes(prompts=16, new_tokens=32),
+        "cuda": Sizes(prompts=64, new_tokens=128),
+    },
+    trained=2,
+    frozen=2,
+    passes=_passes,
+    same=_same,
+    different=_different,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PPO, "Time one PPO step, ours against TRL's, each in processes of its own."))

@@ -1,4 +1,4 @@
-"""The two sides of `bench/e2e.py`: their processes in turn, and what those report."""
+"""The two sides of a step: their processes in turn, and what those report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from bench.e2e_worker import PHASES, Work, read_report
 from bench.results import Row
 from ppo_engine.errors import UserError
 
-SIDES = {"ours": "e2e_ours.py", "TRL": "e2e_trl.py"}
+# Of a worker: nothing is downloaded, and libraries print little.
+WORKER_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 _LINES_SHOWN = 15  # of what a process that failed had printed last
 
 
@@ -26,6 +32,8 @@ class Side:
     """What one side's processes have reported; `skipped` says why there is nothing."""
 
     name: str
+    script: str = ""  # in this folder, or its path
+    python: str = sys.executable  # of the environment that has what the side is
     steps: list[dict[str, Any]] = field(default_factory=list)  # without warm-up
     skipped: str = ""
     failed: bool = False
@@ -76,7 +84,7 @@ def compare(work: Work, sides: Sequence[Side], repeats: int) -> None:
 def _run(side: Side, work: Work) -> list[dict[str, Any]]:
     """The measured steps of one process, each printed as it ends."""
     steps: list[dict[str, Any]] = []
-    for step in reports(SIDES[side.name], work):
+    for step in reports(side.script, work, python=side.python):
         parts = ", ".join(f"{phase} {step['seconds'][phase]:.2f}" for phase in PHASES)
         note = "" if steps else " (warm-up, not counted)"
         table.say(f"  {side.name:<5} {sum(step['seconds'].values()):8.2f} s: {parts}{note}")
@@ -84,18 +92,13 @@ def _run(side: Side, work: Work) -> list[dict[str, Any]]:
     return steps[1:]
 
 
-def reports(script: str, work: Work) -> Iterator[dict[str, Any]]:
+def reports(script: str, work: Work, *, python: str = sys.executable) -> Iterator[dict[str, Any]]:
     """Start a process and yield each step that it reports; raises WorkerFailed."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
+    environment = os.environ | WORKER_ENVIRONMENT
     if work.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / script), work.folder],
+        [python, str(Path(__file__).parent / script), work.folder],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
@@ -123,7 +126,7 @@ def reports(script: str, work: Work) -> Iterator[dict[str, Any]]:
 
 
 def _check_same_work(side: str, steps: Sequence[dict[str, Any]], work: Work) -> None:
-    expected = (sum(map(len, work.prompt_ids)), len(work.prompts) * work.new_tokens)
+    expected = (work.group * sum(map(len, work.prompt_ids)), work.response_tokens)
     for step in steps:
         found = (step["prompt_tokens"], step["response_tokens"])
         if found != expected:
@@ -141,7 +144,6 @@ def rows(sides: Sequence[Side], floor: Mapping[str, float], work: Work, common: 
         for phase in (*PHASES, "step"):
             seconds = side.seconds(phase)
             whole = phase == "step"
-            tokens = len(work.prompts) * work.new_tokens
             found.append(
                 {
                     "side": side.name,
@@ -151,8 +153,11 @@ def rows(sides: Sequence[Side], floor: Mapping[str, float], work: Work, common: 
                     "seconds_max": max(seconds),
                     "steps": len(seconds),
                     "floor_seconds": floor[phase],
-                    "x_floor": side.median(phase) / floor[phase],
-                    "tokens_per_second": tokens / side.median(phase) if whole else None,
+                    # A reward function has none.
+                    "x_floor": side.median(phase) / floor[phase] if floor[phase] else None,
+                    "tokens_per_second": (
+                        work.response_tokens / side.median(phase) if whole else None
+                    ),
                     "peak_bytes": side.peak_bytes if whole else None,
                     "others": side.others if whole else None,
                     **common,

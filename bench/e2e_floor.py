@@ -1,8 +1,9 @@
-"""The least time a PPO step can take on a machine: its matrix FLOP and weight bytes.
+"""The least time a step can take on a machine: its matrix FLOP and weight bytes.
 
-With B responses, P_b tokens in prompt b, T tokens in every response, L_b = P_b + T, and for the
-model (all four are one architecture): W the elements of the decoder layers' matrices, V·H those of
-the output matrix, A = layers x heads x head dimension, s bytes per element of the compute dtype.
+With B responses, P_b tokens in the prompt of response b, T tokens in every response, L_b = P_b + T,
+and for the model (all are one architecture): W the elements of the decoder layers' matrices, V·H
+those of the output matrix, A = layers x heads x head dimension, s bytes per element of the compute
+dtype.
 
 A forward pass over n_b tokens of each sequence, with logits at k positions:
 
@@ -16,6 +17,13 @@ A forward pass over n_b tokens of each sequence, with logits at k positions:
     update      epochs x 3 x (forward(L_b - 1, k = B·T) of the policy + forward(L_b - 1) of the
                 critic): once forward, twice backward (bytes x 2: a backward pass reads W once)
 
+Of GRPO, whose rewards are a function's and which has no critic, the same but for
+
+    generate    the prefill once for each prompt: its groups share keys and values
+    score       nothing
+    advantages  the pass of the reference alone
+    update      epochs x 3 x forward(L_b - 1, k = B·T) of the policy
+
 Each pass takes at least the longer of FLOP / matrix rate and bytes / read bandwidth, and the
 passes follow each other. The policy's log-probs before the update need no pass of their own: the
 sampler has computed them. Not counted, which keeps the floor below what anyone can reach: padding,
@@ -24,7 +32,7 @@ the KV cache, activations, softmax and norms, the optimizer's bytes, the scalar 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,35 +99,52 @@ def forward(shape: Shape, lengths: Sequence[int], logits: int = 0) -> Pass:
 def passes(
     shape: Shape, prompts: Sequence[int], new_tokens: int, epochs: int
 ) -> dict[str, list[Pass]]:
-    """Every pass that each phase needs, for prompts of these lengths."""
-    count = len(prompts)
-    weights = shape.layer_weights + shape.head_weights
-    decode = [
-        Pass(shape.costs.flop([Span(n + t - 1, 1) for n in prompts], count), weights)
-        for t in range(1, new_tokens)
-    ]
+    """Every pass that each phase of PPO needs, for prompts of these lengths."""
     whole = [length + new_tokens for length in prompts]
-    policy = forward(shape, [n - 1 for n in whole], logits=count * new_tokens)
+    policy = forward(shape, [n - 1 for n in whole], logits=len(prompts) * new_tokens)
     critic = forward(shape, [n - 1 for n in whole])
     return {
-        "generate": [forward(shape, prompts, logits=count), *decode],
+        "generate": [
+            forward(shape, prompts, logits=len(prompts)),
+            *_decode(shape, prompts, new_tokens),
+        ],
         "score": [forward(shape, whole)],
         "advantages": [policy, critic],  # the reference is the policy's equal
         "update": [policy.times(3, 2), critic.times(3, 2)] * epochs,
     }
 
 
+def grpo_passes(
+    shape: Shape, prompts: Sequence[int], group: int, new_tokens: int, epochs: int
+) -> dict[str, list[Pass]]:
+    """The same of GRPO, with `group` responses to each of the prompts."""
+    each = [length for length in prompts for _ in range(group)]
+    policy = forward(shape, [n + new_tokens - 1 for n in each], logits=len(each) * new_tokens)
+    return {
+        "generate": [
+            forward(shape, prompts, logits=len(prompts)),
+            *_decode(shape, each, new_tokens),
+        ],
+        "score": [],
+        "advantages": [policy],
+        "update": [policy.times(3, 2)] * epochs,
+    }
+
+
+def _decode(shape: Shape, prompts: Sequence[int], new_tokens: int) -> list[Pass]:
+    """One pass for each token after the first."""
+    weights = shape.layer_weights + shape.head_weights
+    return [
+        Pass(shape.costs.flop([Span(n + t - 1, 1) for n in prompts], len(prompts)), weights)
+        for t in range(1, new_tokens)
+    ]
+
+
 def floors(
-    shape: Shape,
-    prompts: Sequence[int],
-    new_tokens: int,
-    epochs: int,
-    ceilings: Ceilings,
-    dtype: torch.dtype,
+    needed: Mapping[str, Sequence[Pass]], ceilings: Ceilings, dtype: torch.dtype
 ) -> dict[str, float]:
     """Seconds of each phase, and of the whole `step`."""
     found = {
-        phase: sum(one.seconds(ceilings, dtype) for one in needed)
-        for phase, needed in passes(shape, prompts, new_tokens, epochs).items()
+        phase: sum(one.seconds(ceilings, dtype) for one in each) for phase, each in needed.items()
     }
     return found | {"step": sum(found.values())}

@@ -1,4 +1,4 @@
-"""The models, prompts and sizes of `bench/e2e.py`, written into a folder that both sides load."""
+"""The models, prompts and sizes of a step, written into a folder that both sides load."""
 
 from __future__ import annotations
 
@@ -66,14 +66,7 @@ class Sizes:
     micro_batch: int = 8
     prompt_tokens: int = 128
     epochs: int = 2
-
-
-_CPU_SIZES = Sizes(prompts=16, new_tokens=32)
-_GPU_SIZES = Sizes(prompts=64, new_tokens=128)
-
-
-def sizes(device: str) -> Sizes:
-    return _CPU_SIZES if device == "cpu" else _GPU_SIZES
+    group: int = 1  # responses to each prompt
 
 
 def model_config(name: str) -> Any:
@@ -83,16 +76,18 @@ def model_config(name: str) -> Any:
     return Qwen2Config(**_RANDOM[name], **_QWEN)
 
 
-def needed_bytes(parameters: int, side: str, dtype: torch.dtype) -> int:
-    """Of weights, gradients and optimizer states, before any activation.
+def needed_bytes(
+    parameters: int, side: str, dtype: torch.dtype, *, trained: int, frozen: int
+) -> int:
+    """Of weights, gradients and optimizer states of so many models, before any activation.
 
-    Four models, of which two are trained, with two moments for each of their parameters. Ours
-    holds frozen weights and the gradients of one model at a time in `dtype`, masters and moments in
-    fp32; TRL holds all in `dtype`.
+    Those that are trained have two moments for each of their parameters. Ours holds frozen weights
+    and the gradients of one model at a time in `dtype`, masters and moments in fp32; TRL holds all
+    in `dtype`.
     """
     if side == "ours":
-        return parameters * (dtype.itemsize * (2 + 1) + 2 * (4 + 2 * 4))
-    return dtype.itemsize * parameters * (4 + 2 + 2 * 2)
+        return parameters * (dtype.itemsize * (frozen + 1) + trained * (4 + 2 * 4))
+    return dtype.itemsize * parameters * (frozen + trained * (1 + 1 + 2))
 
 
 def load(name: str, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -123,6 +118,7 @@ def prepare(name: str, size: Sizes, folder: Path, *, steps: int, device: str, dt
         steps=steps,
         device=device,
         dtype=dtype,
+        group=size.group,
     )
 
 

@@ -23,7 +23,11 @@ from ppo_engine.settings.schema import (
 
 def main(work: Work) -> None:
     keep_freed_memory()  # as `ppo-engine` does
-    engine = PPOEngine(config=config_of(work))
+    run(PPOEngine(config=config_of(work)), work)
+
+
+def run(engine: PPOEngine, work: Work) -> None:
+    """The steps of any algorithm, each reported."""
     # No token is EOS, so that all responses have the same length.
     engine.policy.renderer.end_ids = []
     clock = PhaseClock(engine.device)

@@ -1,7 +1,7 @@
-"""What the two worker processes of `bench/e2e.py` share: the work, a clock for its phases, and the
-line on standard output that tells the parent of each step.
+"""What the worker processes of `bench/e2e.py` and `bench/e2e_grpo.py` share: the work, a clock for
+its phases, and the line on standard output that tells the parent of each step.
 
-Needs torch only: neither worker may load what the other one brings.
+Needs torch only: no worker may load what another one brings.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 PHASES = ("generate", "score", "advantages", "update")
 LEARNING_RATE = 1e-6  # small: the last step's work is that of the first
+GRPO_KL_COEF = 0.04
 # Whatever the libraries print, a line that begins like this is a report.
 _REPORT = "e2e-report "
 _WORK_FILE = "work.json"
@@ -28,7 +29,7 @@ _WORK_FILE = "work.json"
 
 @dataclass(frozen=True)
 class Work:
-    """One PPO step, to be done `steps` times on the models and prompts of a folder."""
+    """One step, to be done `steps` times on the models and prompts of a folder."""
 
     folder: str  # with `policy/` and `reward/`, and a tokenizer in both
     prompts: list[Any]  # text or chat messages
@@ -41,6 +42,15 @@ class Work:
     dtype: str
     # Of our AdamW; TRL's are in the dtype of its weights.
     moments: Literal["float32", "8bit"] = "float32"
+    group: int = 1  # responses to each prompt
+
+    @property
+    def responses(self) -> int:
+        return len(self.prompts) * self.group
+
+    @property
+    def response_tokens(self) -> int:
+        return self.responses * self.new_tokens
 
     def save(self) -> None:
         (Path(self.folder) / _WORK_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -90,6 +100,11 @@ class PhaseClock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def cheap_reward(text: str) -> float:
+    """Of a response, for steps whose rewards a function gives."""
+    return text.count("e") / max(1, len(text))
 
 
 def report_step(clock: PhaseClock, *, prompt_tokens: int, response_tokens: int) -> None:

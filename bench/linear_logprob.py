@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.case import Case, Cost, Inputs, Mode, Outputs, Run, Size, compiled, normal
+from bench.logprob import TRL_TRITON
 from bench.timing import Call
 from ppo_kernels import linear_logprobs, linear_ppo_loss
 from ppo_kernels.head import multiplies
 
 CLIP_RANGE = 0.2
 _CHUNK = {"cpu": 256, "cuda": 4096}  # of those alternatives that take one
+_TRL_VOCABULARY = 32768  # of a tile of TRL's, as its trainers set it
 
 # (size, tokens, hidden size, vocabulary); SmolLM2's on a CPU, Qwen2.5-7B's (rounded) on a GPU.
 _SHAPES: dict[str, list[tuple[Size, int, int, int]]] = {
@@ -55,6 +57,8 @@ def _logprobs_case(
         return tuple(found)
 
     alternatives: dict[str, Run] = {"eager": _eager, "eager, compiled": compiled(_eager)}
+    if device == "cuda":
+        alternatives[TRL_TRITON] = _trl
     return Case(
         op="linear_logprobs",
         size=size,
@@ -91,6 +95,7 @@ def _loss_case(
     if device == "cuda":
         alternatives["liger GRPO, sequences of 1"] = partial(_liger, tokens)
         alternatives["CCE, then the loss"] = partial(_cce_loss, tokens)
+        alternatives[f"{TRL_TRITON}, then the loss"] = partial(_trl_loss, tokens)
     return Case(
         op="linear_ppo_loss",
         size=size,
@@ -194,6 +199,22 @@ def _chunked_loss(tokens: int, chunk: int, x: Inputs) -> Outputs:
         for hidden, targets in zip(x["hidden"].split(chunk), x["targets"].split(chunk), strict=True)
     ]
     return _loss_of(tokens, torch.cat(logprobs), x)
+
+
+def _trl(x: Inputs) -> Outputs:
+    """Tiles of logits by cuBLAS, each read once by a kernel; from TRL 1.16 on."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    no_bias, temperature, no_softcap, scale = None, 1.0, None, 1.0
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        x["hidden"], x["weight"], no_bias, x["targets"], temperature, _TRL_VOCABULARY,
+        no_softcap, scale, ("entropy",),
+    )  # fmt: skip
+    return logprobs, entropy
+
+
+def _trl_loss(tokens: int, x: Inputs) -> Outputs:
+    return _loss_of(tokens, _trl(x)[0], x)
 
 
 def _cce_loss(tokens: int, x: Inputs) -> Outputs:

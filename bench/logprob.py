@@ -9,6 +9,8 @@ from torch import Tensor
 from bench.case import Case, Cost, Inputs, Outputs, Run, Size, compiled, normal
 from ppo_kernels import token_logprobs
 
+TRL_TRITON = "TRL 1.16, Triton"
+
 # (size, tokens, vocabulary, dtypes); SmolLM2's vocabulary on a CPU, Qwen2.5's on a GPU.
 _SHAPES: dict[str, list[tuple[Size, int, int, list[torch.dtype]]]] = {
     "cpu": [
@@ -57,6 +59,8 @@ def _case(
             "the same, compiled": compiled(_log_softmax_and_entropy),
             "TRL: selective, then entropy": _selective_and_entropy,
         }
+        if device == "cuda":
+            alternatives[TRL_TRITON] = _trl_and_entropy
     else:
         alternatives = {
             "log_softmax + gather": _log_softmax,
@@ -66,8 +70,9 @@ def _case(
         }
         if device == "cuda":
             alternatives["liger cross-entropy"] = _liger
+            alternatives[TRL_TRITON] = _trl
     if device == "cuda" and size == "large":  # a launch for each row: some 500 times slower
-        alternatives = {k: run for k, run in alternatives.items() if not k.startswith("TRL")}
+        alternatives = {k: run for k, run in alternatives.items() if not k.startswith("TRL: ")}
     size_of = tokens * vocab * dtype.itemsize
     flops = 4 * tokens * vocab
     return Case(
@@ -119,6 +124,18 @@ def _selective_and_entropy(x: Inputs) -> Outputs:
     logits = x["logits"]
     p = torch.softmax(logits, dim=-1)
     return *_selective(x), torch.logsumexp(logits, dim=-1) - (p * logits).sum(-1)
+
+
+def _trl_and_entropy(x: Inputs) -> Outputs:
+    """Both in one kernel, from TRL 1.16 on; its GRPO on GPUs has the entropy in any case."""
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    logprobs, entropy = selective_log_softmax_and_entropy(x["logits"], x["targets"])
+    return logprobs, entropy
+
+
+def _trl(x: Inputs) -> Outputs:
+    return _trl_and_entropy(x)[:1]
 
 
 def _cross_entropy(x: Inputs) -> Outputs:

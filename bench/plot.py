@@ -1,13 +1,15 @@
-"""Curves of `run.py`: time against size, both logarithmic, with the floor; and of `growth.py`."""
+"""Curves of `run.py`: time against size, both logarithmic, with the floor; of `growth.py`, and of
+`learning.py`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 
+from bench.learning_curves import Curve
 from bench.results import Row
 
 matplotlib.use("agg")
@@ -73,6 +75,26 @@ def plot_growth(rows: Sequence[Row], title: str, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="upper left", ncols=2)
     figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_learning(rows: Sequence[Row], curves: Mapping[str, Curve], path: Path) -> None:
+    """Reward against KL: each side's mean over seeds in its spread, and every policy a dot."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for number, (side, curve) in enumerate(curves.items()):
+        color = f"C{number}"
+        points = [(row["kl"], row["reward"]) for row in rows if row["side"] == side]
+        axis.plot(*zip(*points, strict=True), ".", color=color, alpha=0.5)
+        axis.plot(curve.kl, curve.reward, color=color, linewidth=2, label=side)
+        low, high = (
+            [y + sign * s for y, s in zip(curve.reward, curve.spread, strict=True)]
+            for sign in (-1, 1)
+        )
+        axis.fill_between(curve.kl, low, high, color=color, alpha=0.15, linewidth=0)
+    axis.set(xlabel="KL to the reference, nats a response", ylabel="reward, held-out prompts")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -13,7 +13,8 @@ from statistics import median
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.results import read_csv
+from bench.learning_curves import curves, table
+from bench.results import Row, read_csv
 from ppo_kernels.dispatch import IMPLS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def tables() -> str:
 def headlines() -> str:
     """A row for each step that was measured beside TRL's: how many times as fast ours was."""
     lines = [
-        "| one PPO step | on | seconds | TRL's | times faster | sampling | update | GiB | TRL's |",
+        "| one step | on | seconds | TRL's | times faster | sampling | update | GiB | TRL's |",
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for file in sorted(RESULTS.glob("*/e2e*.csv")):
@@ -54,7 +55,8 @@ def headlines() -> str:
         ]
         peaks = [f"{float(side['step']['peak_bytes']) / 2**30:.1f}" for side in (ours, theirs)]
         cells = " | ".join([*seconds, *times, *peaks])
-        lines.append(f"| {step['model']}, {step['dtype']} | {step['device']} | {cells} |")
+        what = f"{_algorithm(step)}, TRL {step['trl']}: {step['model']}, {step['dtype']}"
+        lines.append(f"| {what} | {step['device']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -121,10 +123,17 @@ def _e2e(command: str, rows: list[_Row]) -> str:
     sides: dict[str, dict[str, _Row]] = defaultdict(dict)
     for row in rows:
         sides[row["side"]][row["phase"]] = row
-    against = f", against TRL {first['trl']}" if len(sides) > 1 else ""
+    algorithm, against = _algorithm(first), ""
+    if len(sides) > 1:
+        against = f", against TRL {first['trl']}"
+        if algorithm == "PPO":
+            against += ", the last with PPO, which its owner deleted in September 2026"
+    group = first.get("group", "1")
+    responses = f" x {group} responses" if group != "1" else ""
     lines = [
-        f"One PPO step of {first['model']}, {first['dtype']}, {first['prompts']} prompts x "
-        f"{first['new_tokens']} new tokens, {first['epochs']} epochs, on **{first['device']}**, "
+        f"One {algorithm} step of {first['model']}, {first['dtype']}, {first['prompts']} prompts"
+        f"{responses} x {first['new_tokens']} new tokens, {first['epochs']} "
+        f"epoch{'' if first['epochs'] == '1' else 's'}, on **{first['device']}**, "
         f"{first['threads']} threads{against}, by `{command}`:",
         "",
         f"| seconds | {' | '.join(sides)} | floor |",
@@ -138,6 +147,27 @@ def _e2e(command: str, rows: list[_Row]) -> str:
     speeds = " | ".join(f"{float(step['tokens_per_second']):.1f}" for step in steps)
     peaks = " | ".join(f"{float(step['peak_bytes']) / 2**30:.1f}" for step in steps)
     lines += [f"| response tokens per second | {speeds} | |", f"| peak memory, GiB | {peaks} | |"]
+    return "\n".join(lines) + "\n"
+
+
+def _algorithm(row: _Row) -> str:
+    return row.get("algorithm", "PPO")  # files from before GRPO was measured do not say
+
+
+def _learning(command: str, rows: list[_Row]) -> str:
+    first = rows[0]
+    points: list[Row] = [
+        row | {"kl": float(row["kl"]), "reward": float(row["reward"])} for row in rows
+    ]
+    lines = [
+        f"What is learnt: PPO on the demo's prompts and reward model, by ours of "
+        f"{first['before']}, ours now and TRL {first['trl']}, on **{first['device']}**, torch "
+        f"{first['torch']}, commit {first['commit']}, by `{command}`. Reward on held-out prompts "
+        f"at equal KL to the reference, mean and deviation of {len({row['seed'] for row in rows})} "
+        "seeds, all measured by one evaluator:",
+        "",
+        *table(curves(points)),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -239,11 +269,14 @@ _SECTIONS = {
     "e2e.csv": _e2e,
     "e2e-fp32.csv": _e2e,
     "e2e-8bit.csv": _e2e,
+    "e2e-grpo.csv": _e2e,
+    "e2e-grpo-fp32.csv": _e2e,
     "passes.csv": _passes,
     "passes-7b.csv": _passes,
     "growth.csv": _growth,
     "rollout.csv": _rollout,
     "demo.csv": _demo,
+    "learning.csv": _learning,
 }
 
 

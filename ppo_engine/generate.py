@@ -22,7 +22,6 @@ from ppo_engine.data.prompts import (
     load_prompts,
     prompts_from_sequence,
 )
-from ppo_engine.errors import UserError
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pretrained import loading
@@ -35,7 +34,7 @@ from ppo_engine.rollout.sampling import Sampler
 from ppo_engine.run.checkpoint import seeded
 from ppo_engine.run.progress import Progress, print_plain, printable
 from ppo_engine.run.row_file import RowFile, as_line
-from ppo_engine.settings.checks import check_generation
+from ppo_engine.settings.checks import check_generate
 from ppo_engine.settings.files import as_dict
 from ppo_engine.settings.schema import GenerateConfig, ModelConfig
 from ppo_engine.text.prompt import show_prompt
@@ -62,7 +61,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _generate(config: GenerateConfig, out: TextIO) -> None:
-    check_asked(config)
+    check_generate(config)
     sources = configured_sources(config.reward)
     date, file = config.date or datetime.date.today(), output_file(config)
     if file is not None:
@@ -146,21 +145,6 @@ def output_file(config: GenerateConfig) -> RowFile | None:
     free = (*_FREE_KEYS, "date") if config.date is None else _FREE_KEYS
     settings = as_dict(replace(config, date=config.date or datetime.date.today()))
     return RowFile(config.output, settings, free, resume=config.resume)
-
-
-def check_asked(config: GenerateConfig) -> None:
-    """Raise a `UserError` for settings that contradict each other."""
-    if bool(config.prompt) == bool(config.data.path):
-        raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
-    check_generation(config.generation)
-    if config.resume and not config.output:
-        raise UserError("--resume needs --out: the file that is to be completed.")
-    for name in ("arguments", "weights"):
-        if getattr(config.reward, name) and not configured_sources(config.reward):
-            raise UserError(
-                f"reward.{name} would have no effect, as no reward was given: name it with "
-                f"--reward, or leave reward.{name} out."
-            )
 
 
 def _respond(

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ops
@@ -29,6 +30,7 @@ from bench.targets import TARGETS, verdicts
 from bench.timing import Timing, peak_extra_bytes, time_in_turn
 from ppo_engine.memory import keep_freed_memory, release_freed_memory
 from ppo_engine.models import rates
+from ppo_kernels import token_logprobs
 from ppo_kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
@@ -375,7 +377,7 @@ def test_pages_have_the_figures_of_the_results(page: str) -> None:
 def test_headlines_compare_the_steps_that_have_both_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about = {"model": "m", "dtype": "float32", "device": "a machine"}
+    about = {"model": "m", "dtype": "float32", "device": "a machine", "trl": "1.12.0"}
     seconds = {"generate": (1.0, 3.0), "update": (4.0, 2.0), "step": (6.0, 9.0)}
     rows: list[Row] = [
         {
@@ -392,8 +394,46 @@ def test_headlines_compare_the_steps_that_have_both_sides(
     write_csv(tmp_path / "a" / "e2e-8bit.csv", "", [r for r in rows if r["side"] == "ours"])
     monkeypatch.setattr(speed_page, "RESULTS", tmp_path)
     assert speed_page.headlines().splitlines()[2:] == [
-        "| m, float32 | a machine | 6.0 | 9.0 | 1.5 | 3.0 | 0.5 | 1.0 | 2.0 |"
+        "| PPO, TRL 1.12.0: m, float32 | a machine | 6.0 | 9.0 | 1.5 | 3.0 | 0.5 | 1.0 | 2.0 |"
     ]
+    grpo = [row | {"algorithm": "GRPO", "trl": "1.16.0"} for row in rows]
+    write_csv(tmp_path / "a" / "e2e-grpo.csv", "", grpo)
+    assert "| GRPO, TRL 1.16.0: m, float32 | a machine | 6.0 |" in speed_page.headlines()
+
+
+def test_trls_kernels_are_given_what_their_signatures_ask_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stand-ins with the parameters of TRL 1.16's, which needs a GPU."""
+
+    class Chunked:
+        @staticmethod
+        def apply(  # type: ignore[no-untyped-def]
+            hidden, weight, bias, targets, temperature, chunk_size,
+            final_logit_softcapping=None, logit_scale=1.0, outputs=(),
+        ):  # fmt: skip
+            assert bias is final_logit_softcapping is None and outputs == ("entropy",)
+            logits = (hidden @ weight.T) * logit_scale / temperature
+            return *selected(logits, targets), None, None, None
+
+    def selected(  # type: ignore[no-untyped-def]
+        logits, index, temperature=1.0, row_mask=None
+    ):
+        return token_logprobs(logits, index, return_entropy=True)
+
+    kernels = ModuleType("trl.kernels")
+    kernels.__dict__.update(
+        ChunkedLogProbFunction=Chunked, selective_log_softmax_and_entropy=selected
+    )
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
+    monkeypatch.setitem(sys.modules, "trl.kernels", kernels)
+    for case in cases("cuda", ["token_logprobs", "linear_logprobs", "linear_ppo_loss"], ["small"]):
+        (run,) = (run for name, run in case.alternatives.items() if "TRL 1.16" in name)
+        on_cpu = next(c for c in cases("cpu", [case.op], ["small"]) if c.name == case.name)
+        inputs = {
+            n: x.float() if x.is_floating_point() else x for n, x in on_cpu.inputs(CPU).items()
+        }
+        torch.testing.assert_close(run(inputs), on_cpu.ours(inputs, impl="reference"))
 
 
 def test_cost_by_mode() -> None:

@@ -28,6 +28,7 @@ from ppo_engine.settings.schema import (
     RewardModelConfig,
     RewardSource,
     SFTConfig,
+    resolved,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -57,24 +58,29 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def resolved(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
+def of_dry_run(cls: type, capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
     """What --dry-run prints, read back; of inputs that are not there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: None)
+        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: [])
         assert cli.main([*arguments, "--dry-run"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
     return load_config(cls, "resolved.yaml")
 
 
+def ppo(**settings: Any) -> PPOSettings:
+    """With what the unset ones come to."""
+    return resolved(PPOConfig(ppo=PPOSettings(**settings))).ppo
+
+
 def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "1e-5", "--data", "p.jsonl", "--output-dir", "out: 1", "--seed", "7"]
-    config = resolved(PPOConfig, capsys, "ppo", *flags, "--reward", "my reward/")
+    config = of_dry_run(PPOConfig, capsys, "ppo", *flags, "--reward", "my reward/")
     assert isinstance(config, PPOConfig)
     assert (config.policy.path, config.data.path) == ("1e-5", "p.jsonl")  # taken literally
     assert (config.run.output_dir, config.run.seed) == ("out: 1", 7)
     assert (config.reward.path, config.reward.function) == ("my reward/", None)
     for cls, command in ((RewardModelConfig, "reward"), (SFTConfig, "sft")):
-        config = resolved(cls, capsys, command, *flags)
+        config = of_dry_run(cls, capsys, command, *flags)
         assert isinstance(config, RewardModelConfig | SFTConfig)
         assert (config.model.path, config.data.path) == ("1e-5", "p.jsonl")
 
@@ -82,12 +88,12 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("cls", "arguments", "expected"),
     [
-        (PPOConfig, ["ppo", "--profile"], {"profile": True, "ppo": PPOSettings()}),
+        (PPOConfig, ["ppo", "--profile"], {"profile": True, "ppo": ppo()}),
         (PPOConfig, ["ppo"], {"profile": False}),
         (
             PPOConfig,
             ["grpo", "ppo.kl_coef=0.5"],
-            {"ppo": PPOSettings(estimator="grpo", group_size=8, kl_in="loss", kl_coef=0.5)},
+            {"ppo": ppo(estimator="grpo", group_size=8, kl_in="loss", kl_coef=0.5)},
         ),
         (DemoConfig, ["demo", "--smoke"], {"smoke": True, "algorithm": "ppo"}),
         (
@@ -100,13 +106,17 @@ def test_flags_become_settings(capsys: pytest.CaptureFixture[str]) -> None:
             ["generate", "--n", "3", "--prompt", "x"],
             {"responses": 3, "prompt": "x"},
         ),
-        (GenerateConfig, ["generate", "--output-dir", "d"], {"output": "d/responses.jsonl"}),
+        (
+            GenerateConfig,
+            ["generate", "--output-dir", "d", "--prompt", "x"],
+            {"output": "d/responses.jsonl"},
+        ),
     ],
 )
 def test_switches_become_settings(
     cls: type, arguments: list[str], expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = resolved(cls, capsys, *arguments)
+    config = of_dry_run(cls, capsys, *arguments)
     assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -130,16 +140,16 @@ def test_reward_names_one_or_several_in_place_of_those_in_the_file(
     flags = [flag for reward in rewards for flag in ("--reward", reward)]
     for file in ("{path: a}", "{function: b.py:c}", "{url: 'http://d'}", "{sources: [{path: e}]}"):
         Path("settings.yaml").write_text(f"reward: {file}\n")
-        config = resolved(PPOConfig, capsys, "ppo", "--config", "settings.yaml", *flags)
+        config = of_dry_run(PPOConfig, capsys, "ppo", "--config", "settings.yaml", *flags)
         assert isinstance(config, PPOConfig) and config.reward == expected
     weights = "reward.weights=[1, 0.5]"
-    config = resolved(PPOConfig, capsys, "ppo", weights, *flags)
+    config = of_dry_run(PPOConfig, capsys, "ppo", weights, *flags)
     assert isinstance(config, PPOConfig) and config.reward.weights == [1, 0.5]
 
 
 def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     Path("settings.yaml").write_text("run: {seed: 1}\nsteps: 5\nppo: {kl_coef: 0.3}\n")
-    config = resolved(
+    config = of_dry_run(
         PPOConfig, capsys, "ppo", "steps=6", "--config", "settings.yaml", "--seed", "2", "ppo.lam=1"
     )
     assert isinstance(config, PPOConfig)
@@ -149,16 +159,16 @@ def test_file_then_flags_then_overrides(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_file_goes_before_what_grpo_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
     Path("settings.yaml").write_text("ppo: {group_size: 4, kl_coef: 0.3}\n")
-    config = resolved(PPOConfig, capsys, "grpo", "--config", "settings.yaml", "ppo.kl_coef=0.2")
+    config = of_dry_run(PPOConfig, capsys, "grpo", "--config", "settings.yaml", "ppo.kl_coef=0.2")
     assert isinstance(config, PPOConfig)
-    expected = PPOSettings(estimator="grpo", group_size=4, kl_in="loss", kl_coef=0.2)
+    expected = ppo(estimator="grpo", group_size=4, kl_in="loss", kl_coef=0.2)
     assert config.ppo == expected
 
 
 def test_settings_go_before_flags_and_are_checked_together(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = resolved(PPOConfig, capsys, "ppo", "run.seed=3", "--seed", "2")
+    config = of_dry_run(PPOConfig, capsys, "ppo", "run.seed=3", "--seed", "2")
     assert isinstance(config, PPOConfig) and config.run.seed == 3
     assert cli.main(["ppo", "ppo.estimator=rloo", "--dry-run"]) == 2
     assert "set ppo.group_size to 2 or more" in capsys.readouterr().err
@@ -170,9 +180,8 @@ def test_settings_go_before_flags_and_are_checked_together(
         (["ppo", "kl_coef=1"], "did you mean ppo.kl_coef?"),
         (["ppo", "--seed", "x"], "run.seed: should be a valid integer"),
         (["ppo", "--config", "absent.yaml"], "'absent.yaml' does not exist"),
-        (["ppo"], "No policy was given: --model"),
-        (["ppo", "--model", "m"], "No prompts were given: --data"),
-        (["ppo", "--model", "m", "--data", "d"], "No reward was given: --reward"),
+        (["ppo"], "No prompts were given: --data"),
+        (["ppo", "--data", "d"], "No reward was given: --reward"),
         (
             ["ppo", "--model", "m", "--data", "d", "reward.path=a", "reward.url=b"],
             "reward.path and reward.url are set",
@@ -204,6 +213,38 @@ def test_unknown_arguments(argument: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stopped:
         cli.main(["ppo", "steps=1", argument])
     assert stopped.value.code == 2 and argument in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("ppo --resume run", "run.resume=true --output-dir FOLDER?"),
+        ("sft --resume_from_checkpoint=run", "run.resume=true --output-dir FOLDER?"),
+        ("ppo --lr 1e-5", "policy.optimizer.learning_rate=… or critic.optimizer.learning_rate=…?"),
+        ("sft --learning_rate=1e-5", "model.optimizer.learning_rate=…?"),
+        ("reward --num-train-epochs 2", "reward.epochs=…?"),
+        ("grpo --epochs 2", "ppo.epochs=…?"),
+        ("ppo --batch-size 4", "ppo.rollout_batch_size=…?"),
+        ("sft --batch_size 4", "sft.batch_size=…?"),
+        ("sft --output_dir x", "run.output_dir=…?"),
+        ("generate --max-new-tokens 4", "generation.max_new_tokens=…?"),
+        ("grpo --beta 0", "ppo.kl_coef=…?"),
+        ("ppo --model_name_or_path x", "--model?"),
+        ("ppo --modle x", "--model?"),
+        ("inspect --dataset_name x", "--data?"),
+        ("demo --sede 3", "--seed?"),
+        ("demo --resume", ""),
+        ("ppo --zzz", ""),
+    ],
+)
+def test_an_option_of_another_trainer(
+    line: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    option = line.split()[1]
+    told = f"{option!r}. Did you mean {near} Settings" if near else f"{option!r}. Settings"
+    assert told in capsys.readouterr().err
 
 
 def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +281,50 @@ def test_help_and_settings_load_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "smoke: false" in done.stdout and "No policy was given" in done.stderr
+    assert "smoke: false" in done.stdout and "No prompts were given" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ppo --data gone.jsonl --reward last_number", "gone.jsonl does not exist"),
+        ("ppo --data d --reward last_number --model ./gone", "Model folder './gone' does not"),
+        ("ppo --data d --reward last_number --output-dir .", "Run folder . is not empty"),
+        ("grpo --data d --reward gone.py:f", "file 'gone.py' does not exist"),
+        ("grpo --data d --reward ./gone", "Model folder './gone' does not exist"),
+        ("ppo --data d --reward last_number evaluation.path=gone", "gone does not exist"),
+        ("ppo --data d --reward last_number environment.function=gone.py:f", "'gone.py' does not"),
+        ("sft --data d data.eval_path=gone", "gone does not exist"),
+        ("reward --data gone", "gone does not exist"),
+        ("generate --data gone", "gone does not exist"),
+        ("generate", "Give either prompts"),
+        ("inspect --data gone", "gone does not exist"),
+        ("demo --model ./gone", "Model folder './gone' does not exist"),
+    ],
+)
+def test_what_is_not_there_is_told_before_torch_is_loaded(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("d").touch()
+
+    def loaded() -> None:
+        raise AssertionError("torch would be imported here")
+
+    for module in ("commands", "inputs"):
+        monkeypatch.setattr(f"ppo_engine.cli.{module}.quiet_libraries", loaded)
+    assert cli.main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_loads_no_torch() -> None:
+    """What the checks before that import."""
+    code = (
+        "import sys; from ppo_engine.cli import main\n"
+        "assert main('ppo --data gone --reward last_number'.split()) == 2\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "gone does not exist" in done.stderr, done.stderr
 
 
 def test_module_runs_as_a_program() -> None:
@@ -431,10 +515,12 @@ def test_ppo_goes_on_where_it_failed(
     write("broken", "")
     assert cli.main(flags) == status
     shown = capsys.readouterr().err
-    assert "Step 2 is kept in run/checkpoints/step-000002: the same run with " in shown
-    again = shown.partition("the same run with ")[2].partition(" goes on")[0].split()
+    assert "Step 2 is kept in run/checkpoints/step-000002.\nThe same run with " in shown
+    again = shown.partition("The same run with ")[2].partition(" goes on")[0].split()
     assert again == ["run.output_dir=run", "run.resume=true"]
     assert cli.main([*flags, *again]) == 0
+    told = capsys.readouterr().out
+    assert "The run goes on after step 2 of 4, from run/checkpoints/step-000002.\n" in told
     assert [row["step"] for row in read("run/metrics.jsonl")] == [1, 2, 3, 4]
 
 

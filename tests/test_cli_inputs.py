@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
         tmp_path, {"prompt": "2?", "answer": 2}, {"prompt": "b", "answer": "b"}, name="sums.jsonl"
     )
     write(tmp_path, {"prompt": "Case 1", "response": "a"}, "broken", name="broken.jsonl")
+    twice = {"prompt": "Case?", "responses": ["a", "a", "b"], "ranks": [0, 1, 2]}
+    write(tmp_path, *[{**twice, "prompt": f"Case {n}?"} for n in range(8)], name="ranked.jsonl")
+    write(tmp_path, {"prompt": "long " * 500}, *PROMPTS, name="long.jsonl")
+    write(tmp_path, {"prompt": "2?", "answers": 2}, name="near.jsonl")
     Path("rewards.py").write_text(REWARD)
-    Path("policy").mkdir()
-    for file in Path(model).iterdir():
-        if file.suffix != ".safetensors":
-            Path("policy", file.name).write_bytes(file.read_bytes())
+    for folder in ("policy", "scorer", "labels"):
+        Path(folder).mkdir()
+        for file in Path(model).iterdir():
+            if file.suffix != ".safetensors":
+                Path(folder, file.name).write_bytes(file.read_bytes())
+    for folder, labels in (("scorer", 1), ("labels", 3)):
+        config = json.loads(Path("policy/config.json").read_text())
+        config["architectures"] = ["LlamaForSequenceClassification"]
+        config["id2label"] = {str(n): f"LABEL_{n}" for n in range(labels)}
+        Path(folder, "config.json").write_text(json.dumps(config))
 
 
 def command(line: str) -> list[str]:
@@ -50,11 +61,11 @@ def command(line: str) -> list[str]:
     ("line", "shown"),
     [
         ("ppo M P R", "kl_coef: 0.05"),
-        ("ppo M P --reward policy --reward http://localhost:1/x", "url: http://localhost:1/x"),
+        ("ppo M P --reward scorer --reward http://localhost:1/x", "url: http://localhost:1/x"),
         ("ppo M P --reward rewards.py:right data.columns.answer=prompt data.columns.prompt=prompt",
          "answer: prompt"),
         ("reward M --data pairs.jsonl", "center_coef"),
-        ("sft M --data broken.jsonl data.on_bad_line=skip", "eval_fraction"),
+        ("sft M --data broken.jsonl data.on_bad_line=skip data.eval_fraction=0", "eval_fraction"),
         ("grpo M P --reward format_match reward.arguments.pattern=x", "format_match"),
         ("generate M P R", "batch_size"),
         ("generate M --prompt x", "batch_size"),
@@ -75,8 +86,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("ppo", "No policy was given"),
-        ("ppo M", "No prompts were given"),
+        ("ppo", "No prompts were given"),
         ("ppo M P", "No reward was given"),
         ("ppo --model ./polcy P R", "'./polcy' does not exist or is not a folder. Did you mean"),
         ("ppo M --data prompt.jsonl R", "prompt.jsonl does not exist. Did you mean 'prompts.js"),
@@ -85,6 +95,11 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
         ("ppo M P --reward rewards.py:lenght", "Did you mean 'length'?"),
         ("ppo M P --reward reward.py:length", "Did you mean 'rewards.py'?"),
         ("ppo M P --reward rewards.py:right", "asks for 'answer', but the prompts have no other"),
+        (
+            "ppo M --data near.jsonl --reward last_number",
+            "holds it (data.columns={answer: answers})",
+        ),
+        ("ppo M P --reward last_number", "holds it (data.columns={answer: …})"),
         ("grpo M P --reward last_number", "asks for 'answer', but the prompts have no other"),
         ("ppo M P --reward format_match", "needs an argument: set reward.arguments.pattern"),
         ("ppo M P --reward ./gone", "Model folder './gone' does not exist"),
@@ -102,7 +117,17 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
         ("sft M --data pairs.jsonl", "no column 'response'"),
         ("sft M --data broken.jsonl", "broken.jsonl:2: not valid JSON"),
         ("sft M --data pairs.jsonl data.columns.response=chosn", "Did you mean 'chosen'?"),
-        ("generate P", "No model was given"),
+        ("ppo M P --reward policy", "'policy' has no score head"),
+        ("ppo M P --reward labels", "'labels' is a classifier with 3 labels"),
+        ("ppo M P R evaluation.prompts=4", "evaluation.prompts=4 leaves nothing to train on"),
+        ("ppo M P R generation.max_new_tokens=100000", "the model's context has only"),
+        ("ppo M P R data.max_prompt_tokens=2", "prompts.jsonl:1: prompt too long: "),
+        ("ppo M --data long.jsonl R data.max_prompt_tokens=5000", "more than the context left = "),
+        ("ppo M P R evaluation.path=long.jsonl", "long.jsonl:1: prompt too long"),
+        ("reward M --data pairs.jsonl data.eval_fraction=0.99", "too few for a held-out set"),
+        ("reward M --data ranked.jsonl data.max_pairs=0", "greater than 0"),
+        ("generate M --data long.jsonl", "long.jsonl:1: prompt too long"),
+        ("generate M P --reward policy", "'policy' has no score head"),
         ("generate M", "Give either prompts"),
         ("generate M P --reward rewards.py:right", "asks for 'answer'"),
         ("generate M P --out pairs.jsonl", "pairs.jsonl exists"),
@@ -117,6 +142,43 @@ def test_a_dry_run_finds_what_does_not_fit(
     assert cli.main([*command(line), "--dry-run"]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("reward M --data ranked.jsonl", "Preferences: of equal responses the one with the best"),
+        ("reward M --data pairs.jsonl", "8 of 8 preferences are plain text"),
+        ("sft M --data pairs.jsonl data.columns.response=chosen", "optimizer step in all: 7 exam"),
+        ("ppo M --data long.jsonl R data.on_bad_line=skip", "Prompts: 1 skipped (1 prompt too lo"),
+        ("ppo M P R evaluation.path=prompts.jsonl", "4 of the 4 prompts of evaluation.path are"),
+        ("ppo M P R evaluation.prompts=2", "2 prompts for 64 in each rollout"),
+    ],
+)
+def test_a_dry_run_says_what_a_run_would_say_of_the_data(
+    line: str, note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command(line), "--dry-run"]) == 0
+    assert note in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ppo P R steps=1 ppo.rollout_batch_size=2",
+        "generate --prompt x",
+        "sft --data pairs.jsonl data.columns.response=chosen",
+    ],
+)
+def test_a_command_without_a_model_takes_the_demos_and_says_so(
+    line: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ppo_engine.demo.model.model_path", lambda: model)
+    tokens = [] if line.startswith("sft") else ["generation.max_new_tokens=2"]
+    assert cli.main([*command(line), *tokens]) == 0, capsys.readouterr().err
+    assert (
+        f"No model was given: {Path(model).name}, the demo's, is taken" in capsys.readouterr().err
+    )
 
 
 def test_settings_alone_reach_the_output_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:

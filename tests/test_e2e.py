@@ -1,8 +1,7 @@
-"""The end-to-end benchmark: its floor, its clock, its table, and both sides at work."""
+"""The end-to-end benchmarks: their floor, clock, table, and both sides of PPO and GRPO at work."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 from dataclasses import replace
@@ -15,10 +14,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import e2e, e2e_models, e2e_worker
-from bench.e2e_compare import SIDES, Side, compare, rows
-from bench.e2e_floor import Pass, Shape, floors, forward, passes
+from bench import e2e_models, e2e_run, e2e_worker
+from bench.e2e import PPO
+from bench.e2e_compare import Side, compare, rows
+from bench.e2e_floor import Pass, Shape, floors, forward, grpo_passes, passes
+from bench.e2e_grpo import GRPO
 from bench.e2e_models import Sizes, model_config, needed_bytes, prepare
+from bench.e2e_run import Contest, main, reason_to_skip, trl_version
 from bench.e2e_table import print_comparison, print_differences
 from bench.e2e_worker import PHASES, PhaseClock, Work, read_report, report_step
 from bench.machine import Ceilings
@@ -102,6 +104,16 @@ def test_passes_are_those_of_the_docstring() -> None:
     assert len(passes(SHAPE, [3, 1], 2, epochs=3)["update"]) == 6
 
 
+def test_a_group_reads_its_prompt_once_and_grpo_has_no_critic() -> None:
+    found = grpo_passes(SHAPE, [3, 1], group=2, new_tokens=2, epochs=1)
+    each = passes(SHAPE, [3, 3, 1, 1], new_tokens=2, epochs=1)
+    prefill, decode = found["generate"]
+    assert prefill == passes(SHAPE, [3, 1], new_tokens=2, epochs=1)["generate"][0]
+    assert decode == each["generate"][1]
+    assert found["score"] == [] and found["advantages"] == each["advantages"][:1]
+    assert found["update"] == each["update"][:1]
+
+
 def test_a_pass_takes_the_longer_of_products_and_reads() -> None:
     ceilings = Ceilings(read=10.0, write=1.0, copy=1.0, matmul={torch.bfloat16: 4.0}, call=0.0)
     assert Pass(flop=80, elements=10).seconds(ceilings, torch.bfloat16) == 20
@@ -110,7 +122,7 @@ def test_a_pass_takes_the_longer_of_products_and_reads() -> None:
 
 def test_the_step_is_the_sum_of_its_phases() -> None:
     ceilings = Ceilings(read=1e3, write=1.0, copy=1.0, matmul={torch.float32: 1e3}, call=0.0)
-    found = floors(SHAPE, [3, 1], 2, 2, ceilings, torch.float32)
+    found = floors(passes(SHAPE, [3, 1], 2, 2), ceilings, torch.float32)
     assert found["step"] == pytest.approx(sum(found[phase] for phase in PHASES))
     assert found["score"] == pytest.approx(forward(SHAPE, [5, 3]).flop / 1e3)
 
@@ -176,27 +188,32 @@ def _script(folder: Path, name: str, steps: list[dict[str, Any]], ending: str = 
     return str(file)
 
 
-def test_sides_take_turns_and_the_first_step_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sides_take_turns_and_the_first_step_does_not_count(tmp_path: Path) -> None:
     warm_up = a_step(100.0)
-    for side, step in (("ours", a_step(1.0)), ("TRL", a_step(2.0))):
-        monkeypatch.setitem(SIDES, side, _script(tmp_path, side, [warm_up, step]))
-    sides = [Side("ours"), Side("TRL")]
+    sides = [
+        Side(name, _script(tmp_path, name, [warm_up, step]))
+        for name, step in (("ours", a_step(1.0)), ("TRL", a_step(2.0)))
+    ]
     compare(a_work(tmp_path), sides, repeats=2)
     assert (tmp_path / "log").read_text() == "ours TRL ours TRL "
     assert [side.seconds("generate") for side in sides] == [[4, 4], [8, 8]]
     assert [side.median("step") for side in sides] == [16, 23]
 
 
-def test_a_side_that_fails_says_why_and_leaves_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_side_runs_in_the_environment_that_is_its_own(tmp_path: Path) -> None:
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nIS_OTHER=yes exec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    told = "import os; assert os.environ['IS_OTHER'] == 'yes'"
+    side = Side("TRL", _script(tmp_path, "TRL", [a_step(), a_step()], told), str(other))
+    compare(a_work(tmp_path), [side], repeats=1)
+    assert not side.skipped
+
+
+def test_a_side_that_fails_says_why_and_leaves_the_other(tmp_path: Path) -> None:
     steps = [a_step(), a_step()]
     broken = _script(tmp_path, "TRL", steps[:1], "raise SystemExit('no memory is left')")
-    monkeypatch.setitem(SIDES, "ours", _script(tmp_path, "ours", steps))
-    monkeypatch.setitem(SIDES, "TRL", broken)
-    sides = [Side("ours"), Side("TRL")]
+    sides = [Side("ours", _script(tmp_path, "ours", steps)), Side("TRL", broken)]
     compare(a_work(tmp_path), sides, repeats=2)
     assert (tmp_path / "log").read_text() == "ours TRL ours "
     assert len(sides[0].steps) == 2
@@ -204,20 +221,18 @@ def test_a_side_that_fails_says_why_and_leaves_the_other(
     assert "no memory is left\nexit status 1 after 1 of 2 steps" in sides[1].skipped
 
 
-def test_a_process_that_stops_early_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SIDES, "ours", _script(tmp_path, "ours", [a_step()]))
-    side = Side("ours")
+def test_a_process_that_stops_early_has_failed(tmp_path: Path) -> None:
+    side = Side("ours", _script(tmp_path, "ours", [a_step()]))
     compare(a_work(tmp_path), [side], repeats=1)
     assert side.failed and "exit status 0 after 1 of 2 steps" in side.skipped
 
 
-def test_other_work_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("group", "asked"), [(1, "3 and 8"), (2, "6 and 16")])
+def test_other_work_is_not_compared(tmp_path: Path, group: int, asked: str) -> None:
     steps = [a_step(), a_step(response_tokens=7)]
-    monkeypatch.setitem(SIDES, "ours", _script(tmp_path, "ours", steps))
-    with pytest.raises(UserError, match="read 3 and wrote 7 tokens where 3 and 8 were asked for"):
-        compare(a_work(tmp_path), [Side("ours")], repeats=1)
+    side = Side("ours", _script(tmp_path, "ours", steps))
+    with pytest.raises(UserError, match=f"read 3 and wrote 7 tokens where {asked} were asked for"):
+        compare(a_work(tmp_path, group=group), [side], repeats=1)
 
 
 def test_rows_have_medians_and_floors(tmp_path: Path) -> None:
@@ -231,6 +246,8 @@ def test_rows_have_medians_and_floors(tmp_path: Path) -> None:
     assert step["seconds"] == 7 * 2 + 9 and step["steps"] == 3 and step["model"] == "m"
     assert step["tokens_per_second"] == pytest.approx(2 * 4 / 23)
     assert step["peak_bytes"] == 6_000_000_000
+    floor["score"] = 0.0  # a function's
+    assert rows([side], floor, a_work(tmp_path), {})[1]["x_floor"] is None
 
 
 def test_the_table_leaves_out_what_was_not_measured(
@@ -238,46 +255,58 @@ def test_the_table_leaves_out_what_was_not_measured(
 ) -> None:
     work = a_work(tmp_path)
     floor = dict.fromkeys((*PHASES, "step"), 0.5)
-    print_comparison([Side("ours", [a_step()]), Side("TRL")], floor, work)
+    print_comparison("PPO", [Side("ours", steps=[a_step()]), Side("TRL")], floor, work)
     alone = capsys.readouterr().out
     assert "16" in alone and "32.00" in alone and "Other processes" not in alone
-    sides = [Side("ours", [a_step()]), Side("TRL", [a_step(3.0, others=0.4)])]
-    print_comparison(sides, floor, work)
+    sides = [Side("ours", steps=[a_step()]), Side("TRL", steps=[a_step(3.0, others=0.4)])]
+    print_comparison("GRPO", sides, floor | {"score": 0.0}, work)
     both = capsys.readouterr().out
+    assert "One GRPO step" in both
     assert "1.88" in both  # (3·7 + 9) / (7 + 9)
     assert "Other processes took up to 40%" in both
 
 
+@pytest.mark.parametrize("contest", [PPO, GRPO], ids=lambda contest: contest.what)
 def test_mixed_precision_is_named_where_it_differs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    contest: Contest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_differences(a_work(tmp_path))
-    assert "fp32 master" not in capsys.readouterr().out
-    print_differences(a_work(tmp_path, dtype="bfloat16"))
-    assert "fp32 master" in capsys.readouterr().out
+    for dtype, named in (("float32", False), ("bfloat16", True)):
+        work = a_work(tmp_path, dtype=dtype)
+        print_differences(contest.same(work), contest.different(work), contest.trl)
+        printed = capsys.readouterr().out
+        assert ("fp32 master" in printed) is named and f"TRL {contest.trl}" in printed
 
 
 def test_memory_is_counted_for_each_side() -> None:
-    assert needed_bytes(1, "ours", torch.float32) == 36
-    assert needed_bytes(1, "ours", torch.bfloat16) == 30
-    assert needed_bytes(1, "TRL", torch.float32) == 40
-    assert needed_bytes(1, "TRL", torch.bfloat16) == 20
+    ppo, grpo = {"trained": 2, "frozen": 2}, {"trained": 1, "frozen": 1}
+    assert needed_bytes(1, "ours", torch.float32, **ppo) == 36
+    assert needed_bytes(1, "ours", torch.bfloat16, **ppo) == 30
+    assert needed_bytes(1, "TRL", torch.float32, **ppo) == 40
+    assert needed_bytes(1, "TRL", torch.bfloat16, **ppo) == 20
+    assert needed_bytes(1, "ours", torch.bfloat16, **grpo) == 16
+    assert needed_bytes(1, "TRL", torch.bfloat16, **grpo) == 10
 
 
-@pytest.mark.parametrize("found", [None, "1.13.0"])
+@pytest.mark.parametrize("found", ["", "1.13.0"])
 def test_without_the_right_trl_one_reads_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, found: str | None
+    monkeypatch: pytest.MonkeyPatch, found: str
 ) -> None:
-    def version(name: str) -> str:
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
+    monkeypatch.setattr(e2e_run, "trl_version", lambda python: found)
 
-    monkeypatch.setattr(e2e.importlib.metadata, "version", version)
-    reason = e2e._reason_to_skip("TRL", None, SHAPE, CPU, torch.float32)
-    assert "pip install trl==1.12.0" in reason and (found or "none") in reason
-    assert e2e._reason_to_skip("ours", None, SHAPE, CPU, torch.float32) == ""
-    assert e2e._reason_to_skip("ours", "trl", SHAPE, CPU, torch.float32) == "--only trl."
+    def reason(side: str, only: str | None = None) -> str:
+        return reason_to_skip(PPO, Side(side), only, SHAPE, CPU, torch.float32)
+
+    assert "pip install trl==1.12.0" in reason("TRL") and (found or "none") in reason("TRL")
+    assert reason("ours") == ""
+    assert reason("ours", "trl") == "--only trl."
+
+
+def test_a_version_is_that_of_another_environment(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 1.16.0\n")
+    python.chmod(0o755)
+    assert trl_version(str(python)) == "1.16.0"
+    assert trl_version(str(tmp_path / "none")) == ""
 
 
 @pytest.mark.parametrize(
@@ -285,6 +314,7 @@ def test_without_the_right_trl_one_reads_what_to_install(
     [
         (["--model", "qwen2.5-7b"], "qwen2.5-7b is for a GPU: add --device cuda"),
         (["--prompts", "12"], "--prompts 12 must be a multiple of 8"),
+        (["--trl", "nowhere"], "none is installed for nowhere: pip install trl==1.12.0"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(
@@ -293,8 +323,8 @@ def test_a_mistake_is_told_before_anything_runs(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["e2e.py", *arguments])
-    assert e2e.main() == 1
+    monkeypatch.setattr(sys, "argv", ["e2e.py", *arguments, "--only", "trl"])
+    assert main(PPO, "") == 1
     assert message in capsys.readouterr().out
 
 
@@ -308,12 +338,14 @@ def test_a_random_model_and_its_prompts_are_as_long_as_asked(tiny: str, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", list(SIDES))
-def test_a_side_does_the_whole_work(tiny: str, side: str, tmp_path: Path) -> None:
-    if side == "TRL":
-        pytest.importorskip("trl", reason="TRL is in the optional group `bench`")
-    work = prepare(tiny, TINY_SIZES, tmp_path, steps=2, device="cpu", dtype="float32")
-    one = Side(side)
+@pytest.mark.parametrize("side", ["ours", "TRL"])
+@pytest.mark.parametrize("contest", [PPO, GRPO], ids=lambda contest: contest.what)
+def test_a_side_does_the_whole_work(tiny: str, contest: Contest, side: str, tmp_path: Path) -> None:
+    if side == "TRL" and trl_version(sys.executable) != contest.trl:
+        pytest.skip(f"TRL {contest.trl} has an environment of its own, or is in the group `bench`")
+    size = replace(TINY_SIZES, prompts=2, group=4, epochs=1) if contest is GRPO else TINY_SIZES
+    work = prepare(tiny, size, tmp_path, steps=2, device="cpu", dtype="float32")
+    one = Side(side, contest.scripts[side])
     compare(work, [one], repeats=1)
     assert not one.skipped, one.skipped
     (step,) = one.steps  # `compare` has checked its tokens

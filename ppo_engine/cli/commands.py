@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -66,12 +65,14 @@ def ppo(options: argparse.Namespace, rest: list[str]) -> None:
     if config is None:
         return
     quiet_libraries()
+    from ppo_engine.cli.inputs import with_model
     from ppo_engine.training.ppo import PPOTrainer
 
-    PPOTrainer(config=config).train()
+    PPOTrainer(config=with_model(config)).train()
 
 
 def generate(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.settings.checks import check_generate
     from ppo_engine.settings.schema import GenerateConfig
 
     if options.output_dir is not None:
@@ -82,18 +83,20 @@ def generate(options: argparse.Namespace, rest: list[str]) -> None:
         overrides.insert(0, "resume=true")
     if options.n is not None:
         overrides.insert(0, f"responses={options.n}")
-    config = load(GenerateConfig, options, overrides)
+    config = load(GenerateConfig, options, overrides, check_generate)
     if config is None:
         return
     quiet_libraries()
+    from ppo_engine.cli.inputs import with_model
     from ppo_engine.generate import generate as write_responses
 
-    write_responses(config)
+    write_responses(with_model(config))
 
 
 def inspect(options: argparse.Namespace, rest: list[str]) -> None:
     """With the settings of each command whose rows these may be: where the kind is not given, it is
     guessed among those that have all the settings that are."""
+    from ppo_engine.cli.given import check_there
     from ppo_engine.settings.files import load_config
     from ppo_engine.settings.schema import PPOConfig, RewardModelConfig, SFTConfig
 
@@ -118,13 +121,15 @@ def inspect(options: argparse.Namespace, rest: list[str]) -> None:
     config = next(iter(configs.values()))
     if not config.data.path:
         raise UserError("No data were given: --data FILE.jsonl, or data.path=FILE.")
+    check_there(config)
     quiet_libraries()
+    from ppo_engine.demo.model import model_path
     from ppo_engine.inspection.page import inspect as show_rows
 
     if isinstance(sys.stdout, TextIOWrapper):  # data holds any character, an encoding perhaps not
         sys.stdout.reconfigure(errors="backslashreplace")
     trained = config.policy if isinstance(config, PPOConfig) else config.model
-    show_rows(configs, trained.path or _demo_model(), options.rows, options.kind)
+    show_rows(configs, trained.path or model_path(), options.rows, options.kind)
 
 
 def doctor(options: argparse.Namespace, rest: list[str]) -> int:
@@ -136,17 +141,11 @@ def doctor(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str]) -> Any:
-    """Settings of a command that learns from given data, by default with the demo's model."""
+    """Settings of a command that learns from given data."""
     config = load(cls, options, overrides_of(options, rest))
     if config is None:
         return None
     quiet_libraries()
-    if not config.model.path:
-        config = replace(config, model=replace(config.model, path=_demo_model()))
-    return config
+    from ppo_engine.cli.inputs import with_model
 
-
-def _demo_model() -> str:
-    from ppo_engine.demo.model import model_path
-
-    return model_path()
+    return with_model(config)

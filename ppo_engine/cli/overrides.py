@@ -52,13 +52,14 @@ def load(
     overrides: Sequence[str],
     check: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The command's settings, after `check` and with what it needs given; None where they were only
-    shown, by --help-settings or by a dry run, which has checked its inputs too and tells on stderr
-    what memory they take.
+    """The command's settings, after `check` and with what it needs given and there; None where they
+    were only shown, by --help-settings or by a dry run, which has checked its inputs too and says
+    what a run would say of them.
 
     A run that is resumed without a settings file goes on with those in its folder.
     """
-    from ppo_engine.cli.inputs import check_given, check_inputs
+    from ppo_engine.cli.given import check_given
+    from ppo_engine.cli.inputs import check_inputs
     from ppo_engine.run.directory import settings_file
     from ppo_engine.settings.files import load_config
 
@@ -77,11 +78,9 @@ def load(
         from ppo_engine.settings.describe import commented
 
         with redirect_stdout(sys.stderr):  # a reward's file may print as it is imported
-            told = check_inputs(config)
+            for note in check_inputs(config):
+                print(note)
         print(commented(config), end="")
-        if told:
-            sys.stdout.flush()  # in a terminal the settings come first
-            print(told, file=sys.stderr)
         return None
     check_given(config)
     return config

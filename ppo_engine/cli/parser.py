@@ -12,6 +12,7 @@ from ppo_engine.cli.overrides import Flag
 from ppo_engine.rewards.ready import READY
 
 _MODEL_HELP = "Hugging Face name or folder"
+_DEFAULT_MODEL = "default: the demo's embedded model"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         commands.sft,
         "fine-tune a language model on examples of good answers",
         [
-            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--model", "model.path", f"{_MODEL_HELP}; {_DEFAULT_MODEL}"),
             Flag("--data", "data.path", "examples: JSONL, parquet, a saved data set"),
         ],
     )
@@ -50,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         commands.reward,
         "train a reward model on preference pairs or rankings",
         [
-            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--model", "model.path", f"{_MODEL_HELP}; {_DEFAULT_MODEL}"),
             Flag("--data", "data.path", "pairs or rankings: JSONL, parquet, a saved data set"),
         ],
     )
@@ -64,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
             commands.ppo,
             summary,
             [
-                Flag("--model", "policy.path", f"{_MODEL_HELP} of the policy"),
+                Flag("--model", "policy.path", f"{_MODEL_HELP} of the policy; {_DEFAULT_MODEL}"),
                 Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
             ],
         )
@@ -79,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         commands.generate,
         "write a model's responses to prompts as JSON lines",
         [
-            Flag("--model", "model", _MODEL_HELP),
+            Flag("--model", "model", f"{_MODEL_HELP}; {_DEFAULT_MODEL}"),
             Flag("--data", "data.path", "prompts: JSONL, parquet, a saved data set"),
             Flag("--prompt", "prompt", "one prompt, instead of --data", "TEXT"),
             Flag("--out", "output", "file to write; default: standard output", "FILE"),
@@ -99,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         commands.inspect,
         "show rows of data token by token, exactly as a command will give them to a model",
         [
-            Flag("--model", "model.path", f"{_MODEL_HELP}; default: the demo's embedded model"),
+            Flag("--model", "model.path", f"{_MODEL_HELP}; {_DEFAULT_MODEL}"),
             Flag("--data", "data.path", "any data: JSONL, parquet, a saved data set"),
         ],
         writes=False,

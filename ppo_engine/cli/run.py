@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ppo_engine.cli.parser import make_parser
+from ppo_engine.cli.unknown import meant
 from ppo_engine.errors import DEBUG_VARIABLE, MachineError, Stopped, UserError
 from ppo_engine.memory import keep_freed_memory
 from ppo_engine.run.interrupts import name_of
@@ -21,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     wrong = [text for text in rest if text.startswith("-") or "=" not in text]
     if wrong:
+        near = meant(wrong[0], options.parser) if wrong[0].startswith("--") else ""
         options.parser.error(
-            f"unknown argument {wrong[0]!r}; settings are written key=value, such as run.seed=1"
+            f"unknown argument {wrong[0]!r}.{near} Settings are written key=value, such as "
+            "run.seed=1."
         )
     keep_freed_memory()
     try:

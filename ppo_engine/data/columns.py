@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,12 +31,23 @@ class Columns:
 
     def take_first(self, names: Sequence[str], hint: str = "") -> tuple[str, Any]:
         """Name and content of the first of `names` that is there, best one that is not null; a
-        `BadLineError` without any, which ends with `hint`."""
+        `BadLineError` without any, which ends with `hint` and how to name another column."""
         name = self.find(names) or next((name for name in names if name in self.row), None)
         if name is None:
             there = ", ".join(repr(str(key)) for key in self.row) or "none"
-            raise BadLineError(f"no column {names[0]!r}", f" (columns: {there}){hint}")
+            detail = f" (columns: {there}){hint}; {self._renaming(names)}"
+            raise BadLineError(f"no column {names[0]!r}", detail)
         return name, self.take(name)
+
+    def _renaming(self, names: Sequence[str]) -> str:
+        """The setting that reads another column as the first of `names`: the one whose name is
+        nearest to any of them, if one is near."""
+        free = [str(name) for name in self.row if name not in self.taken]
+        near = (difflib.get_close_matches(name, free, n=1) for name in names)
+        meant = next((found[0] for found in near if found), None)
+        if meant is None:
+            return f"a column of another name: data.columns={{{names[0]}: NAME}}"
+        return f"if {meant!r} is it: data.columns={{{names[0]}: {meant}}}"
 
     @property
     def left(self) -> list[str]:

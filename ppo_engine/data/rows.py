@@ -171,9 +171,7 @@ def read_rows(
         return
     if not str(source):
         raise UserError(f"No {name} were given: set data.path to a JSONL file.")
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise UserError(f"{path} does not exist.{nearest_path(path)}")
+    path = data_file(source)
     if path.is_dir() or path.suffix == ".parquet":
         for index, row in enumerate(_open_data_set(path)):
             yield f"{path} row {index}", row
@@ -184,6 +182,14 @@ def read_rows(
         return
     for number, row in read_jsonl(path, bad_lines):
         yield f"{path}:{number}", row
+
+
+def data_file(source: str | Path) -> Path:
+    """The path of a file or folder of data; a UserError where nothing is there."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist.{nearest_path(path)}")
+    return path
 
 
 def has_lone_surrogate(text: str) -> bool:

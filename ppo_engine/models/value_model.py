@@ -30,6 +30,8 @@ from ppo_engine.settings.schema import ModelConfig
 
 _PROBE = ("A short one.", "A longer text, so that the two are not equally long.")
 _PROBE_TOLERANCE = 1e-3
+# Ends of the names of classes that have an output layer in the place of a score head.
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def load_value_model(
@@ -62,11 +64,7 @@ def read_value_model(
     """What `load_value_model` loads, for `ready_value_model`, which checks it."""
     path = loading.resolve(path)
     config = loading.load_model_config(path)
-    if architecture.is_classifier(config) and config.num_labels != 1:
-        raise UserError(
-            f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
-            "has exactly one (num_labels=1)."
-        )
+    _check_labels(path, config)
     checkpoint = read_checkpoint(
         value_model_class(config),
         path,
@@ -79,12 +77,34 @@ def read_value_model(
     refuse_missing(path, checkpoint.missing - may_lack, checkpoint.unused)
     if of_head:
         if require_head:
-            raise UserError(
-                f"{path!r} has no score head, so it cannot score responses: train a reward model "
-                "from it first (`ppo-engine reward`)."
-            )
+            raise _no_head(path)
         init_head(head, seed)
     return checkpoint.model
+
+
+def check_scores(path: str) -> None:
+    """A UserError where the configuration at `path`, a folder or name, already says that the model
+    cannot score responses: the weights may say so too (`read_value_model`)."""
+    path = loading.resolve(path)
+    config = loading.load_model_config(path)
+    _check_labels(path, config)
+    if any(name.endswith(_LANGUAGE_MODELS) for name in config.architectures or ()):
+        raise _no_head(path)
+
+
+def _check_labels(path: str, config: Any) -> None:
+    if architecture.is_classifier(config) and config.num_labels != 1:
+        raise UserError(
+            f"{path!r} is a classifier with {config.num_labels} labels; a reward model or critic "
+            "has exactly one (num_labels=1)."
+        )
+
+
+def _no_head(path: str) -> UserError:
+    return UserError(
+        f"{path!r} has no score head, so it cannot score responses: train a reward model "
+        "from it first (`ppo-engine reward`)."
+    )
 
 
 def ready_value_model(

@@ -28,6 +28,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import merged
+from ppo_engine.pretrained.folder import check_folder
 from ppo_engine.pretrained.hub import check_name
 from ppo_engine.pretrained.storage import as_stored
 from ppo_engine.sealed import check
@@ -44,15 +45,7 @@ def load_model_config(path: str) -> Any:
     """The Hugging Face configuration at `path`, a folder or name; a UserError says why not."""
     if not path:
         raise UserError("No model was given: set its path to a Hugging Face name or folder.")
-    if (path.startswith((".", "/")) or Path(path).exists()) and not Path(path).is_dir():
-        raise UserError(
-            f"Model folder {path!r} does not exist or is not a folder.{nearest_path(path)}"
-        )
-    inside = [name for name in ("policy", "reward_model") if Path(path, name).is_dir()]
-    if inside and not Path(path, "config.json").exists():
-        raise UserError(
-            f"{path!r} is a run's folder; its model is in {path.rstrip('/')}/{inside[0]}."
-        )
+    check_folder(path)
     here = Path(path).is_dir()
     if here:
         check(path)

@@ -164,11 +164,16 @@ class Checkpoints:
             )
         return None
 
+    def note_on_resuming(self, step: int, steps: int) -> str:
+        """Where a run of `steps` goes on that has loaded the checkpoint of `step`."""
+        assert self.run is not None
+        return f"The run goes on after step {step} of {steps}, from {self.run.checkpoint(step)}."
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Where the block fails after a step, save what was marked last, and add to the exception
         (`__notes__`) what is kept and how to go on."""
-        self._last = self._clock()
+        self._last, self._state = self._clock(), {}
         try:
             with stopped_by_signals():
                 yield
@@ -184,17 +189,17 @@ class Checkpoints:
         lost = ""
         if self._has_begun():
             step = self._state["step"] + 1
-            lost = f"Step {step} had begun to change the weights, which cannot be undone. "
+            lost = f"Step {step} had begun to change the weights, which cannot be undone.\n"
         elif not self._saved:
             try:
                 self._save()
             except Exception as error:  # such as a full disk; what came first is to be seen
                 reason = first_line(error).rstrip(".")
-                lost = f"Step {self._state['step']} could not be kept ({reason}). "
+                lost = f"Step {self._state['step']} could not be kept ({reason}).\n"
         newest = next(iter(run.checkpoints()), None)
         if newest is None:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."
         return (
-            f"{lost}Step {newest[0]} is kept in {newest[1]}: the same run with "
+            f"{lost}Step {newest[0]} is kept in {newest[1]}.\nThe same run with "
             f"run.output_dir={shlex.quote(str(run.path))} run.resume=true goes on from there."
         )

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from ppo_engine.errors import UserError
@@ -22,8 +23,26 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        self._path = folder / ".lock"
         self.held = True
+        self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115
+        while not self._try(folder):  # whoever had it has removed the file in between
+            self._file.close()
+            self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115
+        self._file.truncate(0)
+        began = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {began}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Does nothing where it is released already."""
+        if not self._file.closed:
+            with suppress(OSError):  # it may be gone, or on a disk that is
+                self._path.unlink()
+            self._file.close()
+
+    def _try(self, folder: Path) -> bool:
+        """Whether the file that is locked now is the one at the path."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -38,11 +57,7 @@ class Lock:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
             self.held = False
-        self._file.truncate(0)
-        began = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {began}")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Does nothing where it is released already."""
-        self._file.close()
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False

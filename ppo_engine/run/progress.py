@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_engine.messages import counted
-from ppo_engine.run.headlines import fitted, headlines
+from ppo_engine.run.headlines import Fact, fitted, headlines
 
 Item = TypeVar("Item")
 
@@ -26,6 +26,7 @@ _REFRESH_PER_SECOND = 4
 _PLAIN_SECONDS = 15.0  # between lines of `track` where there is no terminal
 _SAMPLE_CHARACTERS = 600
 _PLAIN_COLUMNS = 100  # of tables in a log
+_LOG_COLUMNS = 160  # of a step's line in a log, of which nobody sees more at once
 _WORTH_SAYING = 60.0  # seconds; how long a shorter run takes is soon seen
 
 
@@ -53,7 +54,7 @@ class Progress:
         self._step = self._start = start
         self._phase = ""
         self._phase_started = self._started = self._stepped = time.perf_counter()
-        self._seconds = ""
+        self._seconds = self._in_all = ""  # of the last step: by phase, and all of them
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -96,12 +97,13 @@ class Progress:
         """Step number `step` (from 1) is done; resets the phase times."""
         self._step, self._stepped = step, time.perf_counter()
         facts = headlines(metrics)
-        self._seconds = _phase_times({**metrics, **self.times})
+        times = _phase_times({**metrics, **self.times})
+        self._seconds = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items())
+        self._in_all = f"{sum(times.values()):.1f} s" if times else ""
         self.times = {}
         count = self._moment or f"step {step}/{self.total_steps}"
         if self._live is None:
-            told = "  ".join(fact.text for fact in facts)
-            self._print(" | ".join(filter(None, (count, told, self._seconds, self._eta()))))
+            self._print(self._log_line(count, facts))
         elif facts:  # times are in the live part
             line = fitted(f"{count} | ", facts, self._console.width)
             self._live.console.print(Text(line, no_wrap=True, overflow="ellipsis"))
@@ -156,6 +158,16 @@ class Progress:
                 spoken = time.perf_counter()
             yield item
         self._phase = before
+
+    def _log_line(self, count: str, facts: Sequence[Fact]) -> str:
+        """All facts and phases where they fit; else the seconds in all, and the facts that fit."""
+        eta = self._eta()
+        told = "  ".join(fact.text for fact in facts)
+        line = " | ".join(filter(None, (count, told, self._seconds, eta)))
+        if len(line) <= _LOG_COLUMNS:
+            return line
+        end = "".join(f" | {part}" for part in (self._in_all, eta) if part)
+        return fitted(f"{count} | ", facts, _LOG_COLUMNS - len(end)) + end
 
     def _eta(self) -> str:
         done, left = self._step - self._start, self.total_steps - self._step
@@ -216,9 +228,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _phase_times(metrics: Mapping[str, float]) -> str:
-    times = [(name[5:], value) for name, value in metrics.items() if name.startswith("time/")]
-    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times)
+def _phase_times(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name[5:]: value for name, value in metrics.items() if name.startswith("time/")}
 
 
 def _one_line(text: str) -> str:

@@ -1,9 +1,15 @@
-"""Settings of a PPO run that contradict each other; `schema` refuses what is wrong by itself."""
+"""Settings that contradict each other, of a PPO run and of `ppo-engine generate`; `schema` refuses
+what is wrong by itself."""
 
 from __future__ import annotations
 
 from ppo_engine.errors import UserError
-from ppo_engine.settings.schema import EvaluationConfig, GenerationConfig, PPOConfig
+from ppo_engine.settings.schema import (
+    EvaluationConfig,
+    GenerateConfig,
+    GenerationConfig,
+    PPOConfig,
+)
 
 
 def check_settings(config: PPOConfig) -> None:
@@ -65,6 +71,23 @@ def check_settings(config: PPOConfig) -> None:
             f"ppo.dual_clip bounds the clipped objective, and ppo.objective={settings.objective} "
             "has none: leave it unset."
         )
+
+
+def check_generate(config: GenerateConfig) -> None:
+    """The same for `ppo-engine generate`."""
+    if bool(config.prompt) == bool(config.data.path):
+        raise UserError("Give either prompts (--data FILE) or one prompt (--prompt TEXT).")
+    check_generation(config.generation)
+    if config.resume and not config.output:
+        raise UserError("--resume needs --out: the file that is to be completed.")
+    reward = config.reward
+    named = reward.path or reward.function or reward.url or reward.sources
+    for name in ("arguments", "weights"):
+        if getattr(reward, name) and not named:
+            raise UserError(
+                f"reward.{name} would have no effect, as no reward was given: name it with "
+                f"--reward, or leave reward.{name} out."
+            )
 
 
 def check_generation(config: GenerationConfig) -> None:

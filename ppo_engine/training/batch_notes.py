@@ -21,13 +21,19 @@ def few_steps_note(
 
 
 def batch_notes(settings: PPOSettings, prompts: int) -> list[str]:
-    """Notes on a rollout of more prompts than there are, and on an uneven last mini-batch."""
+    """Notes on a rollout of more prompts than there are, and on mini-batches that do not divide it
+    or are more than it."""
     rollout, mini = settings.rollout_batch_size, settings.mini_batch_size
     needed, notes = rollout // settings.group_size, []
     if prompts < needed:
         notes.append(
             f"{counted(prompts, 'prompt')} for {needed} in each rollout: prompts repeat within a "
             "step. Give more, or lower ppo.rollout_batch_size."
+        )
+    if mini > rollout:
+        notes.append(
+            f"ppo.mini_batch_size={mini} is more than ppo.rollout_batch_size={rollout}: each epoch "
+            f"is one optimizer step over all {counted(rollout, 'response')}."
         )
     rest = rollout % mini
     if rest and mini < rollout:

@@ -332,6 +332,7 @@ class PPOTrainer:
         self.evaluator.load_state_dict(state["evaluator"], run)
         restore_random_states(state["random"])
         self.step, self._unreported = state["step"], state["unreported"]
+        self.notes.insert(0, self.checkpoints.note_on_resuming(self.step, self.config.steps))
         run.rewind(self.step - (self._unreported is not None))
 
     def _read(

@@ -12,6 +12,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -164,16 +165,13 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         config = self.config.run
         run = RunDirectory(config.output_dir, self.config, config.resume, command=self.command)
         self.checkpoints.run = run
-        if config.resume:
-            self._restore(run)
-        settings = flatten(as_dict(resolved(self.config)))
-        logged = self.step - (self._unreported is not None)
-        trackers = Trackers(config.trackers, run.path, settings, logged)
-        try:
-            with self.checkpoints.kept():
+        with self.checkpoints.kept():
+            if config.resume:
+                self._restore(run)
+            settings = flatten(as_dict(resolved(self.config)))
+            logged = self.step - (self._unreported is not None)
+            with closing(Trackers(config.trackers, run.path, settings, logged)) as trackers:
                 metrics = self._train(run, trackers)
-        finally:
-            trackers.close()
         write_curves(run.path, run.path / "report.png", self.title)
         before = {name.replace("eval/", "eval_before/"): x for name, x in self.before.items()}
         return {**metrics, **before}
@@ -291,6 +289,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         restore_random_states(state["random"])
         self.step, self.before = state["step"], state["before"]
         self._unreported = state["unreported"]
+        self.notes.insert(0, self.checkpoints.note_on_resuming(self.step, self.total_steps))
         run.rewind(self.step - (self._unreported is not None))
 
     def _split(self, source: Any) -> tuple[list[Row], list[Row]]:

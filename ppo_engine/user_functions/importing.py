@@ -40,10 +40,16 @@ def import_function(spec: str) -> Callable[..., Any]:
     return found
 
 
-def _import_file(source: str) -> ModuleType:
+def function_file(source: str) -> Path:
+    """The whole path of a file of functions; a UserError where it is not there."""
     path = Path(source).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"The function's file {source!r} does not exist.{nearest_path(source)}")
+    return path
+
+
+def _import_file(source: str) -> ModuleType:
+    path = function_file(source)
     return _run_file(path, path.stat().st_mtime_ns)
 
 

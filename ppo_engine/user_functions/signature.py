@@ -124,12 +124,13 @@ class Signature:
         self._check_answers(taken, offered, columns)
         absent = [p.name for p in self._required() if p.name not in taken]
         if absent:
+            near = difflib.get_close_matches(absent[0], columns, n=1) or ["…"]
             setting = f", or get it from {lists.arguments}.{absent[0]}" if lists.arguments else ""
             raise UserError(
                 f"{self._subject} asks for {_quoted(absent)}, but the prompts have "
                 f"{_quoted(columns) if columns else 'no other columns'}. Add the column, or name "
-                f"the one that holds it (data.columns={{{absent[0]}: …}}); a function of your own "
-                f"may give the parameter a default{setting}."
+                f"the one that holds it (data.columns={{{absent[0]}: {near[0]}}}); a function of "
+                f"your own may give the parameter a default{setting}."
             )
         return self._arranged(taken)
 

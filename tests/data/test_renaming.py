@@ -60,6 +60,29 @@ def test_names_that_are_not_there(load: Any, columns: dict[str, str], message: s
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("load", "row", "setting"),
+    [
+        (load_preferences, {"prompt": "Q", "responses": ["A", "B"], "rank": [0, 1]}, "ranks: rank"),
+        (load_preferences, {"prompt": "Q", "chosen_": "A", "rejected": "B"}, "chosen: chosen_"),
+        (load_demonstrations, {"prompt": "Q", "completions": "A"}, "response: completions"),
+        (prompts_from_sequence, {"user_prompt": "Q", "prompts": 3}, "prompt: prompts"),
+        (prompts_from_sequence, {"questions": "Q"}, "prompt: questions"),
+        (prompts_from_sequence, {"ask": "Q"}, "prompt: NAME"),
+        (load_preferences, {"better_response_id": 0, "response_0": "A"}, "response_1: NAME"),
+    ],
+)
+def test_a_column_of_another_name_is_told_how_to_be_read(
+    load: Any, row: dict[str, Any], setting: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load([row], tokenizer=TEXT)
+    assert f"data.columns={{{setting}}}" in str(caught.value)
+    name, _, source = setting.partition(": ")
+    if source != "NAME" and row[source] != 3:
+        load([row], tokenizer=TEXT, columns={name: source})
+
+
 def test_a_row_without_a_renamed_column_can_be_skipped() -> None:
     rows = [{"q": "Q"}, {"prompt": "Q"}, "text"]
     found, report = prompts_from_sequence(

@@ -135,5 +135,5 @@ def _difference(folder: Path, whole: Path) -> str:
     for name in ("policy", "critic", "reward_model", "model"):
         if (whole / name).exists() and not same(weights(folder / name), weights(whole / name)):
             return f"other weights in {name}"
-    remains = [path.name for path in folder.rglob(".*") if path.name not in (".lock",)]
+    remains = [path.name for path in folder.rglob(".*")]
     return f"remains: {remains}" if remains else SURVIVED

@@ -176,7 +176,23 @@ def test_a_run_has_one_writer(tmp_path: Path) -> None:
         RunDirectory(run.path, PPOConfig(), resume=True)
     run.close()
     run.close()
-    RunDirectory(run.path, PPOConfig(), resume=True)
+    assert not (run.path / ".lock").exists()
+    RunDirectory(run.path, PPOConfig(), resume=True).close()
+
+
+def test_a_lock_that_was_removed_in_between_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def flock(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    Lock(tmp_path)
+    assert len(calls) == 2 and (tmp_path / ".lock").exists()
 
 
 def test_a_killed_run_locks_nobody_out(tmp_path: Path) -> None:

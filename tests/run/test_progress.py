@@ -91,6 +91,19 @@ def test_a_step_is_one_line_of_a_terminal_without_what_matters_least(
     ]  # fmt: skip
 
 
+def test_a_step_is_a_line_of_a_log_that_can_be_read() -> None:
+    phases = {f"time/{name}": 10.04 for name in ("generate", "score", "advantages", "update")}
+    lines = []
+    for metrics in (METRICS, EVERYTHING):
+        stream, console = plain()
+        Progress(1000, "PPO", console=console).step(10, {**metrics, **phases})
+        lines.append(stream.getvalue().rstrip("\n"))
+    by_phase, in_all = lines
+    assert " | generate 10.0 s, score 10.0 s, advantages 10.0 s, update 10.0 s | " in by_phase
+    assert in_all.startswith("step 10/1000 | score +0.500  length +0.250  style -1.000  KL 0.031")
+    assert " | 40.2 s | " in in_all and in_all.endswith(" left") and 140 < len(in_all) <= 160
+
+
 def test_the_live_part_is_as_high_whatever_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """rich may redraw it while a line that stays is printed, and then erases as many lines."""
     open_terminal(monkeypatch)

@@ -25,7 +25,13 @@ from ppo_engine.training.batch_notes import batch_notes
     [
         (8, 4, 1, 8, []),
         (8, 8, 2, 4, []),
-        (8, 16, 2, 4, []),  # one step of all
+        (
+            8,
+            16,
+            2,
+            4,
+            ["mini_batch_size=16 is more than ppo.rollout_batch_size=8: each epoch is one"],
+        ),
         (8, 4, 2, 3, ["3 prompts for 4 in each rollout: prompts repeat"]),
         (8, 4, 1, 7, ["7 prompts for 8 in each rollout: prompts repeat"]),
         (8, 3, 1, 8, ["each epoch is 3 optimizer steps, the last of 2 responses only."]),

@@ -90,7 +90,7 @@ def test_the_last_step_is_kept_and_goes_on_to_the_same_bits(
     with pytest.raises(error) as caught:
         failing.train()
     [note] = caught.value.__notes__
-    assert f"Step {kept} is kept in {cut}/checkpoints/step-{kept:06d}: " in note
+    assert f"Step {kept} is kept in {cut}/checkpoints/step-{kept:06d}.\n" in note
     assert f"run.output_dir={cut} run.resume=true" in note
     torch.manual_seed(99)  # another process would stand elsewhere
     resumed = make(model, cut, resume=True)
@@ -110,9 +110,9 @@ def test_half_an_update_is_not_kept(model: str, tmp_path: Path, checkpoint_every
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
     [note] = caught.value.__notes__
-    assert note.startswith("Step 3 had begun to change the weights, which cannot be undone. ")
+    assert note.startswith("Step 3 had begun to change the weights, which cannot be undone.\n")
     ending = "Step 2 is kept in " if checkpoint_every else "Nothing is kept; with run.checkpoint_"
-    assert note.partition("undone. ")[2].startswith(ending)
+    assert note.partition("undone.\n")[2].startswith(ending)
     kept = ["step-000002"] * bool(checkpoint_every)
     assert [folder.name for folder in (tmp_path / "run").glob("checkpoints/*")] == kept
 
@@ -137,10 +137,8 @@ def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
     monkeypatch.setattr("ppo_engine.run.checkpoint.save_state", full)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
-    assert (
-        "step-000002 could not be written: No space left on device). Nothing is"
-        in caught.value.__notes__[0]
-    )
+    [note] = caught.value.__notes__
+    assert "could not be written: No space left on device).\nNothing is kept" in note
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 

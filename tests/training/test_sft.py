@@ -291,6 +291,9 @@ def test_a_resumed_run_ends_with_the_very_same_weights(folder: str, tmp_path: Pa
     torch.manual_seed(123)  # another process would stand elsewhere
     resumed = trainer(folder, tmp_path / "cut", sft={"epochs": 2}, checkpoint_every=2, resume=True)
     found = resumed.train()
+    assert resumed.notes[0].startswith(
+        f"The run goes on after step 2 of {resumed.total_steps}, from "
+    )
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     for name in ("sft/loss", "eval/loss", "eval_before/loss"):

@@ -33,8 +33,9 @@ from ppo_engine.training.signs import Watch, ppo_signs, supervised_signs
 GRPO = {"estimator": "grpo", "group_size": 2}
 SAME = "all 4 responses have the same score"
 EQUAL = "no group of 2 responses to a prompt has a spread of scores"
-CUT = "all 4 responses are cut at generation.max_new_tokens=2"
+CUT = "all 16 responses are cut at generation.max_new_tokens=2"
 UNMOVED = "the policy is still where it began"
+IDLE = "updates change no token's probability"
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,20 @@ def all_different(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def said(
-    model: str, folder: Path, reward: Callable[..., Any], ends: bool = True, rate: float = 1e-3
+    model: str,
+    folder: Path,
+    reward: Callable[..., Any],
+    ends: bool = True,
+    rate: float = 1e-3,
+    steps: int = 4,
+    **ppo: Any,
 ) -> list[str]:
-    """What a GRPO run of four steps says about itself, beginnings alone."""
+    """What a GRPO run says about itself, beginnings alone."""
     out = io.StringIO()
-    made = config(folder / "run", steps=4, ppo=GRPO)
+    made = config(folder / "run", steps=steps, ppo=GRPO)
     made = replace(
         made,
+        ppo=replace(made.ppo, **ppo),
         policy=ModelConfig(optimizer=OptimizerConfig(learning_rate=rate)),
         reward=RewardConfig(),
         # Every token ends a response, or next to none does.
@@ -75,9 +83,7 @@ def said(
     )
     PPOTrainer(model, reward, PROMPTS, config=made, console=Console(file=out)).train()
     lines = out.getvalue().splitlines()
-    return [
-        line for line in lines if line.startswith(("Step ", "In ")) and "KL is shown" not in line
-    ]
+    return [line for line in lines if line.startswith(("Step", "In "))]
 
 
 @pytest.mark.parametrize(
@@ -87,16 +93,30 @@ def said(
         ({"reward": constant}, [("Step 1", SAME), ("In 4 of 4 steps", SAME)]),
         ({"reward": of_prompt}, [("Step 1", EQUAL), ("In 4 of 4 steps", EQUAL)]),
         (
-            {"reward": all_different, "ends": False},
-            [("Step 1", CUT), ("In 4 of 4 steps", CUT)],
+            {"reward": all_different, "ends": False, "rollout_batch_size": 16},
+            [("Steps 1 to 2", CUT), ("In 4 of 4 steps", CUT)],
+        ),
+        ({"reward": all_different, "ends": False}, []),  # 16 responses, and all by chance
+        # What the last step shows for the first time is not said again.
+        ({"reward": constant, "steps": 1}, [("Step 1", SAME)]),
+        ({"reward": all_different, "rate": 1e-30}, [("Step 4", UNMOVED)]),
+        (
+            {"reward": all_different, "rate": 1e-30, "steps": 5},
+            [("Step 4", UNMOVED), ("In 2 of 5 steps", UNMOVED)],
         ),
         (
-            {"reward": all_different, "rate": 1e-30},
-            [("Step 4", UNMOVED), ("In 1 of 4 steps", UNMOVED)],
+            {"reward": all_different, "rate": 1e-30, "kl_coef": 0.0},
+            [("Steps 1 to 3", IDLE), ("In 3 of 4 steps", IDLE)],
         ),
+        ({"reward": all_different, "kl_coef": 0.0}, []),
+        # One update a step: the ratio is 1 whatever happens.
+        ({"reward": all_different, "rate": 1e-30, "kl_coef": 0.0, "mini_batch_size": 4}, []),
     ],
-    ids=["nothing", "constant", "equal groups", "cut", "unmoved"],
-)
+    ids=[
+        "nothing", "constant", "equal groups", "cut", "cut by chance", "constant at the end",
+        "unmoved at the end", "unmoved", "idle", "without a KL", "one update a step",
+    ],
+)  # fmt: skip
 def test_a_run_of_ppo(
     model: str, tmp_path: Path, run: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
@@ -112,6 +132,12 @@ def test_what_a_row_of_ppo_shows() -> None:
         signs = ppo_signs(PPOConfig(ppo=PPOSettings(**settings)))
         return Watch(signs).look({"step": 4, "objective/response_length": 10.0, **row})
 
+    def idle(row: dict[str, float]) -> list[str]:
+        """What is said of three equal steps without a KL."""
+        watch = Watch(ppo_signs(PPOConfig(ppo=PPOSettings(kl_coef=0))))
+        still = {"policy/approx_kl": 1e-15, "policy/learning_rate": 1e-6, **row}
+        return [line for step in (2, 3, 4) for line in watch.look({"step": step, **still})][-1:]
+
     [line] = found({"policy/grad_norm": 0.0, "objective/kl": 0.0})
     assert "no gradient reached the policy" in line  # and not also that it did not move
     [line] = found({"objective/kl": 1e-6})
@@ -124,6 +150,11 @@ def test_what_a_row_of_ppo_shows() -> None:
         {"objective/scores": 0.1, "objective/scores_std": 1e-9}
     )  # of the mean's rounding
     assert "all 64 responses have the same score" in line
+    [line] = idle({})
+    assert IDLE in line and line.startswith("Steps 2 to 4")
+    assert idle({"policy/learning_rate": 1e-8}) == []  # at the end of a schedule
+    assert idle({"policy/approx_kl": 1e-10}) == []
+    assert idle({"policy/grad_norm": 0.0})[0].startswith("Step 2: no gradient")
     one = {"rollout_batch_size": 1, "mini_batch_size": 1}
     assert found({"objective/scores": 0.0, "objective/scores_std": 0.0}, **one) == []
 
@@ -142,9 +173,12 @@ def test_what_is_set_is_not_advised() -> None:
 
 def test_a_negative_kl_is_explained_once_and_not_held_against_the_run() -> None:
     watch = Watch(ppo_signs(PPOConfig()))
-    rows = [{"step": step, "objective/kl": kl} for step, kl in enumerate((0.0, -0.1, -0.1), 1)]
+    below = (-0.1, -0.1, 0.1, -0.1, -0.1, -0.1, -0.1)  # two in a row may be chance
+    length = {"objective/response_length": 1.0}
+    rows = [{"step": step, "objective/kl": kl, **length} for step, kl in enumerate(below, 1)]
     told = [watch.look(row) for row in rows]
-    assert told[0] == told[2] == [] and told[1][0].startswith("Step 2: the KL is shown below 0")
+    [line] = told.pop(5)
+    assert line.startswith("Steps 4 to 6: the KL is shown below 0") and not any(told)
     assert watch.summary(rows) == []
 
 
@@ -152,7 +186,7 @@ def test_a_negative_kl_is_explained_once_and_not_held_against_the_run() -> None:
     ("rate", "expected"),
     [
         (1e-3, []),
-        (1e-30, ["Step 2: the held-out loss is what it was", "In 1 of 2 steps the held-out loss"]),
+        (1e-30, ["Step 2: the held-out loss is what it was"]),
     ],
 )
 def test_a_run_of_sft(model: str, tmp_path: Path, rate: float, expected: list[str]) -> None:

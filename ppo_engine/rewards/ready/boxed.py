@@ -16,16 +16,16 @@ _LOOKS = re.compile(
     r"(\\\\)|\\(?:left|right|displaystyle|limits|q?quad)(?![A-Za-z])|\\[,;:! ]|\\?\$|~"
 )
 _FONT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"(-?)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+_FRACTION = re.compile(r"(-?)\\frac\{(-?)([0-9]+)\}\{(-?)([0-9]+)\}")
 
 
 def boxed(responses: Sequence[str], answer: Sequence[Any]) -> list[float]:
     r"""1.0 where what stands in the response's last \boxed{…} equals the answer.
 
     They are compared as text without white space and without LaTeX that only looks (`\left`, `\,`,
-    `\text`, `\dfrac` for `\frac`), numbers also as numbers: 0.5, 1/2 and `\frac{1}{2}`. Of an
-    answer that has a \boxed{…} itself, as solutions in MATH do, that is the answer. A box that does
-    not close, as in a response that was cut off, scores 0.0.
+    `\text`, `\dfrac` for `\frac`), numbers also as numbers: 0.5, 1/2 and `\frac{1}{2}`, 1,234 and
+    `1{,}234`. Of an answer that has a \boxed{…} itself, as solutions in MATH do, that is the
+    answer. A box that does not close, as in a response that was cut off, scores 0.0.
     """
     return [
         float(expected is not None and _equal(response, as_text(expected)))
@@ -63,7 +63,12 @@ def _normalised(text: str) -> str:
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\^\s*\{?\\circ\}?|\N{DEGREE SIGN}", "", text)
-    text = "".join(text.split()).removesuffix(".")
+    # In a number, so that no space is set behind the comma.
+    text = "".join(text.replace("{,}", ",").split()).removesuffix(".")
     # Only where it is all: in 2\frac{1}{2} it would become a part of another number.
     fraction = _FRACTION.fullmatch(text)
-    return fraction.expand(r"\1\2/\3") if fraction is not None else text
+    if fraction is None:
+        return text
+    before, above_sign, above, below_sign, below = fraction.groups()
+    minus = "-" * (len(before + above_sign + below_sign) % 2)
+    return f"{minus}{above}/{below}"

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
-
-_LONGEST = 1.0  # seconds for a response
+from ppo_engine.rewards.ready.time_limit import time_limit
 
 
 def format_match(responses: Sequence[str], *, pattern: str) -> list[float]:
@@ -38,26 +33,7 @@ def format_match(responses: Sequence[str], *, pattern: str) -> list[float]:
 
 def _matches(pattern: re.Pattern[str], response: str) -> bool:
     try:
-        with _time_limit(_LONGEST):
+        with time_limit():
             return pattern.fullmatch(response) is not None
     except TimeoutError:
         return False
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer; no limit outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

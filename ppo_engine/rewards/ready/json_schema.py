@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line, shown
+from ppo_engine.rewards.ready.time_limit import time_limit
 
 
 def json_schema(responses: Sequence[str], *, schema: dict[str, Any]) -> list[float]:
     """1.0 where the whole response is JSON (RFC 8259, so no NaN) that meets the JSON Schema
     `schema`, of the draft that its `$schema` names, by default the newest.
 
-    Optional group `json`.
+    0.0 where that takes more than a second, as in `format_match`. What a `$ref` names must stand in
+    the schema itself, or be the schema of a draft: nothing is fetched. Optional group `json`.
     """
     try:
         from jsonschema import SchemaError
         from jsonschema.validators import validator_for
+        from referencing import Registry
     except ImportError as error:
         raise UserError(
             "json_schema needs the package jsonschema: pip install 'ppo-engine[json]'"
@@ -36,7 +39,13 @@ def json_schema(responses: Sequence[str], *, schema: dict[str, Any]) -> list[flo
             f"json_schema: schema is not a valid JSON Schema: {first_line(error)}, at "
             f"{error.json_path}."
         ) from error
-    validator = kind(schema)
+    for reference in _nowhere(kind, schema):
+        raise UserError(
+            f"json_schema: the $ref {reference!r} of the schema leads nowhere. Correct it; what "
+            "stands in another file or on the network is not fetched: write it into the schema's "
+            "$defs."
+        )
+    validator = kind(schema, registry=Registry())  # the default one fetches
     return [float(_meets(response, validator)) for response in responses]
 
 
@@ -44,9 +53,38 @@ def _meets(response: str, validator: Any) -> bool:
     try:
         # RecursionError: a thousand brackets are JSON, but nothing that one wants to be paid for.
         # OverflowError: so is 1e400, of which multipleOf cannot be told.
-        return bool(validator.is_valid(json.loads(response, parse_constant=_refuse)))
-    except (ValueError, RecursionError, OverflowError):
+        with time_limit():
+            return bool(validator.is_valid(json.loads(response, parse_constant=_refuse)))
+    except (ValueError, RecursionError, OverflowError, TimeoutError):
         return False
+
+
+def _nowhere(kind: Any, schema: dict[str, Any]) -> Iterator[str]:
+    """The references of a schema of the draft of `kind`, and of what they lead to, that lead
+    nowhere."""
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import specification_with
+
+    draft = specification_with(kind.ID_OF(kind.META_SCHEMA))
+    root = draft.create_resource(schema)
+    todo, seen = [(root, REGISTRY.resolver_with_root(root))], set()
+    while todo:
+        resource, resolver = todo.pop()
+        if not isinstance(resource.contents, Mapping) or id(resource.contents) in seen:
+            continue
+        seen.add(id(resource.contents))
+        for keyword in ("$ref", "$dynamicRef"):
+            reference = resource.contents.get(keyword)
+            if not isinstance(reference, str):
+                continue
+            try:
+                found = resolver.lookup(reference)
+            except (Unresolvable, ValueError):  # ValueError: a name where a list has numbers
+                yield reference
+                continue
+            todo.append((draft.create_resource(found.contents), found.resolver))
+        todo += [(part, resolver.in_subresource(part)) for part in resource.subresources()]
 
 
 def _refuse(constant: str) -> None:

@@ -35,10 +35,23 @@ def unit_tests(
     for name, value in (("timeout", timeout), ("memory", memory)):
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"unit_tests: {name} must be a number above 0, but is {shown(value)}.")
+    if not responses:  # a run's check of its settings
+        _check_limits(timeout, memory)
     todo = list(zip(map(program_in, responses), map(_texts, tests), strict=True))
     run = functools.partial(_score, timeout=timeout, memory=int(memory * 2**20))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "unit tests") as executor:
         return list(executor.map(run, todo))
+
+
+@functools.cache  # settings are checked more than once
+def _check_limits(timeout: float, memory: float) -> None:
+    """A UserError where not even an empty program stays within the limits."""
+    if not passes("", ["pass"], timeout=timeout, memory=int(memory * 2**20)):
+        raise UserError(
+            f"unit_tests: not even an empty program ends within timeout={timeout:g} seconds and "
+            f"memory={memory:g} MiB, so that all would score 0: raise reward.arguments.timeout or "
+            "reward.arguments.memory (10 and 1024 where they are not set)."
+        )
 
 
 def program_in(response: str) -> str:

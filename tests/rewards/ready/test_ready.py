@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import threading
@@ -144,12 +145,17 @@ def test_an_answer_without_a_number_is_the_datas_mistake(answer):
         (r"So \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{\dfrac12}", r"\frac{1}{2}"),
         (r"\boxed{-\frac{1}{2}}", "-0.5"),
+        (r"\boxed{\frac{-1}{2}}", "-0.5"),
+        (r"\boxed{-\frac{-1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\frac{1}{-2}}", r"-\frac12"),
         (r"\boxed{1} or \boxed {2}", 2),
         (r"\boxed{\{1, 2\}}", r"\{1,2\}"),
         (r"\boxed{\{1}", r"\{1"),
         (r"\boxed{\left( 3,\, 4 \right)}", "(3,4)"),
         (r"\boxed{\boxed{7}}", "7"),
         (r"\boxed{1,000}", "1000"),
+        (r"\boxed{1{,}234{,}567}", 1234567),
+        (r"\boxed{\{,\}}", r"\{ , \}"),
         ("\\boxed{\N{MINUS SIGN}5}", "-5"),
         (r"\boxed{\text{Evelyn}}", "Evelyn"),
         (r"\boxed{90^{\circ}}", "90"),
@@ -174,6 +180,8 @@ def test_the_last_box_is_the_answer(response, answer):
         (r"\boxed{2\frac{1}{2}}", "21/2"),
         (r"\boxed{2\frac{1}{2}}", "1/2"),
         (r"\boxed{\frac{1}{0}}", "0"),
+        (r"\boxed{\frac{-1}{-2}}", "-1/2"),
+        (r"\boxed{1{,}23}", "123"),
         (r"\boxed{" * 100_000, "5"),
     ],
     ids=lambda x: x[:24],
@@ -276,3 +284,58 @@ def test_json_of_a_schema():
 def test_a_schema_that_is_none(schema, message):
     with pytest.raises(UserError, match=message):
         json_schema([], schema=schema)
+
+
+@needs("jsonschema")
+def test_a_pattern_in_a_schema_is_stopped_too():
+    responses = [f'"{"a" * 60}b"', '"aaa"']
+    started = time.perf_counter()
+    assert json_schema(responses, schema={"pattern": "^(a+)+$"}) == [0, 1]
+    assert time.perf_counter() - started < 10
+
+
+PERSON = {"$ref": "#/$defs/person"}
+
+
+@needs("jsonschema")
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**PERSON, "$defs": {"person": {"type": "integer"}}},
+        {"items": PERSON, "$defs": {"person": {"items": PERSON}}, "type": "integer"},
+        {"$id": "http://a/b", "$ref": "c", "$defs": {"person": {"$id": "c", "type": "integer"}}},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "type": "integer",
+         "properties": {"a": {"$ref": "#/definitions/b"}}, "definitions": {"b": {}}},
+        {"type": "integer", "not": {"$ref": "https://json-schema.org/draft/2020-12/schema"}},
+        {"properties": {"$ref": {}}, "type": "integer"},
+        {"enum": [1, PERSON]},
+    ],
+)  # fmt: skip
+def test_a_reference_within_a_schema(schema):
+    assert json_schema(["1", '"x"'], schema=schema) == [1, 0]
+
+
+@needs("jsonschema")
+@pytest.mark.parametrize(
+    ("schema", "reference"),
+    [
+        (PERSON, "#/$defs/person"),
+        ({"properties": {"a": {"items": PERSON}}}, "#/$defs/person"),
+        ({"$ref": "#/x", "x": {"items": PERSON}}, "#/$defs/person"),  # of what is no subschema
+        ({"$ref": "#/prefixItems/a", "prefixItems": [{}]}, "#/prefixItems/a"),
+        ({"$ref": "#person"}, "#person"),
+        ({"items": {"$ref": "other.json"}}, "other.json"),
+    ],
+)
+def test_a_reference_that_leads_nowhere(schema, reference):
+    with pytest.raises(
+        UserError, match=rf"the \$ref {re.escape(repr(reference))} .* leads nowhere"
+    ):
+        json_schema([], schema=schema)
+
+
+@needs("jsonschema")
+def test_a_reference_to_the_network_is_not_followed(monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("it was fetched"))
+    with pytest.raises(UserError, match=r"'http://localhost/a.json' .* is not fetched"):
+        json_schema([], schema={"$ref": "http://localhost/a.json"})

@@ -147,3 +147,18 @@ def test_a_time_limit_of_months_is_one():
 def test_mistakes_in_tests_and_limits(tests, arguments, message):
     with pytest.raises(UserError, match=message):
         score(ADD, tests, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [({"memory": 1}, "memory=1 MiB"), ({"timeout": 1e-3}, "timeout=0.001 seconds")],
+)
+def test_limits_that_no_program_keeps_are_told_before_there_is_one(limits, told):
+    with pytest.raises(UserError, match=f"not even an empty program ends within .*{told}"):
+        unit_tests([], [], **limits)
+
+
+def test_limits_are_tried_once(monkeypatch):
+    assert unit_tests([], [], timeout=9) == []
+    monkeypatch.setattr("subprocess.Popen", None)
+    assert unit_tests([], [], timeout=9) == []
