@@ -40,7 +40,7 @@ def main() -> int:
     rows: list[Row] = []
     for seed in options.seeds:
         for algorithm in options.algorithms:
-            row = _run(algorithm, seed)
+            row = _run(algorithm, seed, options.share_base)
             rows.append(row | about)
             table.say(
                 f"{algorithm:5s} seed {seed}: VADER {row['rise']:+.3f} ± {row['rise_se']:.3f} "
@@ -55,23 +55,26 @@ def main() -> int:
     return 0
 
 
-def _run(algorithm: str, seed: int) -> Row:
+def _run(algorithm: str, seed: int, share_base: bool) -> Row:
     with tempfile.TemporaryDirectory(prefix="ppo-demo-") as folder:
         command = [sys.executable, "-m", "ppo_engine", "demo", "--algorithm", algorithm]
         command += ["--seed", str(seed), "--output-dir", f"{folder}/run"]
+        command += ["share_base=true"] * share_base
         with table.waiting(f"{algorithm}, seed {seed}"):
             subprocess.run(command, check=True, capture_output=True)
         found = json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
     names = ("rise", "rise_se", "reward_accuracy", "reward_accuracy_se", "seconds")
     figures = {name: found[name] for name in (*names, "peak_memory_gib")}
     of_errors = found["rise"] / found["rise_se"]
-    return {"algorithm": algorithm, "seed": seed, "standard_errors": of_errors, **figures}
+    about = {"algorithm": algorithm, "seed": seed, "share_base": share_base}
+    return {**about, "standard_errors": of_errors, **figures}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the demo with several seeds; a table of all.")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(8), metavar="SEED")
     parser.add_argument("--algorithms", choices=ALGORITHMS, nargs="+", default=ALGORITHMS)
+    parser.add_argument("--share-base", action="store_true", help="adapters on one base")
     parser.add_argument("--out", metavar="FILE.csv", help="write the rows to this file")
     return parser.parse_args()
 

@@ -31,7 +31,9 @@ def _same(work: Work) -> list[str]:
     count, prompt_tokens = len(work.prompts), sum(map(len, work.prompt_ids))
     return [
         "Policy, reference, reward model and critic: one architecture, the same files; the critic "
-        "starts from the reward model. Every weight of policy and critic is trained.",
+        "starts from the reward model."
+        + " Every weight of policy and critic is trained."
+        * (not work.share_base),
         f"{count} prompts, {prompt_tokens} tokens; every response {work.new_tokens} tokens, "
         "whatever is sampled: temperature 1, no top-k, no top-p, all prompts in one batch.",
         f"{work.epochs} epochs of one mini-batch of {count}, so {work.epochs} optimizer steps.",
@@ -91,6 +93,15 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
         ("responses", "decoded to text", "left as tokens"),
         ("memory that is freed", "kept for the next tensor, as ppo-engine does", "as torch has it"),
     ]
+    if work.share_base:
+        rows.insert(
+            0,
+            (
+                "what is trained",
+                "adapters in the last layers of one base; the layers below are run once",
+                "every weight of policy and critic",
+            ),
+        )
     if work.dtype == "bfloat16":
         rows.insert(
             0,

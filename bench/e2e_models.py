@@ -23,7 +23,10 @@ from bench.e2e_worker import Work
 from ppo_engine.demo.model import model_path
 from ppo_engine.demo.prompts import TRAINING_TOPICS, prompt_about
 from ppo_engine.errors import UserError
-from ppo_engine.pretrained.loading import quiet_transformers
+from ppo_engine.models.freezing import prepare_for_training
+from ppo_engine.models.value_model import load_value_model
+from ppo_engine.pretrained.loading import quiet_transformers, save_model
+from ppo_engine.settings.schema import LoraConfig, ModelConfig
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.tokenizer import load_tokenizer
 
@@ -54,6 +57,7 @@ _RANDOM: dict[str, dict[str, Any]] = {
     },
 }
 MODELS = (_SMOLLM2, *_RANDOM)
+ADAPTED_LAYERS = 8  # the last ones, as in the demo
 _PAD, _EOS = "<|endoftext|>", "<|im_end|>"
 
 
@@ -132,6 +136,18 @@ def save_models(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         reward.save_pretrained(folder / "reward")
         tokenizer.save_pretrained(folder / "policy")
         tokenizer.save_pretrained(folder / "reward")
+
+
+def save_reward_adapters(folder: Path) -> None:
+    """`reward-adapters/`: adapters, which change nothing yet, and a random score head on
+    `policy/`."""
+    config = ModelConfig(
+        path=str(folder / "policy"), lora=LoraConfig(), trainable_layers=ADAPTED_LAYERS
+    )
+    tokenizer = load_tokenizer(config.path)
+    model = load_value_model(config.path, tokenizer, device=torch.device("cpu"))
+    adapted = prepare_for_training(model, config, "SEQ_CLS", torch.float32)
+    save_model(adapted, tokenizer, folder / "reward-adapters", as_adapters=True)
 
 
 def _chat_prompts(count: int) -> list[Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # A script's own folder comes first on the path; the package `bench` is in the one above.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.e2e_models import ADAPTED_LAYERS
 from bench.e2e_worker import LEARNING_RATE, PhaseClock, Work, report_step
 from ppo_engine import PPOConfig, PPOEngine
 from ppo_engine.memory import keep_freed_memory
 from ppo_engine.settings.schema import (
     GenerationConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PPOSettings,
@@ -51,10 +54,14 @@ def config_of(work: Work) -> PPOConfig:
     optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE, warmup_fraction=0.0, moments=work.moments
     )
+    policy = ModelConfig(path=f"{work.folder}/policy", optimizer=optimizer)
+    if work.share_base:
+        policy = replace(policy, lora=LoraConfig(), trainable_layers=ADAPTED_LAYERS)
+    reward = "reward-adapters" if work.share_base else "reward"
     return PPOConfig(
-        policy=ModelConfig(path=f"{work.folder}/policy", optimizer=optimizer),
+        policy=policy,
         critic=ModelConfig(optimizer=optimizer),  # starts from the reward model
-        reward=RewardConfig(path=f"{work.folder}/reward"),
+        reward=RewardConfig(path=f"{work.folder}/{reward}"),
         generation=GenerationConfig(max_new_tokens=work.new_tokens, temperature=1.0),
         ppo=PPOSettings(
             rollout_batch_size=len(work.prompts),
@@ -63,6 +70,7 @@ def config_of(work: Work) -> PPOConfig:
         ),
         run=RunConfig(device=work.device, dtype=work.dtype),  # type: ignore[arg-type]
         steps=work.steps,
+        share_base=work.share_base,
     )
 
 

@@ -17,7 +17,14 @@ import torch
 from bench import machine, table
 from bench.e2e_compare import Side, compare, rows
 from bench.e2e_floor import Pass, Shape, floors
-from bench.e2e_models import MODELS, Sizes, model_config, needed_bytes, prepare
+from bench.e2e_models import (
+    MODELS,
+    Sizes,
+    model_config,
+    needed_bytes,
+    prepare,
+    save_reward_adapters,
+)
 from bench.e2e_table import print_comparison, print_differences
 from bench.e2e_worker import Work
 from bench.results import Row, write_csv
@@ -86,7 +93,9 @@ def _run(contest: Contest, options: argparse.Namespace) -> int:
                     device=options.device,
                     dtype=str(dtype).removeprefix("torch."),
                 )
-            work = replace(work, moments=options.moments)
+                if options.share_base:
+                    save_reward_adapters(Path(folder))
+            work = replace(work, moments=options.moments, share_base=options.share_base)
             compare(work, sides, options.repeats)
     measured = [side for side in sides if side.steps]
     if measured:
@@ -118,6 +127,7 @@ def _common(
         "epochs": work.epochs,
         "micro_batch": work.micro_batch,
         "moments": work.moments,
+        "share_base": work.share_base,
         "device": machine.describe(device),
         **machine.versions(),
         "transformers": importlib.metadata.version("transformers"),
@@ -177,6 +187,13 @@ def _options(contest: Contest, description: str) -> argparse.Namespace:
     parser.add_argument(
         "--moments", choices=("float32", "8bit"), default="float32", help="of our AdamW"
     )
+    parser.set_defaults(share_base=False)
+    if contest.trained > 1:
+        parser.add_argument(
+            "--share-base",
+            action="store_true",
+            help="ours trains adapters in the last layers of one base (share_base); TRL's as ever",
+        )
     parser.add_argument(
         "--prompts",
         type=_positive,

@@ -43,6 +43,7 @@ class Work:
     # Of our AdamW; TRL's are in the dtype of its weights.
     moments: Literal["float32", "8bit"] = "float32"
     group: int = 1  # responses to each prompt
+    share_base: bool = False  # ours: adapters on one base
 
     @property
     def responses(self) -> int:

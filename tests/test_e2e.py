@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import e2e_models, e2e_run, e2e_worker
+from bench import e2e_models, e2e_ours, e2e_run, e2e_worker
 from bench.e2e import PPO
 from bench.e2e_compare import Side, compare, rows
 from bench.e2e_floor import Pass, Shape, floors, forward, grpo_passes, passes
@@ -24,7 +24,9 @@ from bench.e2e_run import Contest, main, reason_to_skip, trl_version
 from bench.e2e_table import print_comparison, print_differences
 from bench.e2e_worker import PHASES, PhaseClock, Work, read_report, report_step
 from bench.machine import Ceilings
+from ppo_engine import PPOEngine
 from ppo_engine.errors import UserError
+from ppo_engine.pretrained.architecture import unwrap
 
 CPU = torch.device("cpu")
 SHAPE = Shape(layer_weights=100, head_weights=10, attention=3, cache=2, parameters=0)
@@ -335,6 +337,18 @@ def test_a_random_model_and_its_prompts_are_as_long_as_asked(tiny: str, tmp_path
     assert [tokenizer(prompt)["input_ids"] for prompt in work.prompts] == work.prompt_ids
     reward = AutoConfig.from_pretrained(tmp_path / "reward")
     assert reward.num_labels == 1 and reward.architectures == ["Qwen2ForSequenceClassification"]
+
+
+def test_ours_may_hold_one_base(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(e2e_models, "ADAPTED_LAYERS", 1)
+    monkeypatch.setattr(e2e_ours, "ADAPTED_LAYERS", 1)
+    work = prepare(tiny, TINY_SIZES, tmp_path, steps=2, device="cpu", dtype="float32")
+    e2e_models.save_reward_adapters(tmp_path)
+    engine = PPOEngine(config=e2e_ours.config_of(replace(work, share_base=True)))
+    [scorer] = engine.rewards.models
+    shared = {x.data_ptr() for x in engine.policy.model.parameters() if not x.requires_grad}
+    for model in (engine.critic.model, scorer.model):
+        assert {x.data_ptr() for x in unwrap(model).model.layers[0].parameters()} <= shared
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,7 @@ class Footprint:
     dtype: torch.dtype
     loaded: float  # as it comes, in fp32 or quantized
     fp32: float  # its masters, adapters merged
+    widened: float  # in fp32, what probes widen at once: all but the layers, and one of them
     rounding: float  # what stands beside its largest weight while that is rounded
     weights: float  # those that are trained with what is missing to their fp32 masters
     frozen: float  # of these, those that are not trained
@@ -109,6 +111,11 @@ class Footprint:
         head = None if scores else inner.get_output_embeddings()
         ends = {id(inner.get_input_embeddings().weight)} | ({id(head.weight)} if head else set())
         largest = max(x.numel() for x in inner.parameters())
+        in_layers = 4.0 * sum(
+            x.numel()
+            for name, x in inner.base_model.named_parameters()
+            if re.search(r"\.\d+\.", f".{name}") and "lora_" not in name
+        )
         loaded = fp32 = frozen = masters = gradients = moments = adapters = 0.0
         for name, parameter in inner.named_parameters():
             count, size = parameter.numel(), wanted(name).itemsize
@@ -135,6 +142,7 @@ class Footprint:
             dtype=dtype,
             loaded=loaded,
             fp32=fp32,
+            widened=fp32 - in_layers * (1 - 1 / layers),
             rounding=0.0 if dtype == torch.float32 else _ROUNDING * largest,
             weights=frozen + masters,
             frozen=frozen,
@@ -195,7 +203,12 @@ def _made(config: Any, settings: ModelConfig | None, scores: bool) -> tuple[Any,
         if settings is None:
             return model, set()
         if settings.lora is not None:
-            model = add_lora(model, settings.lora, "SEQ_CLS" if scores else "CAUSAL_LM")
+            model = add_lora(
+                model,
+                settings.lora,
+                "SEQ_CLS" if scores else "CAUSAL_LM",
+                settings.trainable_layers,
+            )
         else:
             freeze_lower_layers(model, settings.trainable_layers)
     return model, {id(x) for x in model.parameters() if x.requires_grad}

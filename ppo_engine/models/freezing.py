@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ppo_engine.errors import UserError
 from ppo_engine.models.probes import check_repeatable
 from ppo_engine.pretrained.adapters import add_lora, is_quantized
-from ppo_engine.pretrained.architecture import checkpoint_gradients, decoder_layers, unwrap
-from ppo_engine.pretrained.masters import to_compute_dtype
+from ppo_engine.pretrained.architecture import checkpoint_gradients, lower_layers, unwrap
+from ppo_engine.pretrained.masters import computing_in_fp32, to_compute_dtype
 from ppo_engine.settings.schema import ModelConfig
 
 
@@ -20,8 +20,8 @@ def prepare_for_training(
     model: PreTrainedModel, config: ModelConfig, task: str, dtype: torch.dtype
 ) -> Any:
     """Freeze, wrap and checkpoint as configured, in training mode; a score head is always trained.
-    Weights, fp32 until then, are afterwards in the compute `dtype` (`pretrained.masters`). A model
-    that is random in training mode is a UserError.
+    Weights, in fp32 until then or frozen in the compute `dtype`, are afterwards in that
+    (`pretrained.masters`). A model that is random in training mode is a UserError.
 
     `task` is what `peft` calls the kind of model: "CAUSAL_LM" or "SEQ_CLS".
     """
@@ -37,14 +37,13 @@ def prepare_for_training(
             "trained model could not be saved in its format. Leave quantization unset."
         )
     if config.lora is not None:
-        if config.trainable_layers is not None:
-            raise UserError("Set either lora or trainable_layers: adapters need a frozen model.")
-        model = add_lora(model, config.lora, task)
+        model = add_lora(model, config.lora, task, config.trainable_layers)
     else:
         freeze_lower_layers(model, config.trainable_layers)
     if config.gradient_checkpointing:
         checkpoint_gradients(unwrap(model))
-    check_repeatable(model)
+    with computing_in_fp32(model):
+        check_repeatable(model)
     return to_compute_dtype(model, dtype).train()
 
 
@@ -56,17 +55,12 @@ def freeze_lower_layers(model: PreTrainedModel, trainable_layers: int | None) ->
     """
     if trainable_layers is None:
         return
-    layers = decoder_layers(model)
-    if trainable_layers > len(layers):
-        raise UserError(
-            f"trainable_layers is {trainable_layers}, but {type(model).__name__} has "
-            f"{len(layers)} decoder layers."
-        )
+    lower = lower_layers(model, trainable_layers)
     model.get_input_embeddings().requires_grad_(False)
     for module in model.base_model.modules():
         if isinstance(module, nn.Embedding):  # of positions too, where they are learned
             module.requires_grad_(False)
-    for layer in layers[: len(layers) - trainable_layers]:
+    for layer in lower:
         layer.requires_grad_(False)
 
 
@@ -75,7 +69,7 @@ def share_frozen_parameters(model: nn.Module, source: nn.Module) -> None:
     theirs = dict(source.named_parameters())
     for name, parameter in model.named_parameters():
         twin = theirs.get(name)
-        if twin is None or twin.requires_grad or parameter.requires_grad:
+        if twin is None or twin is parameter or twin.requires_grad or parameter.requires_grad:
             continue
         if twin.dtype == parameter.dtype and torch.equal(twin, parameter):
             parameter.data = twin.data

@@ -26,7 +26,7 @@ from ppo_engine.models.output_head import find_output_head
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows, pick
 from ppo_engine.models.work import passing
-from ppo_engine.pretrained import architecture, generation_config, loading
+from ppo_engine.pretrained import adapters, architecture, generation_config, loading, masters
 from ppo_engine.pretrained.storage import in_fp32
 from ppo_engine.pretrained.weights import read_language_model
 from ppo_engine.settings.schema import GenerationConfig, ModelConfig
@@ -54,7 +54,7 @@ class LanguageModel:
         template_arguments: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
     ) -> None:
-        """Of a `model` in fp32, for probes, whose weights `open` then turns into `dtype`.
+        """Of a `model` in fp32, whose weights `open` then turns into `dtype`, or frozen in that.
         `template_arguments` and `date` go to the chat template, see `text.template`."""
         architecture.find_base(model)
         self.model = model.to(device)
@@ -71,9 +71,10 @@ class LanguageModel:
         generation_config.settle(model, tokenizer, self.renderer.end_ids)
         architecture.make_repeatable(model)
         self.balance = BalanceLoss.of(model)
-        probes.check_causal(model)
-        self.heeds_padding = probes.heeds_padding(model)
-        self._head = find_output_head(model, tokenizer, device)
+        with masters.computing_in_fp32(model):
+            probes.check_causal(model)
+            self.heeds_padding = probes.heeds_padding(model)
+            self._head = find_output_head(model, tokenizer, device)
 
     @classmethod
     def open(
@@ -95,6 +96,8 @@ class LanguageModel:
                 raise UserError(f"{path!r} is a classifier: give a causal language model.")
             tokenizer = tokenizer or loading.tokenizer_at(path)
             options = loading.load_options(config, device, dtype)
+            if config.lora is not None and config.quantization is None:
+                options["dtype"] = dtype  # frozen, it needs no masters, nor the memory for them
             model = read_language_model(path, options)
         elif tokenizer is None:
             raise UserError("A model object needs its tokenizer: pass tokenizer=….")
@@ -107,12 +110,17 @@ class LanguageModel:
         return opened
 
     def save(
-        self, folder: str | Path, dtype: str = "auto", sampling: GenerationConfig | None = None
+        self,
+        folder: str | Path,
+        dtype: str = "auto",
+        sampling: GenerationConfig | None = None,
+        *,
+        as_adapters: bool = False,
     ) -> None:
-        """Write weights (adapters merged) and tokenizer, as `loading.save_model`; with `sampling`,
-        that by which it was trained takes the place of the checkpoint's."""
-        loading.save_model(self.model, self.tokenizer, folder, dtype)
-        if sampling is not None:
+        """Write weights or adapters, and tokenizer, as `loading.save_model`; with `sampling`, that
+        by which it was trained takes the place of the checkpoint's (adapters have their base's)."""
+        loading.save_model(self.model, self.tokenizer, folder, dtype, as_adapters=as_adapters)
+        if sampling is not None and not as_adapters:
             model = architecture.unwrap(self.model)
             generation_config.as_sampled(model, sampling).save_pretrained(folder)
 
@@ -121,7 +129,7 @@ class LanguageModel:
 
         None with adapters: the model without them is the reference (`without_adapter`).
         """
-        if hasattr(self.model, "peft_config"):
+        if adapters.is_adapted(self.model):
             return None
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model).requires_grad_(False)

@@ -114,7 +114,8 @@ def ready_value_model(
     loading.resize_embeddings(model, tokenizer)
     architecture.make_repeatable(model)
     model.to(device)
-    check_value_head(model, tokenizer)
+    with masters.computing_in_fp32(model):
+        check_value_head(model, tokenizer)
     return cast(PreTrainedModel, model.eval())
 
 

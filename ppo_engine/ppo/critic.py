@@ -12,6 +12,7 @@ from ppo_engine.models import freezing, value_model
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.shared_base import SharedBase
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.models.work import passing
 from ppo_engine.ppo.experience import Experience, parts_of
@@ -25,7 +26,8 @@ class Critic:
     """A model with a value at each token, trained by the clipped value loss.
 
     It starts from its own `config.path`, else from `reward_model`, which reads the policy's tokens,
-    else from the policy. `updates` is the number of optimizer steps of its schedule.
+    else from the policy; with a `base`, it is adapters and a head on that. `updates` is the number
+    of optimizer steps of its schedule.
     """
 
     def __init__(
@@ -36,21 +38,25 @@ class Critic:
         *,
         updates: int,
         seed: int,
+        base: SharedBase | None = None,
     ) -> None:
         self.device, self.dtype = policy.device, policy.dtype
         source = None if reward_model is None else reward_model.model
-        self.model = value_model.make_critic(
-            config,
-            policy.tokenizer,
-            device=policy.device,
-            dtype=policy.dtype,
-            policy=policy.model,
-            reward_model=source,
-            seed=seed,
-        )
-        for other in (policy.model, source):
-            if other is not None:
-                freezing.share_frozen_parameters(self.model, other)
+        if base is not None:
+            self.model = base.critic(config, source, seed)
+        else:
+            self.model = value_model.make_critic(
+                config,
+                policy.tokenizer,
+                device=policy.device,
+                dtype=policy.dtype,
+                policy=policy.model,
+                reward_model=source,
+                seed=seed,
+            )
+            for other in (policy.model, source):
+                if other is not None:
+                    freezing.share_frozen_parameters(self.model, other)
         self.reader = Reader(self.model)
         self.learner = Learner(self.model, config.optimizer, updates, "the critic")
 

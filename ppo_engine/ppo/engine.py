@@ -15,7 +15,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.messages import nearest_path
-from ppo_engine.models import freezing, precision
-from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models import precision
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.models.reader import Limit
 from ppo_engine.ppo.actor import Actor
-from ppo_engine.ppo.critic import Critic
 from ppo_engine.ppo.estimators import (
     ESTIMATORS,
     Evidence,
@@ -50,10 +48,12 @@ from ppo_engine.ppo.experience import (
 )
 from ppo_engine.ppo.kl_control import KLController
 from ppo_engine.ppo.passes import Passes
+from ppo_engine.ppo.roles import load_roles, optimizer_steps
 from ppo_engine.ppo.trunks import Trunks
+from ppo_engine.pretrained.adapters import is_adapted
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
-from ppo_engine.rewards.weighted import RewardsLike, load_rewards
+from ppo_engine.rewards.weighted import RewardsLike
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.environment import Environment, load_environment
 from ppo_engine.rollout.generation import generate
@@ -105,53 +105,20 @@ class PPOEngine:
         torch.manual_seed(config.run.seed)
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
 
-        self.policy = LanguageModel.open(
-            policy,
-            config.policy,
-            device=self.device,
-            dtype=self.dtype,
-            tokenizer=tokenizer,
-            template_arguments=config.data.chat_template_kwargs,
-            date=config.run.date,
-        )
+        roles = load_roles(policy, reward, config, tokenizer, device=self.device, dtype=self.dtype)
+        self.policy, self.reference = roles.policy, roles.reference
+        self.rewards, self.critic, self.limit = roles.rewards, roles.critic, roles.limit
         self.sampler = Sampler(self.policy)
-        self.limit = Limit.of(config.ppo, self.policy.model)
-        self.reference = self.policy.reference()
-        self.rewards = load_rewards(
-            reward,
-            config.reward,
-            self.policy.renderer,
-            device=self.device,
-            dtype=self.dtype,
-            limit=self.limit,
-        )
-        scorers = self.rewards.by_tokens.values()
-        for scorer in scorers:
-            freezing.share_frozen_parameters(scorer.model, self.policy.model)
         self.environment = load_environment(config.environment, environment)
-        per_step = config.ppo.epochs * math.ceil(
-            config.ppo.rollout_batch_size / config.ppo.mini_batch_size
-        )
-        self.critic = (
-            Critic(
-                config.critic,
-                self.policy,
-                next(iter(scorers), None),
-                updates=config.steps * per_step,
-                seed=config.run.seed,
-            )
-            if config.ppo.has_critic
-            else None
-        )
         self.trunks = Trunks(
             [self.policy, *([self.critic] if self.critic else [])],
-            [*([self.reference] if self.reference else []), *scorers],
+            [*([self.reference] if self.reference else []), *roles.scorers],
         )
         self.actor = Actor(
             self.policy,
             config,
             self.limit,
-            updates=(config.steps - config.ppo.critic_warmup_steps) * per_step,
+            updates=(config.steps - config.ppo.critic_warmup_steps) * optimizer_steps(config),
         )
         self.passes = Passes(
             self.policy,
@@ -425,18 +392,32 @@ class PPOEngine:
     @entry_point
     def save(self, folder: str | Path) -> None:
         """Write the policy into `folder`/policy and the critic, if there is one, into critic, in
-        Hugging Face format (adapters merged, in `config.run.save_dtype`) with the tokenizer and the
-        generation config. Each replaces the model that was there, whole or not at all; where
-        anything else is in its place, a `UserError` comes before both."""
-        dtype = self.config.run.save_dtype
+        Hugging Face format (adapters merged unless `config.run.save_adapters` says otherwise, in
+        `config.run.save_dtype`) with the tokenizer and the generation config. Each replaces the
+        model that was there, whole or not at all; where anything else is in its place, a
+        `UserError` comes before both."""
+        run = self.config.run
+
+        def place(name: str, model: Any) -> AbstractContextManager[Path]:
+            adapted = run.save_adapters and is_adapted(model)
+            mark = ADAPTER_CONFIG_NAME if adapted else CONFIG_NAME
+            return replacing(Path(folder) / name, mark, "model")
+
         with ExitStack() as both:
-            for_policy = replacing(Path(folder) / "policy", "config.json", "model")
-            inside = both.enter_context(for_policy)
+            inside = both.enter_context(place("policy", self.policy.model))
             if self.critic is not None:
-                for_critic = replacing(Path(folder) / "critic", "config.json", "model")
-                other = both.enter_context(for_critic)
-                save_model(self.critic.model, self.policy.tokenizer, other, dtype)
-            self.policy.save(inside, dtype, self.config.generation)
+                model = self.critic.model
+                other = both.enter_context(place("critic", model))
+                save_model(
+                    model,
+                    self.policy.tokenizer,
+                    other,
+                    run.save_dtype,
+                    as_adapters=run.save_adapters,
+                )
+            self.policy.save(
+                inside, run.save_dtype, self.config.generation, as_adapters=run.save_adapters
+            )
 
     @entry_point
     def save_checkpoint(self, folder: str | Path) -> None:

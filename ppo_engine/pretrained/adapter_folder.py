@@ -1,6 +1,7 @@
 """Folders of adapters without their base, as `peft` saves them: the models that they make of it.
 
-They are merged into the base as it is loaded, and the result is a model like any other.
+They are merged into the base as it is loaded, and the result is a model like any other; or put on
+one that others share (`models.shared_base`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import importlib.util
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,27 +57,45 @@ class AdapterFolder:
     def merge_into(self, model: Any) -> set[str]:
         """Merge the adapters into the base `model`; the names of the weights that they replace
         whole, such as those of a score head."""
-        import peft
-
-        settings = peft.PeftConfig.from_pretrained(self.path)
-        weights = self._weights()
-        try:
+        settings, weights = self._settings(), self._weights()
+        with self._explained(f"({settings.peft_type}) cannot be merged into"):
             whole = _replace_whole(model, weights, settings)
             # What they were trained for does not matter to a merge, and whole weights are in place.
             settings.task_type = settings.modules_to_save = None
-            settings.inference_mode = True
             settings.base_model_name_or_path = model.name_or_path
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of tied layers, which `untie` sees to
-                adapted = peft.get_peft_model(model, settings)
-            found: Any = peft.set_peft_model_state_dict(adapted, weights)
+            adapted = self._put(model, settings, weights)
             untie_adapted(adapted)
             adapted.merge_and_unload().requires_grad_(True)  # peft froze it
-        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        return whole
+
+    def put_on(self, model: Any) -> Any:
+        """The classifier `model` with the adapters and their score head, not merged. Nothing is
+        trained, and the tensors of the base stay as they are: other models may hold them."""
+        settings, weights = self._settings(), self._weights()
+        own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        whole = {name for name in map(_inner, weights) if name in own}
+        if other := sorted(name for name in whole if not name.endswith(_HEADS)):
             raise UserError(
-                f"The adapters in {self.path!r} ({settings.peft_type}) cannot be merged into their "
-                f"base {self.base!r}: {' '.join(str(error).split())[:300]}"
-            ) from error
+                f"The adapters in {self.path!r} replace {other[0]} of their base whole, so it "
+                "cannot be shared: leave share_base unset, or train them without modules_to_save."
+            )
+        if not whole:
+            raise UserError(
+                f"The adapters in {self.path!r} come without a score head: train a reward model "
+                "(`ppo-engine reward`, with run.save_adapters=true)."
+            )
+        with self._explained("do not fit"):
+            return self._put(model, settings, weights).requires_grad_(False)
+
+    def _put(self, model: Any, settings: Any, weights: dict[str, Tensor]) -> Any:
+        """`peft`'s model of the two; a UserError where not all `weights` have a place in it, or
+        not all of its adapters have weights."""
+        import peft
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied layers, which `untie` sees to
+            adapted: Any = peft.get_peft_model(model, settings)
+        found: Any = peft.set_peft_model_state_dict(adapted, weights)
         # A value model has no output layer; what belongs to one is left out with it.
         inside = f"{_PREFIX}{model.base_model_prefix}."
         has_output = model.get_output_embeddings() is not None
@@ -90,7 +111,24 @@ class AdapterFolder:
                 f"The weights of the adapters in {self.path!r} are not all there ({lost[0]} is "
                 f"missing): save them again, or correct target_modules in {ADAPTER_CONFIG_NAME}."
             )
-        return whole
+        return adapted
+
+    def _settings(self) -> Any:
+        import peft
+
+        settings = peft.PeftConfig.from_pretrained(self.path)
+        settings.inference_mode = True
+        return settings
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"The adapters in {self.path!r} {what} their base {self.base!r}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
 
     def _weights(self) -> dict[str, Tensor]:
         import peft
@@ -201,11 +239,16 @@ def _downloaded(repository: str, name: str) -> str | None:
         return None
 
 
+def _inner(name: str) -> str:
+    """The name in the base of a weight in peft's files."""
+    return _WRAPPER.sub(".", name.removeprefix(_PREFIX))
+
+
 def _replace_whole(model: Any, weights: dict[str, Tensor], settings: Any) -> set[str]:
     """Move the weights that are saved whole from `weights` into the model, with room for tokens
     that were added; their names in the model."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    inner = {name: _WRAPPER.sub(".", name.removeprefix(_PREFIX)) for name in weights}
+    inner = {name: _inner(name) for name in weights}
     whole = {inner[name]: weights.pop(name) for name in sorted(weights) if inner[name] in own}
     names = {module: name for name, module in model.named_modules()}
     ins, outs = model.get_input_embeddings(), model.get_output_embeddings()

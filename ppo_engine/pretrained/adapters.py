@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +16,16 @@ from transformers import PreTrainedModel
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
-from ppo_engine.pretrained.architecture import unwrap
+from ppo_engine.pretrained.architecture import lower_layers, unwrap
 from ppo_engine.pretrained.masters import master
 from ppo_engine.settings.schema import LoraConfig
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig, task: str) -> Any:
-    """Low-rank adapters around `model` (package `peft`); only they, and a head, are trained."""
+def add_lora(
+    model: PreTrainedModel, config: LoraConfig, task: str, trainable_layers: int | None = None
+) -> Any:
+    """Low-rank adapters around `model` (package `peft`), in its last `trainable_layers` decoder
+    layers where that is set; only they, and a head, are trained."""
     try:
         import peft
     except ImportError as error:
@@ -31,6 +36,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, task: str) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
+        exclude_modules=_below(model, trainable_layers),
         lora_dropout=0.0,
         task_type=task,
     )
@@ -41,6 +47,69 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, task: str) -> Any:
             return peft.get_peft_model(model, adapter)
     except ValueError as error:  # such as modules that the model does not have
         raise UserError(f"lora.target_modules: {first_line(error)}") from error
+
+
+def _below(model: PreTrainedModel, trainable_layers: int | None) -> str | None:
+    """A pattern of the names of the modules below the last `trainable_layers` decoder layers, the
+    embeddings included; None where there are none."""
+    if trainable_layers is None:
+        return None
+    if trainable_layers == 0:
+        raise UserError(
+            "trainable_layers=0 leaves lora no layer: set it to 1 or more, or leave one of them "
+            "unset."
+        )
+    below = {*lower_layers(model, trainable_layers), model.get_input_embeddings()}
+    names = [re.escape(name) for name, module in model.named_modules() if module in below]
+    return rf"({'|'.join(names)})(\..+)?"
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model has adapters around it that are not merged into it."""
+    return hasattr(model, "get_base_model")
+
+
+def train_adapters(model: Any, trainable_layers: int | None) -> None:
+    """Let those that a model has be trained, as `add_lora` does, with its head."""
+    model.active_peft_config.inference_mode = False
+    model.set_adapter(model.active_adapter)
+    if trainable_layers is not None:
+        for layer in lower_layers(unwrap(model), trainable_layers):
+            layer.requires_grad_(False)
+
+
+def check_saving(model: Any) -> None:
+    """Raise a UserError unless `save_adapters` can write what is needed to load `model` again."""
+    if not is_adapted(model):
+        raise UserError(
+            "run.save_adapters is set, but there are no adapters: set lora (such as lora.rank=16), "
+            "or leave it unset."
+        )
+    base = unwrap(model)
+    if not base.name_or_path:
+        raise UserError(
+            "run.save_adapters needs a base that others can load: give the model's folder or name "
+            "in place of a model object, or leave it unset."
+        )
+    if hasattr(base, "has_new_tokens"):
+        raise UserError(
+            f"The tokenizer has more tokens than {base.name_or_path!r}, whose embeddings got rows "
+            "for them, which adapters alone would lack: leave run.save_adapters unset, or save the "
+            "resized model first, and adapt that."
+        )
+
+
+def save_adapters(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write adapters, and a head that is trained with them, as `peft` does, with the absolute path
+    or name of their base; in `dtype`, from their masters."""
+    settings = model.active_peft_config
+    base = unwrap(model).name_or_path
+    settings.base_model_name_or_path = str(Path(base).absolute()) if Path(base).is_dir() else base
+    state = {
+        name: master(x, "cpu").to(dtype) if x.requires_grad else x
+        for name, x in model.state_dict(keep_vars=True).items()
+    }
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def is_quantized(model: Any) -> bool:
@@ -55,7 +124,7 @@ def merged(model: Any) -> Any:
     quantized from: the result is the model that was trained and measured, except that 8-bit
     products also round their inputs.
     """
-    if not hasattr(model, "merge_and_unload"):
+    if not is_adapted(model):
         return model
     twin = copy_on_cpu(model)  # the trained model keeps its adapters
     untie_adapted(twin)

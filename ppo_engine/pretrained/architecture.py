@@ -54,6 +54,12 @@ def checkpoints_gradients(model: PreTrainedModel) -> bool:
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing"))
 
 
+def keep_activations(model: PreTrainedModel) -> None:
+    """The opposite of `checkpoint_gradients`."""
+    disable = getattr(model, "activation_checkpointing_disable", None)  # as above
+    (disable or model.gradient_checkpointing_disable)()
+
+
 def find_base(model: PreTrainedModel) -> None:
     """Let `base_model` be the base of a language model where its family names it otherwise than it
     calls it (Llama-4, Mllama): it would be the whole model."""
@@ -70,6 +76,17 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         f"{type(model).__name__}: no list of decoder layers was found, so trainable_layers cannot "
         "be used with it; leave it unset."
     )
+
+
+def lower_layers(model: PreTrainedModel, trainable_layers: int) -> list[nn.Module]:
+    """The decoder layers below the last `trainable_layers`; a UserError where there are fewer."""
+    layers = [*decoder_layers(model)]
+    if trainable_layers > len(layers):
+        raise UserError(
+            f"trainable_layers is {trainable_layers}, but {type(model).__name__} has "
+            f"{len(layers)} decoder layers."
+        )
+    return layers[: len(layers) - trainable_layers]
 
 
 def _layer_count(model: PreTrainedModel) -> int:

@@ -27,10 +27,10 @@ from transformers.utils import logging as transformers_logging
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line, nearest_path
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
-from ppo_engine.pretrained.adapters import merged
+from ppo_engine.pretrained.adapters import is_adapted, merged, save_adapters
 from ppo_engine.pretrained.folder import check_folder
 from ppo_engine.pretrained.hub import check_name
-from ppo_engine.pretrained.storage import as_stored
+from ppo_engine.pretrained.storage import as_stored, storage_dtype
 from ppo_engine.sealed import check
 from ppo_engine.settings.schema import ModelConfig
 from ppo_engine.text.tokenizer import load_tokenizer, separate_pad_from_eos
@@ -145,22 +145,32 @@ def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make room for tokens that were added to the tokenizer; set the ids the model pads with."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
+        model.has_new_tokens = True
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def save_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str = "auto"
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    dtype: str = "auto",
+    *,
+    as_adapters: bool = False,
 ) -> None:
-    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere.
+    """Write weights (adapters merged) and tokenizer, for `from_pretrained` here or elsewhere; or,
+    where the model has any, its adapters `as_adapters`, without their base.
 
     In the dtype that the model came in, or in `dtype` (`run.save_dtype`); what was the merged base
-    of quantized layers is in fp32.
+    of quantized layers, and adapters, are in fp32.
     """
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = "left"  # as the engine generates, whatever a given one does
     with quiet_transformers():
-        as_stored(merged(model), dtype).save_pretrained(folder)
+        if as_adapters and is_adapted(model):
+            save_adapters(model, folder, storage_dtype(dtype, torch.float32))
+        else:
+            as_stored(merged(model), dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -8,14 +8,17 @@ A deep copy of a parameter has no remainder: what is copied to be trained is joi
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppo_engine.pretrained.architecture import SCORE_HEADS, unwrap
+from ppo_engine.errors import UserError
+from ppo_engine.pretrained.architecture import SCORE_HEADS, decoder_layers, unwrap
 from ppo_kernels import join_master, split_master
 
 
@@ -24,15 +27,17 @@ def to_compute_dtype(model: Any, dtype: torch.dtype) -> Any:
     `from_pretrained(dtype=dtype)` has them, but that a score head stays in float32. In bfloat16,
     those that require gradients get their remainder; the others are rounded.
 
-    After the model is on its device and frozen where it is to be. Quantized weights stay.
+    After the model is on its device and frozen where it is to be. Quantized weights stay, and so
+    do frozen ones that are in their dtype, which other models may share.
     """
     inner = unwrap(model)
     wanted = compute_dtypes(inner, dtype)
     for name, parameter in inner.named_parameters():
         if not parameter.is_floating_point():
             continue
-        whole, remainder = master(parameter).contiguous(), None
-        if wanted(name) == torch.bfloat16:
+        stays = parameter.dtype == wanted(name) and not parameter.requires_grad
+        whole, remainder = parameter.data if stays else master(parameter).contiguous(), None
+        if wanted(name) == torch.bfloat16 and not stays:
             whole, remainder = split_master(whole)
         parameter.data = whole
         vars(parameter).pop("master_remainder", None)
@@ -66,6 +71,52 @@ def kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
         kept += getattr(model, "_keep_in_fp32_modules", None) or ()
     patterns = [re.compile(part.replace("*", ".*")) for part in kept]
     return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+@contextmanager
+def computing_in_fp32(model: Any) -> Iterator[None]:
+    """Inside, `model` computes in float32, as probes need it, whatever dtype its weights are kept
+    in: those of a decoder layer are converted while it runs, all others meanwhile. So there is
+    never a second copy of more than a layer, the embeddings and the head."""
+    inner = unwrap(model)
+    try:
+        layers = [*decoder_layers(inner)]
+    except UserError:  # none were found
+        layers = []
+    within = {id(x) for layer in layers for x in _floats(layer)}
+    kept: list[tuple[Tensor, Tensor]] = []
+    handles = []
+
+    def widen(tensors: list[Tensor]) -> None:
+        for x in tensors:
+            if x.dtype in (torch.bfloat16, torch.float16):
+                kept.append((x, x.data))
+                x.data = x.data.float()
+
+    def restore(count: int) -> None:
+        while len(kept) > count:
+            x, before = kept.pop()
+            x.data = before
+
+    try:
+        widen([x for x in _floats(inner) if id(x) not in within])
+        outside = len(kept)
+        for layer in layers:
+            handles += [
+                layer.register_forward_pre_hook(lambda layer, _: widen(_floats(layer))),
+                layer.register_forward_hook(lambda *_: restore(outside), always_call=True),
+            ]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore(0)
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    """Its weights and buffers, but for quantized ones."""
+    found = itertools.chain(module.parameters(), module.buffers())
+    return [x for x in found if type(x) in (nn.Parameter, Tensor)]
 
 
 def master(x: Tensor, device: torch.device | str | None = None) -> Tensor:

@@ -19,16 +19,25 @@ def named_dtype(config: Any) -> torch.dtype | None:
 
 
 def in_fp32(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model with its weights in fp32. It and its copies remember the dtype that it came in:
-    `dtype`, else what it has."""
+    """The model with its weights in fp32, which remembers the dtype that it came in."""
+    remember_dtype(model, dtype)
+    return to_compute_dtype(model, torch.float32)
+
+
+def remember_dtype(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Let the model and its copies know the dtype that it came in: `dtype`, else what it has."""
     if not hasattr(model, "stored_dtype"):
         model.stored_dtype = dtype or model.dtype
-    return to_compute_dtype(model, torch.float32)
 
 
 def stored_dtype(model: Any) -> torch.dtype:
     """The dtype that a model came in; fp32 where its base was quantized."""
     return getattr(model, "stored_dtype", torch.float32)
+
+
+def storage_dtype(name: str, auto: torch.dtype) -> torch.dtype:
+    """The dtype of a `run.save_dtype`, of which "auto" is `auto`."""
+    return auto if name == "auto" else _DTYPES[name]
 
 
 def as_stored(model: Any, name: str) -> Any:
@@ -37,7 +46,7 @@ def as_stored(model: Any, name: str) -> Any:
 
     Those that its family keeps in fp32 are kept so.
     """
-    dtype = stored_dtype(model) if name == "auto" else _DTYPES[name]
+    dtype = storage_dtype(name, stored_dtype(model))
     kept = kept_in_fp32(model, dtype)
     dtypes = {
         id(x): torch.float32 if kept(name) else dtype

@@ -17,7 +17,8 @@ from ppo_engine.messages import first_line
 from ppo_engine.pretrained.adapter_folder import unstack
 from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.loading import quiet_transformers
-from ppo_engine.pretrained.storage import in_fp32, named_dtype
+from ppo_engine.pretrained.masters import to_compute_dtype
+from ppo_engine.pretrained.storage import in_fp32, named_dtype, remember_dtype
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Checkpoint:
 
 def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> Checkpoint:
     """`model_class.from_pretrained` for `path` (folder or name; adapters are merged into their
-    base), in fp32 or as `options` say; a UserError says why not.
+    base), in fp32 or as `options` say; a UserError says why not. In another dtype it is frozen.
 
     Weights of another shape, and weights that belong to the model's own modules but have no place
     there (a layer more than its configuration counts, biases that this does not mention), are such
@@ -45,6 +46,9 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             f"{path!r} holds adapters, which cannot be merged into a quantized base: leave "
             "quantization unset, or merge them first (peft: `merge_and_unload`)."
         )
+    wanted = options["dtype"]
+    if adapters:
+        options = {**options, "dtype": torch.float32}  # until they are merged
     try:
         dtype = named_dtype(AutoConfig.from_pretrained(base))
         if dtype is None and not quantized:
@@ -72,14 +76,22 @@ def read_checkpoint(model_class: Any, path: str, options: Mapping[str, Any]) -> 
             "saved after its training had failed, or in a dtype of too small a range."
         )
     missing = {name for name, _ in model.named_parameters()} & set(info["missing_keys"])
-    model = model if quantized else in_fp32(model, dtype)
+    if not quantized and (adapters or wanted == torch.float32):
+        model = in_fp32(model, dtype)
     for adapter in adapters:
         missing -= adapter.merge_into(model)
+        model.name_or_path = path
+    if not quantized and wanted != torch.float32:
+        remember_dtype(model, dtype)
+        model = to_compute_dtype(model.requires_grad_(False), wanted)
     return Checkpoint(model, missing, unused)
 
 
 def _is_finite(x: Tensor) -> bool:
-    return not x.is_floating_point() or bool(x.detach().sum(dtype=torch.float64).isfinite())
+    if not x.is_floating_point() or not x.numel():
+        return True
+    ends = torch.stack(x.detach().aminmax())  # NaN where there is one; without a copy of `x`
+    return bool(ends.isfinite().all())
 
 
 def _is_part_of(model: PreTrainedModel, weight: str) -> bool:

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.shared_base import SharedBase
 from ppo_engine.models.token_rows import scored
 from ppo_engine.models.value_model import read_value_model, read_values, ready_value_model
 from ppo_engine.pretrained import architecture, loading
+from ppo_engine.pretrained.adapters import is_adapted
 from ppo_engine.pretrained.masters import to_compute_dtype
 from ppo_engine.pretrained.storage import in_fp32
 from ppo_engine.text.options import row_options
@@ -42,7 +44,9 @@ class RewardModel:
         """`max_tokens` of prompt and response together; the model's own limit unless given. The
         `renderer` is the policy's, with what a run hands to chat templates."""
         separate_pad_from_eos(tokenizer)
-        ready = ready_value_model(in_fp32(model), tokenizer, device)
+        # Adapters stand on a base that is another model's too, and stays as it is.
+        own = model if is_adapted(model) else in_fp32(model)
+        ready = ready_value_model(own, tokenizer, device)
         self.model = to_compute_dtype(ready.requires_grad_(False), dtype)
         self.tokenizer = tokenizer
         self.renderer = renderer.of(tokenizer) if renderer else Renderer(tokenizer)
@@ -114,10 +118,12 @@ def load_reward_model(
     dtype: torch.dtype,
     limit: Limit | None = None,
     renderer: Renderer | None = None,
+    base: SharedBase | None = None,
 ) -> RewardModel:
-    """The reward model at `path`, a folder or name; a UserError where it has no score head."""
+    """The reward model at `path`, a folder or name; a UserError where it has no score head. With a
+    `base`, it is the adapters there on that."""
     tokenizer = loading.tokenizer_at(path)
-    model = read_value_model(path, require_head=True)
+    model = base.reward_model(path) if base else read_value_model(path, require_head=True)
     return RewardModel(
         model,
         tokenizer,

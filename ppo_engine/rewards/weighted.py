@@ -22,6 +22,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models import precision
 from ppo_engine.models.reader import Limit
+from ppo_engine.models.shared_base import SharedBase
 from ppo_engine.rewards.arguments import bound, ready_reward
 from ppo_engine.rewards.function import RewardFunction
 from ppo_engine.rewards.http import HTTPReward
@@ -226,12 +227,14 @@ def load_rewards(
     device: torch.device,
     dtype: torch.dtype,
     limit: Limit | None = None,
+    base: SharedBase | None = None,
 ) -> Rewards:
     """The rewards `given`, or else those that `config` names, with the weights of `config`.
 
     `given` is one reward, a list, or a mapping of names to rewards, each one anything that
     `load_reward` takes. `renderer` is the policy's. Raises a UserError for a reward that cannot be
-    used, and where there is none. One reward that is `given` gets the arguments of `config`.
+    used, and where there is none. One reward that is `given` gets the arguments of `config`. With a
+    `base`, reward models are adapters on it.
     """
     if given is not None:
         rewards = named_rewards(given)
@@ -256,6 +259,7 @@ def load_rewards(
             dtype=dtype,
             limit=limit,
             renderer=renderer,
+            base=base,
         )
         for _, reward in rewards
     ]
@@ -272,6 +276,7 @@ def load_reward(
     dtype: torch.dtype,
     limit: Limit | None = None,
     renderer: Renderer | None = None,
+    base: SharedBase | None = None,
 ) -> Reward:
     """One reward: a source, what `parse_source` takes for one, a function, or a reward object; with
     `arguments`, where it is a function."""
@@ -281,6 +286,11 @@ def load_reward(
     if isinstance(given, RewardSource):
         given = replace(given, arguments=given.arguments | arguments)
         check_function(given)
+    if isinstance(given, RewardModel) and base is not None:
+        raise UserError(
+            "share_base has no place for a RewardModel with weights of its own: give the folder of "
+            "its adapters, or leave share_base unset."
+        )
     if isinstance(given, RewardModel) and renderer is not None:
         given.renderer = renderer.of(given.tokenizer)  # with what this run hands to templates
     if isinstance(given, Reward):
@@ -312,6 +322,7 @@ def load_reward(
         dtype=dtype,
         limit=limit,
         renderer=renderer,
+        base=base,
     )
 
 

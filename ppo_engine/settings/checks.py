@@ -16,6 +16,8 @@ def check_settings(config: PPOConfig) -> None:
     """Raise a `UserError` for settings that contradict each other, or would have no effect."""
     _check_evaluation(config.evaluation)
     check_generation(config.generation)
+    if config.share_base:
+        _check_shared_base(config)
     if config.reward.missing_eos_score is not None and config.reward.missing_eos_penalty:
         raise UserError(
             "reward.missing_eos_penalty would have no effect: reward.missing_eos_score replaces "
@@ -87,6 +89,20 @@ def check_generate(config: GenerateConfig) -> None:
             raise UserError(
                 f"reward.{name} would have no effect, as no reward was given: name it with "
                 f"--reward, or leave reward.{name} out."
+            )
+
+
+def _check_shared_base(config: PPOConfig) -> None:
+    if config.policy.lora is None:
+        raise UserError(
+            "share_base keeps the base as it is and trains adapters on it: set policy.lora, such "
+            "as policy.lora.rank=16, or leave share_base unset."
+        )
+    for name in ("path", "quantization"):
+        if value := getattr(config.critic, name):
+            raise UserError(
+                f"critic.{name}={value} would be of another base than the policy's: leave "
+                f"critic.{name} or share_base unset."
             )
 
 

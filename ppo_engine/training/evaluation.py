@@ -100,7 +100,12 @@ class Evaluator:
         if self.config.keep_best and step > 0:  # the policy as it came is where it came from
             with atomic_folder(run.path / "best") as folder:
                 config = self.engine.config
-                self.engine.policy.save(folder, config.run.save_dtype, config.generation)
+                self.engine.policy.save(
+                    folder,
+                    config.run.save_dtype,
+                    config.generation,
+                    as_adapters=config.run.save_adapters,
+                )
                 facts = json.dumps({"step": step, "score": score})
                 (folder / "best.json").write_text(facts + "\n", encoding="utf-8")
 

@@ -16,6 +16,7 @@ from ppo_engine.memory import free_memory, used_memory
 from ppo_engine.messages import first_line
 from ppo_engine.models import precision
 from ppo_engine.pretrained import loading
+from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.settings.schema import LoraConfig, PPOConfig, RewardModelConfig
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
@@ -173,6 +174,11 @@ def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
         settings = f"{method}.micro_batch_tokens"
         yield f"{settings}={_PASS}", _with(config, settings, _PASS)
     if isinstance(config, PPOConfig):
+        whole = any(source.path for source in configured_sources(config.reward))
+        if len(names) > 1 and not whole and not config.share_base:
+            lora = config.policy.lora or LoraConfig()
+            shared = replace(config, policy=replace(config.policy, lora=lora), share_base=True)
+            yield f"share_base=true policy.lora.rank={lora.rank}", shared
         if (config.generation.kv_cache_gib or _SLOTS + 1) > _SLOTS:
             settings = "generation.kv_cache_gib"
             yield f"{settings}={_SLOTS:g}", _with(config, settings, _SLOTS)

@@ -171,9 +171,9 @@ def _loading(roles: list[Role], place: Place, away: Collection[str] = ()) -> Pha
     """A GPU takes again what was freed; on a CPU pieces in between are smaller than what comes.
     Those that are `away` leave it as soon as they are loaded."""
     beside = [role.beside + (role.held if role.name in away else 0.0) for role in roles]
-    roles = [role for role in roles if role.name not in away]
+    every, roles = roles, [role for role in roles if role.name not in away]
     most = sum(beside) if place.device.type == "cpu" else max(beside)
-    rounding = max(role.of.rounding for role in roles)
+    rounding = max(role.rounding for role in every)
     return Phase("load", held_by(roles, place) | {"copies in float32": most + rounding})
 
 
@@ -190,7 +190,8 @@ def _limit(settings: Any, of: Footprint, place: Place) -> tuple[int, float]:
     """Tokens and rows of a pass; the first is chosen when its model is there."""
     tokens = settings.micro_batch_tokens
     if tokens == "auto":
-        free = place.free - max(of.weights, of.loaded)
+        in_use = max(of.weights, of.loaded) if place.device.type == "cpu" else of.weights
+        free = place.free - in_use
         tokens = enough(of.config, of.dtype, place.device, free)
     return tokens, settings.micro_batch_size or math.inf
 

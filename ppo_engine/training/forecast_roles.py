@@ -38,6 +38,7 @@ class Role(NamedTuple):
     of: Footprint
     held: float
     beside: float
+    rounding: float = 0.0  # beside it, while its largest weight is rounded
     saved: float = 0.0  # a copy that is made to save it, on the CPU
 
 
@@ -62,12 +63,15 @@ def trained_role(
         saved += of.fp32 if settings.lora is not None else 0.0  # merged
         if settings.lora is not None or dtype != place.dtype:
             saved += of.fp32 / 4 * dtype.itemsize
-    return Role(name, of, of.weights, beside, saved)
+    rounding = of.rounding
+    if beside and settings.lora is not None and not scores:  # it comes as it computes
+        beside, rounding = of.widened, 0.0
+    return Role(name, of, of.weights, beside, rounding, saved)
 
 
 def frozen_roles(config: PPOConfig, policy: Role, place: Place) -> list[Role]:
     """The reference, where it is no policy without adapters, and reward models."""
-    found, shared = [], getattr(config, "share_base", False)
+    found, shared = [], config.share_base
     if config.policy.lora is None:  # what is never trained is the policy's
         of = policy.of
         found.append(Role("reference", of, of.gradients, of.frozen))
@@ -78,16 +82,16 @@ def frozen_roles(config: PPOConfig, policy: Role, place: Place) -> list[Role]:
             base = loading.load_model_config(loading.resolve(source.path))
             of = Footprint.of(base, place.dtype, None, scores=True)
             beside = 0.0 if place.dtype == torch.float32 else of.loaded
-            found.append(Role("reward model", of, of.weights, beside))
+            found.append(Role("reward model", of, of.weights, beside, of.rounding))
     return found
 
 
 def critic_role(config: PPOConfig, policy: Role, frozen: list[Role], place: Place) -> Role:
     """The critic: what it never trains is the policy's or the reward model's, whose weights it
     starts from."""
-    if getattr(config, "share_base", False):
+    if config.share_base:
         role = trained_role("critic", _adapted(config), place, path=config.policy.path, scores=True)
-        return role._replace(held=role.of.weights - role.of.frozen, beside=0.0)
+        return role._replace(held=role.of.weights - role.of.frozen, beside=0.0, rounding=0.0)
     sources = [source.path for source in configured_sources(config.reward) if source.path]
     path = config.critic.path or next(iter(sources), "") or config.policy.path
     role = trained_role(

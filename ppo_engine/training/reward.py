@@ -233,7 +233,10 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         return sum(map(len, example.rows))
 
     def _save_model(self, folder: Path) -> None:
-        loading.save_model(self.model, self.tokenizer, folder, self.config.run.save_dtype)
+        run = self.config.run
+        loading.save_model(
+            self.model, self.tokenizer, folder, run.save_dtype, as_adapters=run.save_adapters
+        )
 
     def _summary(self, metrics: dict[str, float]) -> str:
         pairs = sum(count_pairs(ranking.ranks) for ranking in self.held_out)

@@ -139,7 +139,8 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return len(example)
 
     def _save_model(self, folder: Path) -> None:
-        self.policy.save(folder, self.config.run.save_dtype)
+        run = self.config.run
+        self.policy.save(folder, run.save_dtype, as_adapters=run.save_adapters)
 
     def _summary(self, metrics: dict[str, float]) -> str:
         loss = with_error(metrics, "eval/loss", "{:.4f}")

@@ -32,6 +32,7 @@ from ppo_engine.messages import counted
 from ppo_engine.models import precision
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
+from ppo_engine.pretrained.adapters import check_saving
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
 from ppo_engine.run.progress import Progress
@@ -91,6 +92,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.notes += text_note([*training, *held_out], self.tokenizer, self.unit)
         place = fit.place_of(config)  # before anything is loaded
         self.model = self._load_model(model)
+        if config.run.save_adapters:
+            check_saving(self.model)
         self.training = self._encode(training, "training")
         self.notes += fit.note(config, fit.text_lengths(cast(Any, self.training)), place)
         self.held_out = self._encode(held_out, "held-out")

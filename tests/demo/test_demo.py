@@ -48,6 +48,16 @@ def test_smoke_runs_every_stage(tmp_path, algorithm):
     assert policy.reward.path == str(folder / "reward" / "reward_model")
 
 
+def test_smoke_on_one_base(tmp_path):
+    config = DemoConfig(smoke=True, share_base=True, output_dir=str(tmp_path / "demo"))
+    summary = run_demo(config, Console(file=io.StringIO()))
+    assert summary["after"]["kl"] != 0.0
+    assert (tmp_path / "demo/reward/reward_model/adapter_config.json").exists()
+    assert (tmp_path / "demo/ppo/policy/config.json").exists()
+    policy = load_config(PPOConfig, str(tmp_path / "demo/ppo/config.yaml"))
+    assert policy.share_base and policy.critic.lora == policy.policy.lora is not None
+
+
 def test_training_never_sees_a_held_out_topic():
     assert not set(TRAINING_TOPICS) & set(HELD_OUT_TOPICS)
     assert len(set(TRAINING_TOPICS)) == len(TRAINING_TOPICS)

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from ppo_engine.errors import UserError
 from ppo_engine.models import freezing, precision
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.optimizer import trainable_state
 from ppo_engine.models.output_head import OutputHead
 from ppo_engine.models.value_model import load_value_model
 from ppo_engine.pretrained import architecture, loading
@@ -369,8 +370,22 @@ def test_adapters_have_the_rank_and_the_scale_that_are_set():
     for module in adapters.values():
         assert module.scaling["default"] == 6 / 2
         assert module.lora_A["default"].out_features == 2
-    with pytest.raises(UserError, match="Set either lora or trainable_layers"):
-        open_policy(tiny_model(), ModelConfig(lora=lora, trainable_layers=1))
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "embed_tokens"], r".*\.(q|up)_proj"])
+def test_adapters_in_the_last_layers_only(modules):
+    pytest.importorskip("peft")
+    from ppo_engine.settings.schema import LoraConfig
+
+    lora = LoraConfig(rank=2, target_modules=modules)
+    policy = open_policy(tiny_model(), ModelConfig(lora=lora, trainable_layers=1))
+    trained = trainable_state(policy.model)
+    assert trained and all(".layers.1." in name and ".lora_" in name for name in trained)
+    assert not [name for name, _ in policy.model.named_parameters() if ".layers.0.lora" in name]
+    with pytest.raises(UserError, match="trainable_layers=0 leaves lora no layer"):
+        open_policy(tiny_model(), ModelConfig(lora=lora, trainable_layers=0))
+    with pytest.raises(UserError, match="trainable_layers is 3"):
+        open_policy(tiny_model(), ModelConfig(lora=lora, trainable_layers=3))
 
 
 def test_adapters_are_merged_where_the_policy_is_saved(tmp_path):

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from families import of_family
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.value_model import make_critic, score_head, value_model_from_policy
+from ppo_engine.pretrained.architecture import decoder_layers
 from ppo_engine.pretrained.loading import save_model
-from ppo_engine.pretrained.masters import master, set_master, to_compute_dtype
+from ppo_engine.pretrained.masters import computing_in_fp32, master, set_master, to_compute_dtype
 from ppo_engine.pretrained.storage import in_fp32
 from ppo_engine.rewards.model import RewardModel
 from ppo_engine.settings.schema import LoraConfig, ModelConfig
@@ -47,6 +49,28 @@ def test_training_starts_from_the_weights_as_they_are_stored() -> None:
     assert {x.dtype for x in policy.model.buffers()} == {F32}
     assert equal(masters_of(in_fp32(policy.model)), expected)
     assert {x.dtype for x in policy.model.parameters()} == {F32}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "mamba", "gemma3_text"])
+def test_bf16_weights_compute_in_fp32_a_layer_at_a_time(family: str) -> None:
+    model = of_family(family).bfloat16()
+    expected = copy.deepcopy(model).float()(torch.arange(20)[None]).logits
+    layers = decoder_layers(model)
+    before = {name: x.data_ptr() for name, x in model.named_parameters()}
+    seen: list[list[set[torch.dtype]]] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: seen.append([*map(dtypes, layers)]))
+    with computing_in_fp32(model):
+        assert torch.equal(model(torch.arange(20)[None]).logits, expected)
+        with pytest.raises(TypeError):
+            layers[0]()
+        assert dtypes(layers[0]) == {BF16}
+    assert seen[:2] == [[{F32}, {BF16}], [{BF16}, {F32}]]
+    assert {name: x.data_ptr() for name, x in model.named_parameters()} == before
+
+
+def dtypes(module: torch.nn.Module) -> set[torch.dtype]:
+    return {x.dtype for x in module.parameters()}
 
 
 def test_what_is_frozen_has_no_master() -> None:

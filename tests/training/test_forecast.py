@@ -156,6 +156,7 @@ def test_where_it_does_not_fit_what_helps_most_comes_first(model: str, tmp_path:
         changes[1].settings
     )
     assert any("critic.lora.rank=16" in change.settings for change in changes)
+    assert any("share_base=true" in change.settings for change in changes)
     without = replace(settings, ppo=GRPOConfig().ppo)
     found = fit.changes(without, lengths, place(free=need / 2))
     assert found and not any("critic" in change.settings for change in found)

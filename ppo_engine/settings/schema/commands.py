@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -51,8 +52,22 @@ class PPOConfig:
     """Where results go, and what makes the run repeatable."""
     steps: PositiveInt = 100
     """Rollout batches to learn from, one a step."""
+    share_base: bool = False
+    """Hold the base weights once: policy, critic and reward model are adapters and heads on them,
+    the bare base is the reference. Needs policy.lora, and a reward model that is saved as adapters
+    of the same base (run.save_adapters), or another kind of reward. Unset, critic.lora and
+    critic.trainable_layers are then the policy's; from a reward model, the critic goes on with
+    its adapters."""
     profile: bool = False
     """Profile the second step: a table of its phases, and a trace."""
+
+    def __post_init__(self) -> None:
+        critic = self.critic
+        if self.share_base and critic.lora is None:
+            critic = replace(critic, lora=self.policy.lora)
+            if critic.trainable_layers is None:
+                critic = replace(critic, trainable_layers=self.policy.trainable_layers)
+        object.__setattr__(self, "critic", critic)
 
 
 @settings
@@ -162,6 +177,8 @@ class DemoConfig:
     """Hugging Face name or folder; empty is the embedded SmolLM2-135M-Instruct."""
     algorithm: Literal["ppo", "grpo"] = "ppo"
     """Of the last stage."""
+    share_base: bool = False
+    """Train adapters on one base in place of the upper layers of models of their own."""
     smoke: bool = False
     """Every stage with a tiny random model, within a minute."""
     output_dir: str = ""

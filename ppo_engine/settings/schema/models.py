@@ -67,7 +67,7 @@ class ModelConfig:
     """Hugging Face name or folder. An empty critic path: start from the reward model, or from the
     policy where rewards do not come from a model."""
     trainable_layers: NonNegativeInt | None = None
-    """Train the last N decoder layers; null trains all."""
+    """Train the last N decoder layers; null trains all. With lora: those get adapters."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the weights; null trains the weights."""
     quantization: Literal["8bit", "4bit"] | None = None

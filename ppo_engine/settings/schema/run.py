@@ -55,6 +55,9 @@ class RunConfig:
     it. auto: bfloat16 where the device multiplies it faster."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of saved models; auto: the dtype they came in. Checkpoints to resume from keep every bit."""
+    save_adapters: bool = False
+    """Save adapters in place of models that they are merged into, in the format of `peft`: in
+    fp32, or in save_dtype. Needs lora, and a base that is a folder or a name."""
     resume: bool = False
     """Continue from the newest checkpoint in output_dir."""
     checkpoint_every: NonNegativeInt = 0
