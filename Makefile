@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 
-.PHONY: demo smoke test test-minimum docs-check mutants faults fuzz sanitize valgrind docs lint bench build clean
+.PHONY: demo smoke test test-minimum docs-check mutants memory faults fuzz sanitize valgrind docs lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -43,6 +43,9 @@ sanitize: $(VENV)/dev.stamp  ## the op tests under AddressSanitizer and UBSan; t
 
 valgrind: $(VENV)/dev.stamp  ## a few cases of each op under memcheck
 	$(BIN)/python tests/memcheck.py
+
+memory: $(VENV)/dev.stamp  ## six runs of the demo's model: what each was told to take, and takes
+	TEST_MEMORY=1 $(BIN)/python -m pytest -q -s tests/training/test_forecast.py -k take
 
 docs: $(VENV)/dev.stamp  ## docs/settings.md anew, after a change in settings/schema/
 	$(BIN)/python docs/settings.py

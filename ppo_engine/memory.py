@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+# Linux's, of this process. "5" lowers its peak to what it has now (proc(5)).
+_STATUS, _CLEAR, _LOWER_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
+
+_before: dict[str, float] = {}  # by device: the peak of all times before `begin_peak`
 
 
 def keep_freed_memory() -> bool:
@@ -37,14 +42,45 @@ def release_freed_memory() -> None:
 
 def peak_memory(device: torch.device) -> float:
     """The most memory in use so far, in GiB: of the GPU, or of this process on a CPU."""
+    return max(_before.get(str(device), 0.0), peak_since_begun(device))
+
+
+def begin_peak(device: torch.device) -> bool:
+    """Let `peak_since_begun` begin at what is in use now. False where the system cannot: on a CPU
+    only Linux can, where programs that look at this one from outside then see the later peak."""
+    before = peak_memory(device)
     if device.type == "cuda":
         import torch  # imported here, as `--help` needs no torch
 
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            _CLEAR.write_text(_LOWER_PEAK)
+        except OSError:
+            return False
+    _before[str(device)] = before
+    return True
+
+
+def peak_since_begun(device: torch.device) -> float:
+    """The most memory in use since the last `begin_peak`, in GiB: of the GPU, or of this process
+    on a CPU; since the start, where there was none."""
+    if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "linux":
+        return _of_status("VmHWM")
     import resource  # imported here, as not every system has it
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _of_status(name: str) -> float:
+    """What Linux says of this process, in GiB. Its `ru_maxrss` begins at the parent's size."""
+    [line] = [x for x in _STATUS.read_text().splitlines() if x.startswith(f"{name}:")]
+    return int(line.split()[1]) / 2**20
 
 
 def free_memory(device: torch.device) -> float:
@@ -57,3 +93,14 @@ def free_memory(device: torch.device) -> float:
     import psutil
 
     return float(psutil.virtual_memory().available)
+
+
+def used_memory(device: torch.device) -> float:
+    """Bytes that this process has: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)

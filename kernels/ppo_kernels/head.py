@@ -191,14 +191,18 @@ class Head:
             yield classes, weight if room is None else room[: len(weight)].copy_(weight)
 
 
-def chunk_tokens(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens per chunk for `count` tokens, with `vocab` logits of `dtype` each."""
+def chunk_tokens(
+    count: int, vocab: int, dtype: torch.dtype, device: torch.device, free: float | None = None
+) -> int:
+    """Tokens per chunk for `count` tokens, with `vocab` logits of `dtype` each, where so many bytes
+    are `free`; None: those that are now."""
     most, token_bytes = _TOKENS[device.type], vocab * dtype.itemsize
     if device.type == "cpu" and dtype.itemsize == 2:
         most *= 2
     if min(most, count) * token_bytes > _ASK_FROM:
-        fit = _SHARE * _free_bytes(device) / token_bytes
-        most = max(_FEWEST_TOKENS, int(min(most, fit)) // _MULTIPLE * _MULTIPLE)
+        free = _free_bytes(device) if free is None else free
+        fit = min(_SHARE * free / token_bytes, most)
+        most = max(_FEWEST_TOKENS, int(fit) // _MULTIPLE * _MULTIPLE)
     chunks = math.ceil(count / most)
     even = math.ceil(count / max(chunks, 1))
     return min(count, math.ceil(even / _MULTIPLE) * _MULTIPLE)

@@ -28,6 +28,7 @@ from ppo_engine.settings.schema import (
 
 if TYPE_CHECKING:
     from ppo_engine.data.prompts import PromptExample
+    from ppo_engine.training.forecast import Lengths
 
 Config = TypeVar("Config", bound=Any)
 
@@ -72,6 +73,8 @@ def _check_ppo(config: PPOConfig) -> list[str]:
     from ppo_engine.data.prompts import column_names
     from ppo_engine.pretrained import loading
     from ppo_engine.rollout.environment import load_environment
+    from ppo_engine.text.renderer import Renderer
+    from ppo_engine.training import fit
     from ppo_engine.training.batch_notes import batch_notes
     from ppo_engine.training.evaluation import hold_out, overlap
 
@@ -94,7 +97,10 @@ def _check_ppo(config: PPOConfig) -> list[str]:
         notes += overlap(training, prompts(config.evaluation.path))
     elif config.evaluation.prompts:
         training, _ = hold_out(training, config.evaluation.prompts, config.run.seed)
-    return notes + batch_notes(config.ppo, len(training))
+    notes += batch_notes(config.ppo, len(training))
+    tokenizer = loading.tokenizer_at(config.policy.path)
+    renderer = Renderer(tokenizer, arguments=config.data.chat_template_kwargs, date=config.run.date)
+    return notes + _memory(config, fit.prompt_lengths(training, renderer, None))
 
 
 def _check_generate(config: GenerateConfig) -> list[str]:
@@ -151,11 +157,14 @@ def _prompts(
 
 
 def _check_supervised(config: SFTConfig | RewardModelConfig) -> list[str]:
-    from ppo_engine.data.demonstrations import load_demonstrations
+    from ppo_engine.data.demonstrations import encode_demonstrations, load_demonstrations
+    from ppo_engine.data.encoded_rankings import encode_rankings
     from ppo_engine.data.forms import reading, text_note
     from ppo_engine.data.preferences import load_preferences, sample_rankings
     from ppo_engine.data.split import split_by_prompt
     from ppo_engine.pretrained import loading
+    from ppo_engine.text.renderer import Renderer
+    from ppo_engine.training import fit
     from ppo_engine.training.batch_notes import few_steps_note
 
     _check_run(config)
@@ -183,7 +192,19 @@ def _check_supervised(config: SFTConfig | RewardModelConfig) -> list[str]:
     settings = config.sft if isinstance(config, SFTConfig) else config.reward
     steps = math.ceil(len(training) / settings.batch_size) * settings.epochs
     command = "sft" if of_sft else "reward"
-    return notes + few_steps_note(command, steps, len(training), settings.batch_size, unit)
+    notes += few_steps_note(command, steps, len(training), settings.batch_size, unit)
+    encode: Any = encode_demonstrations if of_sft else encode_rankings
+    renderer = Renderer(tokenizer, arguments=data.chat_template_kwargs, date=config.run.date)
+    some = fit.sample(training)
+    encoded, *_ = encode(renderer, some, data.max_tokens, name="training", on_bad_line="skip")
+    return notes + _memory(config, fit.text_lengths(encoded))
+
+
+def _memory(config: Any, lengths: Lengths | None) -> list[str]:
+    """What a run takes, where the lengths of its texts are known."""
+    from ppo_engine.training import fit
+
+    return [] if lengths is None else [fit.report(config, lengths, fit.place_of(config))]
 
 
 def _check_run(config: PPOConfig | SFTConfig | RewardModelConfig) -> None:

@@ -32,7 +32,7 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state |= {"step": 0, **self._no_moments(parameter)}
+                    state |= {"step": 0, **_no_moments(parameter, self._eight_bits)}
                 state["step"] += 1
                 scaled = "moment_scales" in state
                 kind = parameter.dtype, scaled, state["step"], parameter.grad.dtype
@@ -70,9 +70,16 @@ class AdamW(torch.optim.Optimizer):
                 }
                 self.state[parameter] = {"step": int(found["step"]), **moments}
 
-    def _no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        if self._eight_bits and parameter.numel() >= _FEWEST_OF_EIGHT_BITS:
-            names = ("exp_avg", "exp_avg_sq", "moment_scales")
-            return dict(zip(names, zero_moments(parameter), strict=True))
-        zeros = torch.zeros_like(parameter, dtype=torch.float32)
-        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+def moment_bytes(parameter: Tensor, eight_bits: bool) -> int:
+    """Of the moments of a parameter, which may be on the meta device."""
+    moments = _no_moments(parameter.detach().to("meta"), eight_bits)
+    return sum(x.nbytes for x in moments.values())
+
+
+def _no_moments(parameter: Tensor, eight_bits: bool) -> dict[str, Tensor]:
+    if eight_bits and parameter.numel() >= _FEWEST_OF_EIGHT_BITS:
+        names = ("exp_avg", "exp_avg_sq", "moment_scales")
+        return dict(zip(names, zero_moments(parameter), strict=True))
+    zeros = torch.zeros_like(parameter, dtype=torch.float32)
+    return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}

@@ -25,7 +25,7 @@ from ppo_engine.models.windows import Unsupported
 ATTENTION = "ppo_packed"  # the name under which transformers finds `_attend`
 # Up to so many tokens a text, scores as a tensor of their own are faster on a CPU in bf16 than
 # torch's fused kernel, whose products of small blocks take five times as long (bench/notes/cpu.md).
-_SHORT = 256
+SHORT = 256
 # torch 2.11 takes grouped heads without being told; later ones want to be.
 _SAYS_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
@@ -90,7 +90,7 @@ def _in_rows(
     """Causal attention of rows `[rows, width, heads, size]`, each to itself."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     width, groups = query.shape[2], query.shape[1] // key.shape[1]
-    short = query.dtype == torch.bfloat16 and query.device.type == "cpu" and width <= _SHORT
+    short = query.dtype == torch.bfloat16 and query.device.type == "cpu" and width <= SHORT
     mask = None
     if window is not None:
         mask = _mask(width, window, query.device)

@@ -17,6 +17,7 @@ from ppo_engine.memory import free_memory
 from ppo_engine.models import probes
 from ppo_engine.models.attention import ATTENTION, using
 from ppo_engine.models.flop import Costs, Span
+from ppo_engine.models.footprint import numbers_kept
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.segments import Segments
 from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
@@ -32,7 +33,6 @@ _OF_FP32, _ROUNDING = 0.05, 0.2
 _ENOUGH = {"cuda": 8192, "cpu": 2048}  # tokens, from which on a pass is no faster a token
 _FEWEST = 256
 _SHARE = 0.5  # of the free memory, for what a pass keeps for its gradients
-_OF_WIDTH, _OF_INNER = 10, 2
 
 
 class Limit(NamedTuple):
@@ -123,15 +123,17 @@ class Reader:
         return nullcontext(), self._reading(self._packed)
 
 
+def enough(config: Any, dtype: torch.dtype, device: torch.device, free: float) -> int:
+    """Tokens of a pass, of a model with this configuration, that keep its products busy and fit
+    into the `free` bytes."""
+    each = config.get_text_config().num_hidden_layers * numbers_kept(config) * dtype.itemsize
+    return max(_FEWEST, min(_ENOUGH[device.type], int(_SHARE * free / each)))
+
+
 def _enough(model: Any) -> int:
-    """Tokens of a pass of `model` that keep its products busy, and fit into what is free."""
-    config = architecture.unwrap(model).config.get_text_config()
     weight = next(model.parameters())
-    # A layer keeps for its gradients about as many numbers a token (bench/notes/cpu.md).
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    numbers = config.num_hidden_layers * (_OF_WIDTH * config.hidden_size + _OF_INNER * width)
-    fit = _SHARE * free_memory(weight.device) / (numbers * weight.dtype.itemsize)
-    return max(_FEWEST, min(_ENOUGH[weight.device.type], int(fit)))
+    config = architecture.unwrap(model).config
+    return enough(config, weight.dtype, weight.device, free_memory(weight.device))
 
 
 def plan(lengths: Sequence[int], limit: Limit, *, packed: bool) -> list[list[int]]:

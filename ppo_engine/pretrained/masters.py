@@ -31,12 +31,7 @@ def to_compute_dtype(model: Any, dtype: torch.dtype) -> Any:
     do frozen ones that are in their dtype, which other models may share.
     """
     inner = unwrap(model)
-    kept = kept_in_fp32(inner, dtype)
-
-    def wanted(name: str) -> torch.dtype:
-        of_head = name.split(".")[0] in SCORE_HEADS
-        return torch.float32 if of_head or kept(name) else dtype
-
+    wanted = compute_dtypes(inner, dtype)
     for name, parameter in inner.named_parameters():
         if not parameter.is_floating_point():
             continue
@@ -54,6 +49,18 @@ def to_compute_dtype(model: Any, dtype: torch.dtype) -> Any:
         if buffer.is_floating_point() and (saved is None or name in saved):
             buffer.data = buffer.to(wanted(name))
     return model
+
+
+def compute_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """In what the weight of a name computes, in a `model` without its wrapper whose others do so in
+    `dtype`."""
+    kept = kept_in_fp32(model, dtype)
+
+    def wanted(name: str) -> torch.dtype:
+        of_head = name.split(".")[0] in SCORE_HEADS
+        return torch.float32 if of_head or kept(name) else dtype
+
+    return wanted
 
 
 def kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:

@@ -38,7 +38,7 @@ STEPS = {"cuda": 16, "cpu": 1}
 _PASS = {"cuda": 8192, "cpu": 2048}  # tokens that are read together
 # Bytes of slots that stay between rollouts, for the graphs that read them; more are needed by
 # what comes after a rollout, and are made anew in the time of a few steps.
-_STAYING = 4 * 2**30
+STAYING = 4 * 2**30
 _FIELDS = 6  # of `_Rows`
 
 _Row = TypeVar("_Row", bound=tuple[Any, ...])
@@ -105,7 +105,7 @@ class Decoder:
         self.device = policy.device
         self.dtype = policy.dtype
         self._windows = Windows.of(self._model.config)
-        self.heads = _heads(self._model, self.device)
+        self.heads = heads_of(self._model, self.device)
         self._products = Products(policy.model, device=self.device, dtype=self.dtype)
         self._fused = Fused(self._model, self.dtype, products=False)
         self.steps = STEPS[self.device.type]
@@ -177,7 +177,7 @@ class Decoder:
                     yield
             finally:
                 self._products.release()
-                if self._graphs is None or self.nbytes > _STAYING:
+                if self._graphs is None or self.nbytes > STAYING:
                     self.release()
 
     def read(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
@@ -315,7 +315,7 @@ class Decoder:
         return Written(copies[0], copies[1], copies[2], ready)
 
 
-def _heads(model: Any, device: torch.device) -> list[Heads]:
+def heads_of(model: Any, device: torch.device) -> list[Heads]:
     """What each layer of `model` keeps of a token, by a pass that shows it."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)

@@ -22,8 +22,8 @@ from ppo_engine.rollout.slots import bytes_per_token
 from ppo_engine.rollout.stops import StopStrings
 from ppo_engine.settings.schema import GenerationConfig
 
-_SHARE_OF_FREE = 0.5  # of the memory, for slots, where no budget is set
-_ALIGNED = 64  # a slot has a multiple of so many tokens
+SHARE_OF_FREE = 0.5  # of the memory, for slots, where no budget is set
+ALIGNED = 64  # a slot has a multiple of so many tokens
 
 Write = Callable[[Sequence[Request]], list[Response]]
 
@@ -107,10 +107,10 @@ class Sampler:
 def _size(decoder: Decoder, rows: int, length: int, budget: float | None) -> tuple[int, int]:
     """How many slots, and of how many tokens: for `rows` rows of `length` tokens, or as many as
     the `budget` (GiB) has room for. Raises a UserError where it has room for none."""
-    aligned = -(-length // _ALIGNED) * _ALIGNED
+    aligned = -(-length // ALIGNED) * ALIGNED
     each = aligned * bytes_per_token(decoder.heads, decoder.dtype)
     if budget is None:
-        room = _SHARE_OF_FREE * (free_memory(decoder.device) + decoder.nbytes)
+        room = SHARE_OF_FREE * (free_memory(decoder.device) + decoder.nbytes)
     else:
         room = budget * 2**30
     if each > room:

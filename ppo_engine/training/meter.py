@@ -11,8 +11,9 @@ overhead/…  the share of its time outside the passes of models: tokenizing, pl
             optimizer, a reward function. What losses, log-probs and sampling take beside the
             products is inside; a profile (`training.anatomy`) tells these apart
 
-Of each phase, `tokens_per_second/…`: the tokens that the policy wrote in this step (in supervised
-training, that the model reads) by the phase's time.
+Of each phase, `memory/…`: the most memory in use within it, where the system tells (`memory`); and
+`tokens_per_second/…`: the tokens that the policy wrote in this step (in supervised training, that
+the model reads) by the phase's time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from functools import cache
 
 import torch
 
+from ppo_engine.memory import begin_peak, peak_since_begun
 from ppo_engine.models import rates
 from ppo_engine.models.work import Work, counting
 
@@ -37,21 +39,26 @@ class Meter:
         self._device = device
         self._rate = _rate(device, dtype)
         self._phases: dict[str, tuple[Work, float]] = {}
+        self._peaks: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what models do in the block; ends when the device has done it."""
+        peaks = begin_peak(self._device)
         work, started = Work(self._device), time.perf_counter()
         with counting(work):
             yield
             rates.wait(self._device)
         self._phases[name] = work, time.perf_counter() - started
+        if peaks:
+            self._peaks[f"memory/{name}"] = peak_since_begun(self._device)
 
     def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
         """Of the phases since the last call, and of the step with so many `tokens` of the policy's
         that took so many `seconds`."""
         phases, self._phases = self._phases, {}
-        found = {f"tokens_per_second/{name}": tokens / took for name, (_, took) in phases.items()}
+        found, self._peaks = self._peaks, {}
+        found |= {f"tokens_per_second/{name}": tokens / took for name, (_, took) in phases.items()}
         whole = sum((work for work, _ in phases.values()), Work(self._device))
         for name, (work, took) in {**phases, "step": (whole, seconds)}.items():
             if work.read:

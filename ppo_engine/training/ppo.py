@@ -45,7 +45,7 @@ from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
-from ppo_engine.training import anatomy
+from ppo_engine.training import anatomy, fit
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
@@ -97,6 +97,7 @@ class PPOTrainer:
             held_out, of_held_out = self._read(config.evaluation.path, tokenizer)
             left_out += of_held_out
         self.notes += text_note([*examples, *held_out], tokenizer, "prompts")
+        place = fit.place_of(config)  # before anything is loaded
         self.engine = PPOEngine(
             policy, reward, config=config, tokenizer=tokenizer, environment=environment
         )
@@ -120,6 +121,8 @@ class PPOTrainer:
                 several_turns=self.engine.environment is not None,
             )
         self.notes += batch_notes(config.ppo, len(self.examples))
+        lengths = fit.prompt_lengths(self.examples, self.engine.policy.renderer, None)
+        self.notes += fit.note(config, lengths, place)
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)

@@ -28,7 +28,7 @@ from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
 from ppo_engine.errors import entry_point
-from ppo_engine.memory import release_freed_memory
+from ppo_engine.memory import peak_memory, release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
 from ppo_engine.models.finite import Losses, NotFiniteError, Skips
@@ -48,6 +48,7 @@ from ppo_engine.settings.schema import (
     SFTSettings,
     resolved,
 )
+from ppo_engine.training import fit
 from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.signs import Watch, supervised_signs
@@ -91,10 +92,12 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)
         self.notes += text_note([*training, *held_out], self.tokenizer, self.unit)
+        place = fit.place_of(config)  # before anything is loaded
         self.model = self._load_model(model)
         if config.run.save_adapters:
             check_saving(self.model)
         self.training = self._encode(training, "training")
+        self.notes += fit.note(config, fit.text_lengths(cast(Any, self.training)), place)
         self.held_out = self._encode(held_out, "held-out")
         self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
         self.total_steps = self.steps_per_epoch * self.settings.epochs
@@ -211,6 +214,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 if last and self.held_out:
                     with progress.phase("evaluate"):
                         metrics |= self.evaluate(progress)
+                metrics["memory/peak"] = peak_memory(self.device)
                 metrics |= progress.times
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)

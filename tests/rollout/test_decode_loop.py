@@ -384,7 +384,7 @@ def test_large_slots_do_not_stay_for_graphs(monkeypatch: pytest.MonkeyPatch) -> 
     write(sampler)
     size = loop.nbytes
     assert size > 0 and of_graphs.captured == 1
-    monkeypatch.setattr(decoder, "_STAYING", size - 1)
+    monkeypatch.setattr(decoder, "STAYING", size - 1)
     write(sampler)
     assert loop.nbytes == 0
 

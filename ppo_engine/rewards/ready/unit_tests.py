@@ -50,8 +50,9 @@ def _check_limits(timeout: float, memory: float) -> None:
     if not passes("", ["bytearray(1 << 20)"], timeout=timeout, memory=int(memory * 2**20)):
         raise UserError(
             f"unit_tests: no program ends within timeout={timeout:g} seconds and "
-            f"memory={memory:g} MiB, not even one that needs 1 MiB, so that all would score 0: raise reward.arguments.timeout or "
-            "reward.arguments.memory (10 and 1024 where they are not set)."
+            f"memory={memory:g} MiB, not even one that needs 1 MiB, so that all would score 0: "
+            "raise reward.arguments.timeout or reward.arguments.memory (10 and 1024 where they are "
+            "not set)."
         )
 
 
