@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,3 +59,33 @@ def free_memory(device: torch.device) -> float:
     import psutil
 
     return float(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch's error of a GPU, its allocator's of a CPU, or C++'s or
+    Python's own."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Of the CPU's allocator and of cuBLAS torch raises what it raises for everything.
+    known = "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in known)
+
+
+def forget(error: BaseException | None) -> None:
+    """Let go of what functions held that an error has ended: its tracebacks keep it alive."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def give_back_freed_memory() -> None:
+    """Free what only cycles hold, and give the device and the system what torch has kept of freed
+    memory: another size of tensors finds room."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    release_freed_memory()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ppo_engine.errors import UserError
+from ppo_engine.memory import is_out_of_memory
+from ppo_engine.messages import first_line
 from ppo_engine.models.adamw import AdamW
 from ppo_engine.pretrained.masters import set_master
 from ppo_engine.settings.schema import OptimizerConfig
@@ -46,10 +48,22 @@ class Learner:
         where = f"{self.name}, step {self.scheduler.last_epoch + 1}"
         norm, factor = clip_factor(parameters, self.config.max_grad_norm, where)
         self.begun += 1
-        self.optimizer.step(factor)
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            self.optimizer.step(factor)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"Memory ran out in the optimizer of {where} ({first_line(error)}), which cannot "
+                "be divided. Keep less for each weight, optimizer.moments=8bit, or train fewer: "
+                "lora.rank=16 or trainable_layers."
+            ) from error
+        self.clear_gradients()
         self.scheduler.step()
         return norm
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What to resume from: tensors are the model's and the optimizer's own, not copies."""

@@ -73,10 +73,6 @@ class Reader:
         with counting(None):
             return _can_pack(self, self._model)
 
-    def plan(self, rows: Sequence[Row], limit: Limit) -> list[list[int]]:
-        """Passes over `rows`, as `plan`."""
-        return plan([len(row.ids) for row in rows], limit, packed=self.packs)
-
     def stack(self, rows: Sequence[Row]) -> TokenRows:
         """The tensors of one pass."""
         pad = self._model.config.get_text_config().pad_token_id or 0

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ppo_engine.models import freezing, value_model
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.models.work import passing
-from ppo_engine.ppo.experience import Experience, parts_of
+from ppo_engine.ppo.experience import Experience, Part, in_parts
 from ppo_engine.rewards.model import RewardModel
 from ppo_engine.settings.schema import ModelConfig, PPOSettings
 from ppo_engine.spans import span
@@ -60,12 +61,26 @@ class Critic:
         return value_model.read_values(self.model, self.reader, rows)
 
     def update(
-        self, experience: Experience, numbers: Sequence[int], settings: PPOSettings, limit: Limit
+        self, experience: Experience, numbers: Sequence[int], settings: PPOSettings, budget: Budget
     ) -> dict[str, Tensor]:
         """One optimizer step on the responses of these `numbers`, a mini-batch."""
+        found = in_parts(
+            experience.rollout,
+            numbers,
+            self.reader,
+            budget,
+            lambda parts: self._backward(experience, parts, settings),
+        )
+        found["value/grad_norm"] = self.learner.step()
+        return found
+
+    def _backward(
+        self, experience: Experience, parts: Sequence[Part], settings: PPOSettings
+    ) -> dict[str, Tensor]:
+        """The gradient of a mini-batch, in these `parts`, and its metrics."""
         assert experience.values is not None and experience.returns is not None
+        self.learner.clear_gradients()
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        parts = parts_of(experience.rollout, numbers, self.reader, limit)
         tokens = max(1, sum(len(part.places) for part in parts))
         for part in parts:
             values = self.values(part.rows)
@@ -81,5 +96,4 @@ class Critic:
                 loss.backward()
             found["value/loss"] += loss.detach()
             found["value/clip_fraction"] += stats.clip_fraction * (len(part.places) / tokens)
-        found["value/grad_norm"] = self.learner.step()
         return found

@@ -27,6 +27,7 @@ from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.messages import nearest_path
 from ppo_engine.models import freezing, precision
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Limit
@@ -119,7 +120,7 @@ class PPOEngine:
             date=config.run.date,
         )
         self.sampler = Sampler(self.policy)
-        self.limit = Limit.of(config.ppo, self.policy.model)
+        self.budget = Budget(Limit.of(config.ppo, self.policy.model), "ppo")
         self.reference = self.policy.reference()
         self.rewards = load_rewards(
             reward,
@@ -127,7 +128,7 @@ class PPOEngine:
             self.policy.renderer,
             device=self.device,
             dtype=self.dtype,
-            limit=self.limit,
+            budget=self.budget,
         )
         scorers = self.rewards.by_tokens.values()
         for scorer in scorers:
@@ -154,14 +155,14 @@ class PPOEngine:
         self.actor = Actor(
             self.policy,
             config,
-            self.limit,
+            self.budget,
             updates=(config.steps - config.ppo.critic_warmup_steps) * per_step,
         )
         self.passes = Passes(
             self.policy,
             self.reference,
             temperature=config.generation.temperature,
-            limit=self.limit,
+            budget=self.budget,
             trunks=self.trunks,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
@@ -364,7 +365,7 @@ class PPOEngine:
                     if not self._warms_up:
                         found |= self.actor.update(experience, numbers, kl_coef)
                     if self.critic is not None:
-                        found |= self.critic.update(experience, numbers, settings, self.limit)
+                        found |= self.critic.update(experience, numbers, settings, self.budget)
                     for name, value in found.items():
                         records[name].append(value)
         self.trunks.clear()
@@ -377,6 +378,13 @@ class PPOEngine:
             over_steps = torch.stack(values)
             metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())
         return metrics
+
+    def take_notes(self) -> list[str]:
+        """What is to be said of memory that ran out since the last call, and what was done."""
+        # A reward model that was given as an object has a budget of its own.
+        budgets = [self.budget, *(model.budget for model in self.rewards.models)]
+        notes = [self.sampler.take_note(), *(budget.take_note() for budget in budgets)]
+        return [note for note in notes if note]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, for `load_state_dict` with the same settings.

@@ -29,6 +29,7 @@ from ppo_engine.errors import entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
@@ -62,6 +63,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
     result: ClassVar[str]  # the trained model's folder within the run's
 
     config: RewardModelConfig | SFTConfig
+    budget: Budget  # of passes, made with the model
 
     def __init__(
         self,
@@ -209,7 +211,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
-                for note in watch.look({"step": self.step, **metrics}):
+                signs = watch.look({"step": self.step, **metrics})
+                for note in filter(None, (self.budget.take_note(), *signs)):
                     progress.note(note)
                 self._unreported = None
                 self.checkpoints.mark()
@@ -238,6 +241,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         return {
             **metrics,
             f"{self.command}/learning_rate": learning_rate,
+            "memory/pass_tokens": self.budget.limit.tokens,
             "tokens_per_second": sum(map(self._tokens, examples)) / seconds,
         }
 
