@@ -20,9 +20,9 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.models.budget import Budget
 from ppo_engine.models.reader import Reader
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.experience import Part, in_parts
