@@ -49,8 +49,9 @@ from ppo_engine.ppo.experience import (
     of_sampler,
 )
 from ppo_engine.ppo.kl_control import KLController
+from ppo_engine.ppo.offloading import check_offload, let_wait
 from ppo_engine.ppo.passes import Passes
-from ppo_engine.ppo.trunks import Trunks
+from ppo_engine.ppo.trunks import Role, Trunks
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike, load_rewards
@@ -107,6 +108,7 @@ class PPOEngine:
         check_settings(config)
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
+        check_offload(config.run.offload, self.device)
         torch.manual_seed(config.run.seed)
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
 
@@ -148,10 +150,9 @@ class PPOEngine:
             if config.ppo.has_critic
             else None
         )
-        self.trunks = Trunks(
-            [self.policy, *([self.critic] if self.critic else [])],
-            [*([self.reference] if self.reference else []), *scorers],
-        )
+        trained: list[Role] = [self.policy, *([self.critic] if self.critic else [])]
+        references: list[Role] = [self.reference] if self.reference else []
+        self.trunks = Trunks(trained, [*references, *scorers])
         self.actor = Actor(
             self.policy,
             config,
@@ -172,6 +173,8 @@ class PPOEngine:
         self.takes_samplers = choices.get(config.ppo.old_logprobs)
         if config.ppo.importance_cap is not None:  # they are what it compares with
             self.takes_samplers = False
+        frozen: dict[str, Sequence[Role]] = {"reference": references, "reward": self.rewards.models}
+        let_wait(config.run.offload, frozen, trained, self.device)
         self.steps_done = 0
         release_freed_memory()  # of weights that were loaded in fp32
 

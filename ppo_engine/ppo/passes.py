@@ -56,14 +56,15 @@ class Passes:
             with self._unadapted():
                 return reference.logprobs(rows, self._temperature)
 
-        with span("reference"):
+        with span("reference"), reference.reader.on_device():
             logprobs, _ = self._over(rollout, reference.reader, measure)
         return logprobs
 
     @torch.no_grad()
     def of_both(self, rollout: Rollout) -> tuple[Tensor, ...]:
         """(log-probs, the reference's log-probs, entropies), in passes over the same tokens."""
-        return self._over(rollout, self._policy.reader, self._compare)
+        with self._reference.reader.on_device():
+            return self._over(rollout, self._policy.reader, self._compare)
 
     @torch.no_grad()
     def of_critic(self, critic: Critic, rollout: Rollout) -> Tensor:

@@ -109,7 +109,8 @@ class RewardModel:
                 scores[planned] = read_values(self.model, self.reader, part)
             return scores
 
-        return self.budget.run([len(row) for row in rows], score, packed=self.reader.packs)
+        with self.reader.on_device():
+            return self.budget.run([len(row) for row in rows], score, packed=self.reader.packs)
 
 
 def load_reward_model(

@@ -25,7 +25,7 @@ from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
-from ppo_engine.errors import entry_point
+from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
@@ -82,6 +82,11 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.config = config = dated(config)
         self.console = console
         check_trackers(config.run.trackers)
+        if config.run.offload:
+            raise UserError(
+                f"run.offload would have no effect: `{self.command}` has no frozen models. It is "
+                "for `ppo` and `grpo`: leave it empty."
+            )
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
