@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
                     device=options.device,
                     dtype=str(dtype).removeprefix("torch."),
                 )
-            work = replace(work, moments=options.moments)
+            work = replace(work, moments=options.moments, offload=options.offload)
             compare(work, sides, options.repeats)
     measured = [side for side in sides if side.steps]
     if measured:
@@ -105,6 +105,7 @@ def _common(model: str, work: Work, ceilings: machine.Ceilings, device: torch.de
         "epochs": work.epochs,
         "micro_batch": work.micro_batch,
         "moments": work.moments,
+        "offload": work.offload,
         "device": machine.describe(device),
         **machine.versions(),
         "transformers": importlib.metadata.version("transformers"),
@@ -154,6 +155,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--moments", choices=("float32", "8bit"), default="float32", help="of our AdamW"
+    )
+    parser.add_argument(
+        "--offload", action="store_true", help="our reference and reward model wait on the CPU"
     )
     parser.add_argument("--prompts", type=_positive, help="in a step; default: 16, on a GPU 64")
     parser.add_argument(

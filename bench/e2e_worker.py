@@ -41,6 +41,7 @@ class Work:
     dtype: str
     # Of our AdamW; TRL's are in the dtype of its weights.
     moments: Literal["float32", "8bit"] = "float32"
+    offload: bool = False  # whether our frozen models wait on the CPU between their uses
 
     def save(self) -> None:
         (Path(self.folder) / _WORK_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -40,6 +40,7 @@ _FREE_KEYS = {
     "run.resume",
     "run.output_dir",
     "run.device",
+    "run.offload",
     "run.save_dtype",
     "run.checkpoint_every",
     "run.checkpoint_minutes",

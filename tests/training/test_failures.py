@@ -256,16 +256,32 @@ def test_a_run_goes_on_with_smaller_micro_batches(model: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("make", "path"), [(sft, "policy.nll_loss"), (sft, "policy.nll"), (reward_model, "_forward")]
+    ("make", "path"),
+    [
+        (sft, "policy.nll"),
+        (sft, "backward"),
+        (reward_model, "_forward"),
+        (reward_model, "backward"),
+    ],
 )
 def test_a_pass_without_memory_is_divided_and_said_once(
-    model: str, tmp_path: Path, make: Any, path: str
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, path: str
 ) -> None:
     """The first one of all; a run with the smaller budget from the start has the same bits."""
     trainer, other = make(model, tmp_path / "cut"), make(model, tmp_path / "whole")
     told = io.StringIO()
     trainer.console = Console(file=told, width=1000)
-    fails(trainer, path, 1, OUT_OF_MEMORY)
+    if path == "backward":
+        backward, left = torch.Tensor.backward, [OUT_OF_MEMORY]
+
+        def failing(loss: torch.Tensor) -> None:
+            backward(loss)  # the gradients are there
+            if left:
+                raise left.pop()
+
+        monkeypatch.setattr(torch.Tensor, "backward", failing)
+    else:
+        fails(trainer, path, 1, OUT_OF_MEMORY)
     trainer.train()
     other.budget.limit = trainer.budget.limit
     other.train()
