@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,17 @@ class Offloaded:
         self._device = device
         self._moved: list[tuple[nn.Parameter, Tensor]] = []
         self._uses = 0
-        waiting: dict[int, Tensor] = {}  # by the address before, which tied weights share
+        found: dict[Any, Tensor] = {}  # by where they were, which tied weights share
         for parameter in model.parameters():
-            address = parameter.data_ptr()
-            if address in staying:
+            if parameter.data_ptr() in staying:
                 continue
-            if address not in waiting:
-                waiting[address] = torch.empty_like(
+            place = parameter.data_ptr(), parameter.shape, parameter.stride()
+            if place not in found:
+                found[place] = torch.empty_like(
                     parameter.data, device="cpu", pin_memory=device.type == "cuda"
                 ).copy_(parameter.data)
-            self._moved.append((parameter, waiting[address]))
+            parameter.waiting = found[place]  # type: ignore[attr-defined]
+            self._moved.append((parameter, found[place]))
         self._rest()
 
     @contextmanager
@@ -65,7 +67,6 @@ class Offloaded:
     def _rest(self) -> None:
         for parameter, waits in self._moved:
             parameter.data = waits
-            parameter.waiting = waits  # type: ignore[attr-defined]
 
 
 def address(parameter: Tensor) -> int:
