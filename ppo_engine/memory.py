@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 import sys
-import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -71,13 +70,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     # Of the CPU's allocator and of cuBLAS torch raises what it raises for everything.
     known = "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
     return isinstance(error, RuntimeError) and any(text in str(error) for text in known)
-
-
-def forget(error: BaseException | None) -> None:
-    """Let go of what functions held that an error has ended: its tracebacks keep it alive."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 def give_back_freed_memory() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ppo_engine.errors import UserError
-from ppo_engine.memory import forget, give_back_freed_memory, is_out_of_memory
+from ppo_engine.memory import give_back_freed_memory, is_out_of_memory
 from ppo_engine.messages import first_line
 from ppo_engine.models.reader import Limit, plan
 
@@ -95,8 +95,7 @@ def freeing(attempt: Callable[..., Result], *given: Any) -> Result:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error) or type(error).__name__
-        forget(error)
-    # Only here is the error itself gone, which would hold what is to be freed.
+    # Only here is the error gone, whose traceback holds all that the attempt had.
     give_back_freed_memory()
     raise MemoryRanOut(reason)
 
