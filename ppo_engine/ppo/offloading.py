@@ -27,8 +27,8 @@ def let_wait(
     device: torch.device,
 ) -> None:
     """Move what the `wanted` ones of the `frozen` models have to the CPU, from where it comes to
-    the `device` when they read. Weights that another model has, too, stay there. A `UserError`
-    where there is no such model."""
+    the `device` when they read. Weights that a `trained` model has, too, stay there. A
+    `UserError` where there is no such model."""
     for name in wanted:
         if not frozen[name]:
             raise UserError(
@@ -37,7 +37,6 @@ def let_wait(
                 "it out."
             )
     waiting = [role for name in dict.fromkeys(wanted) for role in frozen[name]]
-    others = [role for roles in frozen.values() for role in roles if role not in waiting]
-    staying = {p.data_ptr() for role in (*trained, *others) for p in role.model.parameters()}
+    staying = {p.data_ptr() for role in trained for p in role.model.parameters()}
     for role in waiting:
         role.reader.offloaded = Offloaded(role.model, device, staying)

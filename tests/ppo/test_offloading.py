@@ -143,7 +143,9 @@ def test_what_another_model_has_stays():
     assert engine.policy.shares_head(engine.reference)  # tied to embeddings, which are frozen
     alone = [p for p in engine.reference.model.parameters() if p.data_ptr() not in shared]
     assert alone and all(address(p) == p.data_ptr() for p in alone)
-    with engine.reference.reader.on_device(), engine.reference.reader.on_device():
+    with engine.reference.reader.on_device():
+        with engine.reference.reader.on_device():
+            pass
         assert all(address(p) != p.data_ptr() for p in alone)
     assert all(address(p) == p.data_ptr() for p in alone)
 
