@@ -60,16 +60,24 @@ def free_memory(device: torch.device) -> float:
     return float(psutil.virtual_memory().available)
 
 
+# In errors of no type of their own: of torch's allocator for CPUs, of cuBLAS, and of oneDNN, which
+# says no more where there is no memory for a product's code.
+_RAN_OUT = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a primitive",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch's error of a GPU, its allocator's of a CPU, or C++'s or
-    Python's own."""
+    """Whether memory ran out: torch's error of a GPU, those of libraries, or Python's own."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # Of the CPU's allocator and of cuBLAS torch raises what it raises for everything.
-    known = "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in known)
+    text = str(error)
+    ran_out = any(known in text for known in _RAN_OUT) and "primitive descriptor" not in text
+    return isinstance(error, RuntimeError) and ran_out
 
 
 def give_back_freed_memory() -> None:

@@ -85,6 +85,8 @@ def test_a_row_alone_is_not_divided(section, lower):
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul"), False),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("can't allocate memory"), False),
         (KeyboardInterrupt(), False),
