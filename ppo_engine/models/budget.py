@@ -9,6 +9,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.memory import give_back_freed_memory, is_out_of_memory
 from ppo_engine.messages import first_line
 from ppo_engine.models.reader import Limit, plan
+from ppo_engine.models.work import needed
 
 Result = TypeVar("Result")
 
@@ -71,7 +72,7 @@ class Budget:
         return (
             f"Memory ran out in a pass of {tokens:,} tokens ({reason}). It was repeated in passes "
             f"of at most {self.limit.tokens:,}, as all are from here on: more time, but the same "
-            f"results.{set_it * bool(self._section)}"
+            f"results up to rounding.{set_it * bool(self._section)}"
         )
 
     def _of_one_row(self, tokens: int, reason: str) -> str:
@@ -90,7 +91,8 @@ def freeing(attempt: Callable[..., Result], *given: Any) -> Result:
     """What `attempt` gives. Where memory runs out in it, all that it made is freed, and
     `MemoryRanOut` raised."""
     try:
-        return attempt(*given)
+        with needed():
+            return attempt(*given)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

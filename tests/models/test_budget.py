@@ -15,6 +15,7 @@ from ppo_engine.memory import is_out_of_memory
 from ppo_engine.models.budget import Budget
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Limit
+from ppo_engine.models.work import Work, counting
 from ppo_engine.settings.schema import OptimizerConfig
 
 LENGTHS = [30, 5, 12, 8, 20, 25]
@@ -109,6 +110,20 @@ def test_what_is_not_memory_is_raised_as_it_is(raised, meant):
         with pytest.raises(type(raised)) as caught:
             budget.run(LENGTHS, attempt, packed=True)
         assert caught.value is raised and budget.limit == Limit(9999)
+
+
+def test_work_that_is_done_again_counts_once():
+    work, attempts = Work(torch.device("cpu")), []
+
+    def attempt(_: Any) -> None:
+        attempts.append(1)
+        work.read += 100
+        if len(attempts) == 1:
+            raise FULL()
+
+    with counting(work):
+        Budget(Limit(9999)).run(LENGTHS, attempt, packed=True)
+    assert work.read == 100 and len(attempts) == 2
 
 
 def test_torchs_own_errors_are_known():
