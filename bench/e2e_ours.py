@@ -68,7 +68,11 @@ def config_of(work: Work) -> PPOConfig:
             mini_batch_size=len(work.prompts),
             epochs=work.epochs,
         ),
-        run=RunConfig(device=work.device, dtype=work.dtype),  # type: ignore[arg-type]
+        run=RunConfig(
+            device=work.device,
+            dtype=work.dtype,  # type: ignore[arg-type]
+            offload=["reference", "reward"] if work.offload else [],
+        ),
         steps=work.steps,
         share_base=work.share_base,
     )

@@ -95,7 +95,12 @@ def _run(contest: Contest, options: argparse.Namespace) -> int:
                 )
                 if options.share_base:
                     save_reward_adapters(Path(folder))
-            work = replace(work, moments=options.moments, share_base=options.share_base)
+            work = replace(
+                work,
+                moments=options.moments,
+                share_base=options.share_base,
+                offload=options.offload,
+            )
             compare(work, sides, options.repeats)
     measured = [side for side in sides if side.steps]
     if measured:
@@ -128,6 +133,7 @@ def _common(
         "micro_batch": work.micro_batch,
         "moments": work.moments,
         "share_base": work.share_base,
+        "offload": work.offload,
         "device": machine.describe(device),
         **machine.versions(),
         "transformers": importlib.metadata.version("transformers"),
@@ -187,8 +193,11 @@ def _options(contest: Contest, description: str) -> argparse.Namespace:
     parser.add_argument(
         "--moments", choices=("float32", "8bit"), default="float32", help="of our AdamW"
     )
-    parser.set_defaults(share_base=False)
+    parser.set_defaults(share_base=False, offload=False)
     if contest.trained > 1:
+        parser.add_argument(
+            "--offload", action="store_true", help="our reference and reward model wait on the CPU"
+        )
         parser.add_argument(
             "--share-base",
             action="store_true",

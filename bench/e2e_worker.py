@@ -44,6 +44,7 @@ class Work:
     moments: Literal["float32", "8bit"] = "float32"
     group: int = 1  # responses to each prompt
     share_base: bool = False  # ours: adapters on one base
+    offload: bool = False  # whether our frozen models wait on the CPU between their uses
 
     @property
     def responses(self) -> int:

@@ -2,8 +2,8 @@
 # Every number of a GPU from one command: bench/gpu.sh [OUTPUT_FOLDER [STEP...]]
 #
 # Steps: build, doctor, tests, memory, ops, e2e, rollout, passes, growth; all of them unless some are
-# named. A step that reaches its limit is ended, and the next one begins. The limits of all are 30
-# minutes together; `bench/gpu.sh OUT tests e2e rollout` takes eleven at most, and `OUT passes growth`.
+# named. A step that reaches its limit is ended, and the next one begins. The limits of all are 31
+# minutes together; `bench/gpu.sh OUT tests e2e rollout` takes twelve at most, and `OUT passes growth`.
 #
 # For a machine with an NVIDIA GPU and a Python that has torch, triton and transformers; no network.
 # What cannot be had there (a compiler, pytest, other packages) is left out, and log.txt says so.
@@ -45,6 +45,8 @@ step e2e-8bit 60 "$python" bench/e2e.py --device cuda --model qwen2.5-1.5b --onl
 # TRL_PYTHON: of an environment with the TRL that bench/e2e_grpo.py names; without, ours alone.
 step e2e-grpo 120 "$python" bench/e2e_grpo.py --device cuda --model qwen2.5-1.5b \
   --trl "${TRL_PYTHON:-$python}" --out "$out/e2e-grpo.csv"
+step e2e-offload 60 "$python" bench/e2e.py --device cuda --model qwen2.5-1.5b --only ours --repeats 1 \
+  --offload --out "$out/e2e-offload.csv"
 step rollout 150 "$python" bench/rollout.py --device cuda --repeats 2 --out "$out/rollout.csv"
 step passes 110 "$python" bench/passes.py --device cuda --model qwen2.5-1.5b --seconds 5 --out "$out/passes.csv"
 # Fewer tokens: plain's activations beside 7B weights and gradients are to fit into 80 GB.

@@ -131,6 +131,9 @@ def _generate(config: GenerateConfig, out: TextIO) -> None:
                 write(rows)
                 scores += [row["scores"] for row in rows if rewards is not None]
                 progress.step(step, {})
+                told = [model.budget.take_note() for model in (rewards.models if rewards else [])]
+                for note in filter(None, (sampler.take_note(), *told)):
+                    progress.note(note)
             if config.output:
                 progress.note(
                     f"{len(examples)} prompts, with {config.responses} of the model's responses to "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,3 +105,34 @@ def used_memory(device: torch.device) -> float:
     import psutil
 
     return float(psutil.Process().memory_info().rss)
+
+
+# In errors of no type of their own: of torch's allocator for CPUs, of cuBLAS, and of oneDNN, which
+# says no more where there is no memory for a product's code.
+_RAN_OUT = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a primitive",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch's error of a GPU, those of libraries, or Python's own."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    ran_out = any(known in text for known in _RAN_OUT) and "primitive descriptor" not in text
+    return isinstance(error, RuntimeError) and ran_out
+
+
+def give_back_freed_memory() -> None:
+    """Free what only cycles hold, and give the device and the system what torch has kept of freed
+    memory: another size of tensors finds room."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    release_freed_memory()

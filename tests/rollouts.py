@@ -20,11 +20,12 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.reader import Reader
 from ppo_engine.ppo.engine import PPOEngine
-from ppo_engine.ppo.experience import Part, parts_of
+from ppo_engine.ppo.experience import Part, in_parts
 from ppo_engine.rewards.weighted import RewardsLike
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.rollout.sampling import Sampler
@@ -274,15 +275,16 @@ def record(engine: PPOEngine, monkeypatch: Any) -> Steps:
     """The steps that the engine's updates take from now on."""
     passes: tuple[list[list[int]], list[list[int]]] = ([], [])
 
-    def spy(rollout: Rollout, numbers: Any, reader: Reader, limit: Limit) -> list[Part]:
-        parts = parts_of(rollout, numbers, reader, limit)
-        if torch.is_grad_enabled():
+    def spy(rollout: Rollout, numbers: Any, reader: Reader, budget: Budget, attempt: Any) -> Any:
+        def seen(parts: list[Part]) -> Any:
             of_policy = reader is engine.policy.reader
             rows = [[rollout.columns["row"][number] for number in part.numbers] for part in parts]
             passes[not of_policy].extend(rows)
-        return parts
+            return attempt(parts)
+
+        return in_parts(rollout, numbers, reader, budget, seen)
 
     for module in ("actor", "critic"):
-        monkeypatch.setattr(f"ppo_engine.ppo.{module}.parts_of", spy)
+        monkeypatch.setattr(f"ppo_engine.ppo.{module}.in_parts", spy)
     of_critic = recorded_steps(engine.critic.learner, passes[1]) if engine.critic else []
     return Steps(recorded_steps(engine.actor.learner, passes[0]), of_critic)

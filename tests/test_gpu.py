@@ -28,7 +28,9 @@ from test_swiglu import arguments as swiglu_arguments
 from torch import Tensor
 
 import ppo_kernels
-from ppo_engine.models.reader import Reader
+from ppo_engine.models.budget import Budget
+from ppo_engine.models.offload import Offloaded
+from ppo_engine.models.reader import Limit, Reader
 from ppo_engine.models.token_rows import pick, scored, stack
 from ppo_engine.models.work import Work, counting, passing
 from ppo_kernels import dispatch, head, reference
@@ -265,6 +267,35 @@ def test_packed_passes(family: str) -> None:
         found.append((states.detach(), gradient.float()))
     for expected, got in zip(*found, strict=True):
         assert (got - expected).norm() < 0.1 * expected.norm()
+
+
+def test_weights_come_for_their_use_and_leave_no_memory() -> None:
+    model = of_family("llama").cuda().requires_grad_(False)
+    ids = torch.arange(12, device="cuda")[None]
+    expected, before = model(ids).logits, torch.cuda.memory_allocated()
+    offloaded = Offloaded(model, torch.device("cuda"), set())
+    away = torch.cuda.memory_allocated()
+    assert all(x.device.type == "cpu" and x.is_pinned() for x in model.parameters())
+    assert before - away >= sum(x.nbytes for x in {*model.parameters()})
+    for _ in range(2):
+        with offloaded.on_device():
+            assert torch.equal(model(ids).logits, expected)
+        assert torch.cuda.memory_allocated() == away
+
+
+def test_a_pass_without_memory_leaves_none_behind() -> None:
+    held = []
+
+    def attempt(passes: list[list[int]]) -> int:
+        states = torch.empty(2**26, device="cuda", requires_grad=True).exp()
+        held.append(torch.cuda.memory_reserved())
+        if len(passes) == 1:
+            torch.empty(2**50, device="cuda") * states
+        return len(passes)
+
+    torch.cuda.empty_cache()
+    assert Budget(Limit(100)).run([10, 10], attempt, packed=True) == 2
+    assert held[1] <= held[0]
 
 
 def test_passes_are_timed_by_the_stream() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ppo_engine.errors import UserError
+from ppo_engine.memory import is_out_of_memory
+from ppo_engine.messages import first_line
 from ppo_engine.models.adamw import AdamW
 from ppo_engine.models.finite import Losses, NotFiniteError, refuse_bad_gradient
 from ppo_engine.pretrained.masters import set_master
@@ -50,16 +52,29 @@ class Learner:
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm, factor = clip_factor(parameters, self.config.max_grad_norm)
+        where = f"{self.name} (update {self.updates + 1})"
         try:
-            refuse_bad_gradient(f"{self.name} (update {self.updates + 1})", norm, losses)
+            refuse_bad_gradient(where, norm, losses)
         except NotFiniteError:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear_gradients()
             raise
         self.begun += 1
-        self.optimizer.step(factor)
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            self.optimizer.step(factor)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"Memory ran out in the optimizer of {where} ({first_line(error)}), which cannot "
+                "be divided. Keep less for each weight, optimizer.moments=8bit, or train fewer: "
+                "lora.rank=16 or trainable_layers."
+            ) from error
+        self.clear_gradients()
         self.scheduler.step()
         return norm
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def updates(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from ppo_engine.models.attention import ATTENTION, using
 from ppo_engine.models.flop import Costs, Span
 from ppo_engine.models.footprint import numbers_kept
 from ppo_engine.models.fused import Fused
+from ppo_engine.models.offload import Offloaded
 from ppo_engine.models.segments import Segments
 from ppo_engine.models.token_rows import Row, TokenRows, scored, stack
 from ppo_engine.models.trunk import Trunk
@@ -62,6 +63,7 @@ class Reader:
         self.costs = Costs.of(self._model)
         self._packed: bool | None = None  # while it reads: whether that is packed
         self.trunk: Trunk | None = None  # frozen layers whose states are kept, if any
+        self.offloaded: Offloaded | None = None  # the model's weights, where they wait elsewhere
         if architecture.checkpoints_gradients(self._model):
             # A function, as copies of the model share it; a method would be copied with its reader.
             architecture.checkpoint_gradients(self._model, lambda: self._again())
@@ -73,9 +75,9 @@ class Reader:
         with counting(None):
             return _can_pack(self, self._model)
 
-    def plan(self, rows: Sequence[Row], limit: Limit) -> list[list[int]]:
-        """Passes over `rows`, as `plan`."""
-        return plan([len(row.ids) for row in rows], limit, packed=self.packs)
+    def on_device(self) -> AbstractContextManager[None]:
+        """Inside, the model can be used, also where its weights wait elsewhere (`offload`)."""
+        return nullcontext() if self.offloaded is None else self.offloaded.on_device()
 
     def stack(self, rows: Sequence[Row]) -> TokenRows:
         """The tensors of one pass."""

@@ -88,6 +88,19 @@ def counting(work: Work | None) -> Iterator[None]:
         _current = before
 
 
+@contextmanager
+def needed() -> Iterator[None]:
+    """Count nothing of the block where it fails, as it is to be done again; its time stays."""
+    work = _current
+    before = None if work is None else (work.flop, work.read, work.padding)
+    try:
+        yield
+    except BaseException:
+        if work is not None and before is not None:
+            work.flop, work.read, work.padding = before
+        raise
+
+
 def current_work() -> Work | None:
     """What is counted into, where something is."""
     return _current

@@ -8,23 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ppo_engine.models.budget import Budget
+from ppo_engine.models.finite import Losses
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.models.reader import Limit
 from ppo_engine.models.work import passing
-from ppo_engine.ppo.experience import Experience, parts_of
+from ppo_engine.ppo.experience import Experience, Part, in_parts
 from ppo_engine.settings.schema import PPOConfig
 from ppo_engine.spans import span
 
 
 class Actor:
-    """Trains the policy by the loss of `ppo.objective`, in passes of at most `limit`. `updates` is
+    """Trains the policy by the loss of `ppo.objective`, in passes within the `budget`. `updates` is
     the number of optimizer steps of its schedule."""
 
     def __init__(
-        self, policy: LanguageModel, config: PPOConfig, limit: Limit, *, updates: int
+        self, policy: LanguageModel, config: PPOConfig, budget: Budget, *, updates: int
     ) -> None:
-        self._policy, self._config, self._limit = policy, config, limit
+        self._policy, self._config, self._budget = policy, config, budget
         self.learner = Learner(policy.model, config.policy.optimizer, updates, "the policy")
         self.version = 0  # optimizer steps taken
 
@@ -32,15 +33,32 @@ class Actor:
         self, experience: Experience, numbers: Sequence[int], kl_coef: float
     ) -> dict[str, Tensor]:
         """One optimizer step on the responses of these `numbers`, a mini-batch."""
+        policy = self._policy
+        policy.model.train()
+        found, losses = in_parts(
+            experience.rollout,
+            numbers,
+            policy.reader,
+            self._budget,
+            lambda parts: self._backward(experience, parts, kl_coef),
+        )
+        policy.model.eval()
+        found["policy/grad_norm"] = self.learner.step(losses)
+        self.version += 1
+        return found
+
+    def _backward(
+        self, experience: Experience, parts: Sequence[Part], kl_coef: float
+    ) -> tuple[dict[str, Tensor], Losses]:
+        """The gradient of a mini-batch, in these `parts`; its metrics, and each part's loss."""
         policy, settings = self._policy, self._config.ppo
-        parts = parts_of(experience.rollout, numbers, policy.reader, self._limit)
+        self.learner.clear_gradients()
         tokens = max(1, sum(len(part.places) for part in parts))
-        normalizer = self._normalizer(tokens, len(numbers))
+        normalizer = self._normalizer(tokens, sum(len(part.numbers) for part in parts))
         weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
         losses: list[tuple[list[int], Tensor]] = []
         penalized = settings.kl_in == "loss"
-        policy.model.train()
         for part in parts:
             # Until the first step the old log-probs are those of this same pass: computed in
             # another batch they would differ by rounding, and the ratio would not be 1.
@@ -82,10 +100,7 @@ class Actor:
             ):
                 found[f"policy/{name}"] += getattr(stats, name) * share
             found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
-        policy.model.eval()
-        found["policy/grad_norm"] = self.learner.step(losses)
-        self.version += 1
-        return found
+        return found, losses
 
     def _normalizer(self, tokens: int, responses: int) -> float:
         """What a mini-batch's sum of losses is divided by, whatever its passes."""

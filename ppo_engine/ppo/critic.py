@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ppo_engine.models import freezing, value_model
+from ppo_engine.models.budget import Budget
+from ppo_engine.models.finite import Losses
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.optimizer import Learner
-from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.reader import Reader
 from ppo_engine.models.shared_base import SharedBase
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.models.work import passing
-from ppo_engine.ppo.experience import Experience, parts_of
+from ppo_engine.ppo.experience import Experience, Part, in_parts
 from ppo_engine.rewards.model import RewardModel
 from ppo_engine.settings.schema import ModelConfig, PPOSettings
 from ppo_engine.spans import span
@@ -66,13 +68,27 @@ class Critic:
         return value_model.read_values(self.model, self.reader, rows)
 
     def update(
-        self, experience: Experience, numbers: Sequence[int], settings: PPOSettings, limit: Limit
+        self, experience: Experience, numbers: Sequence[int], settings: PPOSettings, budget: Budget
     ) -> dict[str, Tensor]:
         """One optimizer step on the responses of these `numbers`, a mini-batch."""
+        found, losses = in_parts(
+            experience.rollout,
+            numbers,
+            self.reader,
+            budget,
+            lambda parts: self._backward(experience, parts, settings),
+        )
+        found["value/grad_norm"] = self.learner.step(losses)
+        return found
+
+    def _backward(
+        self, experience: Experience, parts: Sequence[Part], settings: PPOSettings
+    ) -> tuple[dict[str, Tensor], Losses]:
+        """The gradient of a mini-batch, in these `parts`; its metrics, and each part's loss."""
         assert experience.values is not None and experience.returns is not None
+        self.learner.clear_gradients()
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         losses: list[tuple[list[int], Tensor]] = []
-        parts = parts_of(experience.rollout, numbers, self.reader, limit)
         tokens = max(1, sum(len(part.places) for part in parts))
         for part in parts:
             values = self.values(part.rows)
@@ -89,5 +105,4 @@ class Critic:
             found["value/loss"] += loss.detach()
             losses.append((part.numbers, loss.detach()))
             found["value/clip_fraction"] += stats.clip_fraction * (len(part.places) / tokens)
-        found["value/grad_norm"] = self.learner.step(losses)
-        return found
+        return found, losses

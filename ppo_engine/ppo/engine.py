@@ -49,9 +49,10 @@ from ppo_engine.ppo.experience import (
     of_sampler,
 )
 from ppo_engine.ppo.kl_control import KLController
+from ppo_engine.ppo.offloading import check_offload, let_wait
 from ppo_engine.ppo.passes import Passes
 from ppo_engine.ppo.roles import load_roles, optimizer_steps
-from ppo_engine.ppo.trunks import Trunks
+from ppo_engine.ppo.trunks import Role, Trunks
 from ppo_engine.pretrained.adapters import is_adapted
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
@@ -104,29 +105,29 @@ class PPOEngine:
         check_settings(config)
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
+        check_offload(config.run.offload, self.device)
         torch.manual_seed(config.run.seed)
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
 
         roles = load_roles(policy, reward, config, tokenizer, device=self.device, dtype=self.dtype)
         self.policy, self.reference = roles.policy, roles.reference
-        self.rewards, self.critic, self.limit = roles.rewards, roles.critic, roles.limit
+        self.rewards, self.critic, self.budget = roles.rewards, roles.critic, roles.budget
         self.sampler = Sampler(self.policy)
         self.environment = load_environment(config.environment, environment)
-        self.trunks = Trunks(
-            [self.policy, *([self.critic] if self.critic else [])],
-            [*([self.reference] if self.reference else []), *roles.scorers],
-        )
+        trained: list[Role] = [self.policy, *([self.critic] if self.critic else [])]
+        references: list[Role] = [self.reference] if self.reference else []
+        self.trunks = Trunks(trained, [*references, *roles.scorers])
         self.actor = Actor(
             self.policy,
             config,
-            self.limit,
+            self.budget,
             updates=(config.steps - config.ppo.critic_warmup_steps) * optimizer_steps(config),
         )
         self.passes = Passes(
             self.policy,
             self.reference,
             temperature=config.generation.temperature,
-            limit=self.limit,
+            budget=self.budget,
             trunks=self.trunks,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
@@ -136,6 +137,8 @@ class PPOEngine:
         self.takes_samplers = choices.get(config.ppo.old_logprobs)
         if config.ppo.importance_cap is not None:  # they are what it compares with
             self.takes_samplers = False
+        frozen: dict[str, Sequence[Role]] = {"reference": references, "reward": self.rewards.models}
+        let_wait(config.run.offload, frozen, trained, self.device)
         self.steps_done = 0
         self._warned = False  # that nothing more is learned
         self.skips = Skips(config.run.on_bad_numbers)
@@ -386,7 +389,7 @@ class PPOEngine:
                             found |= self.actor.update(experience, numbers, kl_coef)
                     if self.critic is not None:
                         with self.skips.left_out(named):
-                            found |= self.critic.update(experience, numbers, settings, self.limit)
+                            found |= self.critic.update(experience, numbers, settings, self.budget)
                     for name, value in found.items():
                         records[name].append(value)
         self.trunks.clear()
@@ -402,6 +405,13 @@ class PPOEngine:
             over_steps = torch.stack(values)
             metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())
         return metrics
+
+    def take_notes(self) -> list[str]:
+        """What is to be said of memory that ran out since the last call, and what was done."""
+        # A reward model that was given as an object has a budget of its own.
+        budgets = [self.budget, *(model.budget for model in self.rewards.models)]
+        notes = [self.sampler.take_note(), *(budget.take_note() for budget in budgets)]
+        return [note for note in notes if note]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, for `load_state_dict` with the same settings.

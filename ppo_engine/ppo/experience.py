@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.budget import Budget, Result
+from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.rollout.batch import Rollout
 
@@ -73,14 +74,25 @@ class Part(NamedTuple):
         return torch.tensor([0, *accumulate(self.rows.counts)], device=self.places.device)
 
 
-def parts_of(rollout: Rollout, numbers: Sequence[int], reader: Reader, limit: Limit) -> list[Part]:
-    """The passes in which `reader` reads the responses of these `numbers`."""
+def in_parts(
+    rollout: Rollout,
+    numbers: Sequence[int],
+    reader: Reader,
+    budget: Budget,
+    attempt: Callable[[list[Part]], Result],
+) -> Result:
+    """What `attempt` gives of the passes in which `reader` reads the responses of these `numbers`;
+    called again where memory runs out, see `Budget.run`."""
     rows = [rollout.rows[number] for number in numbers]
-    found = []
-    for planned in reader.plan(rows, limit):
-        own = [numbers[i] for i in planned]
-        found.append(Part(own, reader.stack([rows[i] for i in planned]), rollout.places(own)))
-    return found
+
+    def stacked(passes: list[list[int]]) -> Result:
+        parts = []
+        for planned in passes:
+            own = [numbers[i] for i in planned]
+            parts.append(Part(own, reader.stack([rows[i] for i in planned]), rollout.places(own)))
+        return attempt(parts)
+
+    return budget.run([len(row.ids) for row in rows], stacked, packed=reader.packs)
 
 
 def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float | None) -> Tensor | None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.language_model import LanguageModel
-from ppo_engine.models.reader import Limit, Reader
+from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.ppo.critic import Critic
-from ppo_engine.ppo.experience import parts_of
+from ppo_engine.ppo.experience import Part, in_parts
 from ppo_engine.ppo.trunks import Trunks
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.spans import span
@@ -30,12 +31,12 @@ class Passes:
         reference: LanguageModel | None,
         *,
         temperature: float,
-        limit: Limit,
+        budget: Budget,
         trunks: Trunks,
     ) -> None:
         self._policy, self._reference = policy, reference or policy
         self._adapted = reference is None
-        self._temperature, self._limit, self._trunks = temperature, limit, trunks
+        self._temperature, self._budget, self._trunks = temperature, budget, trunks
 
     @torch.no_grad()
     def of_policy(self, rollout: Rollout) -> tuple[Tensor, ...]:
@@ -55,14 +56,15 @@ class Passes:
             with self._unadapted():
                 return reference.logprobs(rows, self._temperature)
 
-        with span("reference"):
+        with span("reference"), reference.reader.on_device():
             logprobs, _ = self._over(rollout, reference.reader, measure)
         return logprobs
 
     @torch.no_grad()
     def of_both(self, rollout: Rollout) -> tuple[Tensor, ...]:
         """(log-probs, the reference's log-probs, entropies), in passes over the same tokens."""
-        return self._over(rollout, self._policy.reader, self._compare)
+        with self._reference.reader.on_device():
+            return self._over(rollout, self._policy.reader, self._compare)
 
     @torch.no_grad()
     def of_critic(self, critic: Critic, rollout: Rollout) -> Tensor:
@@ -94,13 +96,16 @@ class Passes:
         self, rollout: Rollout, reader: Reader, measure: Callable[[TokenRows], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         """What `measure` finds of the policy's tokens, in passes."""
-        parts = parts_of(rollout, range(len(rollout)), reader, self._limit)
-        places = torch.cat([part.places for part in parts])
-        with self._trunks.of(rollout):
+
+        def measured(parts: list[Part]) -> tuple[Tensor, ...]:
+            places = torch.cat([part.places for part in parts])
             found = [*zip(*(measure(part.rows) for part in parts), strict=True)]
-        return tuple(
-            rollout.mask.new_zeros(rollout.mask.numel(), dtype=torch.float32)
-            .index_copy(0, places, torch.cat(column))
-            .view(rollout.mask.shape)
-            for column in found
-        )
+            return tuple(
+                rollout.mask.new_zeros(rollout.mask.numel(), dtype=torch.float32)
+                .index_copy(0, places, torch.cat(column))
+                .view(rollout.mask.shape)
+                for column in found
+            )
+
+        with self._trunks.of(rollout):
+            return in_parts(rollout, range(len(rollout)), reader, self._budget, measured)

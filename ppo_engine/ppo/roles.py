@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import freezing
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.reader import Limit
 from ppo_engine.models.shared_base import SharedBase
@@ -29,7 +30,7 @@ class Roles:
     reference: LanguageModel | None  # None: the policy without its adapters
     rewards: Rewards
     critic: Critic | None  # None: the estimator needs none
-    limit: Limit  # of their passes
+    budget: Budget  # of their passes
 
     @property
     def scorers(self) -> list[RewardModel]:
@@ -59,10 +60,12 @@ def load_roles(
     )
     if config.run.save_adapters:
         check_saving(writer.model)
-    limit = Limit.of(config.ppo, writer.model)
+    budget = Budget(Limit.of(config.ppo, writer.model), "ppo")
     reference = writer.reference()
     base = SharedBase(writer.model, writer.tokenizer, **where) if config.share_base else None
-    rewards = load_rewards(reward, config.reward, writer.renderer, limit=limit, base=base, **where)
+    rewards = load_rewards(
+        reward, config.reward, writer.renderer, budget=budget, base=base, **where
+    )
     scorers = [*rewards.by_tokens.values()]
     for scorer in scorers:
         freezing.share_frozen_parameters(scorer.model, writer.model)
@@ -85,7 +88,7 @@ def load_roles(
     )
     if critic is not None and config.run.save_adapters and is_adapted(critic.model):
         check_saving(critic.model)
-    return Roles(writer, reference, rewards, critic, limit)
+    return Roles(writer, reference, rewards, critic, budget)
 
 
 def optimizer_steps(config: PPOConfig) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ppo_engine.errors import UserError
 from ppo_engine.models import probes
 from ppo_engine.models.experts import asks_for_balance
+from ppo_engine.models.offload import address
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows, scored
 from ppo_engine.models.trunk import Kept, Level, Trunk
@@ -64,7 +65,7 @@ class Trunks:
             yield
             return
         # What changes a weight where it lies raises its version.
-        weights = [(parameter.data_ptr(), parameter._version) for parameter in self._frozen]
+        weights = [(address(parameter), parameter._version) for parameter in self._frozen]
         if weights != self._weights:
             self.clear()
             with counting(None):
@@ -99,8 +100,9 @@ class Trunks:
             level = Level(depth, Kept())
             self._kept.append(level.kept)
             for role in self._roles:
-                if _shares(owner, role, depth) and _continues(owner, role, depth):
-                    levels[role].append(level)
+                with role.reader.on_device():
+                    if _shares(owner, role, depth) and _continues(owner, role, depth):
+                        levels[role].append(level)
         self._trunks = [
             (role.reader, Trunk(_layers(role), found)) for role, found in levels.items() if found
         ]

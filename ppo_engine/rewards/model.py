@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.reader import Limit, Reader
 from ppo_engine.models.shared_base import SharedBase
 from ppo_engine.models.token_rows import scored
@@ -37,7 +38,7 @@ class RewardModel:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        limit: Limit | None = None,
+        budget: Budget | None = None,
         max_tokens: int | None = None,
         renderer: Renderer | None = None,
     ) -> None:
@@ -52,7 +53,7 @@ class RewardModel:
         self.renderer = renderer.of(tokenizer) if renderer else Renderer(tokenizer)
         self.device = device
         self.dtype = dtype
-        self.limit = limit or Limit.automatic(self.model)
+        self.budget = budget or Budget(Limit.automatic(self.model))
         self.reader = Reader(self.model)
         self.max_tokens = min(max_tokens or sys.maxsize, architecture.context_length(model))
 
@@ -103,12 +104,17 @@ class RewardModel:
 
     @torch.no_grad()
     def _score_each(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        scores = torch.zeros(len(rows), device=self.device)
         texts = [scored(row) for row in rows]
-        for planned in self.reader.plan(texts, self.limit):
-            part = self.reader.stack([texts[i] for i in planned])
-            scores[planned] = read_values(self.model, self.reader, part)
-        return scores
+
+        def score(passes: list[list[int]]) -> Tensor:
+            scores = torch.zeros(len(rows), device=self.device)
+            for planned in passes:
+                part = self.reader.stack([texts[i] for i in planned])
+                scores[planned] = read_values(self.model, self.reader, part)
+            return scores
+
+        with self.reader.on_device():
+            return self.budget.run([len(row) for row in rows], score, packed=self.reader.packs)
 
 
 def load_reward_model(
@@ -116,7 +122,7 @@ def load_reward_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    limit: Limit | None = None,
+    budget: Budget | None = None,
     renderer: Renderer | None = None,
     base: SharedBase | None = None,
 ) -> RewardModel:
@@ -129,6 +135,6 @@ def load_reward_model(
         tokenizer,
         device=device,
         dtype=dtype,
-        limit=limit,
+        budget=budget,
         renderer=renderer,
     )

@@ -21,7 +21,7 @@ from ppo_engine.data.prompts import PromptExample, columns_of
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models import precision
-from ppo_engine.models.reader import Limit
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.shared_base import SharedBase
 from ppo_engine.rewards.arguments import bound, ready_reward
 from ppo_engine.rewards.function import RewardFunction
@@ -228,7 +228,7 @@ def load_rewards(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    limit: Limit | None = None,
+    budget: Budget | None = None,
     base: SharedBase | None = None,
 ) -> Rewards:
     """The rewards `given`, or else those that `config` names, with the weights of `config`.
@@ -259,7 +259,7 @@ def load_rewards(
             http=config.http,
             device=device,
             dtype=dtype,
-            limit=limit,
+            budget=budget,
             renderer=renderer,
             base=base,
         )
@@ -276,7 +276,7 @@ def load_reward(
     http: RewardEndpointConfig | None = None,
     device: torch.device,
     dtype: torch.dtype,
-    limit: Limit | None = None,
+    budget: Budget | None = None,
     renderer: Renderer | None = None,
     base: SharedBase | None = None,
 ) -> Reward:
@@ -322,7 +322,7 @@ def load_reward(
         given.path or "",
         device=device,
         dtype=dtype,
-        limit=limit,
+        budget=budget,
         renderer=renderer,
         base=base,
     )

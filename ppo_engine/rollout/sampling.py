@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from ppo_engine.errors import UserError
 from ppo_engine.memory import free_memory
+from ppo_engine.models.budget import MemoryRanOut, freeing
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import sampling_notes
 from ppo_engine.pretrained import architecture
@@ -37,6 +40,8 @@ class Sampler:
 
     def __init__(self, policy: LanguageModel) -> None:
         self.policy = policy
+        self._most = sys.maxsize  # rows at a time
+        self._note: str | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -60,20 +65,60 @@ class Sampler:
         find_stop = self._stop_strings(settings)
         arguments = settings.max_new_tokens, self._draw(settings, greedy), find_stop
         if decoder is None:
-            yield lambda requests: by_generate.write(self.policy, requests, *arguments)
+            yield lambda requests: self._by_generate(requests, *arguments)
             return
         schedule = Schedule(decoder, keep=keep)
 
-        def write(requests: Sequence[Request]) -> list[Response]:
-            longest = max(len(request.tokens) for request in requests) + settings.max_new_tokens
-            # What slots have for a later turn does not make way while the memory has room for it.
-            rows = max(len(requests), decoder.rows) if keep else len(requests)
-            size = _size(decoder, rows, longest, settings.kv_cache_gib)
-            schedule.make_room(requests, *size)
+        def write_in(slots: tuple[int, int], requests: Sequence[Request]) -> list[Response]:
+            schedule.make_room(requests, *slots)
             return schedule.write(requests, *arguments)
+
+        def write(requests: Sequence[Request]) -> list[Response]:
+            nonlocal schedule
+            longest = max(len(request.tokens) for request in requests) + settings.max_new_tokens
+            while True:
+                # What slots have for a later turn does not make way while the memory has room.
+                rows = max(len(requests), decoder.rows) if keep else len(requests)
+                slots = _size(decoder, min(rows, self._most), longest, settings.kv_cache_gib)
+                try:
+                    return freeing(write_in, slots, requests)
+                except MemoryRanOut as error:
+                    self._halve(min(slots[0], len(requests)), str(error))
+                # Nothing of what is half-written is kept: the rows are read and drawn anew.
+                decoder.release()
+                schedule = Schedule(decoder, keep=keep)
 
         with decoder.session(seed):
             yield write
+
+    def take_note(self) -> str | None:
+        """What is to be said of memory that ran out, once."""
+        note, self._note = self._note, None
+        return note
+
+    def _halve(self, rows: int, reason: str) -> None:
+        """Write half of these rows at a time from here on, as memory ran out for this `reason`."""
+        if rows == 1:
+            raise UserError(
+                f"Memory ran out while a single response was sampled ({reason}). Lower "
+                "generation.max_new_tokens or data.max_prompt_tokens, or take a smaller model."
+            )
+        self._most = rows // 2
+        self._note = (
+            f"Memory ran out while {rows} responses were sampled at a time ({reason}). They were "
+            f"sampled again, {self._most} at a time, as all are from here on: more time, but the "
+            "same responses up to rounding. Lower generation.kv_cache_gib to begin with that."
+        )
+
+    def _by_generate(self, requests: Sequence[Request], *arguments: Any) -> list[Response]:
+        try:
+            return freeing(by_generate.write, self.policy, requests, *arguments)
+        except MemoryRanOut as error:  # what it draws depends on who is sampled together
+            raise UserError(
+                f"Memory ran out while transformers' generate sampled {len(requests)} responses "
+                f"({error}). Lower generation.max_new_tokens, or the number of responses: "
+                "ppo.rollout_batch_size, of `generate` batch_size."
+            ) from error
 
     @cached_property
     def _probed(self) -> tuple[Decoder | None, str]:

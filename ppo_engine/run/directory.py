@@ -46,6 +46,7 @@ _FREE_KEYS = {
     "run.resume",
     "run.output_dir",
     "run.device",
+    "run.offload",
     "run.save_dtype",
     "run.on_bad_numbers",
     "run.checkpoint_every",

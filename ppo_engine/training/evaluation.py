@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ppo_engine.data.prompts import PromptExample, columns_of
 from ppo_engine.errors import UserError
+from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.rewards.best_of_n import expected_best
 from ppo_engine.rollout.batch import Rollout
@@ -151,7 +152,7 @@ class Evaluator:
         numbers: list[dict[str, Tensor]] = []
         # Different random numbers for each of the two: a win rate needs independent responses. A
         # reward function that draws random numbers also gets the same in every evaluation.
-        with seeded(f"{settings.run.seed}/evaluation/{whose}"):
+        with seeded(f"{settings.run.seed}/evaluation/{whose}"), self._asking(by_reference):
             for batch in progress.track(batches, f"held-out responses of the {whose}, batch"):
                 rollout = self._respond(batch, by_reference)
                 rewards = self.engine.score_each(rollout)
@@ -164,15 +165,28 @@ class Evaluator:
                 responses += rollout.responses
                 numbers.append({name: x.cpu().double() for name, x in found.items()})
                 self.engine.trunks.clear()  # before the next batch takes memory
-        self._of_reference = None  # it answers once, and what samples from it takes memory
         return _Answers(
             responses, {name: torch.cat([part[name] for part in numbers]) for name in numbers[0]}
         )
 
+    def _author(self, by_reference: bool) -> LanguageModel:
+        """Whose responses these are; without its adapters, the policy is the reference."""
+        engine = self.engine
+        return engine.reference if by_reference and engine.reference else engine.policy
+
+    @contextmanager
+    def _asking(self, by_reference: bool) -> Iterator[None]:
+        """Inside, the author's weights are on the device. The reference is asked once: then what
+        samples from it is gone, which takes memory and knows where the weights were."""
+        with self._author(by_reference).reader.on_device():
+            try:
+                yield
+            finally:
+                self._of_reference = None
+
     def _respond(self, batch: Sequence[PromptExample], by_reference: bool) -> Rollout:
         """One response to each, sampled as in training."""
-        engine = self.engine
-        author = engine.reference if by_reference and engine.reference else engine.policy
+        engine, author = self.engine, self._author(by_reference)
         unadapted = by_reference and author is engine.policy
         with author.without_adapter() if unadapted else nullcontext():
             sampler = engine.sampler

@@ -134,7 +134,7 @@ def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
     mini = min(settings.mini_batch_size, responses)
     part = _texts(mini * length, limit, longest, length, wanted)
 
-    away = {_OFFLOADED[name] for name in getattr(config.run, "offload", ())}
+    away = {_OFFLOADED[name] for name in config.run.offload}
     moments = {"moments": sum(role.of.moments for role in trained)}
     held = held_by([role for role in roles if role.name not in away], place) | moments
     back = {role.name: role.held for role in roles if role.name in away}

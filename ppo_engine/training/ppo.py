@@ -244,15 +244,14 @@ class PPOTrainer:
             metrics |= evaluation.metrics
             samples += evaluation.samples
         metrics["memory/peak"] = peak_memory(self.engine.device)
+        metrics["memory/pass_tokens"] = self.engine.budget.limit.tokens
         metrics |= progress.times
         run.log_metrics(self.step, metrics)
         trackers.log(self.step, metrics)
         progress.step(self.step, metrics)
         show_samples(self.step, samples, run, trackers, progress)
-        for note in (
-            *self.engine.skips.take_notes(),
-            *self._watch.look({"step": self.step, **metrics}),
-        ):
+        signs = self._watch.look({"step": self.step, **metrics})
+        for note in (*self.engine.take_notes(), *signs):
             progress.note(note)
         self._unreported = None
         return metrics

@@ -21,9 +21,10 @@ from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.messages import counted
 from ppo_engine.models import freezing, value_model
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.experts import asks_for_balance
 from ppo_engine.models.finite import Losses
-from ppo_engine.models.reader import Limit, Reader, plan
+from ppo_engine.models.reader import Limit, Reader
 from ppo_engine.models.token_rows import scored
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture, loading, storage
@@ -144,7 +145,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
             )
         model = freezing.prepare_for_training(model, config, "SEQ_CLS", self.dtype)
         self.reader = Reader(model)
-        self.limit = Limit.of(self.config.reward, model)
+        self.budget = Budget(Limit.of(self.config.reward, model), "reward")
         return model
 
     def _encode(self, rows: Sequence[Ranking], name: str) -> list[EncodedRanking]:
@@ -170,11 +171,24 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 )
 
     def _backward(self, examples: Sequence[EncodedRanking]) -> tuple[dict[str, Tensor], Losses]:
+        found, losses = self.budget.run(
+            self._lengths(examples),
+            lambda passes: self._backward_in(passes, examples),
+            packed=self.reader.packs,
+        )
+        return dict(zip(("loss", "accuracy", "margin"), found, strict=True)), losses
+
+    def _backward_in(
+        self, passes: Sequence[list[int]], examples: Sequence[EncodedRanking]
+    ) -> tuple[Tensor, Losses]:
+        """The gradient of `examples` in these `passes`; loss, accuracy and margin, `[3]`, and each
+        pass's loss."""
+        self.learner.clear_gradients()
         settings = self.config.reward
         found = torch.zeros(3, device=self.device)
         losses = []
         pairs = sum(count_pairs(ranking.ranks) for ranking in examples)
-        for planned in self._plan(examples):
+        for planned in passes:
             part = [examples[i] for i in planned]
             scores = self._table(self._forward(_rows(part)), part)
             loss, stats = self._loss(scores, part, settings.center_coef)
@@ -186,7 +200,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
                 (loss.detach() * share, stats.accuracy * of_pairs, stats.margin * of_pairs)
             )
             losses.append((planned, loss.detach()))
-        return dict(zip(("loss", "accuracy", "margin"), found, strict=True)), losses
+        return found, losses
 
     def _loss(
         self, scores: Tensor, rankings: Sequence[EncodedRanking], center_coef: float = 0.0
@@ -197,15 +211,14 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         margins = torch.tensor([r.margin or 0.0 for r in rankings], device=self.device)
         return pairwise_loss(scores[:, 0], scores[:, 1], margin=margins, center_coef=center_coef)
 
-    def _plan(self, rankings: Sequence[EncodedRanking]) -> list[list[int]]:
-        """Forward passes over all responses of each, as indices of rankings."""
+    def _lengths(self, rankings: Sequence[EncodedRanking]) -> list[int]:
+        """Tokens of all responses of each."""
         width = max(len(ranking.rows) for ranking in rankings)
         # Padded, a ranking takes as much as the longest of its responses for each.
-        lengths = [
+        return [
             sum(map(len, r.rows)) if self.reader.packs else width * max(map(len, r.rows))
             for r in rankings
         ]
-        return plan(lengths, self.limit, packed=self.reader.packs)
 
     def _forward(self, rows: Sequence[list[int]]) -> Tensor:
         # The longest first, as attention has the least padding so.
@@ -228,10 +241,14 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     def _held_out_scores(self, progress: Progress | None) -> Tensor:
         """Scores of all held-out responses, `[P, K]`."""
         rows = _rows(self.held_out)
-        scores = torch.zeros(len(rows), device=self.device)
-        passes = self.reader.plan([scored(row) for row in rows], self.limit)
-        for planned in progress.track(passes, "held-out batch") if progress else passes:
-            scores[planned] = self._forward([rows[i] for i in planned])
+
+        def score(passes: list[list[int]]) -> Tensor:
+            scores = torch.zeros(len(rows), device=self.device)
+            for planned in progress.track(passes, "held-out batch") if progress else passes:
+                scores[planned] = self._forward([rows[i] for i in planned])
+            return scores
+
+        scores = self.budget.run([len(row) for row in rows], score, packed=self.reader.packs)
         return self._table(scores, self.held_out)
 
     def _tokens(self, example: EncodedRanking) -> int:

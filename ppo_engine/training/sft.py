@@ -6,9 +6,9 @@ excluded. It comes from hidden states before these tokens; the logits of all nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -24,17 +24,20 @@ from ppo_engine.data.demonstrations import (
 from ppo_engine.data.forms import reading
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.errors import UserError, entry_point
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.finite import Losses
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import training_notes
 from ppo_engine.models.reader import Limit
-from ppo_engine.models.token_rows import predicting
+from ppo_engine.models.token_rows import Row, predicting
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.run.headlines import with_error
 from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import SFTConfig, SFTSettings, settings_of
 from ppo_engine.training.supervised import SupervisedTrainer, mean_by_cluster
+
+Result = TypeVar("Result")
 
 
 class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
@@ -74,16 +77,19 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         if not self.held_out:
             raise UserError("Nothing is held out: set data.eval_fraction or data.eval_path.")
         groups = torch.tensor([example.group for example in self.held_out], device=self.device)
-        found = torch.zeros(2, int(groups.max()) + 1, device=self.device)
         rows = [predicting(example.ids, example.trained) for example in self.held_out]
-        passes = self.policy.reader.plan(rows, self.limit)
-        for planned in progress.track(passes, "held-out batch") if progress else passes:
-            part = self.policy.reader.stack([rows[i] for i in planned])
-            nll = self.policy.nll(part)
-            counts = torch.tensor(part.counts, device=self.device)
-            of_tokens = groups[planned].repeat_interleave(counts)
-            found.index_add_(1, of_tokens, torch.stack((nll, torch.ones_like(nll))))
-        loss, error = mean_by_cluster(*found)
+
+        def measured(passes: list[list[int]]) -> Tensor:
+            found = torch.zeros(2, int(groups.max()) + 1, device=self.device)
+            for planned in progress.track(passes, "held-out batch") if progress else passes:
+                part = self.policy.reader.stack([rows[i] for i in planned])
+                nll = self.policy.nll(part)
+                counts = torch.tensor(part.counts, device=self.device)
+                of_tokens = groups[planned].repeat_interleave(counts)
+                found.index_add_(1, of_tokens, torch.stack((nll, torch.ones_like(nll))))
+            return found
+
+        loss, error = mean_by_cluster(*self._in_passes(rows, measured))
         return {
             "eval/loss": loss,
             "eval/loss_se": error,
@@ -107,7 +113,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             date=self.config.run.date,
         )
         self.notes += training_notes(self.policy)
-        self.limit = Limit.of(self.config.sft, self.policy.model)
+        self.budget = Budget(Limit.of(self.config.sft, self.policy.model), "sft")
         return self.policy.model.train()
 
     def _encode(self, rows: Sequence[Demonstration], name: str) -> list[EncodedExample]:
@@ -127,16 +133,28 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
     def _backward(self, examples: Sequence[EncodedExample]) -> tuple[dict[str, Tensor], Losses]:
         rows = [predicting(example.ids, example.trained) for example in examples]
         tokens = sum(len(row.places) for row in rows)
-        total = torch.zeros((), device=self.device)
-        losses = []
-        for planned in self.policy.reader.plan(rows, self.limit):
-            part = self.policy.reader.stack([rows[i] for i in planned])
-            loss = self.policy.nll_loss(part, tokens)
-            with passing():
-                loss.backward()
-            total += loss.detach()
-            losses.append((planned, loss.detach()))
+
+        def backward(passes: list[list[int]]) -> tuple[Tensor, Losses]:
+            self.learner.clear_gradients()
+            total, losses = torch.zeros((), device=self.device), []
+            for planned in passes:
+                part = self.policy.reader.stack([rows[i] for i in planned])
+                loss = self.policy.nll_loss(part, tokens)
+                with passing():
+                    loss.backward()
+                total += loss.detach()
+                losses.append((planned, loss.detach()))
+            return total, losses
+
+        total, losses = self._in_passes(rows, backward)
         return {"loss": total}, losses
+
+    def _in_passes(
+        self, rows: Sequence[Row], attempt: Callable[[list[list[int]]], Result]
+    ) -> Result:
+        """What `attempt` gives of the passes over `rows`, see `Budget.run`."""
+        lengths = [len(row.ids) for row in rows]
+        return self.budget.run(lengths, attempt, packed=self.policy.reader.packs)
 
     def _tokens(self, example: EncodedExample) -> int:
         return len(example)

@@ -27,10 +27,11 @@ from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
 from ppo_engine.data.split import split_by_prompt
-from ppo_engine.errors import entry_point
+from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import peak_memory, release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.finite import Losses, NotFiniteError, Skips
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
@@ -67,6 +68,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
     result: ClassVar[str]  # the trained model's folder within the run's
 
     config: RewardModelConfig | SFTConfig
+    budget: Budget  # of passes, made with the model
 
     def __init__(
         self,
@@ -85,6 +87,11 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.config = config = dated(config)
         self.console = console
         check_trackers(config.run.trackers)
+        if config.run.offload:
+            raise UserError(
+                f"run.offload would have no effect: `{self.command}` has no frozen models. It is "
+                "for `ppo` and `grpo`: leave it empty."
+            )
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
@@ -219,10 +226,9 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 run.log_metrics(self.step, metrics)
                 trackers.log(self.step, metrics)
                 progress.step(self.step, metrics)
-                for note in (
-                    *self.skips.take_notes(),
-                    *watch.look({"step": self.step, **metrics}),
-                ):
+                signs = watch.look({"step": self.step, **metrics})
+                smaller = self.budget.take_note()
+                for note in filter(None, (*self.skips.take_notes(), smaller, *signs)):
                     progress.note(note)
                 self._unreported = None
                 self.checkpoints.mark()
@@ -255,6 +261,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             **metrics,
             **self.skips.end_step(),
             f"{self.command}/learning_rate": learning_rate,
+            "memory/pass_tokens": self.budget.limit.tokens,
             "tokens_per_second": sum(map(self._tokens, examples)) / seconds,
         }
 

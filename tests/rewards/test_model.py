@@ -8,6 +8,7 @@ from tiny import tiny_model_folder, tiny_tokenizer
 from tokenizers import pre_tokenizers
 
 from ppo_engine.errors import UserError
+from ppo_engine.models.budget import Budget
 from ppo_engine.models.reader import Limit
 from ppo_engine.models.value_model import load_value_model
 from ppo_engine.pretrained.loading import save_model
@@ -32,7 +33,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reward_model(reward_folder) -> RewardModel:
-    return load_reward_model(reward_folder, device=CPU, dtype=FP32, limit=Limit(999, 2))
+    return load_reward_model(reward_folder, device=CPU, dtype=FP32, budget=Budget(Limit(999, 2)))
 
 
 def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_model, reward_folder):
@@ -46,7 +47,7 @@ def test_text_and_tokens_get_the_same_score_whatever_the_micro_batch(reward_mode
     by_tokens = reward_model(PROMPTS, RESPONSES, FINISHED, {}, written)
     torch.testing.assert_close(by_tokens, by_text)
     # One row at a time, in the order given.
-    single = load_reward_model(reward_folder, device=CPU, dtype=FP32, limit=Limit(1))
+    single = load_reward_model(reward_folder, device=CPU, dtype=FP32, budget=Budget(Limit(1)))
     torch.testing.assert_close(single(PROMPTS, RESPONSES, FINISHED), by_text)
     assert len(set(by_text.tolist())) == 3 and not by_text.requires_grad
 

@@ -340,6 +340,53 @@ def test_slots_keep_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None
         write(sampler, some_rows(20), kv_cache_gib=1e-6)
 
 
+@pytest.mark.parametrize("place", ["reserve", "read", "write"])
+def test_without_memory_for_all_rows_half_of_them_are_sampled_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """In each of the places where it can run out, twice; the tokens stay the same."""
+    policy = policy_of(sharp_model())
+    policy.renderer.end_ids = [EOS, *range(100, 140)]
+    rows = some_rows(*range(1, 31))
+    expected = tokens(write(Sampler(policy), rows))
+    sampler, count = Sampler(policy), []
+    assert not sampler.notes  # which makes the decoder
+    function = getattr(decoder.Decoder, place)
+
+    def short(self: Any, *given: Any) -> Any:
+        found = function(self, *given)
+        count.append(self.rows)
+        if self.rows > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(decoder.Decoder, place, short)
+    assert tokens(write(sampler, rows)) == expected and max(count) == 30
+    told = sampler.take_note() or ""
+    assert "while 15 responses were sampled at a time (CUDA out of memory.)" in told
+    assert "7 at a time" in told and sampler.take_note() is None
+    count.clear()
+    assert tokens(write(sampler, rows)) == expected and max(count) == 7  # from here on
+
+
+def test_a_response_alone_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler(policy_of(sharp_model()))
+    assert not sampler.notes
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(decoder.Decoder, "write", full)
+    message = r"a single response was sampled \(CUDA .*\). Lower generation.max_new_tokens"
+    with pytest.raises(UserError, match=message):
+        write(sampler, some_rows(4, 5, 6))
+    vars(sampler)["_probed"] = None, "by generate"
+    monkeypatch.setattr(sampling.by_generate, "write", full)
+    message = r"generate sampled 3 responses \(CUDA .*\). Lower generation.max_new_tokens"
+    with pytest.raises(UserError, match=message):
+        write(sampler, some_rows(4, 5, 6))
+
+
 @pytest.mark.parametrize("ahead", [1, 16])
 def test_later_turns_keep_within_the_budget(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
     """Their slots are longer, and so fewer; those that are kept still have what they had."""

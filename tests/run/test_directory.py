@@ -101,7 +101,9 @@ def test_resume_takes_up_the_run(tmp_path: Path) -> None:
         with atomic_folder(run.checkpoint(step)) as folder:
             (folder / "state").write_text(str(step))
     longer = load_config(
-        PPOConfig, None, ["steps=500", "run.resume=true", "run.save_dtype=float32"]
+        PPOConfig,
+        None,
+        ["steps=500", "run.resume=true", "run.save_dtype=float32", "run.offload=[reward]"],
     )
     run.close()
     again = RunDirectory(run.path, longer, resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from faults._runs import STEPS, ppo, reward_model, sft
+from rich.console import Console
 from tiny import tiny_model_folder
 from trainers import rows, same, untimed, weights
 
 from ppo_engine.errors import Stopped, UserError
+from ppo_engine.models.reader import Limit
 from ppo_engine.training.samples import show_samples
 
 
@@ -55,7 +58,7 @@ def fails(trainer: Any, path: str, at: int, error: type[BaseException]) -> Faili
     return failing
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError
+OUT_OF_MEMORY = torch.OutOfMemoryError  # in a pass of several rows nothing fails of it
 
 
 @pytest.mark.parametrize(
@@ -63,13 +66,13 @@ OUT_OF_MEMORY = torch.OutOfMemoryError
     [
         (ppo, "engine.score_each", 6, UserError, 2),
         (ppo, "engine.generate", 4, KeyboardInterrupt, 3),
-        (ppo, "engine.policy.policy_loss", 5, OUT_OF_MEMORY, 2),  # of two passes in a step
+        (ppo, "engine.policy.policy_loss", 5, OSError, 2),  # of two passes in a step
         (ppo, "engine.compare_with_reference", 3, OUT_OF_MEMORY, 2),  # of the evaluation of step 2
         (ppo, "evaluator.evaluate", 3, UserError, STEPS),  # after the last step
         (ppo, "evaluator.keep", 2, OSError, 2),
         # When step 2 is logged, and the best is kept.
         (ppo, "ppo_engine.training.ppo.show_samples", 3, OSError, 2),
-        (sft, "policy.nll_loss", 3, OUT_OF_MEMORY, 2),
+        (sft, "policy.nll_loss", 3, OSError, 2),
         (sft, "evaluate", 2, OUT_OF_MEMORY, STEPS),
         (reward_model, "learner.step", 2, UserError, 1),
         (reward_model, "evaluate", 2, KeyboardInterrupt, STEPS),
@@ -133,9 +136,9 @@ def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
         raise OSError(28, "No space left on device")
 
     trainer = sft(model, tmp_path / "run")
-    fails(trainer, "policy.nll_loss", 3, OUT_OF_MEMORY)
+    fails(trainer, "policy.nll_loss", 3, KeyError)
     monkeypatch.setattr("ppo_engine.run.checkpoint.save_state", full)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
+    with pytest.raises(KeyError) as caught:
         trainer.train()
     [note] = caught.value.__notes__
     assert "could not be written: No space left on device).\nNothing is kept" in note
@@ -235,12 +238,50 @@ def test_ignored_signals_stay_ignored(
 
 
 def test_a_run_goes_on_with_smaller_micro_batches(model: str, tmp_path: Path) -> None:
-    """After one that was out of memory."""
+    """After one that was out of memory with each row alone."""
     trainer = sft(model, tmp_path / "run")
-    fails(trainer, "policy.nll_loss", 2, OUT_OF_MEMORY)
-    with pytest.raises(torch.OutOfMemoryError):
+    trainer.budget.limit = Limit(1)
+    fails(trainer, "policy.nll_loss", 3, OUT_OF_MEMORY)
+    with pytest.raises(UserError, match=r"one row of .* Lower data.max_tokens"):
         trainer.train()
     again = sft(model, tmp_path / "run", resume=True)
     again.config = replace(again.config, sft=replace(again.config.sft, micro_batch_size=1))
     again.train()
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == list(range(STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (sft, "policy.nll"),
+        (sft, "backward"),
+        (reward_model, "_forward"),
+        (reward_model, "backward"),
+    ],
+)
+def test_a_pass_without_memory_is_divided_and_said_once(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, path: str
+) -> None:
+    """The first one of all; a run with the smaller budget from the start has the same bits."""
+    trainer, other = make(model, tmp_path / "cut"), make(model, tmp_path / "whole")
+    told = io.StringIO()
+    trainer.console = Console(file=told, width=1000)
+    if path == "backward":
+        backward, left = torch.Tensor.backward, [OUT_OF_MEMORY]
+
+        def failing(loss: torch.Tensor) -> None:
+            backward(loss)  # the gradients are there
+            if left:
+                raise left.pop()
+
+        monkeypatch.setattr(torch.Tensor, "backward", failing)
+    else:
+        fails(trainer, path, 1, OUT_OF_MEMORY)
+    trainer.train()
+    other.budget.limit = trainer.budget.limit
+    other.train()
+    assert untimed(tmp_path / "cut/metrics.jsonl") == untimed(tmp_path / "whole/metrics.jsonl")
+    tokens = trainer.budget.limit.tokens
+    assert rows(tmp_path / "cut/metrics.jsonl")[1]["memory/pass_tokens"] == tokens < 2048
+    assert told.getvalue().count("Memory ran out in a pass of ") == 1
+    assert f"Set {trainer.command}.micro_batch_tokens={tokens} " in told.getvalue()

@@ -54,6 +54,9 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and compute. In bfloat16, what is trained has the rest of an fp32 master beside
     it. auto: bfloat16 where the device multiplies it faster."""
+    offload: list[Literal["reference", "reward"]] = Field(default_factory=list)
+    """Frozen models of `ppo` and `grpo` whose weights wait in the memory of the CPU, and are on the
+    GPU only while they are read with: once each in a step. Same numbers, less memory, more time."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of saved models; auto: the dtype they came in. Checkpoints to resume from keep every bit."""
     save_adapters: bool = False
