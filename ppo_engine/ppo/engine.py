@@ -407,11 +407,12 @@ class PPOEngine:
         return metrics
 
     def take_notes(self) -> list[str]:
-        """What is to be said of memory that ran out since the last call, and what was done."""
+        """What is to be said since the last call: of updates that were left out, and of memory that
+        ran out."""
         # A reward model that was given as an object has a budget of its own.
         budgets = [self.budget, *(model.budget for model in self.rewards.models)]
-        notes = [self.sampler.take_note(), *(budget.take_note() for budget in budgets)]
-        return [note for note in notes if note]
+        smaller = [self.sampler.take_note(), *(budget.take_note() for budget in budgets)]
+        return [*self.skips.take_notes(), *filter(None, smaller)]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, for `load_state_dict` with the same settings.

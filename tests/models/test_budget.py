@@ -172,7 +172,7 @@ def test_the_optimizer_says_what_to_lower():
         raise FULL()
 
     learner.optimizer.step = step
-    message = r"optimizer of the critic, step 1 \(CUDA .*GiB.\), .* optimizer.moments=8bit"
+    message = r"optimizer of the critic \(update 1\) \(CUDA .*GiB.\), .* optimizer.moments=8bit"
     with pytest.raises(UserError, match=message):
         learner.step()
     assert learner.begun == 1  # no checkpoint is made of what may be half a step

@@ -58,11 +58,11 @@ def updated(patch: Any, limits: list[Limit] | None = None) -> Run:
     engine.actor.version += 1
     step, found = engine.actor.learner.step, []
 
-    def stepped() -> Tensor:
+    def stepped(losses: Any) -> Tensor:
         found.append(engine.budget.limit)
         if limits:
             engine.budget.limit = limits[1]
-        return step()
+        return step(losses)
 
     engine.actor.learner.step = stepped
     if limits:

@@ -272,7 +272,7 @@ def test_who_shares_what_is_asked_once_and_is_no_work_of_a_phase(
         rollout = engine.generate(["Hello there", "One two"] * 4)
         with meter.phase("score"):  # by a function
             scores = engine.score(rollout)
-        assert [*meter.metrics(1, 1.0)] == ["tokens_per_second/score"]
+        assert {*meter.metrics(1, 1.0)} <= {"tokens_per_second/score", "memory/score"}
         engine.update(engine.estimate_advantages(rollout, scores))
         assert not any(kept._states for kept in engine.trunks._kept)
     assert asked == [1]

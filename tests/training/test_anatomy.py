@@ -121,7 +121,7 @@ def test_a_profiled_run_writes_trace_and_table_and_trains_alike(
 
     folder = tmp_path / "profiled" / "profile"
     assert {file.name for file in folder.iterdir()} == {
-        "trace.json.gz", "anatomy.csv", "anatomy.txt"
+        "trace.json.gz", "anatomy.csv", "anatomy.txt", "SHA256SUMS"
     }  # fmt: skip
     text = (folder / "anatomy.txt").read_text(encoding="utf-8")
     assert text.startswith("Anatomy of step 2,") and text.strip() in printed.out

@@ -153,7 +153,7 @@ def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
     ("make", "path", "at", "kept"),
     [
         (ppo, "engine.critic.learner.step", 4, 2),  # between two mini-batches of step 2
-        (sft, "learner.optimizer.zero_grad", 2, 2),
+        (sft, "learner.optimizer.step", 2, 2),
         (sft, "learner.step", 2, 1),  # no weight has changed yet
         (ppo, "engine.estimate_advantages", 3, 2),
     ],
