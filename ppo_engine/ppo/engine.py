@@ -15,7 +15,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
@@ -40,21 +39,14 @@ from ppo_engine.ppo.estimators import (
     equal_groups,
     rounding_of,
 )
-from ppo_engine.ppo.experience import (
-    SAMPLERS_BOUND,
-    Experience,
-    importance_weights,
-    logprob_difference,
-    objective_metrics,
-    of_sampler,
-)
+from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
 from ppo_engine.ppo.kl_control import KLController
-from ppo_engine.ppo.offloading import check_offload, let_wait
+from ppo_engine.ppo.offloading import check_offload
+from ppo_engine.ppo.old_logprobs import OldLogprobs
 from ppo_engine.ppo.passes import Passes
 from ppo_engine.ppo.roles import load_roles, optimizer_steps
+from ppo_engine.ppo.saving import save_models
 from ppo_engine.ppo.trunks import Role, Trunks
-from ppo_engine.pretrained.adapters import is_adapted
-from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike
 from ppo_engine.rollout.batch import Rollout
@@ -132,13 +124,7 @@ class PPOEngine:
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
         self.normalizer = ScoreNormalizer() if config.reward.normalize else None
-        # Whether old log-probs are the sampler's; None until the first rollout has shown it.
-        choices = {"sampler": True, "recompute": False}
-        self.takes_samplers = choices.get(config.ppo.old_logprobs)
-        if config.ppo.importance_cap is not None:  # they are what it compares with
-            self.takes_samplers = False
-        frozen: dict[str, Sequence[Role]] = {"reference": references, "reward": self.rewards.models}
-        let_wait(config.run.offload, frozen, trained, self.device)
+        self.old_logprobs = OldLogprobs(config, self.passes)
         self.steps_done = 0
         self._warned = False  # that nothing more is learned
         self.skips = Skips(config.run.on_bad_numbers)
@@ -236,7 +222,7 @@ class PPOEngine:
         greedy_scores = self._greedy_scores(rollout)
 
         settings = self.config.ppo
-        logprobs, ref_logprobs, entropy = self._measure(rollout)
+        logprobs, ref_logprobs, entropy = self.old_logprobs.measure(rollout)
         values = self.values(rollout) if self.critic else None
         in_reward = settings.kl_in == "reward"
         with span("gae"):
@@ -290,12 +276,12 @@ class PPOEngine:
     @contextmanager
     def _unchanged_by_bad_numbers(self, rollout: Rollout) -> Iterator[None]:
         """Where the block raises a NotFiniteError, what it learned of bad numbers is forgotten."""
-        takes = self.takes_samplers
+        are_samplers = self.old_logprobs.are_samplers
         statistics = self.normalizer.state_dict() if self.normalizer else None
         try:
             yield
         except NotFiniteError as error:
-            self.takes_samplers = takes
+            self.old_logprobs.are_samplers = are_samplers
             if self.normalizer is not None and statistics is not None:
                 self.normalizer.load_state_dict(statistics)
             raise self._named(error, rollout) from None
@@ -322,30 +308,6 @@ class PPOEngine:
         padding. Their difference, summed over a response, estimates the KL divergence."""
         logprobs, ref_logprobs, entropy = self.passes.of_both(rollout)
         return logprobs, ref_logprobs, entropy
-
-    def _measure(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs of the policy before the update; those of the reference, where something uses
-        the KL; the policy's entropies, where its log-probs are not the sampler's."""
-        settings = self.config.ppo
-        # Also on the first rollout, so that what is measured there is exact: a KL of 0.
-        sampled = of_sampler(rollout) if self.takes_samplers else None
-        if sampled is not None:
-            return sampled, self.passes.of_reference(rollout) if settings.uses_kl else None, None
-        ref_logprobs = None
-        if settings.uses_kl:
-            logprobs, ref_logprobs, entropy = self.compare_with_reference(rollout)
-        else:
-            logprobs, entropy = self.passes.of_policy(rollout)
-        if self.takes_samplers is None:
-            mean, _ = logprob_difference(rollout, logprobs)
-            self.takes_samplers = self._samples_all and float(mean) <= SAMPLERS_BOUND
-        return logprobs, ref_logprobs, entropy
-
-    @property
-    def _samples_all(self) -> bool:
-        """Whether tokens are drawn from the very distribution whose log-probs are trained."""
-        of = self.config.generation
-        return not (of.top_k or of.top_p < 1 or of.min_new_tokens)
 
     def values(self, rollout: Rollout) -> Tensor:
         """The critic's value before each of the policy's tokens, [B, T] fp32; 0 elsewhere."""
@@ -424,7 +386,7 @@ class PPOEngine:
             "critic": self.critic.learner.state_dict() if self.critic else None,
             "steps_done": self.steps_done,
             "policy_version": self.actor.version,
-            "takes_samplers": self.takes_samplers,
+            "takes_samplers": self.old_logprobs.are_samplers,
             "kl_coef": self.kl.coef.clone(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
             "shuffle": self.shuffle.get_state(),
@@ -444,7 +406,7 @@ class PPOEngine:
             self.critic.learner.load_state_dict(state["critic"])
         self.steps_done = state["steps_done"]
         self.actor.version = state["policy_version"]
-        self.takes_samplers = state["takes_samplers"]
+        self.old_logprobs.are_samplers = state["takes_samplers"]
         self.kl.coef.copy_(state["kl_coef"])
         if self.normalizer is not None:
             self.normalizer.load_state_dict(state["normalizer"])
@@ -457,28 +419,7 @@ class PPOEngine:
         `config.run.save_dtype`) with the tokenizer and the generation config. Each replaces the
         model that was there, whole or not at all; where anything else is in its place, a
         `UserError` comes before both."""
-        run = self.config.run
-
-        def place(name: str, model: Any) -> AbstractContextManager[Path]:
-            adapted = run.save_adapters and is_adapted(model)
-            mark = ADAPTER_CONFIG_NAME if adapted else CONFIG_NAME
-            return replacing(Path(folder) / name, mark, "model")
-
-        with ExitStack() as both:
-            inside = both.enter_context(place("policy", self.policy.model))
-            if self.critic is not None:
-                model = self.critic.model
-                other = both.enter_context(place("critic", model))
-                save_model(
-                    model,
-                    self.policy.tokenizer,
-                    other,
-                    run.save_dtype,
-                    as_adapters=run.save_adapters,
-                )
-            self.policy.save(
-                inside, run.save_dtype, self.config.generation, as_adapters=run.save_adapters
-            )
+        save_models(folder, self.policy, self.critic, self.config)
 
     @entry_point
     def save_checkpoint(self, folder: str | Path) -> None:

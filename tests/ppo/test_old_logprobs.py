@@ -79,7 +79,7 @@ def test_where_they_are_recomputed(settings):
 
 
 def test_a_sampler_that_differs_is_not_believed(monkeypatch):
-    monkeypatch.setattr("ppo_engine.ppo.engine.SAMPLERS_BOUND", 0.0)
+    monkeypatch.setattr("ppo_engine.ppo.old_logprobs.SAMPLERS_BOUND", 0.0)
     engine = make_engine()
     assert not any(step(engine)[0].sampled for _ in range(2))
 
@@ -109,4 +109,4 @@ def test_a_resumed_run_takes_what_it_took():
     step(engine)
     again = make_engine()
     again.load_state_dict(engine.state_dict())
-    assert again.takes_samplers is True and step(again)[0].sampled
+    assert again.old_logprobs.are_samplers is True and step(again)[0].sampled

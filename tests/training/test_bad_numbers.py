@@ -172,7 +172,7 @@ def test_an_estimate_from_bad_numbers_changes_nothing(model, tmp_path, path, wha
     random."""
     engine = ppo(model, tmp_path, ppo={"adaptive_kl": AdaptiveKLConfig()}).engine
     engine.estimate_advantages(engine.generate(PROMPTS), [0.1 * n for n in range(6)])
-    engine.takes_samplers = None
+    engine.old_logprobs.are_samplers = None
     rollout = engine.generate(PROMPTS)
     before = stored([engine.state_dict(), random_states()])
     spoil(engine, path, 1)

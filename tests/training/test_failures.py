@@ -67,7 +67,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError  # in a pass of several rows nothing fail
         (ppo, "engine.score_each", 6, UserError, 2),
         (ppo, "engine.generate", 4, KeyboardInterrupt, 3),
         (ppo, "engine.policy.policy_loss", 5, OSError, 2),  # of two passes in a step
-        (ppo, "engine.compare_with_reference", 3, OUT_OF_MEMORY, 2),  # of the evaluation of step 2
+        (ppo, "engine.compare_with_reference", 2, OUT_OF_MEMORY, 2),  # of the evaluation of step 2
         (ppo, "evaluator.evaluate", 3, UserError, STEPS),  # after the last step
         (ppo, "evaluator.keep", 2, OSError, 2),
         # When step 2 is logged, and the best is kept.
