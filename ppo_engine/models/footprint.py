@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from ppo_engine.models.adamw import moment_bytes
 from ppo_engine.models.attention import SHORT
 from ppo_engine.models.freezing import freeze_lower_layers
-from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.adapters import add_lora
 from ppo_engine.pretrained.architecture import unwrap
 from ppo_engine.pretrained.classifier import value_model_class
 from ppo_engine.pretrained.masters import compute_dtypes
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.settings.schema import ModelConfig
 from ppo_kernels.head import chunk_tokens
 
@@ -194,12 +194,15 @@ def _made(config: Any, settings: ModelConfig | None, scores: bool) -> tuple[Any,
     """A model without weights, wrapped and frozen as `settings` say, and the ids of the parameters
     that are trained."""
     config = copy.deepcopy(config)  # which making a model changes
-    with torch.device("meta"), loading.quiet_transformers():
+    with torch.device("meta"), quiet_transformers():
         if scores:
             config.num_labels = 1
             model: Any = value_model_class(config)._from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            trust = settings is not None and settings.trust_remote_code
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust
+            )
         if settings is None:
             return model, set()
         if settings.lora is not None:

@@ -158,7 +158,8 @@ def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
     if first.optimizer.moments == "float32":
         yield each("optimizer.moments", "8bit", "optimizer.moments=8bit")
     if first.lora is None:
-        whole = loading.load_model_config(loading.resolve(first.path)).get_text_config()
+        path, trust = loading.resolve(first.path), first.trust_remote_code
+        whole = loading.load_model_config(path, trust=trust).get_text_config()
         few = max(1, whole.num_hidden_layers // 4)
         if first.trainable_layers is None or first.trainable_layers > few:
             yield each("trainable_layers", few, f"trainable_layers={few}")

@@ -26,6 +26,7 @@ from ppo_engine.models.footprint import Footprint, Texts
 from ppo_engine.models.reader import enough
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.architecture import find_base
+from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.rollout.decoder import STAYING, STEPS, heads_of
 from ppo_engine.rollout.sampling import ALIGNED, SHARE_OF_FREE
 from ppo_engine.rollout.schedule import row_bucket
@@ -228,18 +229,19 @@ def _sampling(of: Footprint, rows: int, place: Place) -> dict[str, float]:
 
 def _slots(config: PPOConfig, rows: int, longest: int, place: Place, held: float) -> float:
     """Keys and values of as many rows as there is room for."""
-    base = loading.load_model_config(loading.resolve(config.policy.path))
-    each = -(-longest // ALIGNED) * ALIGNED * bytes_per_token(_heads(base), place.dtype)
+    path, trust = loading.resolve(config.policy.path), config.policy.trust_remote_code
+    heads = _heads(loading.load_model_config(path, trust=trust), trust)
+    each = -(-longest // ALIGNED) * ALIGNED * bytes_per_token(heads, place.dtype)
     budget = config.generation.kv_cache_gib
     room = SHARE_OF_FREE * (place.room - held) if budget is None else budget * 2**30
     return float(each * row_bucket(rows, max(1, int(room / each)), STEPS[place.device.type]))
 
 
-def _heads(config: Any) -> list[Heads]:
+def _heads(config: Any, trust: bool) -> list[Heads]:
     key = config.to_json_string(use_diff=False)
     if key not in _known_heads:
-        with torch.device("meta"), loading.quiet_transformers():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust)
         find_base(model)
         _known_heads[key] = heads_of(model, torch.device("meta"))
     return _known_heads[key]

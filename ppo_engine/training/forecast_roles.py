@@ -52,7 +52,8 @@ def trained_role(
     save: str = "auto",
 ) -> Role:
     """A model that is trained, from the settings' path or another one."""
-    config = loading.load_model_config(loading.resolve(path or settings.path))
+    path = loading.resolve(path or settings.path)
+    config = loading.load_model_config(path, trust=settings.trust_remote_code)
     of = Footprint.of(config, place.dtype, settings, scores=scores)
     # As it comes in fp32; in fp32 it stays.
     beside = 0.0 if place.dtype == torch.float32 or settings.quantization else of.loaded

@@ -22,7 +22,7 @@ from ppo_engine.data.demonstrations import load_demonstrations
 from ppo_engine.data.preferences import load_preferences
 from ppo_engine.data.prompts import load_prompts
 from ppo_engine.errors import UserError
-from ppo_engine.settings.files import dump_config
+from ppo_engine.settings.describe import dump_config
 from ppo_engine.settings.schema import (
     GenerateConfig,
     GRPOConfig,

@@ -233,7 +233,7 @@ def test_a_ppo_run_shows_its_samples_and_survives_its_tracker(
 
     monkeypatch.setattr(trainer.checkpoints, "save_if_due", breaks_after_a_step)
     trainer.train()
-    assert [sorted(data)[0] for _, data in runs[0].logged] == ["memory/peak", "samples"]
+    assert ["memory/peak" in data for _, data in runs[0].logged] == [True, False]
     first = rows(tmp_path / "run" / "samples.jsonl")[0]
     assert runs[0].logged[1][1]["samples"].data[0] == list(flatten(first).values())
     assert "rewards.length_reward" in runs[0].logged[1][1]["samples"].columns

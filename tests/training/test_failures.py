@@ -6,7 +6,7 @@ import io
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,19 @@ class Failing:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def handled() -> Iterator[Callable[[int, Any], None]]:
+    """Sets a signal's handler for the test."""
+    before: dict[int, Any] = {}
+
+    def handle(number: int, handler: Any) -> None:
+        before[number] = signal.signal(number, handler)
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +172,7 @@ def test_where_it_cannot_be_kept_the_failure_itself_is_shown(
     ],
 )
 def test_a_signal_waits_for_the_weights(
-    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], handled: Any,
     make: Any, path: str, at: int, kept: int, number: int, error: type[BaseException],
 ) -> None:  # fmt: skip
     trainer = make(model, tmp_path / "run")
@@ -177,6 +190,8 @@ def test_a_signal_waits_for_the_weights(
         return function(*given, **named)
 
     setattr(owner, name, interrupted)
+    if number != signal.SIGINT:  # whoever runs the tests may ignore it, as nohup does
+        handled(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with pytest.raises(error) as caught:
         trainer.train()
@@ -190,8 +205,9 @@ def test_a_signal_waits_for_the_weights(
 
 
 def test_a_signal_while_a_reward_function_runs_is_not_its_failure(
-    model: str, tmp_path: Path
+    model: str, tmp_path: Path, handled: Any
 ) -> None:
+    handled(signal.SIGTERM, signal.SIG_DFL)
     calls = []
 
     def killed(prompts: list[str], responses: list[str]) -> list[float]:
@@ -205,7 +221,8 @@ def test_a_signal_while_a_reward_function_runs_is_not_its_failure(
     assert "is kept in" in caught.value.__notes__[0]
 
 
-def test_a_second_signal_does_not_wait(model: str, tmp_path: Path) -> None:
+def test_a_second_signal_does_not_wait(model: str, tmp_path: Path, handled: Any) -> None:
+    handled(signal.SIGTERM, signal.SIG_DFL)
     trainer = ppo(model, tmp_path / "run")
     step = trainer.engine.actor.learner.optimizer.step
 
@@ -222,18 +239,15 @@ def test_a_second_signal_does_not_wait(model: str, tmp_path: Path) -> None:
 
 
 def test_ignored_signals_stay_ignored(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handled: Any
 ) -> None:
     """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        trainer = sft(model, tmp_path / "run")
-        evaluate = trainer.evaluate
-        hung_up = lambda *given: (os.kill(os.getpid(), signal.SIGHUP), evaluate(*given))[1]  # noqa: E731
-        monkeypatch.setattr(trainer, "evaluate", hung_up)
-        trainer.train()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    handled(signal.SIGHUP, signal.SIG_IGN)
+    trainer = sft(model, tmp_path / "run")
+    evaluate = trainer.evaluate
+    hung_up = lambda *given: (os.kill(os.getpid(), signal.SIGHUP), evaluate(*given))[1]  # noqa: E731
+    monkeypatch.setattr(trainer, "evaluate", hung_up)
+    trainer.train()
     assert trainer.step == STEPS
 
 
