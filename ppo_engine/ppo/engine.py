@@ -41,7 +41,7 @@ from ppo_engine.ppo.estimators import (
 )
 from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
 from ppo_engine.ppo.kl_control import KLController
-from ppo_engine.ppo.offloading import check_offload
+from ppo_engine.ppo.offloading import check_offload, let_wait
 from ppo_engine.ppo.old_logprobs import OldLogprobs
 from ppo_engine.ppo.passes import Passes
 from ppo_engine.ppo.roles import load_roles, optimizer_steps
@@ -125,6 +125,8 @@ class PPOEngine:
         self.kl = KLController(config.ppo.kl_coef, config.ppo.adaptive_kl, self.device)
         self.normalizer = ScoreNormalizer() if config.reward.normalize else None
         self.old_logprobs = OldLogprobs(config, self.passes)
+        frozen: dict[str, Sequence[Role]] = {"reference": references, "reward": self.rewards.models}
+        let_wait(config.run.offload, frozen, trained, self.device)
         self.steps_done = 0
         self._warned = False  # that nothing more is learned
         self.skips = Skips(config.run.on_bad_numbers)
