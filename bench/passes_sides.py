@@ -69,7 +69,7 @@ class Sides:
         model = self._policy.model.train()
         try:
             with contexts[name]():
-                loss, _ = self._policy.policy_loss(
+                loss, *_ = self._policy.policy_loss(
                     self._rows, None, self._advantages, 1.0,
                     cu_seqlens=self._cu_seqlens, normalizer=float(self.targets),
                 )  # fmt: skip

@@ -165,6 +165,24 @@ def test_without_old_logprobs_it_is_on_policy(impl: str) -> None:
     assert stats.clip_fraction == 0 and stats.approx_kl == 0
 
 
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+@pytest.mark.parametrize("old", [True, False], ids=["old log-probs", "on policy"])
+def test_it_returns_the_log_probs_of_its_pass(impl: str, ratio_level: str, old: bool) -> None:
+    """Those of `linear_logprobs`, whatever the layout; 0 where nothing is real, no gradient."""
+    given = inputs(ratio_level=ratio_level, mask=ops.make_mask("interior", (5, 9)))
+    if not old:
+        given["old_logprobs"] = None
+    names = ("hidden", "weight", "targets", "bias", "temperature", "softcap")
+    expected = linear_logprobs(**{name: given[name] for name in names}, impl=impl)
+    expected = torch.where(given["mask"], expected, 0)
+    for name in WRT:
+        given[name].requires_grad_()
+    loss, stats = linear_ppo_loss(**given, impl=impl)
+    again, same, logprobs = linear_ppo_loss(**given, return_logprobs=True, impl=impl)
+    assert loss == again and stats == same and not logprobs.requires_grad
+    torch.testing.assert_close(logprobs, expected)
+
+
 def test_an_ignored_target_counts_with_logprob_0(impl: str) -> None:
     given = inputs()
     given["targets"][1, 2:5] = -100
@@ -334,7 +352,7 @@ def test_compiles_without_a_graph_break(impl: str, old: bool) -> None:
     torch._dynamo.reset()
     given = inputs(mask=ops.make_mask("right", (5, 9)))
     given["old_logprobs"] = given["old_logprobs"] if old else None
-    op = partial(linear_ppo_loss, impl=impl)
+    op = partial(linear_ppo_loss, impl=impl, return_logprobs=old)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(ops.run(compiled, given, WRT), ops.run(op, given, WRT))
 

@@ -1,7 +1,7 @@
 """Autograd for losses that compute their gradients in the forward pass.
 
 Such a loss returns (loss, statistics, the gradient of each trained tensor or None where that is not
-wanted). Backward only multiplies by the incoming gradient.
+wanted), and in a graph maybe more. Backward only multiplies by the incoming gradient.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def register(op: Any, trained: int) -> None:
     as many bools, one for each: whether its gradient is wanted."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-        _save(ctx, inputs[:trained], inputs[-trained:], output[2:])
+        _save(ctx, inputs[:trained], inputs[-trained:], output[2 : 2 + trained])
         ctx.constants = len(inputs) - trained
 
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

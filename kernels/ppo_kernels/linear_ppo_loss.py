@@ -51,8 +51,9 @@ def linear_ppo_loss(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     is_weights: Tensor | None = None,
+    return_logprobs: bool = False,
     impl: str = "auto",
-) -> tuple[Tensor, PolicyStats]:
+) -> tuple[Any, ...]:
     """`ppo_policy_loss` of `linear_logprobs`, with all gradients computed in the forward pass.
 
     The gradient of a token's log-prob depends on that token alone, so each chunk's logits become
@@ -74,11 +75,14 @@ def linear_ppo_loss(
         old_logprobs: shaped like the targets; or None for the log-probs of this same pass, on
             policy: then every ratio is exactly 1, and no earlier pass is needed.
         advantages and all others: as for `ppo_policy_loss`, shaped like the targets.
+        return_logprobs: return the targets' log-probs too, which the loss is made of: on policy,
+            those of before the update, without a pass of their own.
         impl: "auto", or one of `implementations()["linear_ppo_loss"]`.
 
     Returns:
         (loss, statistics), as `ppo_policy_loss`; the entropy is measured also where `entropy_coef`
-        is 0.
+        is 0. With `return_logprobs` (loss, statistics, log-probs), these shaped like the targets,
+        as `linear_logprobs` has them, 0 where the mask is False, and without a gradient.
 
     Raises:
         As `linear_logprobs` and `ppo_policy_loss`.
@@ -108,13 +112,14 @@ def linear_ppo_loss(
             check_values(OP, targets, len(weight), temperature, softcap)
             ppo_loss.policy_settings(OP, hidden, **given)
             checks.boundaries(OP, cu_seqlens, targets.shape[0])
-        composed: Callable[..., tuple[Tensor, PolicyStats]] = (
+        composed: Callable[..., Any] = (
             reference.linear_ppo_loss if impl == "reference" else partial(_two_ops, impl)
         )
         return composed(
             hidden, weight, targets, old_logprobs, advantages, bias=bias, temperature=temperature,
             softcap=softcap, mask=mask, cu_seqlens=cu_seqlens, moments=moments,
-            ref_logprobs=ref_logprobs, is_weights=is_weights, **given,
+            ref_logprobs=ref_logprobs, is_weights=is_weights, return_logprobs=return_logprobs,
+            **given,
         )  # fmt: skip
 
     trained = (hidden, weight, bias)
@@ -126,17 +131,18 @@ def linear_ppo_loss(
         traced = ppo_loss.traced_numbers(
             temperature, softcap, low, high, dual_clip, entropy_coef, kl_coef
         )
-        loss, stats, *_ = _loss_op(
+        loss, numbers, *_, logprobs = _loss_op(
             *tensors, traced, ppo_loss.traced_scalar(normalizer), reduction, kl_estimator,
             objective, dtype, impl, *wanted,
         )  # fmt: skip
-        stats = stats.detach()
+        numbers, logprobs = numbers.detach(), logprobs.detach()
     else:
         of_head = check_values(OP, targets, len(weight), temperature, softcap)
         settings = ppo_loss.policy_settings(OP, hidden, **given)
-        results = _loss(*tensors, of_head, settings, dtype, impl, *wanted)
-        loss, stats = fused_loss.attach(results, trained, wanted), results[1]
-    return loss, PolicyStats(*stats.unbind())
+        *results, logprobs = _loss(*tensors, of_head, settings, dtype, impl, *wanted)
+        loss, numbers = fused_loss.attach(tuple(results), trained, wanted), results[1]
+    stats = PolicyStats(*numbers.unbind())
+    return (loss, stats, logprobs) if return_logprobs else (loss, stats)
 
 
 def _two_ops(
@@ -151,8 +157,9 @@ def _two_ops(
     temperature: float,
     softcap: float | None,
     entropy_coef: float,
+    return_logprobs: bool,
     **settings: Any,
-) -> tuple[Tensor, PolicyStats]:
+) -> tuple[Any, ...]:
     """`ppo_policy_loss` of `linear_logprobs`, whose backward pass recomputes the logits."""
     logprobs, entropy = linear_logprobs(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap,
@@ -160,10 +167,11 @@ def _two_ops(
     )  # fmt: skip
     if entropy_coef == 0:
         entropy = entropy.detach()  # measured, not trained
-    return ppo_loss.ppo_policy_loss(
+    found = ppo_loss.ppo_policy_loss(
         logprobs, old_logprobs, advantages, entropy=entropy, entropy_coef=entropy_coef,
         **settings, impl=impl,
     )  # fmt: skip
+    return (*found, logprobs.detach()) if return_logprobs else found
 
 
 def _loss(
@@ -184,7 +192,7 @@ def _loss(
     impl: str,
     *want: bool,
 ) -> fused_loss.Results:
-    """(loss, statistics, gradients of hidden, weight and bias)."""
+    """(loss, statistics, gradients of hidden, weight and bias, log-probs)."""
     checks.boundaries(OP, cu_seqlens, targets.shape[0])
     # Without old log-probs all ratios are 1, those of sequences too.
     settings = settings._replace(ratio_level="token")
@@ -226,7 +234,7 @@ def _loss(
             for g in made:
                 if g is not None:
                     g /= denominator
-    return loss, stats, *made
+    return loss, stats, *made, logprobs
 
 
 def _at(place: slice, tensors: list[Tensor | None]) -> Any:
@@ -290,7 +298,7 @@ def _loss_op(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     low, high, dual_clip, entropy_coef, kl_coef = numbers[2:].tolist()
     settings = ppo_loss.policy_settings(
         OP, hidden, clip_range=(low, high), dual_clip=ppo_loss.untraced(dual_clip),
@@ -308,7 +316,7 @@ def _loss_op(
 @_loss_op.register_fake
 def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     dtype, want = dispatch.accumulator(rest[-5]), rest[-3:]
-    logprobs = hidden.new_empty(0, dtype=dtype)
+    logprobs = hidden.new_empty(rest[0].shape, dtype=dtype)  # of the targets
     of_tokens = dispatch.common_dtype(logprobs, *rest[1:5])
     loss, stats = ppo_loss.outputs(hidden, of_tokens, len(PolicyStats._fields))
     dtypes = (dtype, weight_gradient_dtype(weight, rest[-5]), dtype)
@@ -316,7 +324,7 @@ def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
         dispatch.empty_like(x, of_x) if wants and x is not None else None
         for x, of_x, wants in zip((hidden, weight, bias), dtypes, want, strict=True)
     )
-    return fused_loss.without_none((loss, stats, *made))
+    return fused_loss.without_none((loss, stats, *made, logprobs))
 
 
 fused_loss.register(_loss_op, trained=3)

@@ -154,7 +154,7 @@ class Footprint:
             has_output=not scores,
             trained_layers=through,
             adapters=adapters / layers,
-            checkpointed=settings is not None and settings.gradient_checkpointing,
+            checkpointed=settings is not None and settings.gradient_checkpointing is True,
         )  # fmt: skip
 
     def kept(self, texts: Texts, device: torch.device) -> float:

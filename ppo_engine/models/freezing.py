@@ -40,7 +40,7 @@ def prepare_for_training(
         model = add_lora(model, config.lora, task, config.trainable_layers)
     else:
         freeze_lower_layers(model, config.trainable_layers)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:
         checkpoint_gradients(unwrap(model))
     with computing_in_fp32(model):
         check_repeatable(model)

@@ -214,10 +214,11 @@ class LanguageModel:
         *,
         share: Tensor | float = 1.0,
         **settings: Any,
-    ) -> tuple[Tensor, PolicyStats]:
-        """PPO's loss of the trained tokens of `rows`; tensors are `[tokens]`, row by row, and
-        `settings` those of the op. A balance loss (`experts`) is added, weighted by the `share`
-        that `rows` have in their mini-batch.
+    ) -> tuple[Tensor, PolicyStats, Tensor]:
+        """PPO's loss of the trained tokens of `rows`, its statistics, and the log-probs of this
+        pass, without a gradient; tensors are `[tokens]`, row by row, and `settings` those of the
+        op. A balance loss (`experts`) is added to the loss, weighted by the `share` that `rows`
+        have in their mini-batch.
 
         Without `old_logprobs`, on policy: the log-probs of this same pass are used.
         """
@@ -225,26 +226,28 @@ class LanguageModel:
         balance = share * self.balance(routed, rows.mask)
         with span("losses"), passing():
             if not self.makes_logits:
-                loss, stats = linear_ppo_loss(
+                loss, stats, logprobs = linear_ppo_loss(
                     states,
                     targets=targets,
                     old_logprobs=old_logprobs,
                     advantages=advantages,
+                    return_logprobs=True,
                     **self._linear(temperature),
                     **settings,
                 )
-                return loss + balance, stats
+                return loss + balance, stats, logprobs
             logprobs, entropy = token_logprobs(
                 self._logits(states), targets, temperature=temperature, return_entropy=True
             )
+            measured = logprobs.detach()
             if old_logprobs is None:
-                old_logprobs = logprobs.detach()
+                old_logprobs = measured
             if not settings.get("entropy_coef"):
                 entropy = entropy.detach()  # measured, not trained
             loss, stats = ppo_policy_loss(
                 logprobs, old_logprobs, advantages, entropy=entropy, **settings
             )
-            return loss + balance, stats
+            return loss + balance, stats, measured
 
     def nll(self, rows: TokenRows) -> Tensor:
         """-log pi of each trained token of `rows`, row by row, `[tokens]` fp32."""

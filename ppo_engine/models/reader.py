@@ -65,8 +65,12 @@ class Reader:
         self.trunk: Trunk | None = None  # frozen layers whose states are kept, if any
         self.offloaded: Offloaded | None = None  # the model's weights, where they wait elsewhere
         if architecture.checkpoints_gradients(self._model):
-            # A function, as copies of the model share it; a method would be copied with its reader.
-            architecture.checkpoint_gradients(self._model, lambda: self._again())
+            self.checkpoint_gradients()
+
+    def checkpoint_gradients(self) -> None:
+        """Keep of each layer only what it reads, from here on."""
+        # A function, as copies of the model share it; a method would be copied with its reader.
+        architecture.checkpoint_gradients(self._model, lambda: self._again())
 
     @cached_property
     def packs(self) -> bool:

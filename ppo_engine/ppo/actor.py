@@ -34,8 +34,14 @@ class Actor:
     ) -> dict[str, Tensor]:
         """One optimizer step on the responses of these `numbers`, a mini-batch."""
         policy = self._policy
+        if experience.deferred and self.version != experience.policy_version:
+            raise ValueError(
+                "The log-probs of this experience were to be measured by its one optimizer step "
+                "(ppo.epochs is 1, and ppo.mini_batch_size holds all its responses), and the "
+                "policy has been updated since: set ppo.old_logprobs=recompute."
+            )
         policy.model.train()
-        found, losses = in_parts(
+        found, losses, measured = in_parts(
             experience.rollout,
             numbers,
             policy.reader,
@@ -44,13 +50,17 @@ class Actor:
         )
         policy.model.eval()
         found["policy/grad_norm"] = self.learner.step(losses)
+        if experience.deferred:
+            for places, logprobs in measured:
+                experience.logprobs.view(-1).index_copy_(0, places, logprobs)
         self.version += 1
         return found
 
     def _backward(
         self, experience: Experience, parts: Sequence[Part], kl_coef: float
-    ) -> tuple[dict[str, Tensor], Losses]:
-        """The gradient of a mini-batch, in these `parts`; its metrics, and each part's loss."""
+    ) -> tuple[dict[str, Tensor], Losses, list[tuple[Tensor, Tensor]]]:
+        """The gradient of a mini-batch, in these `parts`; its metrics, each part's loss, and the
+        places and log-probs of each part's tokens."""
         policy, settings = self._policy, self._config.ppo
         self.learner.clear_gradients()
         tokens = max(1, sum(len(part.places) for part in parts))
@@ -58,6 +68,7 @@ class Actor:
         weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
         found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
         losses: list[tuple[list[int], Tensor]] = []
+        measured: list[tuple[Tensor, Tensor]] = []
         penalized = settings.kl_in == "loss"
         for part in parts:
             # Until the first step the old log-probs are those of this same pass: computed in
@@ -65,7 +76,7 @@ class Actor:
             on_policy = self.version == experience.policy_version
             share = len(part.places) / tokens
             with span("policy"):
-                loss, stats = policy.policy_loss(
+                loss, stats, logprobs = policy.policy_loss(
                     part.rows,
                     None if on_policy else part.of(experience.logprobs),
                     part.of(experience.advantages),
@@ -91,6 +102,7 @@ class Actor:
                 loss.backward()
             found["policy/loss"] += loss.detach()
             losses.append((part.numbers, loss.detach()))
+            measured.append((part.places, logprobs))
             for name in (
                 "approx_kl",
                 "clip_fraction",
@@ -100,7 +112,7 @@ class Actor:
             ):
                 found[f"policy/{name}"] += getattr(stats, name) * share
             found["policy/ratio_max"] = torch.maximum(found["policy/ratio_max"], stats.ratio_max)
-        return found, losses
+        return found, losses, measured
 
     def _normalizer(self, tokens: int, responses: int) -> float:
         """What a mini-batch's sum of losses is divided by, whatever its passes."""

@@ -224,7 +224,7 @@ class PPOEngine:
         greedy_scores = self._greedy_scores(rollout)
 
         settings = self.config.ppo
-        logprobs, ref_logprobs, entropy = self.old_logprobs.measure(rollout)
+        logprobs, ref_logprobs, entropy, deferred = self.old_logprobs.measure(rollout)
         values = self.values(rollout) if self.critic else None
         in_reward = settings.kl_in == "reward"
         with span("gae"):
@@ -272,7 +272,8 @@ class PPOEngine:
             values=values,
             returns=None if values is None else shaped.returns,
             is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
-            sampled=entropy is None,
+            sampled=entropy is None and not deferred,
+            deferred=deferred,
         )
 
     @contextmanager
@@ -321,7 +322,10 @@ class PPOEngine:
     @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics. Warns, once, where
-        their schedules are over."""
+        their schedules are over.
+
+        Raises ValueError for an experience whose log-probs its one optimizer step was to measure
+        (`Experience.deferred`), where the policy has moved since."""
         settings = self.config.ppo
         over = [learner.name for learner in self.learners if learner.learning_rate == 0]
         if over and not self._warned:
@@ -333,8 +337,7 @@ class PPOEngine:
                 'your loop does, or optimizer.schedule to "constant".',
                 stacklevel=4,  # the caller of `entry_point`, which calls `span`, which calls this
             )
-        metrics = objective_metrics(experience, settings.importance_cap)
-        metrics["policy/learning_rate"] = self.actor.learner.learning_rate
+        metrics = {"policy/learning_rate": self.actor.learner.learning_rate}
         if settings.compares_groups:
             metrics["objective/equal_groups"] = equal_groups(
                 experience.scores, settings, experience.rounding
@@ -360,6 +363,8 @@ class PPOEngine:
         self.steps_done += 1
         for learner in self.learners:
             learner.refuse_bad_weights(self.steps_done)
+        # Here, as the update may have measured the log-probs.
+        metrics = objective_metrics(experience, settings.importance_cap) | metrics
         metrics |= self.skips.end_step()
         entropies = records.pop("policy/entropy", [])
         if entropies and "objective/entropy" not in metrics:  # nothing else has measured it

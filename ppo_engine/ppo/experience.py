@@ -41,6 +41,7 @@ class Experience:
     is_weights: Tensor | None = None  # truncated importance weights of the sampler's tokens
     rounding: Tensor | None = None  # [B] of the scores, as `estimators.Evidence` has it
     sampled: bool = False  # whether `logprobs` are the sampler's
+    deferred: bool = False  # they are only until the update has written its own pass's there
 
     def __len__(self) -> int:
         return len(self.rollout)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ppo_engine.ppo.experience import SAMPLERS_BOUND, logprob_difference, of_sampler
 from ppo_engine.ppo.passes import Passes
 from ppo_engine.rollout.batch import Rollout
 from ppo_engine.settings.schema import PPOConfig
+
+
+class Measured(NamedTuple):
+    """Each `[B, T]` fp32, 0 elsewhere."""
+
+    logprobs: Tensor  # of the policy before the update
+    ref_logprobs: Tensor | None  # where something uses the KL
+    entropy: Tensor | None  # of the policy; None where no pass measured its log-probs
+    deferred: bool = False  # `logprobs` are the sampler's until the update has measured them
 
 
 class OldLogprobs:
@@ -21,14 +32,14 @@ class OldLogprobs:
         if config.ppo.importance_cap is not None:  # they are what it compares with
             self.are_samplers = False
 
-    def measure(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs of the policy before the update; those of the reference, where something uses
-        the KL; the policy's entropies, where its log-probs are not the sampler's. All `[B, T]`."""
+    def measure(self, rollout: Rollout) -> Measured:
         uses_kl = self._config.ppo.uses_kl
-        # Also on the first rollout, so that what is measured there is exact: a KL of 0.
-        sampled = of_sampler(rollout) if self.are_samplers else None
+        deferred = self.are_samplers is False and self._may_wait(rollout)
+        # Not on the first rollout, so that what is measured there is exact: a KL of 0.
+        sampled = of_sampler(rollout) if self.are_samplers or deferred else None
         if sampled is not None:
-            return sampled, self._passes.of_reference(rollout) if uses_kl else None, None
+            ref_logprobs = self._passes.of_reference(rollout) if uses_kl else None
+            return Measured(sampled, ref_logprobs, None, deferred)
         ref_logprobs = None
         if uses_kl:
             logprobs, ref_logprobs, entropy = self._passes.of_both(rollout)
@@ -37,7 +48,22 @@ class OldLogprobs:
         if self.are_samplers is None:
             mean, _ = logprob_difference(rollout, logprobs)
             self.are_samplers = self._samples_all and float(mean) <= SAMPLERS_BOUND
-        return logprobs, ref_logprobs, entropy
+        return Measured(logprobs, ref_logprobs, entropy)
+
+    def _may_wait(self, rollout: Rollout) -> bool:
+        """Whether the update measures them by the way: it is one optimizer step, on policy, and
+        until then nothing but metrics asks for them."""
+        ppo = self._config.ppo
+        return (
+            ppo.old_logprobs == "auto"
+            and ppo.importance_cap is None
+            and self._samples_all
+            and ppo.epochs == 1
+            and len(rollout) <= ppo.mini_batch_size
+            and not (ppo.uses_kl and ppo.kl_in == "reward")
+            and ppo.adaptive_kl is None
+            and ppo.critic_warmup_steps == 0
+        )
 
     @property
     def _samples_all(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from ppo_engine.data.prompts import PromptExample
 from ppo_engine.memory import free_memory, used_memory
 from ppo_engine.messages import first_line
 from ppo_engine.models import precision
+from ppo_engine.models.reader import Reader
 from ppo_engine.pretrained import loading
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.settings.schema import LoraConfig, PPOConfig, RewardModelConfig
@@ -81,9 +82,56 @@ def text_lengths(encoded: Sequence[EncodedExample | EncodedRanking]) -> Lengths 
     return Lengths(tokens / len(texts), max(map(len, texts)), trained=trained / tokens)
 
 
+def settled(config: Any, lengths: Lengths | None, place: Place) -> Any:
+    """`config` with true or false in place of `gradient_checkpointing=auto`: true where the run
+    does not fit without it, and takes less with it. What cannot be told, as of a model that was
+    given as an object, is false."""
+    unset = [n for n in _trained(config) if getattr(config, n).gradient_checkpointing == "auto"]
+    off, on = config, config
+    for name in unset:
+        off = _with(off, f"{name}.gradient_checkpointing", False)
+        on = _with(on, f"{name}.gradient_checkpointing", True)
+    if not unset or lengths is None or not getattr(config, unset[0]).path:
+        return off
+    try:
+        without, helps = (forecast(x, lengths, place).peak.total for x in (off, on))
+    except Exception:  # as in `report`
+        return off
+    return on if without > place.room and helps < (1 - _WORTH_TRYING) * without else off
+
+
+def checkpoint(config: Any, found: Any, readers: Mapping[str, Reader]) -> list[str]:
+    """Turn gradient checkpointing on, where `settled` has `found` it necessary, in these models of
+    the run; says so."""
+    names = _switched_on(config, found)
+    for name in names:
+        readers[name].checkpoint_gradients()
+    return _of_checkpointing(names)
+
+
+def _switched_on(config: Any, found: Any) -> list[str]:
+    return [
+        name
+        for name in _trained(config)
+        if getattr(config, name).gradient_checkpointing == "auto"
+        and getattr(found, name).gradient_checkpointing is True
+    ]
+
+
+def _of_checkpointing(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    settings = " ".join(f"{name}.gradient_checkpointing=false" for name in names)
+    return [
+        "Gradient checkpointing is on, as the run would not fit without it: an update computes "
+        f"activations twice. {settings} turns it off."
+    ]
+
+
 def report(config: Any, lengths: Lengths, place: Place) -> str:
     """Lines for `--dry-run`: each phase with what it is made of, the largest first; where it does
     not fit, what to set. A sentence where a model's family cannot be told of without weights."""
+    given, config = config, settled(config, lengths, place)
     try:
         found = forecast(config, lengths, place)
     except Exception as error:  # whatever a family raises that is made on no device
@@ -99,14 +147,14 @@ def report(config: Any, lengths: Lengths, place: Place) -> str:
         mark = "*" if phase is found.peak else " "
         first = f"{mark} {phase.name:<10} {_gib(phase.total):>6}  "
         lines += textwrap.wrap(told, _COLUMNS, initial_indent=first, subsequent_indent=" " * 21)
+    lines += _of_checkpointing(_switched_on(given, config))
     return "\n".join([*lines, *_verdict(config, lengths, place, found)])
 
 
 def note(config: Any, lengths: Lengths | None, place: Place) -> list[str]:
     """For a run that is about to begin: a sentence where it will not fit, else nothing. Nothing
     either where it cannot be told, as for a model that was given as an object."""
-    model = config.policy if isinstance(config, PPOConfig) else config.model
-    if lengths is None or not model.path:
+    if lengths is None or not getattr(config, _trained(config)[0]).path:
         return []
     try:
         found = forecast(config, lengths, place)
@@ -143,10 +191,9 @@ def _verdict(config: Any, lengths: Lengths, place: Place, found: Forecast) -> li
 
 def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
     """Settings as they are written on a command line, and the configuration with them."""
-    if isinstance(config, PPOConfig):
-        method, names = "ppo", ["policy", *(["critic"] if config.ppo.has_critic else [])]
-    else:
-        method, names = "reward" if isinstance(config, RewardModelConfig) else "sft", ["model"]
+    method, names = "ppo", _trained(config)
+    if not isinstance(config, PPOConfig):
+        method = "reward" if isinstance(config, RewardModelConfig) else "sft"
     first = getattr(config, names[0])
 
     def each(key: str, value: Any, shown: str) -> tuple[str, Any]:
@@ -168,7 +215,7 @@ def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
         for name in names:
             adapted = _with(adapted, f"{name}.lora", LoraConfig())
         yield " ".join(f"{name}.lora.rank=16" for name in names), adapted
-    if not first.gradient_checkpointing:
+    if first.gradient_checkpointing is not True:
         yield each("gradient_checkpointing", True, "gradient_checkpointing=true")
     tokens = getattr(config, method).micro_batch_tokens
     if tokens == "auto" or tokens > _PASS:
@@ -188,6 +235,13 @@ def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
         yield f"{settings}={half}", _with(config, settings, half)
     elif config.data.max_tokens > _PASS:
         yield f"data.max_tokens={_PASS}", _with(config, "data.max_tokens", _PASS)
+
+
+def _trained(config: Any) -> list[str]:
+    """The sections of the models that are trained."""
+    if isinstance(config, PPOConfig):
+        return ["policy", *(["critic"] if config.ppo.has_critic else [])]
+    return ["model"]
 
 
 def _with(config: Any, key: str, value: Any) -> Any:

@@ -122,7 +122,10 @@ class PPOTrainer:
             )
         self.notes += batch_notes(config.ppo, len(self.examples))
         lengths = fit.prompt_lengths(self.examples, self.engine.policy.renderer, None)
-        self.notes += fit.note(config, lengths, place)
+        fitted = fit.settled(config, lengths, place)
+        self.notes += fit.note(fitted, lengths, place)
+        trained = {"policy": self.engine.policy, "critic": self.engine.critic}
+        self.notes += fit.checkpoint(config, fitted, {n: x.reader for n, x in trained.items() if x})
         self.evaluator = Evaluator(self.engine, held_out)
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)

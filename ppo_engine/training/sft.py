@@ -82,7 +82,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         def measured(passes: list[list[int]]) -> Tensor:
             found = torch.zeros(2, int(groups.max()) + 1, device=self.device)
             for planned in progress.track(passes, "held-out batch") if progress else passes:
-                part = self.policy.reader.stack([rows[i] for i in planned])
+                part = self.reader.stack([rows[i] for i in planned])
                 nll = self.policy.nll(part)
                 counts = torch.tensor(part.counts, device=self.device)
                 of_tokens = groups[planned].repeat_interleave(counts)
@@ -112,6 +112,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             template_arguments=self.config.data.chat_template_kwargs,
             date=self.config.run.date,
         )
+        self.reader = self.policy.reader
         self.notes += training_notes(self.policy)
         self.budget = Budget(Limit.of(self.config.sft, self.policy.model), "sft")
         return self.policy.model.train()
@@ -138,7 +139,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
             self.learner.clear_gradients()
             total, losses = torch.zeros((), device=self.device), []
             for planned in passes:
-                part = self.policy.reader.stack([rows[i] for i in planned])
+                part = self.reader.stack([rows[i] for i in planned])
                 loss = self.policy.nll_loss(part, tokens)
                 with passing():
                     loss.backward()
@@ -154,7 +155,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
     ) -> Result:
         """What `attempt` gives of the passes over `rows`, see `Budget.run`."""
         lengths = [len(row.ids) for row in rows]
-        return self.budget.run(lengths, attempt, packed=self.policy.reader.packs)
+        return self.budget.run(lengths, attempt, packed=self.reader.packs)
 
     def _tokens(self, example: EncodedExample) -> int:
         return len(example)

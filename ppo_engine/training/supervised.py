@@ -34,6 +34,7 @@ from ppo_engine.models import precision
 from ppo_engine.models.budget import Budget
 from ppo_engine.models.finite import Losses, NotFiniteError, Skips
 from ppo_engine.models.optimizer import Learner
+from ppo_engine.models.reader import Reader
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.adapters import check_saving
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
@@ -69,6 +70,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     config: RewardModelConfig | SFTConfig
     budget: Budget  # of passes, made with the model
+    reader: Reader  # of it, as this
 
     def __init__(
         self,
@@ -104,7 +106,10 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         if config.run.save_adapters:
             check_saving(self.model)
         self.training = self._encode(training, "training")
-        self.notes += fit.note(config, fit.text_lengths(cast(Any, self.training)), place)
+        lengths = fit.text_lengths(cast(Any, self.training))
+        fitted = fit.settled(config, lengths, place)
+        self.notes += fit.note(fitted, lengths, place)
+        self.notes += fit.checkpoint(config, fitted, {"model": self.reader})
         self.held_out = self._encode(held_out, "held-out")
         self.steps_per_epoch = math.ceil(len(self.training) / self.settings.batch_size)
         self.total_steps = self.steps_per_epoch * self.settings.epochs

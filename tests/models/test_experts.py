@@ -50,7 +50,7 @@ def losses(policy: LanguageModel, rows: TokenRows, method: str) -> torch.Tensor:
     tokens = len(rows.targets)
     if method == "sft":
         return policy.nll_loss(rows, tokens)
-    loss, _ = policy.policy_loss(rows, None, torch.linspace(-1, 1, tokens), 1.0)
+    loss, *_ = policy.policy_loss(rows, None, torch.linspace(-1, 1, tokens), 1.0)
     return loss
 
 
@@ -84,7 +84,7 @@ def test_passes_of_a_mini_batch_weigh_by_their_tokens(method):
             if method == "sft":
                 loss = model.nll_loss(few, tokens)
             else:
-                loss, _ = model.policy_loss(
+                loss, *_ = model.policy_loss(
                     few, None, torch.zeros(len(few.targets)), 1.0, share=share
                 )
             added = added + sign * loss

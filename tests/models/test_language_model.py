@@ -136,7 +136,7 @@ def test_adapters_on_the_head_are_not_passed_over():
     rollout = generate(Sampler(policy), ["Hello", "A longer prompt"], Sampling(max_new_tokens=5))
     found, _ = response_logprobs(policy, rollout, 1.0)
     torch.testing.assert_close(found, own_logprobs(policy, rollout), rtol=1e-4, atol=1e-4)
-    loss, stats = policy.policy_loss(
+    loss, stats, _ = policy.policy_loss(
         policy.reader.stack(rollout.rows), None, torch.ones(int(rollout.mask.sum())), 1.0
     )
     loss.backward()
@@ -159,13 +159,14 @@ def test_the_loss_is_that_of_the_models_own_logits(make):
         if own:
             logprobs = own_logprobs(policy, rollout)
             loss, stats = ppo_policy_loss(logprobs, old, advantages, mask=rollout.mask)
+            logprobs = logprobs[rollout.mask].detach()
         else:
-            loss, stats = policy.policy_loss(
+            loss, stats, logprobs = policy.policy_loss(
                 policy.reader.stack(rollout.rows), old[rollout.mask], advantages[rollout.mask], 1.0
             )
         loss.backward()
         gradients = [p.grad.clone() for p in policy.model.parameters()]
-        found.append((loss.detach(), stats.approx_kl, stats.clip_fraction, *gradients))
+        found.append((loss.detach(), stats.approx_kl, stats.clip_fraction, logprobs, *gradients))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 

@@ -84,6 +84,58 @@ def test_a_sampler_that_differs_is_not_believed(monkeypatch):
     assert not any(step(engine)[0].sampled for _ in range(2))
 
 
+ONE_STEP = {"epochs": 1, "mini_batch_size": 8, "rollout_batch_size": 8, "kl_in": "loss"}
+
+
+def test_one_step_on_policy_measures_them_by_the_way(read, monkeypatch):
+    """What is learned has the same bits, and the metrics are those of a pass."""
+    monkeypatch.setattr("ppo_engine.ppo.old_logprobs.SAMPLERS_BOUND", 0.0)
+    other = make_engine(ppo=ONE_STEP | {"old_logprobs": "recompute"})
+    expected = [step(other) for _ in range(3)]
+    engine = make_engine(ppo=ONE_STEP)
+    for count, (recomputed, metrics) in enumerate(expected):
+        read.clear()
+        experience, found = step(engine)
+        assert experience.deferred == (count > 0) and not recomputed.deferred
+        assert count == 0 or read == [engine.reference]
+        torch.testing.assert_close(experience.logprobs, recomputed.logprobs, rtol=0, atol=1e-5)
+        assert (found["objective/kl"] == 0) == (count == 0)
+        assert found == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    pairs = zip(engine.policy.model.parameters(), other.policy.model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"epochs": 2},
+        {"mini_batch_size": 4},
+        {"kl_in": "reward"},
+        {"adaptive_kl": {}},
+        {"critic_warmup_steps": 1},
+        {"importance_cap": 2.0},
+        {"old_logprobs": "recompute"},
+    ],
+    ids=str,
+)
+def test_what_needs_them_before_the_update(changed, monkeypatch):
+    monkeypatch.setattr("ppo_engine.ppo.old_logprobs.SAMPLERS_BOUND", 0.0)
+    engine = make_engine(ppo=ONE_STEP | changed)
+    assert not any(step(engine)[0].deferred for _ in range(2))
+
+
+def test_log_probs_that_were_not_measured_are_not_used(monkeypatch):
+    monkeypatch.setattr("ppo_engine.ppo.old_logprobs.SAMPLERS_BOUND", 0.0)
+    engine = make_engine(ppo=ONE_STEP)
+    step(engine)
+    rollout = engine.generate(PROMPTS)
+    experience = engine.estimate_advantages(rollout, engine.score(rollout))
+    halves = [experience.select(torch.tensor(rows)) for rows in ([0, 1, 2, 3], [4, 5, 6, 7])]
+    engine.update(halves[0])
+    with pytest.raises(ValueError, match=r"ppo\.old_logprobs=recompute"):
+        engine.update(halves[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

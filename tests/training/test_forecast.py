@@ -24,12 +24,14 @@ from ppo_engine.models.footprint import numbers_kept
 from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import scored
 from ppo_engine.ppo.engine import PPOEngine
+from ppo_engine.pretrained.architecture import checkpoints_gradients
 from ppo_engine.rollout.decoder import Decoder
 from ppo_engine.rollout.slots import bytes_per_token
 from ppo_engine.settings.schema import GRPOConfig, LoraConfig, ModelConfig, PPOConfig, RewardConfig
 from ppo_engine.training import fit
 from ppo_engine.training.forecast import Lengths, forecast
 from ppo_engine.training.forecast_roles import Place
+from ppo_engine.training.ppo import PPOTrainer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -162,6 +164,52 @@ def test_where_it_does_not_fit_what_helps_most_comes_first(model: str, tmp_path:
     assert found and not any("critic" in change.settings for change in found)
 
 
+def test_gradient_checkpointing_where_the_run_would_not_fit_without(
+    model: str, tmp_path: Path
+) -> None:
+    """By the estimate; what was set by hand stays as it is."""
+    settings, lengths = of_model(model, tmp_path), Lengths(200, 200)
+
+    def peak(value: bool) -> float:
+        return forecast(fitted(value, place()), lengths, place()).peak.total
+
+    def fitted(value: bool | str, where: Place, given: Lengths | None = lengths) -> Any:
+        trained = {
+            name: replace(getattr(settings, name), gradient_checkpointing=value)
+            for name in ("policy", "critic")
+        }
+        return fit.settled(replace(settings, **trained), given, where)
+
+    def is_on(found: Any) -> list[bool]:
+        return [found.policy.gradient_checkpointing, found.critic.gradient_checkpointing]
+
+    assert peak(True) < 0.9 * peak(False)
+    short = place(free=peak(False) - 1)
+    assert is_on(fitted("auto", short)) == [True, True]
+    assert is_on(fitted("auto", place(free=peak(False)))) == [False, False]
+    assert is_on(fitted("auto", short, None)) == [False, False]
+    assert is_on(fitted(False, short)) == [False, False]
+    assert "Gradient checkpointing is on" in fit.report(settings, lengths, short)
+    assert "Gradient checkpointing is on" not in fit.report(settings, lengths, place())
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_trainer_turns_gradient_checkpointing_on(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    settings = of_model(model, tmp_path)
+    where = place() if fits else place(free=0)
+    monkeypatch.setattr(fit, "place_of", lambda config: where)
+    trainer = PPOTrainer(reward=length_reward, prompts=PROMPTS, config=settings)
+    assert trainer.engine.critic is not None
+    for trained in (trainer.engine.policy, trainer.engine.critic):
+        assert checkpoints_gradients(trained.model) != fits
+    said = [note for note in trainer.notes if "Gradient checkpointing is on" in note]
+    assert len(said) == (not fits)
+    assert all("policy.gradient_checkpointing=false critic." in note for note in said)
+    trainer.train()
+
+
 def test_a_family_that_cannot_be_told_of_says_so(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +220,8 @@ def test_a_family_that_cannot_be_told_of_says_so(
     settings = PPOConfig(policy=ModelConfig(path=model))
     assert "no meta device here" in fit.report(settings, Lengths(4, 4), place())
     assert fit.note(settings, Lengths(4, 4), place()) == []
+    found = fit.settled(settings, Lengths(4, 4), place(free=0))
+    assert found.policy.gradient_checkpointing is False
 
 
 # Of the demo's model, each in a process of its own.

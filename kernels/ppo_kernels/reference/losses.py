@@ -143,11 +143,13 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    return_logprobs: bool = False,
     **settings: Any,
-) -> tuple[Tensor, PolicyStats]:
+) -> tuple[Any, ...]:
     """`ppo_policy_loss` of `linear_logprobs` and their entropy; without old log-probs, on policy.
 
-    Differentiable in `hidden`, `weight` and `bias`.
+    Returns the loss (0-dim) and its statistics, with `return_logprobs` the log-probs too, which are
+    without a gradient. Differentiable in `hidden`, `weight` and `bias`.
     """
     if mask is not None:
         targets = targets.masked_fill(~mask, IGNORED_TARGET)
@@ -156,9 +158,10 @@ def linear_ppo_loss(
         return_entropy=True,
     )  # fmt: skip
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-    return ppo_policy_loss(
+    found = ppo_policy_loss(
         logprobs, old_logprobs, advantages, mask=mask, entropy=entropy, **settings
     )
+    return (*found, logprobs.detach()) if return_logprobs else found
 
 
 # The clipped value loss (Schulman et al. 2017; as in openai/baselines ppo2 and Ouyang et al. 2022):

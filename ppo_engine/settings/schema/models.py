@@ -75,9 +75,10 @@ class ModelConfig:
     """Train low-rank adapters in place of the weights; null trains the weights."""
     quantization: Literal["8bit", "4bit"] | None = None
     """Of the frozen base under lora (optional group `quant`); needs path. null: none."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Compute activations a second time in the backward pass in place of keeping them: less memory,
-    more time."""
+    more time. auto: where a run would not fit without, by the estimate of --dry-run; in a loop of
+    your own, never."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """How it is trained."""
 

@@ -140,7 +140,8 @@ class PPOSettings:
     old_logprobs: Literal["auto", "sampler", "recompute"] = "auto"
     """Whose log-probs the ratio starts from: the sampler's own, which cost nothing, or those of a
     pass over what it wrote; auto takes the sampler's if on the first rollout they differ by less
-    than 0.02 nats a token (rollout/logprob_diff)."""
+    than 0.02 nats a token (rollout/logprob_diff), and no pass of their own where a rollout is one
+    optimizer step with the KL in the loss."""
     importance_cap: PositiveFloat | None = None
     """Weight tokens by min(pi_old / pi_sampler, cap) where the sampler's log-probs, recorded in
     `Rollout.logprobs`, differ from the trainer's; null: no weights."""
