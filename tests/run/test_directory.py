@@ -200,7 +200,8 @@ def test_a_lock_that_was_removed_in_between_is_taken_anew(
 def test_a_killed_run_locks_nobody_out(tmp_path: Path) -> None:
     code = (
         "import os, sys; from ppo_engine.run.lock import Lock; from pathlib import Path\n"
-        "lock = Lock(Path(sys.argv[1]) / '.lock', 'It', 'one'); print('locked', flush=True); os.kill(os.getpid(), 9)"
+        "lock = Lock(Path(sys.argv[1]) / '.lock', 'It', 'one')\n"
+        "print('locked', flush=True); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     assert killed.stdout == "locked\n" and killed.returncode == -9, killed.stderr
