@@ -1,14 +1,14 @@
-"""What is to be ranked: prompts with several responses, as `ppo-engine generate --n K` writes them."""
+"""What is to be ranked: prompts with several responses, as `ppo-engine generate` writes them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ppo_engine.data.columns import Columns, kind
 from ppo_engine.data.forms import (
@@ -26,6 +26,7 @@ from ppo_engine.messages import counted
 from ppo_engine.text.prompt import Message, Prompt
 
 # Prompts are shown as chats wherever that is possible; what a model will be given is another thing.
+Rank = TypeVar("Rank")
 _SHOWN = ChatRules(template=True, as_chat=False)
 
 
@@ -43,8 +44,13 @@ class Candidate:
     @cached_property
     def key(self) -> str:
         """The same for the same prompt and responses, in whatever order these stand."""
-        answers = sorted(map(_text, zip(self.responses, self.finished, strict=True)))
+        answers = sorted(map(_text, self.answers))
         return hashlib.sha256(_text([self.prompt, self.options, answers]).encode()).hexdigest()
+
+    @cached_property
+    def answers(self) -> tuple[tuple[str | Message, bool], ...]:
+        """The responses, each with whether it ended by itself: all that tells them apart."""
+        return tuple(zip(self.responses, self.finished, strict=True))
 
     @cached_property
     def distinct(self) -> tuple[int, ...]:
@@ -55,8 +61,11 @@ class Candidate:
     @cached_property
     def first_like(self) -> tuple[int, ...]:
         """Of each response, the first that is equal to it."""
-        answers = list(zip(self.responses, self.finished, strict=True))
-        return tuple(map(answers.index, answers))
+        return tuple(map(self.answers.index, self.answers))
+
+    def in_order_of(self, other: Candidate, ranks: Sequence[Rank]) -> list[Rank]:
+        """The `ranks` of these responses as the `other` has the different ones of the same."""
+        return [ranks[self.answers.index(other.answers[number])] for number in other.distinct]
 
 
 def load_candidates(path: str | Path) -> tuple[list[Candidate], list[str]]:
@@ -86,9 +95,7 @@ def load_candidates(path: str | Path) -> tuple[list[Candidate], list[str]]:
     if alone:
         notes.append(f"{counted(alone, 'row')} left out: they have no two different responses.")
     if again:
-        notes.append(
-            f"{counted(again, 'row')} left out: the same prompt and responses came before."
-        )
+        notes.append(f"{counted(again, 'row')} left out: the same came before.")
     return list(found.values()), notes
 
 

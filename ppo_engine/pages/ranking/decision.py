@@ -39,6 +39,10 @@ class Decision:
     def by_card(self) -> list[int | None]:
         return [self.ranks[response] for response in self.order]
 
+    def ranks_as(self, other: Candidate) -> list[int | None]:
+        """The ranks of the different responses in the order of the `other`, which has the same."""
+        return self.candidate.in_order_of(other, self.ranks)
+
     def row(self) -> Row:
         """As `ppo-engine reward --data` reads it."""
         kept = {name: value for name, value in self.candidate.row.items() if name not in _OWN}

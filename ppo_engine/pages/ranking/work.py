@@ -77,9 +77,9 @@ class Work:
         candidate, before = self.candidates[task.candidate], None
         first = self._first(annotator, task)
         if first is not None:
-            # By what they say: the rows may have them in another order by now.
-            told = [first.candidate.responses[number] for number in first.order]
-            before = [candidate.responses.index(response) for response in told]
+            # By what they say: the file may have them in another order by now.
+            told = [first.candidate.answers[number] for number in first.order]
+            before = [candidate.answers.index(answer) for answer in told]
         order = plan.shuffled(candidate.distinct, self._seed, annotator, candidate.key, before)
         return candidate, order
 
@@ -169,12 +169,6 @@ def self_agreement(rankings: Journal, repeats: Journal, annotator: str) -> Agree
     for second in repeats.all():
         first = rankings.get(*second.key)
         if second.annotator == annotator and first is not None:
-            pairs.append((ranks_like(first, second), second.ranks))
-    return agreement((first, tuple(second)) for first, second in pairs)
-
-
-def ranks_like(decision: Decision, other: Decision) -> list[float | None]:
-    """The ranks of a decision in the order in which the `other` has the same responses."""
-    there = list(zip(decision.candidate.responses, decision.candidate.finished, strict=True))
-    wanted = zip(other.candidate.responses, other.candidate.finished, strict=True)
-    return [decision.ranks[there.index(answer)] for answer in wanted]
+            like = second.candidate
+            pairs.append((first.ranks_as(like), second.ranks_as(like)))
+    return agreement(pairs)
