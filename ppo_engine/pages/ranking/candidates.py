@@ -25,8 +25,9 @@ from ppo_engine.errors import UserError
 from ppo_engine.messages import counted
 from ppo_engine.text.prompt import Message, Prompt
 
-# Prompts are shown as chats wherever that is possible; what a model will be given is another thing.
 Rank = TypeVar("Rank")
+
+# Prompts are shown as chats wherever that is possible; what a model will be given is another thing.
 _SHOWN = ChatRules(template=True, as_chat=False)
 
 
