@@ -120,10 +120,10 @@ def agreement(options: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise UserError("agreement takes no settings.")
     from ppo_engine.pages.ranking.compare import compare
-    from ppo_engine.run.progress import print_plain, printable
+    from ppo_engine.run.progress import print_plain
 
     for line in compare(options.files):
-        print_plain(f"{line[: len(line) - len(line.lstrip())]}{printable(line)}", sys.stdout)
+        print_plain(line, sys.stdout)
 
 
 def inspect(options: argparse.Namespace, rest: list[str]) -> None:

@@ -14,6 +14,7 @@ from ppo_engine.pages.ranking.agreement import Ranks, agreement, kendall_tau
 from ppo_engine.pages.ranking.candidates import Candidate, candidate_of
 from ppo_engine.pages.ranking.decision import ranks_of
 from ppo_engine.pages.ranking.work import REPEATS
+from ppo_engine.run.progress import printable
 from ppo_engine.text.prompt import show_prompt
 
 _WORST = 5  # prompts on which two people differ most
@@ -93,7 +94,7 @@ def _rankings(file: str) -> Iterator[tuple[Row, Ranked]]:
 
 def _annotator(row: Row, file: str) -> str:
     name = row.get("annotator")
-    return name if isinstance(name, str) and name else Path(file).name
+    return (printable(name) if isinstance(name, str) else "") or Path(file).name
 
 
 def _aligned(ours: dict[str, Ranked], theirs: dict[str, Ranked]) -> Iterator[tuple[Ranks, Ranks]]:
@@ -123,7 +124,7 @@ def _differences(one: Person, other: Person) -> Iterator[str]:
         yield "  they differ most on"
     width = max(len(one.name), len(other.name))
     for tau, candidate, pair in found[:_WORST]:
-        text = " ".join(show_prompt(candidate.prompt).split())
+        text = " ".join(printable(show_prompt(candidate.prompt)).split())
         cut = text if len(text) <= _CHARACTERS else text[: _CHARACTERS - 1] + "…"
         yield f"    {candidate.place}: {cut} (τ {tau:.2f})"
         for who, ranks in zip((one, other), pair, strict=True):
