@@ -310,16 +310,17 @@ by("earlier-open").addEventListener("click", openEarlier);
 by("agreement-open").addEventListener("click", openAgreement);
 by("keys-open").addEventListener("click", () => by("keys").showModal());
 
-function begin(annotator) {
+async function begin(annotator) {
   state.annotator = annotator;
+  const task = await ask("task");
+  sessionStorage.setItem("annotator", annotator); // for when the page is loaded again
   by("who").hidden = true;
-  return alone(async () => show(await ask("task")));
+  show(task);
 }
 
 by("who").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("annotator", by("name").value);
-  begin(by("name").value);
+  alone(() => begin(by("name").value));
 });
 
 by("actions").hidden = true;
@@ -331,8 +332,9 @@ alone(async () => {
   }
   by("people").append(...session.people.map((value) => make("option", { value })));
   const known = session.annotator || sessionStorage.getItem("annotator");
-  if (known) setTimeout(begin, 0, known);
-  else {
+  if (known) {
+    await begin(known);
+  } else {
     by("who").hidden = false;
     by("name").focus();
   }
