@@ -33,7 +33,7 @@ def opened(tmp_path):
 
 
 def best_is(work, annotator, place, wanted):
-    """The ranks by which the response whose text has `wanted` in it is best, and all others tied."""
+    """The ranks by which the response with `wanted` in it is best, and all others tied."""
     candidate, order = work.shown(annotator, place)
     return [int(wanted not in candidate.responses[number]) for number in order]
 
@@ -110,7 +110,7 @@ def test_what_was_skipped_does_not_come_again(opened):
 def test_equal_responses_get_equal_ranks(tmp_path):
     texts = ["a", "b", "a", "c"]
     work = Work([candidate_of({"prompt": "p", "responses": texts}, "")], tmp_path / "r.jsonl", 0)
-    candidate, order = work.shown("ada", 0)
+    _, order = work.shown("ada", 0)
     assert sorted(order) == [0, 1, 3]
     work.decide("ada", 0, ["acb".index(texts[number]) for number in order], 1.0)
     assert read_rows(tmp_path / "r.jsonl")[0]["ranks"] == [0, 2, 0, 1]
@@ -140,7 +140,7 @@ def test_what_is_no_decision_is_refused(opened, tmp_path, ranks, seconds, mark, 
 
 def test_places_that_are_not_there(opened):
     for place in (-1, 21):
-        with pytest.raises(UserError, match="They go|they go from 0 to 20"):
+        with pytest.raises(UserError, match="they go from 0 to 20"):
             opened().decide("ada", place, [0, 1, 2, 3], 1.0)
 
 
