@@ -99,10 +99,11 @@ def rank(options: argparse.Namespace, rest: list[str]) -> None:
     try:
         from ppo_engine.pages.ranking.rank import rank as serve_page
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn"):
             raise
         raise UserError(
-            f"The ranking page needs the package {error.name}: pip install 'ppo-engine[pages]'"
+            f"The ranking page needs the package {package}: pip install 'ppo-engine[pages]'"
         ) from None
     serve_page(
         options.candidates,

@@ -8,6 +8,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -17,6 +18,10 @@ from ppo_engine.pages.guard import Guard, new_token
 from ppo_engine.run.interrupts import stopped_by_signals
 
 LOOPBACK = "127.0.0.1"
+_OPEN_TO_OTHERS = (
+    "Whoever has this address and reaches this machine can open it, and what is sent can be read "
+    "on the way."
+)
 
 
 def serve(
@@ -39,20 +44,29 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    print(f"{what}: {address}", flush=True)
-    if host != LOOPBACK:
-        print(
-            "Whoever has this address and reaches this machine can open it; what is sent can be "
-            "read on the way.",
-            file=sys.stderr,
-        )
-    if browser and has_browser():
-        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    try:
-        with listening, stopped_by_signals():
-            uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:  # which uvicorn raises again when it has ended
-        pass
+
+    def tell() -> None:
+        print(f"{what} {address}", flush=True)
+        if host != LOOPBACK:
+            print(_OPEN_TO_OTHERS, file=sys.stderr)
+        if browser and has_browser():
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    # uvicorn raises Ctrl-C again when it has ended.
+    with suppress(KeyboardInterrupt), listening, stopped_by_signals():
+        _Server(config, tell).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Calls `tell` as soon as it answers."""
+
+    def __init__(self, config: uvicorn.Config, tell: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._tell = tell
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell()
 
 
 def has_browser() -> bool:

@@ -26,7 +26,7 @@ def test_two_files(tmp_path, monkeypatch, capsys):
     assert cli.main(["agreement", "a.jsonl", "b.jsonl"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ada and bob",
-        "  Kendall's τ 0.27 ± 0.64, 56.7% ± 31.0% of 15 pairs alike (± standard error), 3 prompts",
+        "  Kendall's τ 0.27 ± 0.64, 56.7% ± 35.6% of 15 pairs alike (± standard error), 3 prompts",
         "  they differ most on",
         "    a.jsonl:3: Question 2? (τ -1.00)",
         "      ada  1 > 2 > 3 > 4",

@@ -102,7 +102,10 @@ def test_rows_of_others_are_refused(tmp_path):
         (row(0, ranks=[0, 1, 2, 3]), "no 'annotator'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "no column 'responses'"),
         (row(0, ranks=[0, 1, 2], annotator="a", order=ORDER), "no 'ranks'"),
-        (row(0, ranks=[0, 1, 2, "3"], annotator="a", order=ORDER), "must be numbers or null"),
+        (
+            row(0, ranks=[0, 1, 2, "3"], annotator="a", order=ORDER),
+            "'ranks' must be numbers or null",
+        ),
         (row(0, ranks=[0, 1, 2, 3], annotator="a", order=[0, 1, 2, 2]), "'order' does not name"),
     ):
         file = write_rows(tmp_path / "r.jsonl", [wrong])
@@ -164,7 +167,8 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_answered(tmp_path, seed):
     assert os.WTERMSIG(status) == signal.SIGKILL
     states = [eval(line) for line in told.read_text().splitlines()]
     journal = Journal(path)
-    now = {found.index(d.candidate): d.ranks for d in journal.all()}
+    keys = [candidate.key for candidate in found]
+    now = {keys.index(d.candidate.key): d.ranks for d in journal.all()}
     # As it was last told, or with the one decision that nobody was told of.
     assert now in (states[-2], states[-1]), (now, states[-2:])
     assert len(read_rows(path)) == len(now)

@@ -85,7 +85,7 @@ def test_nothing_ranked_nothing_written(files):
         (["no.jsonl", "--out", "r.jsonl"], "no.jsonl does not exist"),
         (["c.jsonl", "--out", "c.jsonl"], "--out c.jsonl is the file of candidates"),
         (["c.jsonl", "--out", "o.jsonl"], "o.jsonl:1: no 'annotator'"),
-        (["c.jsonl", "--out", "c.jsonl/r.jsonl"], "cannot be written: Not a directory"),
+        (["c.jsonl", "--out", "c.jsonl/r.jsonl"], "r.jsonl cannot be written: File exists"),
         (["c.jsonl", "--out", "r.jsonl", "--port", "70000"], "--port must be 0"),
         (["c.jsonl", "--out", "r.jsonl", "--host", "192.0.2.1"], "of 192.0.2.1 cannot be had"),
         (["c.jsonl", "--out", "r.jsonl", "--annotator", "a\tb\x00"], "A name must have"),
