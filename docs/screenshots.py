@@ -26,7 +26,8 @@ CANDIDATES = [
         "prompt": [{"role": "user", "content": "How do I read a file line by line in Python?"}],
         "responses": [
             "Open it in a `with` block, and loop over it:\n\n```python\n"
-            "with open(\"words.txt\") as file:\n    for line in file:\n        print(line.rstrip())\n```\n\nThe file is closed "
+            "with open(\"words.txt\") as file:\n    for line in file:\n        print(line.rstrip())"
+            "\n```\n\nThe file is closed "
             "at the block's end, **also after an error**.",
             "Use `file.readlines()`. It gives a list of all lines:\n\n```python\nlines = "
             "open(\"words.txt\").readlines()\n```",
