@@ -47,14 +47,15 @@ def compare(files: Sequence[str]) -> Iterator[str]:
         if person.again:
             found = True
             yield f"{person.name}, the same again in another order"
-            yield f"  {agreement(_aligned(person.ranked, person.again))}"
+            again = _aligned(person.ranked, person.again)
+            yield f"  {agreement(pair for _, pair in again)}"
     for one, other in combinations(people, 2):
         both = list(_aligned(one.ranked, other.ranked))
         if both:
             found = True
             yield f"{one.name} and {other.name}"
-            yield f"  {agreement(both)}"
-            yield from _differences(one, other)
+            yield f"  {agreement(pair for _, pair in both)}"
+            yield from _differences((one.name, other.name), both)
     if not found:
         who = ", ".join(names)
         raise UserError(
@@ -72,9 +73,9 @@ def read_people(file: str) -> list[Person]:
     repeats = Path(file + REPEATS)
     if repeats.exists() and repeats.stat().st_size:
         for row, ranked in _rankings(str(repeats)):
-            person = people.get(_annotator(row, file))
-            if person is not None and ranked[0].key in person.ranked:
-                person.again[ranked[0].key] = ranked
+            known = people.get(_annotator(row, file))
+            if known is not None and ranked[0].key in known.ranked:
+                known.again[ranked[0].key] = ranked
     return list(people.values())
 
 
@@ -97,38 +98,36 @@ def _annotator(row: Row, file: str) -> str:
     return (printable(name) if isinstance(name, str) else "") or Path(file).name
 
 
-def _aligned(ours: dict[str, Ranked], theirs: dict[str, Ranked]) -> Iterator[tuple[Ranks, Ranks]]:
-    """The ranks of the different responses to each prompt that both have."""
+def _aligned(
+    ours: dict[str, Ranked], theirs: dict[str, Ranked]
+) -> Iterator[tuple[Candidate, tuple[Ranks, Ranks]]]:
+    """Each candidate that both have, and how they ranked its different responses."""
     for key, (candidate, ranks) in ours.items():
         if key in theirs:
             other, others = theirs[key]
-            yield candidate.in_order_of(candidate, ranks), other.in_order_of(candidate, others)
+            yield (
+                candidate,
+                (candidate.in_order_of(candidate, ranks), other.in_order_of(candidate, others)),
+            )
 
 
-def _differences(one: Person, other: Person) -> Iterator[str]:
+def _differences(
+    names: tuple[str, str], both: Sequence[tuple[Candidate, tuple[Ranks, Ranks]]]
+) -> Iterator[str]:
     """The prompts with the lowest τ, below 1, and how both ranked: by the numbers of the responses
-    in the file of the one, best first."""
-    found = []
-    for key, (candidate, ranks) in one.ranked.items():
-        if key in other.ranked:
-            theirs, others = other.ranked[key]
-            pair = [
-                candidate.in_order_of(candidate, ranks),
-                theirs.in_order_of(candidate, others),
-            ]
-            tau = kendall_tau(*pair)
-            if tau is not None and tau < 1:
-                found.append((tau, candidate, pair))
+    in the file of the first, best first."""
+    taus = [(kendall_tau(*pair), candidate, pair) for candidate, pair in both]
+    found = [(tau, candidate, pair) for tau, candidate, pair in taus if tau is not None and tau < 1]
     found.sort(key=lambda item: item[0])
     if found:
         yield "  they differ most on"
-    width = max(len(one.name), len(other.name))
+    width = max(map(len, names))
     for tau, candidate, pair in found[:_WORST]:
         text = " ".join(printable(show_prompt(candidate.prompt)).split())
         cut = text if len(text) <= _CHARACTERS else text[: _CHARACTERS - 1] + "…"
         yield f"    {candidate.place}: {cut} (τ {tau:.2f})"
-        for who, ranks in zip((one, other), pair, strict=True):
-            yield f"      {who.name:<{width}}  {_in_words(ranks, candidate.distinct)}"
+        for name, ranks in zip(names, pair, strict=True):
+            yield f"      {name:<{width}}  {_in_words(ranks, candidate.distinct)}"
 
 
 def _in_words(ranks: Ranks, numbers: Sequence[int]) -> str:
