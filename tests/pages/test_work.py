@@ -57,6 +57,17 @@ def test_a_walk_through_everything(opened, tmp_path):
     assert (found.prompts, found.tau, found.accuracy) == (1, 1.0, 1.0)
 
 
+def test_each_person_agrees_with_themselves(opened):
+    work = opened()
+    for name in ("ada", "bob"):
+        for place, task in enumerate(plan(20, 0, name)):
+            best = "Answer C" if name == "bob" and task.again else "Answer B"
+            work.decide(name, place, best_is(work, name, place, best), 1.0)
+    found = {name: work.self_agreement(name) for name in ("ada", "bob")}
+    assert [found[name].prompts for name in found] == [1, 1]
+    assert found["ada"].tau == 1.0 and found["bob"].tau == pytest.approx(-1 / 3)
+
+
 def test_each_person_has_their_own_work(opened, tmp_path):
     work = opened()
     work.decide("ada", 0, [0, 1, 2, 3], 1.0)
