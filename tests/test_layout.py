@@ -27,6 +27,7 @@ ORDER = (
     ("run",),
     ("ppo",),
     ("training",),
+    ("pages",),
     ("demo",),
     ("generate", "inspection", "doctor"),
     ("cli",),

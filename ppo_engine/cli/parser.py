@@ -94,6 +94,50 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--n", metavar="K", help="responses to each prompt")
     _add_reward(generate, "score the responses, and show best-of-n scores")
 
+    ranks = _add_plain(
+        subparsers,
+        "rank",
+        commands.rank,
+        "open a page on this machine where people rank responses to prompts",
+    )
+    ranks.add_argument(
+        "candidates", metavar="CANDIDATES", help="prompts with responses, as `generate` writes them"
+    )
+    ranks.add_argument(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="rankings, for `reward --data`; what is there is gone on with",
+    )
+    ranks.add_argument(
+        "--annotator", metavar="NAME", default="", help="who ranks; default: the page asks"
+    )
+    ranks.add_argument(
+        "--guidelines", metavar="FILE", help="text or Markdown that is shown beside the work"
+    )
+    ranks.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the order of responses; default 0"
+    )
+    ranks.add_argument(
+        "--host",
+        metavar="HOST",
+        default="127.0.0.1",
+        help="address to listen on, 0.0.0.0 for all; default: this machine alone",
+    )
+    ranks.add_argument(
+        "--port", metavar="N", type=int, default=0, help="default 0: any that is free"
+    )
+    ranks.add_argument("--no-browser", action="store_true", help="only print the address")
+    agrees = _add_plain(
+        subparsers,
+        "agreement",
+        commands.agreement,
+        "tell how far people ranked alike, and where they differ most",
+    )
+    agrees.add_argument(
+        "files", metavar="RANKINGS", nargs="+", help="files of rankings, of one person or several"
+    )
+
     inspects = _add(
         subparsers,
         "inspect",
@@ -113,10 +157,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
 
-    doctor = subparsers.add_parser(
-        "doctor", help="check what is installed, what runs, what is missing and what that costs"
+    _add_plain(
+        subparsers,
+        "doctor",
+        commands.doctor,
+        "check what is installed, what runs, what is missing and what that costs",
     )
-    doctor.set_defaults(run=commands.doctor, parser=doctor)
     return parser
 
 
@@ -161,6 +207,20 @@ def _add(
         )
     parser.add_argument("--seed", metavar="N", help="random seed")
     parser.set_defaults(run=run, parser=parser, flags=flags)
+    return parser
+
+
+def _add_plain(
+    subparsers: Any, name: str, run: Callable[..., Any], summary: str
+) -> argparse.ArgumentParser:
+    """A command without settings."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""Pages on this machine, in a browser: people rank."""
