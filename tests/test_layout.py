@@ -26,6 +26,7 @@ ORDER = (
     ("rewards",),
     ("run",),
     ("ppo",),
+    ("pages",),
     ("training",),
     ("demo",),
     ("generate", "inspection", "doctor"),

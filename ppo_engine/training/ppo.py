@@ -41,6 +41,7 @@ from ppo_engine.run.checkpoint import Checkpoints, restore_random_states, seeded
 from ppo_engine.run.directory import RunDirectory, check_output, dated
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
+from ppo_engine.run.signs import Watch, ppo_signs, refuse_collapse
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
@@ -50,7 +51,6 @@ from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
 from ppo_engine.training.samples import sample_rows, show_samples
-from ppo_engine.training.signs import Watch, ppo_signs, refuse_collapse
 from ppo_engine.training.summary import logged_rows, size_of_ppo, tell_outcome
 
 

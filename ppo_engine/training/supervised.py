@@ -40,6 +40,7 @@ from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
+from ppo_engine.run.signs import Watch, supervised_signs
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.files import as_dict, flatten
 from ppo_engine.settings.schema import (
@@ -52,7 +53,6 @@ from ppo_engine.settings.schema import (
 from ppo_engine.training import fit
 from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
-from ppo_engine.training.signs import Watch, supervised_signs
 from ppo_engine.training.summary import logged_rows, trained_weights, where
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
