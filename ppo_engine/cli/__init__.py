@@ -1,4 +1,5 @@
-"""The command line: `ppo-engine demo | sft | reward | ppo | grpo | generate | inspect | doctor`."""
+"""The command line: `ppo-engine demo | sft | reward | ppo | grpo | generate | inspect | view |
+doctor`."""
 
 from ppo_engine.cli.run import main
 

@@ -113,6 +113,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
 
+    view = subparsers.add_parser(
+        "view",
+        help="write the page of a run anew, or of several over each other, and open it",
+        description="Write the page of a run that is going on, has ended or has died, or of "
+        "several over each other, and open it in a browser.",
+        allow_abbrev=False,
+    )
+    view.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
+    view.add_argument(
+        "--out",
+        metavar="FILE",
+        help="file to write; default: report.html in the run's folder, of several here",
+    )
+    view.add_argument("--no-browser", action="store_true", help="write the page alone")
+    view.set_defaults(run=commands.view, parser=view)
+
     doctor = subparsers.add_parser(
         "doctor", help="check what is installed, what runs, what is missing and what that costs"
     )

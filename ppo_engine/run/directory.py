@@ -8,6 +8,7 @@ checkpoints/step-…/    what a resumed run continues from
 policy/, critic/ or reward_model/   the result, Hugging Face format
 best/                  the policy with the best held-out score so far
 report.png             the curves
+report.html            all of it, to look at in a browser
 profile/               a step's time by phase, with a trace (profile=true)
 """
 
@@ -53,6 +54,7 @@ _FREE_KEYS = {
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
     "run.sample_every",
+    "run.report_every",
     "run.trackers",
     "evaluation.patience",
     # What one changes after a run that was out of memory, or whose endpoint was too slow.

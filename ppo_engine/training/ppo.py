@@ -29,6 +29,7 @@ from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import peak_memory
 from ppo_engine.messages import counted
 from ppo_engine.models.notes import training_notes
+from ppo_engine.pages.report.live import LivePage
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.estimators import TITLES
 from ppo_engine.pretrained import loading
@@ -142,11 +143,11 @@ class PPOTrainer:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
 
         Writes the run's folder: the policy in `policy/`, the critic in `critic/`, both in Hugging
-        Face format, with curves in `report.png`. With `config.profile`, the second step from here,
-        or the only one, is profiled (the first warms up): see `anatomy`. With held-out prompts
-        (`config.evaluation`) it may stop early, and `best/` holds the best policy. Where it fails,
-        the last finished step is kept in a checkpoint, if its weights are still there, and the
-        exception's notes say so.
+        Face format, with curves in `report.png` and all of it in `report.html`. With
+        `config.profile`, the second step from here, or the only one, is profiled (the first warms
+        up): see `anatomy`. With held-out prompts (`config.evaluation`) it may stop early, and
+        `best/` holds the best policy. Where it fails, the last finished step is kept in a
+        checkpoint, if its weights are still there, and the exception's notes say so.
         """
         with self._closing, self.checkpoints.kept():  # trackers are closed, whatever happens
             return self._train()
@@ -166,6 +167,7 @@ class PPOTrainer:
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in (*self.notes, size_of_ppo(self.engine)):
                 progress.note(note)
+            page = LivePage(self.config.run.report_every, progress.note)
             self.checkpoints.mark()
             while self._unreported is not None or not self._done():
                 if self._unreported is None:
@@ -174,6 +176,7 @@ class PPOTrainer:
                 self.checkpoints.mark()
                 refuse_collapse(self.config.ppo, {"step": self.step, **metrics})
                 self.checkpoints.save_if_due(last=self._done())
+                page.write_if_due(self._open_run().path, self.step)
             run = self._open_run()
             if not metrics:  # resumed at its end
                 metrics = next(reversed(logged_rows(run)), {})
@@ -183,6 +186,7 @@ class PPOTrainer:
             progress.note(f"The policy is in {run.path / 'policy'}")
             for note in self.evaluator.notes():
                 progress.note(note)
+            page.write(run.path)
         write_curves(run.path, run.path / "report.png", self.title)
         return metrics
 

@@ -34,6 +34,7 @@ from ppo_engine.models import precision
 from ppo_engine.models.budget import Budget
 from ppo_engine.models.finite import Losses, NotFiniteError, Skips
 from ppo_engine.models.optimizer import Learner
+from ppo_engine.pages.report.live import LivePage
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.adapters import check_saving
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
@@ -208,6 +209,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 progress.note(note)
             rate = self.learner.config.learning_rate
             watch = Watch(supervised_signs(self.command, rate, self.before))
+            page = LivePage(self.config.run.report_every, progress.note)
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
@@ -233,6 +235,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 self._unreported = None
                 self.checkpoints.mark()
                 self.checkpoints.save_if_due(last=last)
+                page.write_if_due(run.path, self.step)
             if not metrics and self.held_out:  # resumed at its end
                 metrics = self.evaluate(progress)
             with atomic_folder(run.path / self.result) as folder:
@@ -243,6 +246,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 progress.note(f"Before training: {self._summary(self.before)}")
                 progress.note(f"After training:  {self._summary(metrics)}")
             progress.note(f"The trained model is in {run.path / self.result}")
+            page.write(run.path)
         return metrics
 
     def train_step(self, examples: Sequence[Example]) -> dict[str, float]:

@@ -39,9 +39,7 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]
     not finite is None, and a gap."""
     found: dict[str, tuple[list[int], list[float | None]]] = {}
     for row in rows:
-        step = row.get("step")
-        if not _is_number(step):
-            continue
+        step = row["step"]
         for name, value in row.items():
             if name != "step" and (value is None or _is_number(value)):
                 x, y = found.setdefault(name, ([], []))
@@ -82,9 +80,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _thinned(
-    x: Sequence[int], y: Sequence[float | None]
-) -> tuple[list[int], list[float | None]]:
+def _thinned(x: Sequence[int], y: Sequence[float | None]) -> tuple[list[int], list[float | None]]:
     """All points, or of each of equal stretches the lowest and the highest, so that no peak is
     lost, and the ends."""
     kept: Iterable[int] = range(len(x))

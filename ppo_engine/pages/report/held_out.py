@@ -18,7 +18,7 @@ def before_and_after(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     `pairs` have `prompt`, and `before`, `after` with `text`, `score` and `finished`; `total` is the
     number of prompts, of which the page has at most `PAIRS`.
     """
-    held_out = [row for row in samples if row.get("held_out") and "step" in row]
+    held_out = [row for row in samples if row.get("held_out")]
     if not held_out:
         return None
     steps = sorted({row["step"] for row in held_out})

@@ -77,5 +77,8 @@ class RunConfig:
     sample_every: NonNegativeInt = 5
     """Steps between those whose responses are written into samples.jsonl, one of them printed; 0:
     none. Held-out responses are written after each evaluation."""
+    report_every: NonNegativeInt = 1
+    """Steps after which report.html is written anew, but for no more than a hundredth of the time;
+    0: at the end only."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
