@@ -4,6 +4,7 @@ config.yaml            resolved settings
 metrics.jsonl          one line per step
 samples.jsonl          some responses of some steps (PPO)
 critic.jsonl           the critic's values on held-out responses, and their scores
+rollouts/step-…/       some steps as they were, token by token (PPO; `rollout_record`)
 checkpoints/step-…/    what a resumed run continues from
 policy/, critic/ or reward_model/   the result, Hugging Face format
 best/                  the policy with the best held-out score so far
@@ -38,6 +39,7 @@ from ppo_engine.settings.schema import resolved
 Config = TypeVar("Config", bound=Any)
 
 _CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
 
 # A resumed run may differ in these: how long it runs, where it is, and what it shows.
 _FREE_KEYS = {
@@ -53,6 +55,7 @@ _FREE_KEYS = {
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
     "run.sample_every",
+    "run.record_rollouts",
     "run.trackers",
     "evaluation.patience",
     # What one changes after a run that was out of memory, or whose endpoint was too slow.
@@ -105,16 +108,11 @@ class RunDirectory:
         self._lock.release()
 
     def checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:06d}"
+        return folder_of_step(self.path / CHECKPOINTS, step)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and folders of all complete checkpoints, the newest first."""
-        found = (
-            (int(folder.name.removeprefix("step-")), folder)
-            for folder in (self.path / "checkpoints").glob("step-[0-9]*")
-            if folder.name.removeprefix("step-").isdecimal()
-        )
-        return sorted(found, reverse=True)
+        return [*reversed(steps_in(self.path / CHECKPOINTS).items())]
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a number that is not finite becomes null, as JSON has no NaN."""
@@ -132,6 +130,16 @@ class RunDirectory:
         for file in (self.metrics_file, self.samples_file, self.critic_file):
             if file.exists():
                 _write_atomically(file, "".join(_lines_until(file, step)))
+
+
+def folder_of_step(parent: Path, step: int) -> Path:
+    return parent / f"step-{step:06d}"
+
+
+def steps_in(parent: Path) -> dict[int, Path]:
+    """The complete folders of steps in `parent`, the first first."""
+    names = ((x.name.removeprefix("step-"), x) for x in parent.glob("step-[0-9]*"))
+    return dict(sorted((int(name), folder) for name, folder in names if name.isdecimal()))
 
 
 def check_resumable(path: str | Path, config: Any) -> None:
