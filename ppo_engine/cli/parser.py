@@ -113,6 +113,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
 
+    summary = (
+        "take the update of a recorded step again, with other settings: no generation, no reward"
+    )
+    replays = subparsers.add_parser(
+        "replay",
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="Settings of losses, advantages and optimizers can be given as key=value, such as "
+        "ppo.clip_range=0.1.",
+        usage="ppo-engine replay RUN --step N [key=value ...]",
+        allow_abbrev=False,
+    )
+    replays.add_argument("folder", metavar="RUN", help="folder of a run of ppo or grpo")
+    replays.add_argument("--step", metavar="N", type=int, help="a step that it has recorded")
+    replays.set_defaults(run=commands.replay, parser=replays)
+
     doctor = subparsers.add_parser(
         "doctor", help="check what is installed, what runs, what is missing and what that costs"
     )

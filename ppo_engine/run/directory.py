@@ -38,7 +38,7 @@ from ppo_engine.settings.schema import resolved
 
 Config = TypeVar("Config", bound=Any)
 
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
 # A resumed run may differ in these: how long it runs, where it is, and what it shows.
@@ -97,7 +97,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path)
-            _write_atomically(self.path / _CONFIG, dump_config(config))
+            _write_atomically(self.path / CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
                 f"Run folder {self.path} cannot be written: {error.strerror}."
@@ -159,13 +159,13 @@ def settings_file(path: str | Path) -> Path:
     if not str(path):
         raise UserError("run.resume needs run.output_dir: the folder of the run to resume.")
     folder = Path(path).expanduser()
-    if not (folder / _CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         near = "" if folder.is_dir() else nearest_path(folder)
         raise UserError(
-            f"{folder} has no run to resume ({_CONFIG} is missing): fix run.output_dir, or start "
+            f"{folder} has no run to resume ({CONFIG} is missing): fix run.output_dir, or start "
             f"a new run with run.resume=false.{near}"
         )
-    return folder / _CONFIG
+    return folder / CONFIG
 
 
 def dated(config: Config) -> Config:
@@ -175,7 +175,7 @@ def dated(config: Config) -> Config:
     if run.date is not None:
         return config
     date = datetime.date.today()
-    began = Path(run.output_dir).expanduser() / _CONFIG
+    began = Path(run.output_dir).expanduser() / CONFIG
     if run.resume and run.output_dir and began.is_file():
         date = load_config(type(config), str(began)).run.date or date
     return replace(config, run=replace(run, date=date))
@@ -203,7 +203,7 @@ def _check_free(path: Path) -> None:
         raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
     # A run that was killed before it wrote its settings leaves no more than hidden files.
     if path.is_dir() and any(not inside.name.startswith(".") for inside in path.iterdir()):
-        is_run = (path / _CONFIG).exists()
+        is_run = (path / CONFIG).exists()
         hint = "resume that run (run.resume=true), " if is_run else ""
         raise UserError(
             f"Run folder {path} is not empty: {hint}choose another run.output_dir, or remove the "
