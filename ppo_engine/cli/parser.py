@@ -113,9 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
 
-    summary = (
-        "take the update of a recorded step again, with other settings: no generation, no reward"
-    )
+    summary = "take the update of a recorded step again, with other settings if given"
     replays = subparsers.add_parser(
         "replay",
         help=summary,

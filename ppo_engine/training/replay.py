@@ -8,9 +8,8 @@ to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from ppo_engine.ppo.recorded import estimated_anew, restored, token_arrays
 from ppo_engine.ppo.roles import optimizer_steps
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.run.progress import Progress
-from ppo_engine.run.replayable import OF_ADVANTAGES, Plan, plan_replay
+from ppo_engine.run.replayable import OF_ADVANTAGES, Plan
 from ppo_engine.run.rollout_record import RolloutRecord, read_record, recorded_steps
 from ppo_engine.run.state_file import load_state
 from ppo_engine.settings.schema import EnvironmentConfig, PPOConfig
@@ -44,17 +43,9 @@ class Replayed(NamedTuple):
 
 
 @entry_point
-def replay(
-    run: str | Path,
-    step: int | None,
-    overrides: Sequence[str] = (),
-    *,
-    console: Console | None = None,
-) -> Replayed:
-    """Take the update of `step` of the run in a folder again, with other settings `key=value`, and
-    show its metrics beside those of the run. A UserError, before any model is loaded, where that
-    cannot be."""
-    plan = plan_replay(Path(run).expanduser(), step, overrides)
+def replay(plan: Plan, *, console: Console | None = None) -> Replayed:
+    """Take the update of a step again, and show its metrics beside those of the run. A UserError
+    where the weights cannot be had that it began with."""
     title = f"Replay of step {plan.record.step} of {plan.run}"
     with Progress(len(plan.start.between) + 1, title, console=console) as progress:
         for line in _told(plan):
