@@ -113,26 +113,42 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
 
-    view = subparsers.add_parser(
-        "view",
-        help="write the page of a run anew, or of several over each other, and open it",
-        description="Write the page of a run that is going on, has ended or has died, or of "
-        "several over each other, and open it in a browser.",
+    summary = "take the update of a recorded step again, with other settings if given"
+    replays = subparsers.add_parser(
+        "replay",
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="Settings of losses, advantages and optimizers can be given as key=value, such as "
+        "ppo.clip_range=0.1.",
+        usage="ppo-engine replay RUN --step N [key=value ...]",
         allow_abbrev=False,
     )
-    view.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
-    view.add_argument(
+    replays.add_argument("folder", metavar="RUN", help="folder of a run of ppo or grpo")
+    replays.add_argument("--step", metavar="N", type=int, help="a step that it has recorded")
+    replays.set_defaults(run=commands.replay, parser=replays)
+
+    views = _add_plain(
+        subparsers,
+        "view",
+        commands.view,
+        "write the page of a run, or of several over each other, anew and open it",
+    )
+    views.add_argument(
+        "runs", metavar="RUN", nargs="+", help="folder of a run, going on, ended or dead"
+    )
+    views.add_argument(
         "--out",
         metavar="FILE",
         help="file to write; default: report.html in the run's folder, of several here",
     )
-    view.add_argument("--no-browser", action="store_true", help="write the page alone")
-    view.set_defaults(run=commands.view, parser=view)
+    views.add_argument("--no-browser", action="store_true", help="write the page alone")
 
-    doctor = subparsers.add_parser(
-        "doctor", help="check what is installed, what runs, what is missing and what that costs"
+    _add_plain(
+        subparsers,
+        "doctor",
+        commands.doctor,
+        "check what is installed, what runs, what is missing and what that costs",
     )
-    doctor.set_defaults(run=commands.doctor, parser=doctor)
     return parser
 
 
@@ -177,6 +193,20 @@ def _add(
         )
     parser.add_argument("--seed", metavar="N", help="random seed")
     parser.set_defaults(run=run, parser=parser, flags=flags)
+    return parser
+
+
+def _add_plain(
+    subparsers: Any, name: str, run: Callable[..., Any], summary: str
+) -> argparse.ArgumentParser:
+    """A command without settings."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 

@@ -1,2 +1,1 @@
-"""What people look at in a browser: from files of the package, without an account, a database or
-anything from outside."""
+"""Pages on this machine, in a browser: people rank, people look."""

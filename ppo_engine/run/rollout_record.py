@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ppo_engine.messages import first_line
-from ppo_engine.run.directory import atomic_folder
+from ppo_engine.run.directory import atomic_folder, steps_in
 from ppo_engine.sealed import Damaged, check
 from ppo_engine.text.prompt import Prompt
 
-FOLDER = "rollouts"
+ROLLOUTS = "rollouts"
 _ARRAYS, _REST = "rollout.safetensors", "rollout.json"
 
 
@@ -37,7 +37,9 @@ class UpdateState:
     sampled: bool  # whether `logprobs` are the sampler's
     width: int  # columns of the padded responses, which decide how sums are rounded
     pass_tokens: int  # at most, in a forward pass
-    weights: dict[str, str]  # digests of the policy's and the critic's weights before the update
+    weights: dict[str, str]  # digests of the policy's and the critic's before the update
+    steps: int  # of the run, as it was planned then: the schedules of learning rates
+    pass_rows: int | None  # at most, in a forward pass
     device: str
     dtype: str
 
@@ -88,14 +90,9 @@ class RolloutRecord:
         return found
 
 
-def record_folder(run: Path, step: int) -> Path:
-    return run / FOLDER / f"step-{step:06d}"
-
-
 def recorded_steps(run: Path) -> dict[int, Path]:
-    """The folders of the steps that a run has recorded, the first first."""
-    names = ((x.name.removeprefix("step-"), x) for x in (run / FOLDER).glob("step-[0-9]*"))
-    return dict(sorted((int(name), folder) for name, folder in names if name.isdecimal()))
+    """The folders of the steps that the run in this folder has recorded, the first first."""
+    return steps_in(run / ROLLOUTS)
 
 
 def write_record(folder: Path, record: RolloutRecord) -> None:

@@ -51,6 +51,7 @@ from ppo_engine.training import anatomy, fit
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
+from ppo_engine.training.recording import Recorder, discard_records
 from ppo_engine.training.samples import sample_rows, show_samples
 from ppo_engine.training.summary import logged_rows, size_of_ppo, tell_outcome
 
@@ -128,6 +129,7 @@ class PPOTrainer:
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)
         self._watch = Watch(ppo_signs(config))
+        self._recorder = Recorder(self.engine)
         self.step = 0
         # Metrics and samples of a step that has trained and is not yet evaluated and logged.
         self._unreported: dict[str, Any] | None = None
@@ -218,13 +220,17 @@ class PPOTrainer:
                 # Only now: a reward that fails on its first responses leaves nothing behind.
                 run = self._open_run()
                 self._open_trackers(run)
-                experience = None
+                experience = begun = None
                 with self._phase(progress, "advantages"), self.engine.skips.left_out():
                     experience = self.engine.estimate_advantages(rollout, scores, rounding)
+                if experience is not None and self._recorder.is_due(run, self.step + 1):
+                    with progress.phase("record"):
+                        begun = self._recorder.begin(experience)
                 updating.enter_context(self.checkpoints.changing())
                 with self._phase(progress, "update"):
                     skips, update = self.engine.skips, self.engine.update
                     metrics = update(experience) if experience is not None else skips.end_step()
+            of_update = dict(metrics)
             self.step += 1
             tokens = int(rollout.mask.sum())
             seconds = time.perf_counter() - started
@@ -233,6 +239,9 @@ class PPOTrainer:
             metrics |= reward_metrics(rewards) | progress.times
             self._unreported = {"metrics": metrics, "samples": self._samples(rollout, rewards)}
             self.checkpoints.mark()
+        if begun is not None:
+            with progress.phase("record"):
+                self._recorder.write(run, self.step, begun, rewards, of_update)
         if recorded is not None:
             self._write_profile(recorded, run, progress)
 
@@ -255,7 +264,7 @@ class PPOTrainer:
         progress.step(self.step, metrics)
         show_samples(self.step, samples, run, trackers, progress)
         signs = self._watch.look({"step": self.step, **metrics})
-        for note in (*self.engine.take_notes(), *signs):
+        for note in (*self.engine.take_notes(), *self._recorder.take_notes(), *signs):
             progress.note(note)
         self._unreported = None
         return metrics
@@ -336,6 +345,7 @@ class PPOTrainer:
         if state is None:
             self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)
+            discard_records(run.path, after=0)
             return
         self.engine.load_state_dict(state["engine"])
         self.evaluator.load_state_dict(state["evaluator"], run)
@@ -343,6 +353,7 @@ class PPOTrainer:
         self.step, self._unreported = state["step"], state["unreported"]
         self.notes.insert(0, self.checkpoints.note_on_resuming(self.step, self.config.steps))
         run.rewind(self.step - (self._unreported is not None))
+        discard_records(run.path, after=self.step)
 
     def _read(
         self, source: str | Path | Iterable[Any], tokenizer: PreTrainedTokenizerBase
