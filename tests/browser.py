@@ -41,6 +41,7 @@ class Opened:
     def __init__(self, browser: Any, file: Path, **context: Any) -> None:
         self._context = browser.new_context(viewport={"width": 1300, "height": 900}, **context)
         self.page = self._context.new_page()
+        self.page.set_default_timeout(120_000)  # others may use the machine
         self.faults: list[str] = []
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on(

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ppo_engine.run.rollout_record import (
-    RolloutRecord,
-    UpdateState,
-    record_folder,
-    write_record,
-)
+from ppo_engine.run.directory import folder_of_step
+from ppo_engine.run.rollout_record import ROLLOUTS, RolloutRecord, UpdateState, write_record
 from ppo_engine.settings.describe import dump_config
 from ppo_engine.settings.schema import PPOConfig
 
 PIECES = ("The", " sea", " is", " deep", ",", " blue", " and", "\n", " old", ".")
 END, END_TEXT = 99, "<|im_end|>"
+_NO_UPDATE = UpdateState(**dict.fromkeys(x.name for x in fields(UpdateState)))  # replay's alone
 
 
 def metrics_row(step: int, **more: Any) -> dict[str, Any]:
@@ -109,18 +107,7 @@ def made_record(
         group=[i // group_size for i in range(responses)],
         clip_range=(0.2, 0.2),
         metrics={},
-        update=UpdateState(
-            policy_version=0,
-            kl_coef=0.05,
-            moments=[1.0, 0.0, 1.0],
-            rounding=None,
-            sampled=False,
-            width=tokens,
-            pass_tokens=1,
-            weights={},
-            device="cpu",
-            dtype="float32",
-        ),
+        update=_NO_UPDATE,
         arrays=arrays,
     )
 
@@ -166,5 +153,5 @@ def made_run(
     samples = held_out_rows(0, held_out, "before") + held_out_rows(steps, held_out, "after")
     write_rows(folder / "samples.jsonl", samples)
     for record in records:
-        write_record(record_folder(folder, record.step), record)
+        write_record(folder_of_step(folder / ROLLOUTS, record.step), record)
     return folder

@@ -17,11 +17,10 @@ from ppo_engine.pages.report.curves import POINTS, curves, panels, sections
 from ppo_engine.pages.report.held_out import PAIRS, before_and_after
 from ppo_engine.pages.report.rollouts import FIRST, NEWEST, rollouts
 from ppo_engine.pages.report.texts import shown_prompt, shown_text
-from ppo_engine.run.rollout_record import record_folder
+from ppo_engine.run.rollout_record import recorded_steps
 from ppo_engine.settings.schema import (
     PPOConfig,
     RewardConfig,
-    RewardEndpointConfig,
     RewardModelConfig,
     SFTConfig,
 )
@@ -118,11 +117,11 @@ def test_runs_of_other_commands(tmp_path: Path, config: Any, method: str) -> Non
 
 
 def test_secrets_of_addresses_stay_out(tmp_path: Path) -> None:
-    url = "https://me:secret@host/score?key=secret"
-    config = PPOConfig(reward=RewardConfig(http=RewardEndpointConfig(url=url)))
+    url = "https://me:hush@host/score?key=hush"
+    config = PPOConfig(reward=RewardConfig(url=url))
     run = made_run(tmp_path / "run", config=config)
     found = json.dumps(collect(run, 1))
-    assert "secret" not in found and "host/score" in found
+    assert "hush" not in found and "host/score" in found
 
 
 def test_a_folder_with_next_to_nothing(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_a_line_that_is_being_written_is_not_missed(tmp_path: Path) -> None:
 
 def test_what_is_damaged_is_told_and_the_rest_is_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", records=[made_record(1), made_record(2)])
-    (record_folder(run, 1) / "rollout.json").write_text("{}")
+    (recorded_steps(run)[1] / "rollout.json").write_text("{}")
     (run / "config.yaml").write_text("ppo: {kl_coef: -1}\n")
     found = collect(run, 10_000)
     assert [step["step"] for step in found["rollouts"]["steps"]] == [2]

@@ -24,16 +24,9 @@ MARK = '<meta name="generator" content="ppo-engine report">'  # what may be writ
 
 # In this order they are one program.
 _PROGRAM = (
-    "elements",
-    "numbers",
-    "plot",
-    "curves",
-    "runs",
-    "table",
-    "response",
-    "rollouts",
-    "main",
-)
+    "elements", "numbers", "axes", "plot", "curves", "runs", "table", "tokens", "response",
+    "rollouts", "held_out", "main",
+)  # fmt: skip
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 

@@ -29,7 +29,7 @@ class Curves {
       "div",
       { class: "controls" },
       search("Find a metric", (text) => this.find(text)),
-      make("label", {}, "Smoothing ", slider, " ", weight),
+      labelled("Smoothing", slider, weight),
       button("All steps", () => this.zoom(null), { title: "as a double click on a curve" }),
       make("span", { class: "hint" }, "Drag over a curve to zoom into all; double click for all steps; arrow keys walk along a curve."),
     );
@@ -64,8 +64,8 @@ class Curves {
       plot.refresh();
     }, { class: "small", "aria-pressed": log, "aria-label": `logarithmic axis of ${name}` });
     const positive = series.some((one) => one.y.some((value) => value > 0));
-    const title = make("figcaption", {}, make("b", {}, panel.title), " ",
-      make("span", { class: "hint" }, unit), positive ? toggle : null);
+    const title = make("figcaption", {}, make("b", {}, panel.title), positive ? toggle : null,
+      make("span", { class: "hint unit", title: unit }, unit));
     const root = make("figure", { class: "curve" }, title, plot.root);
     return { root, text: `${name} ${panel.title}`.toLowerCase() };
   }

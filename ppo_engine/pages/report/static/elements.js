@@ -8,6 +8,8 @@ function make(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name === "on") {
       for (const [event, call] of Object.entries(value)) element.addEventListener(event, call);
+    } else if (name.startsWith("aria-") && typeof value === "boolean") {
+      element.setAttribute(name, String(value));
     } else if (value !== null && value !== undefined && value !== false) {
       element.setAttribute(name, value === true ? "" : String(value));
     }
@@ -21,6 +23,13 @@ function button(text, call, attributes = {}) {
   return make("button", { type: "button", ...attributes, on: { click: call } }, text);
 }
 
+/** A control with its label beside it. */
+function labelled(text, control, ...more) {
+  labelled.count = (labelled.count ?? 0) + 1;
+  control.id = `control-${labelled.count}`;
+  return make("span", { class: "labelled" }, make("label", { for: control.id }, text), control, ...more);
+}
+
 /** A labelled choice among `options`, each [value, text]; `call` gets the value. */
 function choice(label, options, call) {
   const select = make(
@@ -28,7 +37,7 @@ function choice(label, options, call) {
     { on: { change: () => call(select.value) } },
     options.map(([value, text]) => make("option", { value }, text)),
   );
-  return make("label", {}, `${label} `, select);
+  return labelled(label, select);
 }
 
 /** A labelled field of text; `call` gets what is in it, in lower case. */
@@ -37,7 +46,7 @@ function search(label, call) {
     type: "search",
     on: { input: () => call(input.value.trim().toLowerCase()) },
   });
-  return make("label", {}, `${label} `, input);
+  return labelled(label, input);
 }
 
 /** A part of the page with a heading and an address within it. */

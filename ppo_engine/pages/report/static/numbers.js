@@ -15,7 +15,9 @@ function figure(value, percent = false) {
 
 /** The numbers that `text` packs, as an array of this kind. */
 function unpacked(text, kind) {
-  const bytes = Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
+  const signs = atob(text);
+  const bytes = new Uint8Array(signs.length);
+  for (let i = 0; i < signs.length; i += 1) bytes[i] = signs.charCodeAt(i);
   return new kind(bytes.buffer);
 }
 

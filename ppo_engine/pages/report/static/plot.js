@@ -29,7 +29,7 @@ class Plot {
     this.cursor = null; // the x that numbers are shown of
     this.drag = null; // pixels between which somebody drags
     this.seen = false;
-    this.canvas = make("canvas", { tabindex: 0, role: "img" });
+    this.canvas = make("canvas", { tabindex: 0, role: "img", "aria-label": this.options.label });
     this.readout = make("output", { class: "readout", "aria-live": "polite" });
     this.root = make("div", { class: "plot" }, this.canvas, this.readout);
     this.listen();

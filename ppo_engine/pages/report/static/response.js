@@ -53,11 +53,12 @@ function tokenViews(step, i, shade) {
   const legend = make("span", { class: "hint" });
   const pick = (name) => {
     const found = shades.find((one) => one.name === name) ?? shades[0];
+    const scale = found.scale();
     shade.name = found.name;
-    legend.textContent = found.told;
-    tokens.color(found);
+    legend.textContent = scale.told;
+    tokens.color(scale.of);
   };
-  const select = choice("Colour by", shades.map((one) => [one.name, one.title ?? one.name]), pick);
+  const select = choice("Colour by", shades.map((one) => [one.name, one.title]), pick);
   select.querySelector("select").value = shades.some((one) => one.name === shade.name) ? shade.name : "none";
   pick(shade.name);
   const found = [make("div", { class: "controls" }, select, legend), tokens.root];

@@ -21,34 +21,66 @@ function arraysOf(step) {
   return step.arrays;
 }
 
-/** How tokens are coloured by each number that a step has: a name, a sentence, and of a token its
- * [colour, opacity]. The scale is the step's, so that responses compare. */
+/** How tokens can be coloured: by a name, with a title, what `scale()` is in words and of a token's
+ * place its [colour, opacity]. The scale is the step's, so that responses compare. */
 function shadesOf(step) {
   const arrays = arraysOf(step);
-  const found = [{ name: "none", told: "no colour", of: () => null }];
   const own = (values) => values.filter((_, i) => arrays.own[i]);
-  const both = (name, title, values, middle, told) => {
-    const far = quantile(own(values).map((value) => Math.abs(value - middle)), 0.98) || 1;
-    const of = (i) => {
-      const share = Math.max(-1, Math.min(1, (values[i] - middle) / far));
-      return [share > 0 ? BLUE : ORANGE, STRONGEST * Math.abs(share)];
-    };
-    found.push({ name, title, told: `${told}; full colour at ${figure(far)} from ${figure(middle)}`, of });
+  /** Two colours, for numbers above and below a middle. */
+  const both = (name, title, told, values, middle = () => 0) => ({
+    name,
+    title,
+    scale() {
+      const center = middle();
+      const far = quantile(own(values()).map((value) => Math.abs(value - center)), 0.98) || 1;
+      const of = (i) => {
+        const share = Math.max(-1, Math.min(1, (values()[i] - center) / far));
+        return [share > 0 ? BLUE : ORANGE, STRONGEST * Math.abs(share)];
+      };
+      return { of, told: `${told}; full colour ${figure(far)} from ${figure(center)}` };
+    },
+  });
+  const all = {
+    logprobs: {
+      name: "logprobs",
+      title: "log-prob",
+      scale() {
+        const far = -quantile(own(arrays.logprobs), 0.02) || 1;
+        const of = (i) => [ORANGE, STRONGEST * Math.min(1, -arrays.logprobs[i] / far)];
+        return { of, told: `the stronger, the less likely; full colour at ${figure(-far)} nats` };
+      },
+    },
+    kl: both("kl", "KL", "blue: likelier than to the reference, orange: less", () => arrays.kl),
+    advantages: both(
+      "advantages",
+      "advantage",
+      "blue: better than expected, orange: worse",
+      () => arrays.advantages,
+    ),
+    values: both(
+      "values",
+      "value",
+      "blue: above the step's mean value, orange: below",
+      () => arrays.values,
+      () => mean(own(arrays.values)),
+    ),
+    ratio: both(
+      "ratio",
+      "ratio",
+      "blue: likelier after the update, orange: less, in logarithms",
+      () => (arrays.logRatio ??= arrays.ratio.map(Math.log)),
+    ),
+    clipped: {
+      name: "clipped",
+      title: "clipped",
+      scale: () => ({
+        of: (i) => (arrays.clipped[i] ? [ORANGE, STRONGEST] : null),
+        told: "orange: the clip range holds its ratio",
+      }),
+    },
   };
-  if (arrays.logprobs) {
-    const far = -quantile(own(arrays.logprobs), 0.02) || 1;
-    found.push({ name: "logprobs", title: "log-prob", told: `the stronger, the less likely the policy found it; full colour at ${figure(-far)} nats`,
-      of: (i) => [ORANGE, STRONGEST * Math.min(1, -arrays.logprobs[i] / far)] });
-  }
-  if (arrays.kl) both("kl", "KL", arrays.kl, 0, "blue: likelier than to the reference, orange: less likely");
-  if (arrays.advantages) both("advantages", "advantage", arrays.advantages, 0, "blue: better than expected, orange: worse");
-  if (arrays.values) both("values", "value", arrays.values, mean(own(arrays.values)), "blue: above the step's mean value, orange: below");
-  if (arrays.ratio) both("ratio", "ratio", arrays.ratio.map(Math.log), 0, "blue: likelier after the update, orange: less likely; in logarithms");
-  if (arrays.clipped) {
-    found.push({ name: "clipped", title: "clipped", told: "orange: the clip range holds its ratio",
-      of: (i) => (arrays.clipped[i] ? [ORANGE, STRONGEST] : null) });
-  }
-  return found;
+  const none = { name: "none", title: "none", scale: () => ({ of: () => null, told: "" }) };
+  return [none, ...Object.values(all).filter((shade) => arrays[shade.name])];
 }
 
 class Tokens {
@@ -96,10 +128,11 @@ class Tokens {
     return found;
   }
 
-  color(shade) {
+  /** Colour each token as `of` says of its place. */
+  color(of) {
     this.spans.forEach((span, i) => {
       const place = this.start + i;
-      const found = this.arrays.own[place] ? shade.of(place) : null;
+      const found = this.arrays.own[place] ? of(place) : null;
       span.style.backgroundColor = found && Number.isFinite(found[1]) ? `rgba(${found[0]}, ${found[1].toFixed(3)})` : "";
     });
   }
