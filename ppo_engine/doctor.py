@@ -30,6 +30,8 @@ _OPTIONAL = {
     "tensorboard": "run.trackers=[tensorboard]: pip install 'ppo-engine[tensorboard]'",
     "wandb": "run.trackers=[wandb]: pip install 'ppo-engine[wandb]'",
     "trackio": "run.trackers=[trackio]: pip install 'ppo-engine[trackio]'",
+    "starlette": "the ranking page: pip install 'ppo-engine[pages]'",
+    "uvicorn": "the ranking page: pip install 'ppo-engine[pages]'",
     "vaderSentiment": "the demo: pip install 'ppo-engine[demo]'",
     "gguf": "reading the demo's model: pip install 'ppo-engine[demo]'",
     "accelerate": "reading the demo's model: pip install 'ppo-engine[demo]'",

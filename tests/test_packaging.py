@@ -66,6 +66,15 @@ def test_the_kernels_need_torch_only() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_all_that_a_package_holds_is_installed() -> None:
+    """Files that are no modules, as a page's, are named as the package's data."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    root = ROOT / packages["package-dir"]["ppo_engine"]
+    named = {file for glob in packages["package-data"]["ppo_engine"] for file in root.glob(glob)}
+    there = {file for file in root.rglob("*") if file.is_file() and file.suffix != ".py"}
+    assert {file for file in there if "__pycache__" not in file.parts} == named
+
+
 def test_no_torch_in_compiled_code() -> None:
     for source in (ROOT / "csrc").rglob("*"):
         if source.suffix in (".h", ".cpp", ".cu", ".cuh"):
@@ -114,8 +123,8 @@ def _normal(name: str) -> str:
 
 @pytest.mark.parametrize(
     "group",
-    ["lora", "quant", "data", "math", "json", "tensorboard", "wandb", "trackio", "demo", "bench",
-     "dev"],
+    ["lora", "quant", "data", "math", "json", "tensorboard", "wandb", "trackio", "pages", "demo",
+     "bench", "dev"],
 )  # fmt: skip
 def test_optional_groups(group: str) -> None:
     assert PROJECT["optional-dependencies"][group]

@@ -93,6 +93,40 @@ def generate(options: argparse.Namespace, rest: list[str]) -> None:
     write_responses(with_model(config))
 
 
+def rank(options: argparse.Namespace, rest: list[str]) -> None:
+    if rest:
+        raise UserError("rank takes no settings.")
+    try:
+        from ppo_engine.pages.ranking.rank import rank as serve_page
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn"):
+            raise
+        raise UserError(
+            f"The ranking page needs the package {package}: pip install 'ppo-engine[pages]'"
+        ) from None
+    serve_page(
+        options.candidates,
+        options.out,
+        annotator=options.annotator,
+        guidelines=options.guidelines,
+        seed=options.seed,
+        host=options.host,
+        port=options.port,
+        browser=not options.no_browser,
+    )
+
+
+def agreement(options: argparse.Namespace, rest: list[str]) -> None:
+    if rest:
+        raise UserError("agreement takes no settings.")
+    from ppo_engine.pages.ranking.compare import compare
+    from ppo_engine.run.progress import print_plain
+
+    for line in compare(options.files):
+        print_plain(line, sys.stdout)
+
+
 def inspect(options: argparse.Namespace, rest: list[str]) -> None:
     """With the settings of each command whose rows these may be: where the kind is not given, it is
     guessed among those that have all the settings that are."""

@@ -94,6 +94,50 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--n", metavar="K", help="responses to each prompt")
     _add_reward(generate, "score the responses, and show best-of-n scores")
 
+    ranks = _add_plain(
+        subparsers,
+        "rank",
+        commands.rank,
+        "open a page on this machine where people rank responses to prompts",
+    )
+    ranks.add_argument(
+        "candidates", metavar="CANDIDATES", help="prompts with responses, as `generate` writes them"
+    )
+    ranks.add_argument(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="rankings, for `reward --data`; what is there is gone on with",
+    )
+    ranks.add_argument(
+        "--annotator", metavar="NAME", default="", help="who ranks; default: the page asks"
+    )
+    ranks.add_argument(
+        "--guidelines", metavar="FILE", help="text or Markdown that is shown beside the work"
+    )
+    ranks.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the order of responses; default 0"
+    )
+    ranks.add_argument(
+        "--host",
+        metavar="HOST",
+        default="127.0.0.1",
+        help="address to listen on, 0.0.0.0 for all; default: this machine alone",
+    )
+    ranks.add_argument(
+        "--port", metavar="N", type=int, default=0, help="default 0: any that is free"
+    )
+    ranks.add_argument("--no-browser", action="store_true", help="only print the address")
+    agrees = _add_plain(
+        subparsers,
+        "agreement",
+        commands.agreement,
+        "tell how far people ranked alike, and where they differ most",
+    )
+    agrees.add_argument(
+        "files", metavar="RANKINGS", nargs="+", help="files of rankings, of one person or several"
+    )
+
     inspects = _add(
         subparsers,
         "inspect",

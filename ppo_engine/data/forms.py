@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ppo_engine.data.chat import (
     check_messages,
@@ -29,6 +27,9 @@ from ppo_engine.settings.schema import (
 from ppo_engine.text.options import TEMPLATE_ARGUMENTS, as_columns
 from ppo_engine.text.prompt import HasPrompt, Message, Prompt
 from ppo_engine.text.template import RESERVED, ChatTemplate, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DataConfig = PromptDataConfig | PreferenceDataConfig | DemonstrationDataConfig
 

@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ppo_engine.data.annotations import ordinary_rows
 from ppo_engine.data.chat import check_messages, without_flags
@@ -35,6 +33,9 @@ from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines
 from ppo_engine.errors import UserError
 from ppo_engine.text.prompt import Message, Prompt
 from ppo_engine.text.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LARGEST_MARGIN = 3.4e38  # of a float32
 
@@ -226,7 +227,7 @@ def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
             raise BadLineError("'ranks' must be numbers or null", f", not {rank!r}")
     finished = lists.get("finished", [True] * len(ranks))
     there = [
-        (rank, _response(response), ended)
+        (rank, check_response(response), ended)
         for rank, response, ended in zip(ranks, responses, finished, strict=True)
         if rank is not None and rank >= 0
     ]
@@ -265,8 +266,9 @@ def _without_equals(ranking: Ranking) -> Ranking:
     )
 
 
-def _response(response: Any) -> str | Message:
-    """One of several responses: text, or the assistant's message."""
+def check_response(response: Any) -> str | Message:
+    """One of several responses: text, or the assistant's message. A `BadLineError` for any
+    other."""
     if isinstance(response, str):
         return check_text(response, "responses")
     if not isinstance(response, list | Mapping):

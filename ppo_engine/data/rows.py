@@ -79,14 +79,18 @@ class SkippedLines:
 class BadLines:
     """What to do with a line that cannot be used: stop at it, or count it and continue."""
 
-    def __init__(self, on_bad_line: OnBadLine) -> None:
+    def __init__(
+        self,
+        on_bad_line: OnBadLine,
+        remedy: str = "Fix it, or skip such lines with data.on_bad_line=skip.",
+    ) -> None:
         self.skip = on_bad_line == "skip"
+        self.remedy = remedy
         self.skipped = SkippedLines()
 
     def add(self, place: str, reason: str, detail: str = "", hint: str = "") -> None:
         if not self.skip:
-            hint = hint or "Fix it, or skip such lines with data.on_bad_line=skip."
-            raise UserError(f"{place}: {reason}{detail}. {hint}")
+            raise UserError(f"{place}: {reason}{detail}. {hint or self.remedy}")
         self.skipped.add(place, reason, detail)
 
 

@@ -98,8 +98,8 @@ class RunDirectory:
             _check_free(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.path)
-            _write_atomically(self.path / CONFIG, dump_config(config))
+            self._lock = Lock(self.path / ".lock", f"Run folder {self.path}", "run.output_dir")
+            write_atomically(self.path / CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
                 f"Run folder {self.path} cannot be written: {error.strerror}."
@@ -131,7 +131,7 @@ class RunDirectory:
         """Remove the lines of steps after `step`, and one that a crash left unfinished."""
         for file in (self.metrics_file, self.samples_file, self.critic_file):
             if file.exists():
-                _write_atomically(file, "".join(_lines_until(file, step)))
+                write_atomically(file, "".join(_lines_until(file, step)))
 
 
 def folder_of_step(parent: Path, step: int) -> Path:
@@ -289,7 +289,8 @@ def _lines_until(file: Path, step: int) -> Iterator[str]:
                 continue
 
 
-def _write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file that is there, on the disk, whole or as it was."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     sync(partial)

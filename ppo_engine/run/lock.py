@@ -1,4 +1,5 @@
-"""One writer: a run's folder is locked while a process trains into it."""
+"""One writer: a run's folder is locked while a process trains into it, a file of rankings while
+one serves it."""
 
 from __future__ import annotations
 
@@ -16,17 +17,18 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock:
-    """Of the run in `folder`, held until `release`. It is the kernel's (flock), so that it ends
-    with its process, however that ends. A UserError where somebody else has it.
+    """Of `what` the file at `path` stands for, held until `release`. It is the kernel's (flock), so
+    that it ends with its process, however that ends. A UserError where somebody else has it: it
+    says who, and to take another `choice`.
 
     On a file system without locks, as some network ones, nobody is kept out: `held` is False.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+    def __init__(self, path: Path, what: str, choice: str) -> None:
+        self._path = path
         self.held = True
         self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115
-        while not self._try(folder):  # whoever had it has removed the file in between
+        while not self._try(what, choice):  # whoever had it has removed the file in between
             self._file.close()
             self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115
         self._file.truncate(0)
@@ -41,7 +43,7 @@ class Lock:
                 self._path.unlink()
             self._file.close()
 
-    def _try(self, folder: Path) -> bool:
+    def _try(self, what: str, choice: str) -> bool:
         """Whether the file that is locked now is the one at the path."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,8 +52,7 @@ class Lock:
             owner = self._file.read() or "another process"
             self._file.close()
             raise UserError(
-                f"Run folder {folder} is in use by {owner}: wait for its end, or choose another "
-                "run.output_dir."
+                f"{what} is in use by {owner}: wait for its end, or choose another {choice}."
             ) from None
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:

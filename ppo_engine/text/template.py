@@ -12,17 +12,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.meta
 import jinja2.nodes
-from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line
 from ppo_engine.text.bounds import CHARACTERS, UnboundedError, bounded, check_length
 from ppo_engine.text.prompt import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and arguments of its own
 

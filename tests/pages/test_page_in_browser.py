@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Opened, browser, needs_browser
+from browser import chromium
 from made_runs import PIECES, made_record, made_run, metrics_row, write_rows
 
 from ppo_engine.pages.report.page import write_page
 from ppo_engine.settings.schema import PPOConfig, PPOSettings, RunConfig
-
-pytestmark = needs_browser()
 
 HOSTILE = (
     "</script><script>hacked()</script>",
@@ -28,20 +26,40 @@ Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as opened:
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
         yield opened
 
 
+class Opened:
+    """A page, and what went wrong in it: errors of its program, and what its policy forbade."""
+
+    def __init__(self, browser: Any, file: Path, **context: Any) -> None:
+        self.context = browser.new_context(viewport={"width": 1300, "height": 900}, **context)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(120_000)  # others may use the machine
+        self.faults: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", self._listen)
+        self.page.on("request", lambda asked: self.requests.append(asked.url))
+        self.page.add_init_script("window.hacked = () => { window.wasHacked = true; };")
+        self.page.goto(file.resolve().as_uri())
+
+    def _listen(self, said: Any) -> None:
+        if said.type == "error":
+            self.faults.append(said.text)
+
+
 @pytest.fixture
-def show(chromium: Any, tmp_path: Path) -> Iterator[Open]:
+def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
     """Opens the page of runs; at the end nothing must have gone wrong in it, or been asked for."""
     opened: list[Opened] = []
 
     def open_page(*runs: Path, **context: Any) -> Any:
         file = tmp_path / "page.html"
         write_page(runs, file)
-        opened.append(Opened(chromium, file, **context))
+        opened.append(Opened(browser, file, **context))
         return opened[-1].page
 
     yield open_page
@@ -49,7 +67,7 @@ def show(chromium: Any, tmp_path: Path) -> Iterator[Open]:
         assert one.page.locator("html").get_attribute("data-ready")
         assert one.faults == []
         assert set(one.requests) == {one.page.url.partition("#")[0]}
-        one.close()
+        one.context.close()
 
 
 def plot(page: Any, metric: str) -> Any:
@@ -75,9 +93,9 @@ def test_hostile_texts_are_shown_and_never_run(show: Open, tmp_path: Path) -> No
     assert page.evaluate("window.wasHacked") is None
 
 
-def test_the_policy_stops_what_got_in_all_the_same(chromium: Any, tmp_path: Path) -> None:
+def test_the_policy_stops_what_got_in_all_the_same(browser: Any, tmp_path: Path) -> None:
     write_page([made_run(tmp_path / "run")], tmp_path / "page.html")
-    opened = Opened(chromium, tmp_path / "page.html")
+    opened = Opened(browser, tmp_path / "page.html")
     opened.page.evaluate(
         """() => {
             document.body.append(Object.assign(document.createElement("script"),
@@ -90,7 +108,7 @@ def test_the_policy_stops_what_got_in_all_the_same(chromium: Any, tmp_path: Path
     opened.page.wait_for_timeout(200)
     assert opened.page.evaluate("window.wasHacked") is None
     assert any("Content Security Policy" in fault for fault in opened.faults)
-    opened.close()
+    opened.context.close()
 
 
 def test_curves_by_keys(show: Open, tmp_path: Path) -> None:

@@ -193,14 +193,15 @@ def test_a_lock_that_was_removed_in_between_is_taken_anew(
             (tmp_path / ".lock").unlink()
 
     monkeypatch.setattr("fcntl.flock", flock)
-    Lock(tmp_path)
+    Lock(tmp_path / ".lock", "It", "one")
     assert len(calls) == 2 and (tmp_path / ".lock").exists()
 
 
 def test_a_killed_run_locks_nobody_out(tmp_path: Path) -> None:
     code = (
         "import os, sys; from ppo_engine.run.lock import Lock; from pathlib import Path\n"
-        "lock = Lock(Path(sys.argv[1])); print('locked', flush=True); os.kill(os.getpid(), 9)"
+        "lock = Lock(Path(sys.argv[1]) / '.lock', 'It', 'one')\n"
+        "print('locked', flush=True); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     assert killed.stdout == "locked\n" and killed.returncode == -9, killed.stderr
@@ -214,7 +215,7 @@ def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    locks = [Lock(tmp_path), Lock(tmp_path)]
+    locks = [Lock(tmp_path / ".lock", "It", "one") for _ in range(2)]
     assert [lock.held for lock in locks] == [False, False]
 
 
