@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,14 @@ from ppo_engine.training.replay import Replayed, _engine_before, _update, replay
 GRPO = {"estimator": "grpo", "group_size": 2, "kl_in": "loss"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_picture() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ppo", "supervised"):
+            patch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
@@ -51,14 +59,14 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def reward_of(model: str, folder: Path, **settings: Any) -> str:
-    """A reward model, trained for a step or two."""
+def reward_of(path: str, folder: Path, model: dict[str, Any], **run: Any) -> str:
+    """A reward model, trained for a step."""
     RewardModelTrainer(
         None,
         planted_pairs(8),
         RewardModelConfig(
-            model=ModelConfig(path=model, **settings.pop("model", {})),
-            run=RunConfig(output_dir=str(folder), dtype="float32", **settings),
+            model=ModelConfig(path=path, **model),
+            run=RunConfig(output_dir=str(folder), dtype="float32", **run),
         ),
         console=Console(file=io.StringIO()),
     ).train()
@@ -190,7 +198,7 @@ def test_several_turns(model: str, tmp_path: Path) -> None:
     settings = replace(
         config(tmp_path / "run", steps=2, record_rollouts=1),
         environment=EnvironmentConfig(function=f"{functions}:go_on", max_turns=2),
-        generation=GenerationConfig(max_new_tokens=5),
+        generation=GenerationConfig(max_new_tokens=5, stop=tuple(range(100))),
     )
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     PPOTrainer(
@@ -204,7 +212,7 @@ def test_several_turns(model: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 1 and 3, of which the latter stands behind a checkpoint; 5, which cannot be replayed."""
+    """Steps 1 and 3, the latter behind a checkpoint; 5, which cannot be replayed."""
     folder = tmp_path_factory.mktemp("runs")
     source = folder / "reward.py"
     source.write_text("def reward(prompts, responses):\n    return [len(x) for x in responses]\n")
@@ -241,25 +249,18 @@ def test_nothing_is_written_where_the_run_is(run: Path) -> None:
         ("ppo.value_clip_range=1e-4", "value/clip_fraction", "policy/loss"),
         ("ppo.lam=0.1", "value/explained_variance", "objective/kl"),
         ("ppo.kl_coef=3", "objective/kl_coef", "objective/kl"),
-        ("ppo.entropy_coef=1", "policy/loss", "objective/entropy"),
+        ("ppo.entropy_coef=1", "policy/loss", "objective/kl"),
         ("ppo.epochs=3", "after/approx_kl", "policy/learning_rate"),
         ("ppo.mini_batch_size=4", "policy/grad_norm", "policy/learning_rate"),
-        ("ppo.critic_warmup_steps=4", "after/approx_kl", "value/loss"),
         ("steps=50", "policy/learning_rate", "objective/scores"),
     ],
 )
-@pytest.mark.parametrize("step", [1, 3])
-def test_other_settings(run: Path, step: int, override: str, moved: str, stays: str) -> None:
-    plan, found, told = again(run, step, override)
-    if step == 1 and moved == "policy/learning_rate" and override.startswith("steps"):
-        moved = "after/approx_kl"  # the first step has the whole rate
-        override = "policy.optimizer.learning_rate=1e-2"
-        plan, found, told = again(run, step, override)
+def test_other_settings(run: Path, override: str, moved: str, stays: str) -> None:
+    plan, found, told = again(run, 3, override)
     assert found.recorded[stays] == found.again[stays]
     assert found.recorded.get(moved) != found.again.get(moved)
     [line] = plan.changes
-    key, _, value = override.partition("=")
-    assert line.startswith(f"{key}: ") and f"Changed: {line}" in told
+    assert line.startswith(f"{override.partition('=')[0]}: ") and f"Changed: {line}" in told
     assert "differ." in told and " = " in told
 
 
@@ -324,7 +325,7 @@ def test_what_the_record_lacks(model: str, tmp_path: Path) -> None:
 
 
 def test_no_run(tmp_path: Path, model: str) -> None:
-    with pytest.raises(UserError, match="is not a run's folder: it has no config.yaml"):
+    with pytest.raises(UserError, match=r"is not a run's folder: it has no config\.yaml"):
         plan_replay(tmp_path, 1, [])
     run = trained(model, length_reward, config(tmp_path / "run", steps=1, record_rollouts=0))
     with pytest.raises(UserError, match=r"has recorded no step: .*run\.record_rollouts=0"):
