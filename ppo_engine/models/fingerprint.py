@@ -11,13 +11,10 @@ from torch import Tensor
 
 from ppo_engine.models.offload import address
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PIECE = 1 << 18  # weights whose 64 bits stay in cache
-
 
 def fingerprints(models: Mapping[str, Any]) -> dict[str, str]:
     """Of each model, by its name. They differ where bits of weights do, but for weights of one
-    tensor that have changed places; a hash of all bytes would take ten times as long."""
+    tensor that have changed places: sums, as fast as memory, and on a GPU without a copy."""
     sums: dict[int, int] = {}  # of tensors that several models have
     return {name: _fingerprint(model, sums) for name, model in models.items()}
 
@@ -33,5 +30,8 @@ def _fingerprint(model: Any, sums: dict[int, int]) -> str:
 
 
 def _sum_of_bits(x: Tensor) -> int:
-    pieces = x.reshape(-1).view(_BITS[x.element_size()]).split(_PIECE)
-    return int(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())
+    """Of the weights as whole numbers of 64 bits, modulo as many; of a few odd ones as bytes."""
+    bits = x.reshape(-1).view(torch.uint8)
+    if bits.numel() % 8 == 0 and bits.storage_offset() % 8 == 0:
+        bits = bits.view(torch.int64)
+    return int(bits.sum(dtype=torch.int64))

@@ -37,7 +37,6 @@ _OF_LOSSES = {
         "entropy_coef",
         "importance_cap",
         "value_clip_range",
-        "critic_warmup_steps",
     )
 }
 _OF_OPTIMIZERS = {
