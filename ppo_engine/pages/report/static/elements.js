@@ -27,7 +27,13 @@ function button(text, call, attributes = {}) {
 function labelled(text, control, ...more) {
   labelled.count = (labelled.count ?? 0) + 1;
   control.id = `control-${labelled.count}`;
-  return make("span", { class: "labelled" }, make("label", { for: control.id }, text), control, ...more);
+  return make(
+    "span",
+    { class: "labelled" },
+    make("label", { for: control.id }, text),
+    control,
+    ...more,
+  );
 }
 
 /** A labelled choice among `options`, each [value, text]; `call` gets the value. */
@@ -57,7 +63,10 @@ function part(id, title, ...children) {
 
 /** `text` on one line, cut to `length` characters. */
 function oneLine(text, length) {
-  const line = text.slice(0, 4 * length).replace(/\s+/g, " ").trim();
+  const line = text
+    .slice(0, 4 * length)
+    .replace(/\s+/g, " ")
+    .trim();
   return line.length > length ? `${line.slice(0, length - 1)}…` : line;
 }
 

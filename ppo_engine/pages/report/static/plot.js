@@ -305,7 +305,8 @@ class Plot {
     const [from, to] = [this.x.low, this.x.high];
     const middle = this.cursor ?? (from + to) / 2;
     if (step) {
-      const now = this.cursor === null ? (step > 0 ? -1 : first.x.length) : nearest(first.x, middle);
+      const now =
+        this.cursor === null ? (step > 0 ? -1 : first.x.length) : nearest(first.x, middle);
       const next = Math.min(Math.max(now + step, 0), first.x.length - 1);
       this.point(first.x[next]);
     } else if (event.key === "Home") this.point(first.x[0]);

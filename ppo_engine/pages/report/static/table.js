@@ -22,9 +22,18 @@ class SortedTable {
       this.draw();
     });
     this.said = make("p", { class: "hint", "aria-live": "polite" });
-    this.root = make("div", { class: "scroll" },
-      make("table", { class: "sorted", "aria-label": label }, make("thead", {}, make("tr", {}, this.heads)), this.body),
-      this.said, this.more);
+    this.root = make(
+      "div",
+      { class: "scroll" },
+      make(
+        "table",
+        { class: "sorted", "aria-label": label },
+        make("thead", {}, make("tr", {}, this.heads)),
+        this.body,
+      ),
+      this.said,
+      this.more,
+    );
     this.draw();
   }
 
@@ -57,7 +66,10 @@ class SortedTable {
     const rows = this.sorted;
     this.columns.forEach((column, i) => {
       const sign = this.order?.[0] === column ? this.order[1] : 0;
-      this.heads[i].setAttribute("aria-sort", { 1: "ascending", "-1": "descending", 0: "none" }[sign]);
+      this.heads[i].setAttribute(
+        "aria-sort",
+        { 1: "ascending", "-1": "descending", 0: "none" }[sign],
+      );
     });
     this.body.replaceChildren(...rows.slice(0, this.count).map((row) => this.line(row)));
     const left = rows.length - this.count;
@@ -69,10 +81,17 @@ class SortedTable {
   line(row) {
     const cells = this.columns.map((column, i) => {
       const value = column.show ? column.show(row) : figure(column.get(row));
-      const inside = i === 0 && this.choose ? button(value, () => this.choose(row), { class: "open" }) : value;
-      return make("td", { class: column.text ? "text" : "number", dir: column.text ? "auto" : null }, inside);
+      const inside =
+        i === 0 && this.choose ? button(value, () => this.choose(row), { class: "open" }) : value;
+      return make(
+        "td",
+        { class: column.text ? "text" : "number", dir: column.text ? "auto" : null },
+        inside,
+      );
     });
-    const on = this.choose ? { click: (event) => event.target.closest("button") ?? this.choose(row) } : {};
+    const on = this.choose
+      ? { click: (event) => event.target.closest("button") ?? this.choose(row) }
+      : {};
     return make("tr", { class: this.choose ? "opens" : null, on }, cells);
   }
 }

@@ -1,7 +1,14 @@
 // A response token by token: coloured by a number, which is shown under the pointer and the keys.
 
-const NUMBERS = { logprobs: "log-prob", ref_logprobs: "log-prob of the reference", kl: "KL to the reference",
-  advantages: "advantage", values: "value", returns: "return", ratio: "ratio after / before" };
+const NUMBERS = {
+  logprobs: "log-prob",
+  ref_logprobs: "log-prob of the reference",
+  kl: "KL to the reference",
+  advantages: "advantage",
+  values: "value",
+  returns: "return",
+  ratio: "ratio after / before",
+};
 const BLUE = "42, 111, 187";
 const ORANGE = "209, 96, 43";
 const STRONGEST = 0.6; // opacity, through which a token can still be read
@@ -32,7 +39,11 @@ function shadesOf(step) {
     title,
     scale() {
       const center = middle();
-      const far = quantile(own(values()).map((value) => Math.abs(value - center)), 0.98) || 1;
+      const far =
+        quantile(
+          own(values()).map((value) => Math.abs(value - center)),
+          0.98,
+        ) || 1;
       const of = (i) => {
         const share = Math.max(-1, Math.min(1, (values()[i] - center) / far));
         return [share > 0 ? BLUE : ORANGE, STRONGEST * Math.abs(share)];
@@ -91,13 +102,21 @@ class Tokens {
     [this.start, this.end] = [step.bounds[index], step.bounds[index + 1]];
     this.spans = step.pieces[index].map((piece, i) => this.span(piece, i));
     this.panel = make("dl", { class: "numbers", "aria-live": "polite" });
-    this.box = make("div", { class: "tokens", dir: "auto", role: "listbox",
-      "aria-label": "Tokens of the response: arrow keys move, numbers are beside it",
-      on: {
-        pointerover: (event) => this.look(this.number(event.target)),
-        focusin: (event) => this.look(this.number(event.target)),
-        keydown: (event) => this.key(event),
-      } }, this.turns());
+    this.box = make(
+      "div",
+      {
+        class: "tokens",
+        dir: "auto",
+        role: "listbox",
+        "aria-label": "Tokens of the response: arrow keys move, numbers are beside it",
+        on: {
+          pointerover: (event) => this.look(this.number(event.target)),
+          focusin: (event) => this.look(this.number(event.target)),
+          keydown: (event) => this.key(event),
+        },
+      },
+      this.turns(),
+    );
     this.root = make("div", { class: "token-view" }, this.box, this.panel);
     if (this.spans.length) this.look(0);
   }
@@ -106,7 +125,11 @@ class Tokens {
     const place = this.start + i;
     const kinds = ["token"];
     if (this.arrays.special[place]) kinds.push("special");
-    return make("span", { class: kinds.join(" "), role: "option", "data-i": i, tabindex: i === 0 ? 0 : -1 }, shownPiece(piece));
+    return make(
+      "span",
+      { class: kinds.join(" "), role: "option", "data-i": i, tabindex: i === 0 ? 0 : -1 },
+      shownPiece(piece),
+    );
   }
 
   /** The tokens, those that an environment wrote in boxes of their own. */
@@ -120,7 +143,11 @@ class Tokens {
         return;
       }
       if (!box) {
-        box = make("div", { class: "environment", role: "group", "aria-label": "written by the environment" });
+        box = make("div", {
+          class: "environment",
+          role: "group",
+          "aria-label": "written by the environment",
+        });
         found.push(box);
       }
       box.append(span);
@@ -133,7 +160,8 @@ class Tokens {
     this.spans.forEach((span, i) => {
       const place = this.start + i;
       const found = this.arrays.own[place] ? of(place) : null;
-      span.style.backgroundColor = found && Number.isFinite(found[1]) ? `rgba(${found[0]}, ${found[1].toFixed(3)})` : "";
+      span.style.backgroundColor =
+        found && Number.isFinite(found[1]) ? `rgba(${found[0]}, ${found[1].toFixed(3)})` : "";
     });
   }
 
@@ -152,17 +180,23 @@ class Tokens {
     this.spans[i].setAttribute("aria-selected", "true");
     const place = this.start + i;
     const own = this.arrays.own[place];
-    const facts = [["token", JSON.stringify(this.step.pieces[this.index][i])],
-      ["id", String(this.arrays.tokens[place])], ["number", `${i + 1} of ${this.spans.length}`]];
+    const facts = [
+      ["token", JSON.stringify(this.step.pieces[this.index][i])],
+      ["id", String(this.arrays.tokens[place])],
+      ["number", `${i + 1} of ${this.spans.length}`],
+    ];
     if (own) {
       for (const [name, title] of Object.entries(NUMBERS)) {
         const values = this.arrays[name];
         if (values) facts.push([title, figure(values[place])]);
       }
-      if (this.arrays.logprobs) facts.push(["probability", figure(Math.exp(this.arrays.logprobs[place]), true)]);
+      if (this.arrays.logprobs)
+        facts.push(["probability", figure(Math.exp(this.arrays.logprobs[place]), true)]);
       if (this.arrays.clipped) facts.push(["clipped", this.arrays.clipped[place] ? "yes" : "no"]);
     } else facts.push(["written by", "the environment"]);
-    this.panel.replaceChildren(...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, visible(value))]));
+    this.panel.replaceChildren(
+      ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, visible(value))]),
+    );
     this.told(i);
   }
 
@@ -175,8 +209,14 @@ class Tokens {
   }
 
   key(event) {
-    const to = { ArrowRight: this.at + 1, ArrowLeft: this.at - 1, ArrowDown: this.at + 10, ArrowUp: this.at - 10,
-      Home: 0, End: this.spans.length - 1 }[event.key];
+    const to = {
+      ArrowRight: this.at + 1,
+      ArrowLeft: this.at - 1,
+      ArrowDown: this.at + 10,
+      ArrowUp: this.at - 10,
+      Home: 0,
+      End: this.spans.length - 1,
+    }[event.key];
     if (to === undefined) return;
     event.preventDefault();
     this.go(to);
