@@ -1,11 +1,13 @@
 """The pictures of pages, from a real browser: `python docs/screenshots.py` (Debian's chromium, and
 `pip install 'ppo-engine[dev]'`).
 
-docs/ranking.png is the page of `ppo-engine rank` on a prompt that is half ranked.
+docs/ranking.png is the page of `ppo-engine rank` on a prompt that is half ranked; docs/report.png
+that of the demo's PPO run, which it runs first (some minutes), unless `--run FOLDER` names it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ import tempfile
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
+
+from ppo_engine.pages.report.page import write_page
 
 DOCS = Path(__file__).parent
 GUIDELINES = """Is it **true**, and does it answer?
@@ -44,11 +48,27 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
+# What is left of a run's page, so that one picture has curves and tokens.
+_EXCERPT = """() => {
+    const drop = (what, from) => [...document.querySelectorAll(what)].slice(from)
+        .forEach((one) => one.remove());
+    drop("#curves .fold", 1);
+    drop("#curves .curve", 4);
+    drop("#rollouts table.sorted tbody tr", 4);
+    drop("#curves .hint:not(.unit), #held-out, #settings, .runs .hint", 0);
+    for (const name of document.querySelectorAll("h1, .runs b")) name.textContent = "runs/demo/ppo";
+}"""
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, help="a run of ppo, whose page is to be taken")
+    run = parser.parse_args().run
     with sync_playwright() as playwright:
         path = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         ranking(browser)
+        report(browser, run)
         browser.close()
 
 
@@ -77,6 +97,26 @@ def ranking(browser: Browser) -> None:
         finally:
             server.terminate()
             server.wait()
+
+
+def report(browser: Browser, run: Path | None) -> None:
+    """The curves, and a response of the newest step token by token, one below the other."""
+    with tempfile.TemporaryDirectory() as name:
+        if run is None:
+            command = [sys.executable, "-m", "ppo_engine", "demo", "--output-dir", f"{name}/demo"]
+            subprocess.run(command, check=True)
+            run = Path(name, "demo", "ppo")
+        write_page([run], Path(name, "page.html"))
+        page = browser.new_page(viewport={"width": 1280, "height": 980})
+        page.goto(Path(name, "page.html").as_uri())
+        page.locator("#rollouts table .sort", has_text="score").click()
+        page.locator("#rollouts table.sorted tbody tr").first.click()
+        page.get_by_label("Colour by").select_option("advantages")
+        page.locator(".token").nth(4).hover()
+        page.evaluate(_EXCERPT)
+        page.evaluate("scrollTo(0, 0)")
+        page.wait_for_timeout(1_000)  # curves are drawn as they come into sight
+        page.screenshot(path=DOCS / "report.png")
 
 
 if __name__ == "__main__":

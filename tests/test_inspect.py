@@ -13,8 +13,7 @@ from templates import TEMPLATES, sentencepiece_tokenizer
 from tiny import tiny_model_folder
 
 from ppo_engine import cli
-from ppo_engine.inspection.page import _spelled
-from ppo_engine.inspection.rows import Part, inspect_examples, inspect_preferences, open_model
+from ppo_engine.inspection.rows import inspect_examples, inspect_preferences, open_model
 from ppo_engine.settings.schema import (
     DemonstrationDataConfig,
     ModelConfig,
@@ -22,6 +21,7 @@ from ppo_engine.settings.schema import (
     RewardModelConfig,
     SFTConfig,
 )
+from ppo_engine.text.tokenizer import spellings
 from ppo_engine.training.reward import RewardModelTrainer
 from ppo_engine.training.sft import SFTTrainer
 
@@ -103,8 +103,8 @@ def test_a_space_that_the_tokenizer_prepends(shown, tmp_path) -> None:
     folder = tiny_model_folder(tmp_path, tokenizer=sentencepiece_tokenizer())
     model = open_model(folder)
     model.tokenizer.backend_tokenizer.post_processor = None
-    part = Part("", model.tokenizer("a b")["input_ids"], [False] * 4)
-    assert [text for _, text in _spelled(model.tokenizer, part, range(4))] == [" ", "a", " ", "b"]
+    found = spellings(model.tokenizer, model.tokenizer("a b")["input_ids"], [False] * 4, range(4))
+    assert [text for _, text in found] == [" ", "a", " ", "b"]
 
 
 TOOL = {"type": "function", "function": {"name": "add"}}

@@ -1,5 +1,5 @@
 """The command line: `ppo-engine demo | sft | generate | rank | agreement | reward | ppo | grpo |
-inspect | doctor`."""
+view | replay | inspect | doctor`."""
 
 from ppo_engine.cli.run import main
 

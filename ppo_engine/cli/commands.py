@@ -166,6 +166,24 @@ def inspect(options: argparse.Namespace, rest: list[str]) -> None:
     show_rows(configs, trained.path or model_path(), options.rows, options.kind)
 
 
+def replay(options: argparse.Namespace, rest: list[str]) -> None:
+    from ppo_engine.run.replayable import plan_replay
+
+    plan = plan_replay(Path(options.folder).expanduser(), options.step, rest)
+    quiet_libraries()
+    from ppo_engine.training.replay import replay as take_again
+
+    take_again(plan)
+
+
+def view(options: argparse.Namespace, rest: list[str]) -> None:
+    if rest:
+        raise UserError("view takes no settings.")
+    from ppo_engine.pages.report.view import view as open_page
+
+    open_page(options.runs, options.out, browser=not options.no_browser)
+
+
 def doctor(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise UserError("doctor takes no settings.")

@@ -157,6 +157,36 @@ def make_parser() -> argparse.ArgumentParser:
     )
     inspects.add_argument("--rows", metavar="N", type=int, default=3, help="rows shown; default 3")
 
+    summary = "take the update of a recorded step again, with other settings if given"
+    replays = subparsers.add_parser(
+        "replay",
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="Settings of losses, advantages and optimizers can be given as key=value, such as "
+        "ppo.clip_range=0.1.",
+        usage="ppo-engine replay RUN --step N [key=value ...]",
+        allow_abbrev=False,
+    )
+    replays.add_argument("folder", metavar="RUN", help="folder of a run of ppo or grpo")
+    replays.add_argument("--step", metavar="N", type=int, help="a step that it has recorded")
+    replays.set_defaults(run=commands.replay, parser=replays)
+
+    views = _add_plain(
+        subparsers,
+        "view",
+        commands.view,
+        "write the page of a run, or of several over each other, anew and open it",
+    )
+    views.add_argument(
+        "runs", metavar="RUN", nargs="+", help="folder of a run, going on, ended or dead"
+    )
+    views.add_argument(
+        "--out",
+        metavar="FILE",
+        help="file to write; default: report.html in the run's folder, of several here",
+    )
+    views.add_argument("--no-browser", action="store_true", help="write the page alone")
+
     _add_plain(
         subparsers,
         "doctor",

@@ -32,6 +32,7 @@ from ppo_engine.demo.tiny import save_tiny_model
 from ppo_engine.memory import peak_memory
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.pages.report.page import NAME
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import (
@@ -165,7 +166,8 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     console.print(
         f"\nEverything is in {run.path}: the reward model in reward/reward_model, the policy in "
         f"{config.algorithm}/policy, the curves in {config.algorithm}/report.png and "
-        "reward/report.png."
+        "reward/report.png.\n"
+        f"Look at what it wrote, token by token: {run.path / config.algorithm / NAME}"
     )
     return summary
 

@@ -12,11 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from ppo_engine.inspection.kinds import KINDS, guess
 from ppo_engine.inspection.rows import Inspection, Model, Part, Shown, open_model
 from ppo_engine.messages import counted
-from ppo_engine.text.tokenizer import spelled
+from ppo_engine.text.tokenizer import spellings
 
 _SHOWN = 400  # tokens of a part; of longer ones the first half and the last
 _FACT = 200  # characters
-_SPLIT = 8  # tokens that may spell one character
 _BETWEEN, _NEWLINE, _OPEN, _CLOSE = "·", "⏎", "⟦", "⟧"
 _STYLES = {"special": "magenta", "marked": "bold green", "between": "dim"}
 
@@ -139,7 +138,7 @@ def _append_tokens(
 ) -> None:
     special = set(tokenizer.added_tokens_decoder)
     inside = False
-    for tokens, written in _spelled(tokenizer, part, window):
+    for tokens, written in spellings(tokenizer, part.ids, part.marked, window):
         marked = part.marked[tokens.start]
         if inside and not marked:
             _append_to_line(text, _CLOSE, "marked")
@@ -162,22 +161,6 @@ def _append_to_line(text: Text, mark: str, style: str) -> None:
     text.append(mark, style=_STYLES[style])
     if ended:
         text.append("\n")
-
-
-def _spelled(
-    tokenizer: PreTrainedTokenizerBase, part: Part, window: range
-) -> Iterator[tuple[range, str]]:
-    """`(tokens, text)`: one token each, or those that spell a character together."""
-    start = window.start
-    for stop in range(window.start + 1, window.stop + 1):
-        # The first is spelled as behind itself.
-        before = part.ids[max(0, start - 1) : start] or part.ids[:1]
-        text = spelled(tokenizer, before, part.ids[start:stop])
-        last = stop == window.stop or stop - start == _SPLIT
-        if text.endswith("\ufffd") and not last and part.marked[stop] == part.marked[start]:
-            continue
-        yield range(start, stop), text
-        start = stop
 
 
 def _visible(text: str) -> str:

@@ -102,18 +102,18 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A run may be resumed for more steps than it began with: the new schedule applies. Nor
-        need it be in the same compute dtype: masters and moments are the same in both."""
+        """Settings are this learner's: a run may be resumed for more steps than it began with, a
+        step replayed with another rate. Nor need it be in the same compute dtype: masters and
+        moments are the same in both."""
         load_trainable_state(self.model, state["weights"], state.get("remainders", {}))
+        groups, base_rates = self.optimizer.param_groups, self.scheduler.base_lrs
+        settings = [{x: value for x, value in g.items() if x != "params"} for g in groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        settings = zip(
-            self.optimizer.param_groups,
-            self.scheduler.base_lrs,
-            self.scheduler.lr_lambdas,
-            strict=True,
-        )
-        for group, base, factor in settings:
+        self.scheduler.base_lrs = base_rates
+        places = zip(groups, settings, base_rates, self.scheduler.lr_lambdas, strict=True)
+        for group, own, base, factor in places:
+            group |= own
             group["lr"] = base * factor(self.scheduler.last_epoch)
 
 

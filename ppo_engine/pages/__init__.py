@@ -1,1 +1,1 @@
-"""Pages on this machine, in a browser: people rank."""
+"""Pages on this machine, in a browser: people rank, people look."""

@@ -33,10 +33,10 @@ from ppo_engine.models.finite import NotFiniteError, Skips, refuse_not_finite
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.ppo.actor import Actor
 from ppo_engine.ppo.estimators import (
-    ESTIMATORS,
     Evidence,
     check_groups,
     equal_groups,
+    estimate,
     rounding_of,
 )
 from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
@@ -226,15 +226,14 @@ class PPOEngine:
         settings = self.config.ppo
         logprobs, ref_logprobs, entropy, deferred = self.old_logprobs.measure(rollout)
         values = self.values(rollout) if self.critic else None
-        in_reward = settings.kl_in == "reward"
         with span("gae"):
-            shaped = ESTIMATORS[settings.estimator](
+            shaped = estimate(
                 Evidence(
                     scores,
                     logprobs,
                     logprobs if ref_logprobs is None else ref_logprobs,
                     rollout.mask,
-                    kl_coef=self.kl.coef if in_reward else torch.zeros_like(self.kl.coef),
+                    kl_coef=self.kl.coef,
                     rounding=rounding,
                     values=values,
                     greedy_scores=greedy_scores,

@@ -41,7 +41,7 @@ class Evidence(NamedTuple):
     logprobs: Tensor  # [B, T] fp32, of the policy
     ref_logprobs: Tensor  # [B, T] fp32
     mask: Tensor  # [B, T] bool, True is a token of the policy's
-    kl_coef: Tensor  # 0-dim, of the penalty in the rewards
+    kl_coef: Tensor  # 0-dim, of the penalty
     values: Tensor | None = None  # [B, T] fp32, of the critic
     greedy_scores: Tensor | None = None  # [B] fp32, of the greedy responses to the same prompts
     # [B], by how much rounding alone may change a score; None: that of numbers in fp32.
@@ -125,6 +125,13 @@ TITLES = {  # what a run with each is called
     "reinforce_pp": "REINFORCE++",
     "remax": "ReMax",
 }
+
+
+def estimate(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
+    """By `ppo.estimator`; the KL is no part of the rewards where it is one of the loss."""
+    if settings.kl_in != "reward":
+        evidence = evidence._replace(kl_coef=torch.zeros_like(evidence.kl_coef))
+    return ESTIMATORS[settings.estimator](evidence, settings)
 
 
 def check_groups(prompts: Sequence[Prompt], settings: PPOSettings) -> None:

@@ -57,11 +57,16 @@ class Trunks:
         self._weights: list[tuple[int, int]] | None = None  # of which these are
         self._rollout: object = None
 
+    @property
+    def keep(self) -> bool:
+        """Whether any states are kept."""
+        return bool(self._trained)
+
     @contextmanager
     def of(self, rollout: object) -> Iterator[None]:
         """Inside, what is found of texts of this `rollout` is kept and, where it was kept, taken.
         Another rollout, or other weights, begin anew."""
-        if not self._trained:
+        if not self.keep:
             yield
             return
         # What changes a weight where it lies raises its version.

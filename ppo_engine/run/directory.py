@@ -4,10 +4,12 @@ config.yaml            resolved settings
 metrics.jsonl          one line per step
 samples.jsonl          some responses of some steps (PPO)
 critic.jsonl           the critic's values on held-out responses, and their scores
+rollouts/step-…/       some steps as they were, token by token (PPO; `rollout_record`)
 checkpoints/step-…/    what a resumed run continues from
 policy/, critic/ or reward_model/   the result, Hugging Face format
 best/                  the policy with the best held-out score so far
 report.png             the curves
+report.html            all of it, to look at in a browser
 profile/               a step's time by phase, with a trace (profile=true)
 """
 
@@ -37,7 +39,8 @@ from ppo_engine.settings.schema import resolved
 
 Config = TypeVar("Config", bound=Any)
 
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
 
 # A resumed run may differ in these: how long it runs, where it is, and what it shows.
 _FREE_KEYS = {
@@ -53,6 +56,8 @@ _FREE_KEYS = {
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
     "run.sample_every",
+    "run.record_rollouts",
+    "run.report_every",
     "run.trackers",
     "evaluation.patience",
     # What one changes after a run that was out of memory, or whose endpoint was too slow.
@@ -94,7 +99,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path / ".lock", f"Run folder {self.path}", "run.output_dir")
-            write_atomically(self.path / _CONFIG, dump_config(config))
+            write_atomically(self.path / CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
                 f"Run folder {self.path} cannot be written: {error.strerror}."
@@ -105,16 +110,11 @@ class RunDirectory:
         self._lock.release()
 
     def checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:06d}"
+        return folder_of_step(self.path / CHECKPOINTS, step)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and folders of all complete checkpoints, the newest first."""
-        found = (
-            (int(folder.name.removeprefix("step-")), folder)
-            for folder in (self.path / "checkpoints").glob("step-[0-9]*")
-            if folder.name.removeprefix("step-").isdecimal()
-        )
-        return sorted(found, reverse=True)
+        return [*reversed(steps_in(self.path / CHECKPOINTS).items())]
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a number that is not finite becomes null, as JSON has no NaN."""
@@ -134,6 +134,16 @@ class RunDirectory:
                 write_atomically(file, "".join(_lines_until(file, step)))
 
 
+def folder_of_step(parent: Path, step: int) -> Path:
+    return parent / f"step-{step:06d}"
+
+
+def steps_in(parent: Path) -> dict[int, Path]:
+    """The complete folders of steps in `parent`, the first first."""
+    names = ((x.name.removeprefix("step-"), x) for x in parent.glob("step-[0-9]*"))
+    return dict(sorted((int(name), folder) for name, folder in names if name.isdecimal()))
+
+
 def check_resumable(path: str | Path, config: Any) -> None:
     """Raise a UserError where no run is in the folder `path`, or one of other settings."""
     file = settings_file(path)
@@ -151,13 +161,13 @@ def settings_file(path: str | Path) -> Path:
     if not str(path):
         raise UserError("run.resume needs run.output_dir: the folder of the run to resume.")
     folder = Path(path).expanduser()
-    if not (folder / _CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         near = "" if folder.is_dir() else nearest_path(folder)
         raise UserError(
-            f"{folder} has no run to resume ({_CONFIG} is missing): fix run.output_dir, or start "
+            f"{folder} has no run to resume ({CONFIG} is missing): fix run.output_dir, or start "
             f"a new run with run.resume=false.{near}"
         )
-    return folder / _CONFIG
+    return folder / CONFIG
 
 
 def dated(config: Config) -> Config:
@@ -167,7 +177,7 @@ def dated(config: Config) -> Config:
     if run.date is not None:
         return config
     date = datetime.date.today()
-    began = Path(run.output_dir).expanduser() / _CONFIG
+    began = Path(run.output_dir).expanduser() / CONFIG
     if run.resume and run.output_dir and began.is_file():
         date = load_config(type(config), str(began)).run.date or date
     return replace(config, run=replace(run, date=date))
@@ -195,7 +205,7 @@ def _check_free(path: Path) -> None:
         raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
     # A run that was killed before it wrote its settings leaves no more than hidden files.
     if path.is_dir() and any(not inside.name.startswith(".") for inside in path.iterdir()):
-        is_run = (path / _CONFIG).exists()
+        is_run = (path / CONFIG).exists()
         hint = "resume that run (run.resume=true), " if is_run else ""
         raise UserError(
             f"Run folder {path} is not empty: {hint}choose another run.output_dir, or remove the "

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ppo_engine.data.rows import BadLines, read_jsonl
 from ppo_engine.errors import UserError
+from ppo_engine.run.panels import PANELS, Panel
 
 _COLORS = ("#2a6fbb", "#d1602b", "#3b8f5a", "#8457a8", "#b08a1e", "#7a7a7a")
 _MANY_POINTS = 40  # more are drawn faintly, behind their running mean
@@ -30,45 +30,6 @@ _REWARD = re.compile(r"rewards/(.+)/mean")
 _FOOTER = "docs/metrics.md says what each curve means"
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A metric over the steps, with its error `band` and its `held_out` counterpart, if any."""
-
-    metric: str
-    title: str
-    unit: str
-    band: str = ""
-    percent: bool = False
-    held_out: str = ""
-    level: float | None = None  # the level of chance
-
-
-_PANELS = (
-    Panel("objective/scores", "Score", "mean ± SD of responses", band="objective/scores_std"),
-    Panel("eval/scores", "Held-out score", "mean ± SE", band="eval/scores_se"),
-    Panel(
-        "eval/win_rate",
-        "Held out: wins against the reference",
-        "± SE",
-        band="eval/win_rate_se",
-        percent=True,
-        level=0.5,
-    ),
-    Panel("objective/kl", "KL to the reference", "nats per response", held_out="eval/kl"),
-    Panel("objective/entropy", "Entropy of the policy", "nats per token"),
-    Panel("objective/response_length", "Response length", "tokens"),
-    Panel("policy/loss", "Policy loss", "by ppo.reduction"),
-    Panel("value/loss", "Value loss", "mean per token"),
-    Panel("value/explained_variance", "Explained variance of the critic", "1 is perfect"),
-    Panel("sft/loss", "Loss on responses", "nats per token"),
-    Panel("eval/perplexity", "Held-out perplexity", "of response tokens"),
-    Panel("reward/loss", "Preference loss", "nats per pair"),
-    Panel("reward/accuracy", "Accuracy on training pairs", "of a batch", percent=True),
-    Panel("eval/accuracy", "Held-out accuracy", "± SE", band="eval/accuracy_se", percent=True),
-    Panel("reward/margin", "Score margin", "chosen minus rejected"),
-)
-
-
 def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
     """Draw the curves of `run`, a run folder or its metrics.jsonl, as a PNG at `path`.
 
@@ -76,7 +37,7 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
     """
     file = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     rows = [row for _, row in read_jsonl(file, BadLines("skip"))]
-    panels = [_drawing(panel) for panel in _PANELS if _points(rows, panel.metric)[0].size]
+    panels = [_drawing(panel) for panel in PANELS if _points(rows, panel.metric)[0].size]
     panels += _critic_panels(rows, file.with_name("critic.jsonl"))
     if any(_REWARD.fullmatch(name) for row in rows for name in row):
         panels.insert(1, _draw_rewards)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -11,6 +11,7 @@ from ppo_engine.messages import reason, untrusted
 
 # Special tokens that models ship for padding or leave unused, tried when pad is missing or is EOS.
 _PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>")
+_SPLIT = 8  # tokens that may spell one character
 _PROBE_TEXT = "Is 2 + 2 = 4?\nYes, it is."
 
 
@@ -62,6 +63,31 @@ def spelled(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequ
     known, longer = decoded(tokenizer, before), decoded(tokenizer, [*before, *ids])
     # `before` may end within a character.
     return longer.removeprefix(known) if longer.startswith(known) else decoded(tokenizer, ids)
+
+
+def spellings(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marked: Sequence[bool], window: range
+) -> Iterator[tuple[range, str]]:
+    """`(tokens, text)` of the tokens in the `window`: one each, or those, all of them `marked` or
+    none, that spell a character together."""
+    start = window.start
+    for stop in range(window.start + 1, window.stop + 1):
+        # The first is spelled as behind itself.
+        before = ids[max(0, start - 1) : start] or ids[:1]
+        text = spelled(tokenizer, before, ids[start:stop])
+        last = stop == window.stop or stop - start == _SPLIT
+        if text.endswith("\ufffd") and not last and marked[stop] == marked[start]:
+            continue
+        yield range(start, stop), text
+        start = stop
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token; of those that spell a character together, the last has all of it."""
+    found: list[str] = []
+    for tokens, text in spellings(tokenizer, ids, [False] * len(ids), range(len(ids))):
+        found += [*[""] * (len(tokens) - 1), text]
+    return found
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

@@ -29,6 +29,7 @@ from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import peak_memory
 from ppo_engine.messages import counted
 from ppo_engine.models.notes import training_notes
+from ppo_engine.pages.report.live import LivePage
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.estimators import TITLES
 from ppo_engine.pretrained import loading
@@ -41,6 +42,7 @@ from ppo_engine.run.checkpoint import Checkpoints, restore_random_states, seeded
 from ppo_engine.run.directory import RunDirectory, check_output, dated
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
+from ppo_engine.run.signs import Watch, ppo_signs, refuse_collapse
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, flatten, shown_settings
@@ -49,8 +51,8 @@ from ppo_engine.training import anatomy, fit
 from ppo_engine.training.batch_notes import batch_notes
 from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
 from ppo_engine.training.meter import Meter
+from ppo_engine.training.recording import Recorder, discard_records
 from ppo_engine.training.samples import sample_rows, show_samples
-from ppo_engine.training.signs import Watch, ppo_signs, refuse_collapse
 from ppo_engine.training.summary import logged_rows, size_of_ppo, tell_outcome
 
 
@@ -130,6 +132,7 @@ class PPOTrainer:
         self.notes += training_notes(self.engine.policy) + self.engine.sampler.notes
         self._meter = Meter(self.engine.device, self.engine.dtype)
         self._watch = Watch(ppo_signs(config))
+        self._recorder = Recorder(self.engine)
         self.step = 0
         # Metrics and samples of a step that has trained and is not yet evaluated and logged.
         self._unreported: dict[str, Any] | None = None
@@ -145,11 +148,11 @@ class PPOTrainer:
         """Train to the end, or from the newest checkpoint on; returns the last step's metrics.
 
         Writes the run's folder: the policy in `policy/`, the critic in `critic/`, both in Hugging
-        Face format, with curves in `report.png`. With `config.profile`, the second step from here,
-        or the only one, is profiled (the first warms up): see `anatomy`. With held-out prompts
-        (`config.evaluation`) it may stop early, and `best/` holds the best policy. Where it fails,
-        the last finished step is kept in a checkpoint, if its weights are still there, and the
-        exception's notes say so.
+        Face format, with curves in `report.png` and all of it in `report.html`. With
+        `config.profile`, the second step from here, or the only one, is profiled (the first warms
+        up): see `anatomy`. With held-out prompts (`config.evaluation`) it may stop early, and
+        `best/` holds the best policy. Where it fails, the last finished step is kept in a
+        checkpoint, if its weights are still there, and the exception's notes say so.
         """
         with self._closing, self.checkpoints.kept():  # trackers are closed, whatever happens
             return self._train()
@@ -169,6 +172,7 @@ class PPOTrainer:
         with Progress(self.config.steps, title, start=self.step, console=self.console) as progress:
             for note in (*self.notes, size_of_ppo(self.engine)):
                 progress.note(note)
+            page = LivePage(self.config.run.report_every, progress.note)
             self.checkpoints.mark()
             while self._unreported is not None or not self._done():
                 if self._unreported is None:
@@ -177,6 +181,7 @@ class PPOTrainer:
                 self.checkpoints.mark()
                 refuse_collapse(self.config.ppo, {"step": self.step, **metrics})
                 self.checkpoints.save_if_due(last=self._done())
+                page.write_if_due(self._open_run().path, self.step)
             run = self._open_run()
             if not metrics:  # resumed at its end
                 metrics = next(reversed(logged_rows(run)), {})
@@ -186,6 +191,7 @@ class PPOTrainer:
             progress.note(f"The policy is in {run.path / 'policy'}")
             for note in self.evaluator.notes():
                 progress.note(note)
+            page.write(run.path)
         write_curves(run.path, run.path / "report.png", self.title)
         return metrics
 
@@ -217,13 +223,17 @@ class PPOTrainer:
                 # Only now: a reward that fails on its first responses leaves nothing behind.
                 run = self._open_run()
                 self._open_trackers(run)
-                experience = None
+                experience = begun = None
                 with self._phase(progress, "advantages"), self.engine.skips.left_out():
                     experience = self.engine.estimate_advantages(rollout, scores, rounding)
+                if experience is not None and self._recorder.is_due(run, self.step + 1):
+                    with progress.phase("record"):
+                        begun = self._recorder.begin(experience)
                 updating.enter_context(self.checkpoints.changing())
                 with self._phase(progress, "update"):
                     skips, update = self.engine.skips, self.engine.update
                     metrics = update(experience) if experience is not None else skips.end_step()
+            of_update = dict(metrics)
             self.step += 1
             tokens = int(rollout.mask.sum())
             seconds = time.perf_counter() - started
@@ -232,6 +242,9 @@ class PPOTrainer:
             metrics |= reward_metrics(rewards) | progress.times
             self._unreported = {"metrics": metrics, "samples": self._samples(rollout, rewards)}
             self.checkpoints.mark()
+        if begun is not None:
+            with progress.phase("record"):
+                self._recorder.write(run, self.step, begun, rewards, of_update)
         if recorded is not None:
             self._write_profile(recorded, run, progress)
 
@@ -254,7 +267,7 @@ class PPOTrainer:
         progress.step(self.step, metrics)
         show_samples(self.step, samples, run, trackers, progress)
         signs = self._watch.look({"step": self.step, **metrics})
-        for note in (*self.engine.take_notes(), *signs):
+        for note in (*self.engine.take_notes(), *self._recorder.take_notes(), *signs):
             progress.note(note)
         self._unreported = None
         return metrics
@@ -335,6 +348,7 @@ class PPOTrainer:
         if state is None:
             self.notes.append(f"{run.path} has no checkpoint: the run starts from the beginning.")
             run.rewind(-1)
+            discard_records(run.path, after=0)
             return
         self.engine.load_state_dict(state["engine"])
         self.evaluator.load_state_dict(state["evaluator"], run)
@@ -342,6 +356,7 @@ class PPOTrainer:
         self.step, self._unreported = state["step"], state["unreported"]
         self.notes.insert(0, self.checkpoints.note_on_resuming(self.step, self.config.steps))
         run.rewind(self.step - (self._unreported is not None))
+        discard_records(run.path, after=self.step)
 
     def _read(
         self, source: str | Path | Iterable[Any], tokenizer: PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.headlines import before_and_after
 from ppo_engine.run.progress import Progress
-from ppo_engine.training.signs import Watch
+from ppo_engine.run.signs import Watch
 
 _FIRST_AND_LAST = 10  # steps at most, to be compared where nothing is held out
 # Label, metric, format; the scores of several rewards come behind the first.

@@ -35,12 +35,14 @@ from ppo_engine.models.budget import Budget
 from ppo_engine.models.finite import Losses, NotFiniteError, Skips
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Reader
+from ppo_engine.pages.report.live import LivePage
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.adapters import check_saving
 from ppo_engine.run.checkpoint import Checkpoints, restore_random_states
 from ppo_engine.run.directory import RunDirectory, atomic_folder, dated
 from ppo_engine.run.progress import Progress
 from ppo_engine.run.report import write_curves
+from ppo_engine.run.signs import Watch, supervised_signs
 from ppo_engine.run.trackers import Trackers, check_trackers
 from ppo_engine.settings.files import as_dict, flatten
 from ppo_engine.settings.schema import (
@@ -53,7 +55,6 @@ from ppo_engine.settings.schema import (
 from ppo_engine.training import fit
 from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
-from ppo_engine.training.signs import Watch, supervised_signs
 from ppo_engine.training.summary import logged_rows, trained_weights, where
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
@@ -213,6 +214,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 progress.note(note)
             rate = self.learner.config.learning_rate
             watch = Watch(supervised_signs(self.command, rate, self.before))
+            page = LivePage(self.config.run.report_every, progress.note)
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
@@ -238,6 +240,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 self._unreported = None
                 self.checkpoints.mark()
                 self.checkpoints.save_if_due(last=last)
+                page.write_if_due(run.path, self.step)
             if not metrics and self.held_out:  # resumed at its end
                 metrics = self.evaluate(progress)
             with atomic_folder(run.path / self.result) as folder:
@@ -248,6 +251,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 progress.note(f"Before training: {self._summary(self.before)}")
                 progress.note(f"After training:  {self._summary(metrics)}")
             progress.note(f"The trained model is in {run.path / self.result}")
+            page.write(run.path)
         return metrics
 
     def train_step(self, examples: Sequence[Example]) -> dict[str, float]:

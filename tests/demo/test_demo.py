@@ -31,6 +31,8 @@ def test_smoke_runs_every_stage(tmp_path, algorithm):
     assert (folder / "reward" / "reward_model" / "config.json").exists()
     assert (folder / algorithm / "policy" / "config.json").exists()
     assert (folder / algorithm / "report.png").exists()
+    page = folder / algorithm / "report.html"
+    assert page.exists() and out.getvalue().replace("\n", "").endswith(str(page))
     assert (folder / algorithm / "critic").exists() == (algorithm == "ppo")
     assert summary["before"]["kl"] == 0.0  # the policy is the reference
     assert summary["after"]["kl"] != 0.0

@@ -47,7 +47,7 @@ def test_a_run_leaves_its_folder(model, tmp_path):
     assert {"step", "prompt", "response", "score", "finished"} <= samples[0].keys()
     assert samples[0]["rewards"] == {"length_reward": samples[0]["score"]}
     assert not any(name.startswith("rewards/") for name in metrics)  # objective/scores has it
-    assert (run / "config.yaml").exists() and (run / "report.png").exists()
+    assert all((run / name).exists() for name in ("config.yaml", "report.png", "report.html"))
     policy = AutoModelForCausalLM.from_pretrained(run / "policy")
     start = AutoModelForCausalLM.from_pretrained(model)
     assert any(

@@ -252,7 +252,8 @@ def test_it_learns_and_the_reward_model_starts_from_its_result(folder: str, tmp_
     assert {"sft/loss", "sft/grad_norm", "sft/learning_rate", "tokens_per_second",
             "time/update"} <= {*lines[1]}  # fmt: skip
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "policy", "report.png"}
+    files = {"config.yaml", "metrics.jsonl", "report.png", "report.html"}
+    assert names == {*files, "checkpoints", "policy"}
 
     result = str(tmp_path / "run/policy")
     again = trainer(result, rows=examples(64))

@@ -17,8 +17,8 @@ from trainers import PROMPTS, config, length_reward, rows
 from ppo_engine import EvaluationConfig, PPOConfig, RewardConfig
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.progress import Progress
+from ppo_engine.run.signs import Watch, ppo_signs
 from ppo_engine.training.ppo import PPOTrainer
-from ppo_engine.training.signs import Watch, ppo_signs
 from ppo_engine.training.summary import tell_outcome
 
 FIGURES = {"eval/scores": 0.5, "eval/scores_se": 0.25, "eval/kl": 0.0, "eval/finished": 1.0}

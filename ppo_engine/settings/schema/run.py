@@ -77,5 +77,12 @@ class RunConfig:
     sample_every: NonNegativeInt = 5
     """Steps between those whose responses are written into samples.jsonl, one of them printed; 0:
     none. Held-out responses are written after each evaluation."""
+    record_rollouts: NonNegativeInt | None = None
+    """Steps between those that `ppo` and `grpo` record token by token, for `ppo-engine replay`; 0:
+    none. null: the first, some four more over the run, and those that a checkpoint can replay; at
+    most 64 MiB of them."""
+    report_every: NonNegativeInt = 1
+    """Steps after which report.html is written anew, but for no more than a hundredth of the time;
+    0: at the end only."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""

@@ -27,8 +27,8 @@ from ppo_engine import (
     SFTConfig,
     SFTTrainer,
 )
+from ppo_engine.run.signs import Watch, findings, ppo_signs, signs_of, supervised_signs
 from ppo_engine.training.ppo import PPOTrainer
-from ppo_engine.training.signs import Watch, ppo_signs, supervised_signs
 
 GRPO = {"estimator": "grpo", "group_size": 2}
 SAME = "all 4 responses have the same score"
@@ -222,3 +222,89 @@ def test_what_a_row_of_a_supervised_run_shows() -> None:
     assert "no gradient reached the model" in line
     assert len(found({"sft/loss": 0.0, "sft/grad_norm": 0.0})) == 1
     assert found({"sft/loss": 1.0, "sft/grad_norm": 0.5, "eval/loss": 1.9}) == []
+
+
+def steps(**columns: list[float]) -> list[dict[str, float]]:
+    """Rows of steps 1, 2, …; `__` in a name stands for `/`."""
+    names = [name.replace("__", "/") for name in columns]
+    values = zip(*columns.values(), strict=True)
+    return [
+        {"step": step, **dict(zip(names, row, strict=True))} for step, row in enumerate(values, 1)
+    ]
+
+
+def told(rows: list[dict[str, float]], **settings: Any) -> list[str]:
+    """What is said of a run with these rows, and that nothing of it is held against it."""
+    watch = Watch(ppo_signs(PPOConfig(ppo=PPOSettings(**settings))))
+    lines = [line for row in rows for line in watch.look(row)]
+    assert watch.summary(rows) == []
+    return lines
+
+
+def test_an_entropy_near_0_is_told_once_it_stays() -> None:
+    assert told(steps(objective__entropy=[2.0, 0.01, 0.04, 0.06, 0.01])) == []
+    [line] = told(steps(objective__entropy=[2.0, 0.01, 0.04, 0.0, 0.0]))
+    assert line.startswith("Steps 2 to 4: the policy's entropy is near 0") and "kl_coef" in line
+
+
+def test_a_critic_that_stays_worse_than_none_is_told() -> None:
+    assert told(steps(value__explained_variance=[-1.0] * 9 + [0.1])) == []
+    [line] = told(steps(value__explained_variance=[-1.0] * 12))
+    assert line.startswith("Steps 1 to 10: the critic is worse than a constant")
+
+
+def test_a_sampler_that_differs_is_told_at_once() -> None:
+    assert told([{"step": 1, "rollout/logprob_diff": 0.02}]) == []
+    [line] = told([{"step": 1, "rollout/logprob_diff": 0.2}])
+    assert line.startswith("Step 1: the ratio is off 1 before the first update")
+
+
+@pytest.mark.parametrize("ratio", [0.7, 1.3])
+def test_updates_that_go_too_far_are_told(ratio: float) -> None:
+    assert told(steps(policy__ratio_mean=[ratio, 1.05, ratio, ratio])) == []
+    [line] = told(steps(policy__ratio_mean=[1.0, ratio, ratio, ratio]))
+    assert line.startswith("Steps 2 to 4: the mean ratio of new to old probability is off 1")
+
+
+def test_a_kl_above_its_target_is_told() -> None:
+    rows = steps(objective__kl=[13.0] * 3)
+    assert told(rows) == []  # there is no target
+    assert told(rows, adaptive_kl={"target": 7.0}) == []
+    [line] = told(rows, adaptive_kl={"target": 6.0})
+    assert line.startswith("Steps 1 to 3: the KL to the reference is above twice its target")
+
+
+def test_scores_that_rise_with_length_alone_are_told() -> None:
+    longer = [10.0 + step for step in range(20)]
+    noise = [(-1.0) ** step for step in range(20)]
+
+    def found(lengths: list[float], scores: list[float]) -> list[str]:
+        return told(steps(objective__response_length=lengths, objective__scores=scores))
+
+    [line] = found(longer, [length / 5 for length in longer])
+    assert line.startswith("Steps 1 to 20: score and response length rise together")
+    assert found(longer[:19], longer[:19]) == []
+    assert found(longer, noise) == [] == found(longer, [1.0] * 20)
+    assert found(longer, longer[::-1]) == []
+    assert found([100.0 + step for step in range(20)], longer) == []  # not much longer
+    assert found(longer, [*longer[:19], float("nan")]) == []
+
+
+def test_findings_tell_how_often_and_whether_it_lasts() -> None:
+    signs = ppo_signs(PPOConfig())
+    rows = steps(objective__entropy=[0.0] * 4 + [1.0, 0.0])
+    [found] = findings(signs, rows)
+    assert (found.when, found.shown, found.lasts) == ("Steps 1 to 3", 5, True)
+    assert not findings(signs, rows[:5])[0].lasts
+    assert findings(signs, rows[:2]) == [] == findings(signs, [])
+
+
+def test_the_signs_are_those_of_the_command() -> None:
+    def whats(config: Any, before: dict[str, float]) -> list[str]:
+        return [sign.what for sign in signs_of(config, before)]
+
+    assert "all 64 responses have the same score" in whats(PPOConfig(), {})
+    assert "no gradient reached the model (sft/grad_norm is 0)" in whats(SFTConfig(), {})
+    assert "no gradient reached the model (reward/grad_norm is 0)" in whats(RewardModelConfig(), {})
+    assert findings(signs_of(SFTConfig(), {"eval/loss": 2.0}), [{"step": 1, "eval/loss": 2.0}])
+    assert signs_of(None, {}) == []
