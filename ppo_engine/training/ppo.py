@@ -31,6 +31,7 @@ from ppo_engine.messages import counted
 from ppo_engine.models.notes import training_notes
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.estimators import TITLES
+from ppo_engine.ppo.roles import optimizer_steps
 from ppo_engine.pretrained import loading
 from ppo_engine.rewards.sources import with_rewards
 from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
@@ -217,7 +218,8 @@ class PPOTrainer:
                 experience = None
                 with self._phase(progress, "advantages"), self.engine.skips.left_out():
                     experience = self.engine.estimate_advantages(rollout, scores, rounding)
-                updating.enter_context(self.checkpoints.changing())
+                steps = optimizer_steps(self.config) * len(self.engine.learners)
+                updating.enter_context(self.checkpoints.changing(steps))
                 with self._phase(progress, "update"):
                     skips, update = self.engine.skips, self.engine.update
                     metrics = update(experience) if experience is not None else skips.end_step()

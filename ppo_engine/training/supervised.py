@@ -211,7 +211,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
-                    with self.checkpoints.changing():
+                    with self.checkpoints.changing(steps=1):
                         with progress.phase("update"):
                             metrics = self._measured_step(self.mini_batch(self.step))
                         self._unreported = metrics | progress.times

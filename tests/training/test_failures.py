@@ -238,6 +238,40 @@ def test_a_second_signal_does_not_wait(model: str, tmp_path: Path, handled: Any)
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [0]
 
 
+@pytest.mark.parametrize(("seconds", "waits"), [(3, True), (4, False)])
+def test_a_signal_does_not_wait_for_a_long_update(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], handled: Any,
+    seconds: float, waits: bool,
+) -> None:  # fmt: skip
+    """After the first of four optimizer steps three are left: 9 seconds, or 12."""
+    handled(signal.SIGTERM, signal.SIG_DFL)
+    ppo(model, tmp_path / "whole").train()
+    trainer = ppo(model, tmp_path / "run", checkpoint_every=1)
+    now, calls = [0.0], []
+    trainer.checkpoints._clock = lambda: now[0]
+    learner = trainer.engine.actor.learner
+    step = learner.step
+
+    def slow(*given: Any) -> Any:
+        now[0] += seconds
+        calls.append(1)
+        found = step(*given)
+        if len(calls) == 3:  # of two in a step, in the second
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    learner.step = slow  # type: ignore[method-assign]
+    with pytest.raises(Stopped) as caught:
+        trainer.train()
+    [note] = caught.value.__notes__
+    assert (len(calls), trainer.step) == ((4, 2) if waits else (3, 1))
+    assert ("this step is finished first" in capfd.readouterr().err) == waits
+    assert note.startswith("Step 2 is kept in " if waits else "Step 2 had begun to change")
+    assert (". What came after it, 0:04, is to be redone.\nThe same run" in note) != waits
+    ppo(model, tmp_path / "run", resume=True).train()
+    assert untimed(tmp_path / "run/metrics.jsonl") == untimed(tmp_path / "whole/metrics.jsonl")
+
+
 def test_ignored_signals_stay_ignored(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handled: Any
 ) -> None:
