@@ -94,6 +94,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path)
+            self._note = None if self._lock.held else _without_locks(self.path)
             _write_atomically(self.path / _CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
@@ -103,6 +104,11 @@ class RunDirectory:
     def close(self) -> None:
         """Let others write to the folder."""
         self._lock.release()
+
+    def take_note(self) -> str | None:
+        """What is to be said of the folder, once."""
+        note, self._note = self._note, None
+        return note
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
@@ -252,6 +258,13 @@ def replacing(path: str | Path, mark: str, what: str) -> Iterator[Path]:
 def _default_path(command: str) -> Path:
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{command}-{started}"
+
+
+def _without_locks(path: Path) -> str:
+    return (
+        f"The file system of {path} has no locks, so nothing keeps a second run from writing there, "
+        "which would spoil both: see to it that there is one."
+    )
 
 
 def _unwritten(path: Path, error: Exception) -> MachineError:

@@ -253,7 +253,7 @@ class PPOTrainer:
         progress.step(self.step, metrics)
         show_samples(self.step, samples, run, trackers, progress)
         signs = self._watch.look({"step": self.step, **metrics})
-        for note in (*self.engine.take_notes(), *signs):
+        for note in (*filter(None, [run.take_note()]), *self.engine.take_notes(), *signs):
             progress.note(note)
         self._unreported = None
         return metrics

@@ -204,7 +204,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         counts = f"{len(self.training)} {self.unit}, {len(self.held_out)} held out"
         title = f"{self.title}, {counts}"
         with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
-            for note in (*self.notes, self._size()):
+            for note in (*filter(None, [run.take_note()]), *self.notes, self._size()):
                 progress.note(note)
             rate = self.learner.config.learning_rate
             watch = Watch(supervised_signs(self.command, rate, self.before))

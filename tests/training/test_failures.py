@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -283,6 +284,19 @@ def test_ignored_signals_stay_ignored(
     monkeypatch.setattr(trainer, "evaluate", hung_up)
     trainer.train()
     assert trainer.step == STEPS
+
+
+@pytest.mark.parametrize("make", [ppo, sft])
+def test_a_file_system_without_locks_is_told_once(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    trainer = make(model, tmp_path / "run")
+    trainer.train()
+    assert trainer.console.file.getvalue().count("/run has no locks") == 1
 
 
 def test_a_run_goes_on_with_smaller_micro_batches(model: str, tmp_path: Path) -> None:
