@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -60,14 +59,6 @@ class PPOConfig:
     its adapters."""
     profile: bool = False
     """Profile the second step: a table of its phases, and a trace."""
-
-    def __post_init__(self) -> None:
-        critic = self.critic
-        if self.share_base and critic.lora is None:
-            critic = replace(critic, lora=self.policy.lora)
-            if critic.trainable_layers is None:
-                critic = replace(critic, trainable_layers=self.policy.trainable_layers)
-        object.__setattr__(self, "critic", critic)
 
 
 @settings
