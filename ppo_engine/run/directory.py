@@ -262,8 +262,8 @@ def _default_path(command: str) -> Path:
 
 def _without_locks(path: Path) -> str:
     return (
-        f"The file system of {path} has no locks, so nothing keeps a second run from writing there, "
-        "which would spoil both: see to it that there is one."
+        f"The file system of {path} has no locks, so nothing keeps a second run from writing "
+        "there, which would spoil both: see to it that there is one."
     )
 
 

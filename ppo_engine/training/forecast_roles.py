@@ -79,7 +79,8 @@ def frozen_roles(config: PPOConfig, policy: Role, place: Place) -> list[Role]:
         if source.path and shared:  # adapters about as large as the policy's, and a head
             found.append(Role("reward model", policy.of, policy.of.gradients, 0.0))
         elif source.path:
-            base = loading.load_model_config(loading.resolve(source.path))
+            path, trust = loading.resolve(source.path), config.reward.trust_remote_code
+            base = loading.load_model_config(path, trust=trust)
             of = Footprint.of(base, place.dtype, None, scores=True)
             beside = 0.0 if place.dtype == torch.float32 else of.loaded
             found.append(Role("reward model", of, of.weights, beside, of.rounding))

@@ -134,6 +134,9 @@ class GenerateConfig:
 
     model: str = ""
     """Hugging Face name or folder."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model, which may do anything on this machine: only where
+    you have read them."""
     prompt: str = ""
     """One prompt, in place of data.path; chat models get it as the user's message."""
     data: PromptDataConfig = Field(default_factory=PromptDataConfig)
