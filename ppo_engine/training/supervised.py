@@ -32,6 +32,7 @@ from ppo_engine.memory import peak_memory, release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
 from ppo_engine.models.budget import Budget
+from ppo_engine.models.determinism import compute_deterministically
 from ppo_engine.models.finite import Losses, NotFiniteError, Skips
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.pretrained import loading
@@ -92,6 +93,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 f"run.offload would have no effect: `{self.command}` has no frozen models. It is "
                 "for `ppo` and `grpo`: leave it empty."
             )
+        if config.run.deterministic:
+            compute_deterministically()
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
