@@ -11,7 +11,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,13 +45,17 @@ POINTS: list[tuple[Any, str]] = [
 ]
 
 
-def tries(count: int = RANDOM, points: bool = True) -> Iterator[Try]:
+def tries(
+    count: int = RANDOM,
+    points: Sequence[tuple[Any, str]] = POINTS,
+    makers: Mapping[str, Any] = MAKERS | OTHERS,
+) -> Iterator[Try]:
     torch.set_num_threads(1)  # which a fork could not use
     draw = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         base = Path(name)
         model = tiny_model_folder(base / "model")
-        for command, make in (MAKERS | OTHERS).items():
+        for command, make in makers.items():
             random_kills = min(count, FEW if command in OTHERS else count)
 
             def start(folder: Path, prepare: Callable[[], object] = lambda: None) -> int:
@@ -62,7 +66,7 @@ def tries(count: int = RANDOM, points: bool = True) -> Iterator[Try]:
             os.waitpid(start(whole), 0)
             seconds = time.monotonic() - began
             faults: list[tuple[str, Callable[[Path], None]]] = []
-            for owner, called in POINTS if points and command in MAKERS else []:
+            for owner, called in points if command in MAKERS else []:
                 for number in range(1, 4):
                     fault = f"kill -9 before {called} in a save"
                     arm = lambda o=owner, c=called, n=number: _kill_at(o, c, n)  # noqa: E731
