@@ -39,9 +39,14 @@ def test_a_models_code_is_not_run(name: str, tmp_path: Path) -> None:
 
 
 OWN = """open({ran!r}, "w").close()
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+)
 class Config(LlamaConfig):
     model_type = "own"
+class Base(LlamaModel):
+    config_class = Config
+AutoModel.register(Config, Base)
 class Model(LlamaForCausalLM):
     config_class = Config
 class Scores(LlamaForSequenceClassification):

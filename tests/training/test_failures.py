@@ -342,7 +342,9 @@ def test_a_pass_without_memory_is_divided_and_said_once(
     trainer.train()
     other.budget.limit = trainer.budget.limit
     other.train()
-    assert untimed(tmp_path / "cut/metrics.jsonl") == untimed(tmp_path / "whole/metrics.jsonl")
+    cut, whole = (untimed(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole"))
+    # Before its first gradient memory had not run out: that evaluation had larger passes.
+    assert cut[path == "backward" :] == whole[path == "backward" :]
     tokens = trainer.budget.limit.tokens
     assert rows(tmp_path / "cut/metrics.jsonl")[1]["memory/pass_tokens"] == tokens < 2048
     assert told.getvalue().count("Memory ran out in a pass of ") == 1
