@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.
 FUZZ_CASES ?= 2000
 FUZZ_SEED ?= 0
 
-.PHONY: demo smoke test test-minimum docs-check mutants memory faults fuzz sanitize valgrind docs lint bench build clean
+.PHONY: demo smoke test test-minimum docs-check mutants memory faults golden fuzz sanitize valgrind docs lint bench build clean
 
 demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
 	$(BIN)/ppo-engine demo
@@ -33,6 +33,9 @@ mutants: $(VENV)/dev.stamp  ## bugs planted in ppo_engine, one at a time: which 
 
 faults: $(VENV)/dev.stamp  ## what machines, servers and files do to a run: survived or refused?
 	PYTHONPATH=kernels:.:tests $(BIN)/python -m faults
+
+golden: $(VENV)/dev.stamp  ## write down the metrics of short runs, for this kind of CPU
+	PYTHONPATH=kernels:.:tests $(BIN)/python -m golden
 
 # FUZZ_SEED=2000 goes on where this ends.
 fuzz: $(VENV)/dev.stamp  ## FUZZ_CASES random cases of each op and instruction set, 10 minutes

@@ -55,7 +55,8 @@ def _different(work: Work) -> list[tuple[str, str, str]]:
         ),
         (
             "log-probs before the update",
-            "the sampler's where they agree with a pass's to 0.02 nats (in fp32), else the update's",
+            "the sampler's where they agree with a pass's to 0.02 nats (in fp32), else the "
+            "update's own",
             "none: the ratio of the only epoch is 1",
         ),
         (

@@ -69,7 +69,8 @@ def _generate(config: GenerateConfig, out: TextIO) -> None:
     if file is not None:
         date = datetime.date.fromisoformat(file.settings["date"])
     device = precision.choose_device(config.device)
-    tokenizer = loading.tokenizer_at(config.model)
+    model = ModelConfig(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = loading.open_tokenizer(None, model, None)
     data = config.data
     if config.prompt:
         text = config.prompt
@@ -88,7 +89,7 @@ def _generate(config: GenerateConfig, out: TextIO) -> None:
     dtype = precision.choose_dtype(config.dtype, device)
     policy = LanguageModel.open(
         config.model,
-        ModelConfig(),
+        model,
         device=device,
         dtype=dtype,
         tokenizer=tokenizer,

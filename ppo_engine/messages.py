@@ -50,7 +50,8 @@ def untrusted(error: Exception) -> str:
         return ""
     return (
         " This code is not run. Where you have read it and trust it, set trust_remote_code=true "
-        "beside the model's path (policy.trust_remote_code, model.trust_remote_code)."
+        "beside the model's path (policy.trust_remote_code, model.trust_remote_code, of rewards "
+        "reward.trust_remote_code, of `generate` trust_remote_code alone)."
     )
 
 

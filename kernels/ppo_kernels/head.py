@@ -235,7 +235,10 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Free memory for tensors, in bytes; infinite where it is unknown."""
+    """Free memory for tensors, in bytes; infinite where it is unknown, or is not to change what
+    other chunks would round otherwise."""
+    if torch.are_deterministic_algorithms_enabled():
+        return math.inf
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return math.inf

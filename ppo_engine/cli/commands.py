@@ -163,7 +163,8 @@ def inspect(options: argparse.Namespace, rest: list[str]) -> None:
     if isinstance(sys.stdout, TextIOWrapper):  # data holds any character, an encoding perhaps not
         sys.stdout.reconfigure(errors="backslashreplace")
     trained = config.policy if isinstance(config, PPOConfig) else config.model
-    show_rows(configs, trained.path or model_path(), options.rows, options.kind)
+    path, trust = trained.path or model_path(), trained.trust_remote_code
+    show_rows(configs, path, options.rows, options.kind, trust=trust)
 
 
 def replay(options: argparse.Namespace, rest: list[str]) -> None:

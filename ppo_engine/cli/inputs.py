@@ -98,7 +98,7 @@ def _check_ppo(config: PPOConfig) -> list[str]:
     elif config.evaluation.prompts:
         training, _ = hold_out(training, config.evaluation.prompts, config.run.seed)
     notes += batch_notes(config.ppo, len(training))
-    tokenizer = loading.tokenizer_at(config.policy.path)
+    tokenizer = loading.open_tokenizer(None, config.policy, None)
     renderer = Renderer(tokenizer, arguments=config.data.chat_template_kwargs, date=config.run.date)
     return notes + _memory(config, fit.prompt_lengths(training, renderer, None))
 
@@ -112,10 +112,11 @@ def _check_generate(config: GenerateConfig) -> list[str]:
     choose_device(config.device)
     notes: list[str] = []
     examples: list[PromptExample] = []
+    model = ModelConfig(config.model, trust_remote_code=config.trust_remote_code)
     if config.data.path:
-        examples = _prompts(config.data.path, config, ModelConfig(config.model), config.date, notes)
+        examples = _prompts(config.data.path, config, model, config.date, notes)
     else:
-        loading.tokenizer_at(config.model)
+        loading.open_tokenizer(None, model, None)
     _check_rewards(config.reward, examples)
     return notes
 
@@ -233,7 +234,7 @@ def _check_rewards(
 
     for source in configured_sources(config):
         if source.path:
-            check_scores(source.path)
+            check_scores(source.path, trust=config.trust_remote_code)
             continue
         reward = load_reward(
             source, http=config.http, device=torch.device("cpu"), dtype=torch.float32

@@ -25,12 +25,15 @@ def inspect(
     path: str,
     count: int,
     kind: str | None = None,
+    *,
+    trust: bool = False,
 ) -> None:
     """Show what becomes of the data for the model at `path`, and the first `count` rows.
 
-    `configs`: settings by the kinds that the rows may be of; `kind` is theirs, or is guessed.
+    `configs`: settings by the kinds that the rows may be of; `kind` is theirs, or is guessed. With
+    `trust`, the model's configuration and tokenizer are those of code that comes with it.
     """
-    model = open_model(path)
+    model = open_model(path, trust=trust)
     data = next(iter(configs.values())).data
     name = kind or guess(data.path, model, configs)
     found = KINDS[name].inspect(configs[name], model, count)

@@ -87,11 +87,12 @@ class Inspection:
     notes: list[str]
 
 
-def open_model(path: str) -> Model:
-    """A UserError where there is no model, or no usable tokenizer, at `path`."""
-    tokenizer = loading.tokenizer_at(path)
+def open_model(path: str, *, trust: bool = False) -> Model:
+    """A UserError where there is no model, or no usable tokenizer, at `path`; with `trust`, by code
+    that comes with it."""
+    tokenizer = loading.tokenizer_at(path, trust=trust)
     folder = loading.resolve(path)
-    config = loading.load_model_config(folder)
+    config = loading.load_model_config(folder, trust=trust)
     ends = declared_ends(read_generation_config(folder), config)
     return Model(path, tokenizer, config, ends)
 

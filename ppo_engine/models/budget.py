@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from ppo_engine.errors import UserError
 from ppo_engine.memory import give_back_freed_memory, is_out_of_memory
 from ppo_engine.messages import first_line
+from ppo_engine.models.determinism import is_deterministic
 from ppo_engine.models.reader import Limit, plan
 from ppo_engine.models.work import needed
 
@@ -56,6 +57,12 @@ class Budget:
                 of_several = [n for n, x in zip(tokens, passes, strict=True) if len(x) > 1]
                 if not of_several:
                     raise UserError(self._of_one_row(max(tokens), str(error))) from error
+                if is_deterministic():
+                    raise UserError(
+                        f"Memory ran out in a pass of {max(tokens):,} tokens ({error}). As "
+                        "run.deterministic is set it is not repeated in smaller ones, which round "
+                        "otherwise: set micro_batch_tokens to half of that."
+                    ) from error
                 self.limit = self.limit._replace(tokens=max(of_several) // 2)
                 failure = failure or (max(tokens), str(error))
         if failure:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ppo_engine.memory import free_memory
 from ppo_engine.models import probes
 from ppo_engine.models.attention import ATTENTION, using
+from ppo_engine.models.determinism import is_deterministic
 from ppo_engine.models.flop import Costs, Span
 from ppo_engine.models.footprint import numbers_kept
 from ppo_engine.models.fused import Fused
@@ -133,13 +134,14 @@ def enough(config: Any, dtype: torch.dtype, device: torch.device, free: float) -
     """Tokens of a pass, of a model with this configuration, that keep its products busy and fit
     into the `free` bytes."""
     each = config.get_text_config().num_hidden_layers * numbers_kept(config) * dtype.itemsize
-    return max(_FEWEST, min(_ENOUGH[device.type], int(_SHARE * free / each)))
+    return max(_FEWEST, int(min(_ENOUGH[device.type], _SHARE * free / each)))
 
 
 def _enough(model: Any) -> int:
     weight = next(model.parameters())
     config = architecture.unwrap(model).config
-    return enough(config, weight.dtype, weight.device, free_memory(weight.device))
+    free = math.inf if is_deterministic() else free_memory(weight.device)
+    return enough(config, weight.dtype, weight.device, free)
 
 
 def plan(lengths: Sequence[int], limit: Limit, *, packed: bool) -> list[list[int]]:

@@ -41,11 +41,11 @@ class SharedBase:
         self._policy = policy
         self._tokenizer, self._device, self._dtype = tokenizer, device, dtype
 
-    def reward_model(self, path: str) -> Any:
+    def reward_model(self, path: str, *, trust: bool = False) -> Any:
         """The reward model that the adapters at `path`, a folder or name, make of the base, all of
         it frozen. A UserError where there are none, or where they are for another base."""
         path = loading.resolve(path)
-        loading.load_model_config(path)  # which says what is wrong with a path
+        loading.load_model_config(path, trust=trust)  # which says what is wrong with a path
         _, adapters = unstack(path)
         if not adapters or adapters[-1].task != "SEQ_CLS":
             raise UserError(

@@ -80,11 +80,11 @@ def read_value_model(
     return checkpoint.model
 
 
-def check_scores(path: str) -> None:
+def check_scores(path: str, *, trust: bool = False) -> None:
     """A UserError where the configuration at `path`, a folder or name, already says that the model
     cannot score responses: the weights may say so too (`read_value_model`)."""
     path = loading.resolve(path)
-    config = loading.load_model_config(path)
+    config = loading.load_model_config(path, trust=trust)
     _check_labels(path, config)
     if any(name.endswith(_LANGUAGE_MODELS) for name in config.architectures or ()):
         raise _no_head(path)

@@ -29,6 +29,7 @@ from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import release_freed_memory
 from ppo_engine.messages import nearest_path, shown
 from ppo_engine.models import precision
+from ppo_engine.models.determinism import compute_deterministically
 from ppo_engine.models.finite import NotFiniteError, Skips, refuse_not_finite
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.ppo.actor import Actor
@@ -95,6 +96,8 @@ class PPOEngine:
     ) -> None:
         self.config = config = resolved(settings_of(PPOConfig, config))
         check_settings(config)
+        if config.run.deterministic:
+            compute_deterministically()
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         check_offload(config.run.offload, self.device)

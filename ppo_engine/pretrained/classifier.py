@@ -13,8 +13,10 @@ from transformers import (
     MODEL_MAPPING,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ppo_engine.errors import UserError
 from ppo_engine.pretrained import architecture, loading
@@ -31,9 +33,18 @@ def value_model_class(model: Any) -> type[PreTrainedModel]:
     """
     config = loading.load_model_config(loading.resolve(model)) if isinstance(model, str) else model
     own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if own is None and (brought := _brought(config)):
+        own = get_class_from_dynamic_module(brought, config.name_or_path)
     if own is None and type(config) not in _made:
         _made[type(config)] = _make_class(config)
     return cast(type[PreTrainedModel], own or _made[type(config)])
+
+
+def _brought(config: Any) -> str | None:
+    """The classifier that comes with a model whose configuration is its own code, which only runs
+    where it is trusted."""
+    is_own = type(config).__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+    return config.auto_map.get("AutoModelForSequenceClassification") if is_own else None
 
 
 class _ScoredModel(GenericForSequenceClassification):

@@ -125,11 +125,16 @@ def load_reward_model(
     budget: Budget | None = None,
     renderer: Renderer | None = None,
     base: SharedBase | None = None,
+    trust: bool = False,
 ) -> RewardModel:
     """The reward model at `path`, a folder or name; a UserError where it has no score head. With a
-    `base`, it is the adapters there on that."""
-    tokenizer = loading.tokenizer_at(path)
-    model = base.reward_model(path) if base else read_value_model(path, require_head=True)
+    `base`, it is the adapters there on that; with `trust`, by code that comes with it."""
+    tokenizer = loading.tokenizer_at(path, trust=trust)
+    options = {"dtype": torch.float32, "trust_remote_code": trust}
+    if base is not None:
+        model = base.reward_model(path, trust=trust)
+    else:
+        model = read_value_model(path, require_head=True, options=options)
     return RewardModel(
         model,
         tokenizer,

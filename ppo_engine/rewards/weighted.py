@@ -262,6 +262,7 @@ def load_rewards(
             budget=budget,
             renderer=renderer,
             base=base,
+            trust=config.trust_remote_code,
         )
         for _, reward in rewards
     ]
@@ -279,9 +280,10 @@ def load_reward(
     budget: Budget | None = None,
     renderer: Renderer | None = None,
     base: SharedBase | None = None,
+    trust: bool = False,
 ) -> Reward:
     """One reward: a source, what `parse_source` takes for one, a function, or a reward object; with
-    `arguments`, where it is a function."""
+    `arguments`, where it is a function; with `trust`, a model by code that comes with it."""
     arguments = dict(arguments or {})
     if isinstance(given, str):
         given = parse_source(given)
@@ -325,6 +327,7 @@ def load_reward(
         budget=budget,
         renderer=renderer,
         base=base,
+        trust=trust,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from ppo_engine.errors import UserError
 from ppo_engine.memory import free_memory
 from ppo_engine.models.budget import MemoryRanOut, freeing
+from ppo_engine.models.determinism import is_deterministic
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import sampling_notes
 from ppo_engine.pretrained import architecture
@@ -103,6 +104,12 @@ class Sampler:
                 f"Memory ran out while a single response was sampled ({reason}). Lower "
                 "generation.max_new_tokens or data.max_prompt_tokens, or take a smaller model."
             )
+        if is_deterministic():
+            raise UserError(
+                f"Memory ran out while {rows} responses were sampled at a time ({reason}). As "
+                "run.deterministic is set they are not sampled again, fewer at a time, which "
+                "rounds otherwise: set generation.kv_cache_gib to less than they take."
+            )
         self._most = rows // 2
         self._note = (
             f"Memory ran out while {rows} responses were sampled at a time ({reason}). They were "
@@ -154,7 +161,9 @@ def _size(decoder: Decoder, rows: int, length: int, budget: float | None) -> tup
     the `budget` (GiB) has room for. Raises a UserError where it has room for none."""
     aligned = -(-length // ALIGNED) * ALIGNED
     each = aligned * bytes_per_token(decoder.heads, decoder.dtype)
-    if budget is None:
+    if budget is None and is_deterministic():
+        room = float(sys.maxsize)
+    elif budget is None:
         room = SHARE_OF_FREE * (free_memory(decoder.device) + decoder.nbytes)
     else:
         room = budget * 2**30

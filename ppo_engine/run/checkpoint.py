@@ -25,6 +25,7 @@ from ppo_engine.messages import first_line
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.run.directory import RunDirectory, atomic_folder
 from ppo_engine.run.interrupts import interrupted_after, stopped_by_signals
+from ppo_engine.run.progress import duration
 from ppo_engine.run.state_file import load_state, save_state
 from ppo_engine.sealed import Damaged
 from ppo_engine.settings.schema import RunConfig
@@ -97,23 +98,30 @@ class Checkpoints:
         self._measure, self._learners = measure, list(learners)
         self._data, self._unit = dict(data), unit
         self._state: dict[str, Any] = {}
-        self._begun: list[int] = []
+        self._begun = 0
         self._saved = False
 
     def mark(self) -> None:
         """Remember where the run stands, random states included: a step may end here."""
         self._state = {**self._measure(), "data": self._data, "random": random_states()}
-        self._begun = [learner.begun for learner in self._learners]
+        self._begun = sum(learner.begun for learner in self._learners)
         self._saved = False
 
-    def changing(self) -> AbstractContextManager[None]:
-        """For an update and its `mark`: once it has begun to change weights, signals wait for its
-        end."""
-        return interrupted_after(self._has_begun)
+    def changing(self, steps: int) -> AbstractContextManager[None]:
+        """For an update of so many optimizer `steps`, of all learners together, and its `mark`:
+        once it has begun to change weights, signals wait for its end, where that is soon."""
+        began = self._clock()
 
-    def _has_begun(self) -> bool:
-        """Whether weights may no longer be those that were marked."""
-        return self._begun != [learner.begun for learner in self._learners]
+        def remaining() -> float | None:
+            done = self._steps_begun()
+            left = max(0, steps - done)
+            return (self._clock() - began) / done * left if done else None
+
+        return interrupted_after(remaining)
+
+    def _steps_begun(self) -> int:
+        """Optimizer steps since the mark: with any, weights may no longer be what was marked."""
+        return sum(learner.begun for learner in self._learners) - self._begun
 
     def save_if_due(self, *, last: bool) -> None:
         """Write what was marked last where it is the run's `last` step, or the settings say so."""
@@ -188,8 +196,8 @@ class Checkpoints:
                 self.run.close()
 
     def _rescue(self, run: RunDirectory) -> str:
-        lost = ""
-        if self._has_begun():
+        lost = again = ""
+        if self._steps_begun():
             step = self._state["step"] + 1
             lost = f"Step {step} had begun to change the weights, which cannot be undone.\n"
         elif not self._saved:
@@ -201,7 +209,9 @@ class Checkpoints:
         newest = next(iter(run.checkpoints()), None)
         if newest is None:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."
+        if lost:
+            again = f" What came after it, {duration(self._clock() - self._last)}, is to be redone."
         return (
-            f"{lost}Step {newest[0]} is kept in {newest[1]}.\nThe same run with "
+            f"{lost}Step {newest[0]} is kept in {newest[1]}.{again}\nThe same run with "
             f"run.output_dir={shlex.quote(str(run.path))} run.resume=true goes on from there."
         )

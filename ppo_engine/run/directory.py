@@ -99,6 +99,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path / ".lock", f"Run folder {self.path}", "run.output_dir")
+            self._note = None if self._lock.held else _without_locks(self.path)
             write_atomically(self.path / CONFIG, dump_config(config))
         except OSError as error:
             raise UserError(
@@ -108,6 +109,11 @@ class RunDirectory:
     def close(self) -> None:
         """Let others write to the folder."""
         self._lock.release()
+
+    def take_note(self) -> str | None:
+        """What is to be said of the folder, once."""
+        note, self._note = self._note, None
+        return note
 
     def checkpoint(self, step: int) -> Path:
         return folder_of_step(self.path / CHECKPOINTS, step)
@@ -262,6 +268,13 @@ def replacing(path: str | Path, mark: str, what: str) -> Iterator[Path]:
 def _default_path(command: str) -> Path:
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{command}-{started}"
+
+
+def _without_locks(path: Path) -> str:
+    return (
+        f"The file system of {path} has no locks, so nothing keeps a second run from writing "
+        "there, which would spoil both: see to it that there is one."
+    )
 
 
 def _unwritten(path: Path, error: Exception) -> MachineError:

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP in training: they end it as exceptions do, after which the last
 finished step can be saved; but not while weights change, as half an update is neither the step
-before it nor the one after."""
+before it nor the one after. It is finished where that is soon, and else given up: whoever sends a
+signal often kills what has not ended within seconds."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ from types import FrameType
 from ppo_engine.errors import Stopped
 
 Handler = Callable[[int, FrameType | None], None]
+
+# Seconds; `docker stop` kills after 10, Slurm and Kubernetes after 30, and a checkpoint is written
+# in what is left of them.
+_PATIENCE = 10.0
 
 
 @contextmanager
@@ -34,9 +39,10 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def interrupted_after(begun: Callable[[], bool]) -> Iterator[None]:
-    """Where the block has `begun` to change weights, it is finished before a signal within it is
-    raised; a second one is raised at once. Only of signals that would be raised outside it."""
+def interrupted_after(remaining: Callable[[], float | None]) -> Iterator[None]:
+    """Where the block has begun to change weights, and will end within 10 of the seconds that are
+    `remaining`, it is finished before a signal within it is raised; a second one is raised at once.
+    Before it has begun, None remain. Only of signals that would be raised outside it."""
     ours: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -48,8 +54,9 @@ def interrupted_after(begun: Callable[[], bool]) -> Iterator[None]:
     def wait(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         restore()
-        if not begun():
-            ours[number](number, frame)
+        seconds = remaining()
+        if seconds is None or seconds > _PATIENCE:
+            ours[number](number, frame)  # raises
         asked = number
         _leave_terminal(number)
         text = f"\n{name_of(number)}: this step is finished first; once more ends it at once\n"

@@ -123,7 +123,10 @@ def _lines(
             yield f"{indent}{name}:"
             yield from _lines(section, value, follows, seen, f"{key}.")
         elif key in follows:
-            yield f"{indent}{as_yaml({name: follows[key]}).strip()}  {_FOLLOWS}"
+            value = follows[key] if section is None else as_dict(follows[key])
+            first, *rest = as_yaml({name: value}).strip().split("\n")
+            yield f"{indent}{first}  {_FOLLOWS}"
+            yield from (f"{indent}{line}" for line in rest)
         else:
             # Text that YAML folds over several lines is quoted: more indentation changes nothing.
             # Split at newlines alone: text may hold others, such as U+2028, which belong to it.

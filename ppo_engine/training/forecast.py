@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def _of_supervised(
     most = config.data.max_tokens
     lengths = lengths._replace(mean=min(lengths.mean, most), longest=min(lengths.longest, most))
     tokens = settings.batch_size * lengths.each * lengths.mean
-    limit = _limit(settings, role.of, place)
+    limit = _limit(settings, role.of, _seen(config, place))
     longest = lengths.each * lengths.longest
     texts = _texts(tokens, limit, longest, lengths.mean, lengths.trained)
     held = held_by([role], place) | {"moments": role.of.moments}
@@ -128,7 +129,8 @@ def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
 
     new = config.generation.max_new_tokens
     new *= config.environment.max_turns if config.environment.function else 1
-    limit, responses = _limit(settings, policy.of, place), settings.rollout_batch_size
+    seen = _seen(config, place)
+    limit, responses = _limit(settings, policy.of, seen), settings.rollout_batch_size
     length, longest = lengths.mean + new, lengths.longest + new
     wanted = new / length
     whole = _texts(responses * length, limit, longest, length, wanted)
@@ -139,7 +141,7 @@ def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
     moments = {"moments": sum(role.of.moments for role in trained)}
     held = held_by([role for role in roles if role.name not in away], place) | moments
     back = {role.name: role.held for role in roles if role.name in away}
-    slots = _slots(config, responses, longest, place, sum(held.values()))
+    slots = _slots(config, responses, longest, seen, sum(held.values()))
     staying = place.device.type == "cuda" and slots <= STAYING
     in_slots = {"keys and values": slots}
     kept = {"kept states": _kept_states(trained, responses * length)}
@@ -185,6 +187,11 @@ def _left_behind(load: Phase, generate: Phase, held: Mapping[str, float], place:
         return 0.0
     before = sum(held.values())
     return min(generate.total - before, max(0.0, load.total - before))
+
+
+def _seen(config: Any, place: Place) -> Place:
+    """What sizes follow from: a deterministic run does not look at the memory."""
+    return place._replace(free=float(sys.maxsize)) if config.run.deterministic else place
 
 
 def _limit(settings: Any, of: Footprint, place: Place) -> tuple[int, float]:

@@ -4,7 +4,6 @@ are another's too, and what is there for a moment while it is loaded or saved. B
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from ppo_engine.models.footprint import Footprint
 from ppo_engine.pretrained import loading
 from ppo_engine.pretrained.storage import named_dtype
 from ppo_engine.rewards.sources import configured_sources
-from ppo_engine.settings.schema import ModelConfig, PPOConfig
+from ppo_engine.settings.schema import ModelConfig, PPOConfig, resolved
 
 _LIBRARIES = "Python and its libraries"
 
@@ -80,7 +79,8 @@ def frozen_roles(config: PPOConfig, policy: Role, place: Place) -> list[Role]:
         if source.path and shared:  # adapters about as large as the policy's, and a head
             found.append(Role("reward model", policy.of, policy.of.gradients, 0.0))
         elif source.path:
-            base = loading.load_model_config(loading.resolve(source.path))
+            path, trust = loading.resolve(source.path), config.reward.trust_remote_code
+            base = loading.load_model_config(path, trust=trust)
             of = Footprint.of(base, place.dtype, None, scores=True)
             beside = 0.0 if place.dtype == torch.float32 else of.loaded
             found.append(Role("reward model", of, of.weights, beside, of.rounding))
@@ -91,7 +91,8 @@ def critic_role(config: PPOConfig, policy: Role, frozen: list[Role], place: Plac
     """The critic: what it never trains is the policy's or the reward model's, whose weights it
     starts from."""
     if config.share_base:
-        role = trained_role("critic", _adapted(config), place, path=config.policy.path, scores=True)
+        settings = resolved(config).critic
+        role = trained_role("critic", settings, place, path=config.policy.path, scores=True)
         return role._replace(held=role.of.weights - role.of.frozen, beside=0.0, rounding=0.0)
     sources = [source.path for source in configured_sources(config.reward) if source.path]
     path = config.critic.path or next(iter(sources), "") or config.policy.path
@@ -109,11 +110,6 @@ def critic_role(config: PPOConfig, policy: Role, frozen: list[Role], place: Plac
     elif path == config.policy.path:
         held -= min(role.of.frozen, policy.of.frozen)
     return role._replace(held=held, beside=beside)
-
-
-def _adapted(config: PPOConfig) -> ModelConfig:
-    """The critic's settings where it shares the policy's base."""
-    return replace(config.critic, lora=config.critic.lora or config.policy.lora)
 
 
 def held_by(roles: list[Role], place: Place) -> dict[str, float]:

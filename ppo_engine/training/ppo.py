@@ -32,6 +32,7 @@ from ppo_engine.models.notes import training_notes
 from ppo_engine.pages.report.live import LivePage
 from ppo_engine.ppo.engine import PPOEngine
 from ppo_engine.ppo.estimators import TITLES
+from ppo_engine.ppo.roles import optimizer_steps
 from ppo_engine.pretrained import loading
 from ppo_engine.rewards.sources import with_rewards
 from ppo_engine.rewards.weighted import RewardsLike, reward_metrics
@@ -229,7 +230,8 @@ class PPOTrainer:
                 if experience is not None and self._recorder.is_due(run, self.step + 1):
                     with progress.phase("record"):
                         begun = self._recorder.begin(experience)
-                updating.enter_context(self.checkpoints.changing())
+                steps = optimizer_steps(self.config) * len(self.engine.learners)
+                updating.enter_context(self.checkpoints.changing(steps))
                 with self._phase(progress, "update"):
                     skips, update = self.engine.skips, self.engine.update
                     metrics = update(experience) if experience is not None else skips.end_step()
@@ -267,7 +269,8 @@ class PPOTrainer:
         progress.step(self.step, metrics)
         show_samples(self.step, samples, run, trackers, progress)
         signs = self._watch.look({"step": self.step, **metrics})
-        for note in (*self.engine.take_notes(), *self._recorder.take_notes(), *signs):
+        notes = [*self.engine.take_notes(), *self._recorder.take_notes(), *signs]
+        for note in (*filter(None, [run.take_note()]), *notes):
             progress.note(note)
         self._unreported = None
         return metrics

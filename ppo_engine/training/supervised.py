@@ -32,6 +32,7 @@ from ppo_engine.memory import peak_memory, release_freed_memory
 from ppo_engine.messages import counted
 from ppo_engine.models import precision
 from ppo_engine.models.budget import Budget
+from ppo_engine.models.determinism import compute_deterministically
 from ppo_engine.models.finite import Losses, NotFiniteError, Skips
 from ppo_engine.models.optimizer import Learner
 from ppo_engine.models.reader import Reader
@@ -95,6 +96,8 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 f"run.offload would have no effect: `{self.command}` has no frozen models. It is "
                 "for `ppo` and `grpo`: leave it empty."
             )
+        if config.run.deterministic:
+            compute_deterministically()
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
@@ -210,7 +213,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         counts = f"{len(self.training)} {self.unit}, {len(self.held_out)} held out"
         title = f"{self.title}, {counts}"
         with Progress(self.total_steps, title, start=self.step, console=self.console) as progress:
-            for note in (*self.notes, self._size()):
+            for note in (*filter(None, [run.take_note()]), *self.notes, self._size()):
                 progress.note(note)
             rate = self.learner.config.learning_rate
             watch = Watch(supervised_signs(self.command, rate, self.before))
@@ -218,7 +221,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             self.checkpoints.mark()
             while self._unreported is not None or self.step < self.total_steps:
                 if self._unreported is None:
-                    with self.checkpoints.changing():
+                    with self.checkpoints.changing(steps=1):
                         with progress.phase("update"):
                             metrics = self._measured_step(self.mini_batch(self.step))
                         self._unreported = metrics | progress.times

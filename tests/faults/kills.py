@@ -11,7 +11,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from tiny import tiny_model_folder
 from trainers import same, untimed, weights
 
 from faults import SURVIVED, Try
-from faults._runs import STEPS, ppo, reward_model, sft
+from faults._runs import STEPS, grpo, one_base, ppo, reward_model, sft, waiting
 from ppo_engine import sealed
 from ppo_engine.errors import Stopped
 from ppo_engine.run import checkpoint, directory
@@ -29,7 +29,10 @@ from ppo_engine.training import ppo as ppo_training
 from ppo_engine.training import supervised
 
 MAKERS = {"ppo": ppo, "reward": reward_model, "sft": sft}
-RANDOM = 50
+RANDOM = 52  # 13 of each signal
+# What else a checkpoint may have to keep; each is killed a few times.
+OTHERS = {"grpo": grpo, "ppo on one base": one_base, "ppo in packed passes": waiting}
+FEW = 4
 # Where a kill would leave a save half done: before each call of these.
 POINTS: list[tuple[Any, str]] = [
     (checkpoint, "save_state"),
@@ -42,13 +45,18 @@ POINTS: list[tuple[Any, str]] = [
 ]
 
 
-def tries(count: int = RANDOM, points: bool = True) -> Iterator[Try]:
+def tries(
+    count: int = RANDOM,
+    points: Sequence[tuple[Any, str]] = POINTS,
+    makers: Mapping[str, Any] = MAKERS | OTHERS,
+) -> Iterator[Try]:
     torch.set_num_threads(1)  # which a fork could not use
     draw = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         base = Path(name)
         model = tiny_model_folder(base / "model")
-        for command, make in MAKERS.items():
+        for command, make in makers.items():
+            random_kills = min(count, FEW if command in OTHERS else count)
 
             def start(folder: Path, prepare: Callable[[], object] = lambda: None) -> int:
                 return _forked(lambda: (prepare(), _train(make, model, folder)))  # noqa: B023
@@ -58,13 +66,13 @@ def tries(count: int = RANDOM, points: bool = True) -> Iterator[Try]:
             os.waitpid(start(whole), 0)
             seconds = time.monotonic() - began
             faults: list[tuple[str, Callable[[Path], None]]] = []
-            for owner, called in POINTS if points else []:
+            for owner, called in points if command in MAKERS else []:
                 for number in range(1, 4):
                     fault = f"kill -9 before {called} in a save"
                     arm = lambda o=owner, c=called, n=number: _kill_at(o, c, n)  # noqa: E731
                     faults.append((fault, lambda folder, arm=arm: _wait(start(folder, arm))))
             for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-                for _ in range(count // 4):
+                for _ in range(random_kills // 4):
                     after = draw.uniform(0, seconds)
                     kill = lambda folder, n=number, s=after: _send(start(folder), n, s)  # noqa: E731
                     faults.append((f"{signal.Signals(number).name} at a random moment", kill))
@@ -89,6 +97,9 @@ def _forked(run: Callable[[], object]) -> int:
     if child:
         return child
     code = 1
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as nohup, or a shell's `&`, may have left them
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)

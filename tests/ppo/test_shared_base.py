@@ -328,8 +328,12 @@ def test_settings_of_a_critic_on_the_shared_base() -> None:
     critic = resolved(PPOConfig(policy=policy, share_base=True)).critic
     assert (critic.lora, critic.trainable_layers) == (LORA, 3)
     assert critic.optimizer.learning_rate == 1e-4
-    own = ModelConfig(lora=LoraConfig(rank=3), trainable_layers=1)
-    assert PPOConfig(policy=policy, critic=own, share_base=True).critic.lora == LoraConfig(rank=3)
+    others = ModelConfig(lora=LoraConfig(rank=7))
+    critic = resolved(replace(PPOConfig(policy=policy, share_base=True), policy=others)).critic
+    assert (critic.lora, critic.trainable_layers) == (others.lora, None)
+    own = ModelConfig(lora=LoraConfig(rank=3))
+    critic = resolved(PPOConfig(policy=policy, critic=own, share_base=True)).critic
+    assert (critic.lora, critic.trainable_layers) == (LoraConfig(rank=3), None)
     for settings, message in (
         ({}, r"policy\.lora\.rank=16"),
         ({"policy": policy, "critic": ModelConfig(path="x")}, r"critic\.path=x would be of"),

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from faults.code import RAN, tried
 from tiny import tiny_model_folder
 
 import ppo_engine
+from ppo_engine.cli import main
+from ppo_engine.models.value_model import load_value_model
 from ppo_engine.pretrained import loading
 
 SOURCE = Path(ppo_engine.__file__).parent
@@ -35,21 +38,75 @@ def test_a_models_code_is_not_run(name: str, tmp_path: Path) -> None:
     assert not tried(name, tmp_path).wrong
 
 
+OWN = """open({ran!r}, "w").close()
+from transformers import (
+    AutoModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+)
+class Config(LlamaConfig):
+    model_type = "own"
+class Base(LlamaModel):
+    config_class = Config
+AutoModel.register(Config, Base)
+class Model(LlamaForCausalLM):
+    config_class = Config
+class Scores(LlamaForSequenceClassification):
+    config_class = Config
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A language model and, in `scores`, a reward model, each of a class that comes with it."""
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    folder = Path(tiny_model_folder(tmp_path)).rename(tmp_path / "own")
+    tokenizer = loading.tokenizer_at(str(folder))
+    head = load_value_model(str(folder), tokenizer, device=torch.device("cpu"))
+    loading.save_model(head, tokenizer, tmp_path / "scores")
+    auto_map = {
+        "AutoConfig": "own.Config",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoModelForSequenceClassification": "own.Scores",
+    }
+    for inside in (folder, tmp_path / "scores"):
+        (inside / "own.py").write_text(OWN.format(ran=str(tmp_path / RAN)))
+        config = json.loads((inside / "config.json").read_text())
+        config |= {"model_type": "own", "auto_map": auto_map}
+        (inside / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "What?", "response": "Yes."}\n')
+    return tmp_path
+
+
+SHORT = ["generation.max_new_tokens=2", "--prompt", "What?"]
+
+
+@pytest.mark.parametrize("given", [
+    ["generate", "--model", "own", *SHORT, "trust_remote_code=true"],
+    ["generate", "--model", "plain", *SHORT, "--reward", "scores", "reward.trust_remote_code=true"],
+    ["inspect", "--model", "own", "--data", "rows.jsonl", "model.trust_remote_code=true"],
+    ["inspect", "--model", "own", "--data", "rows.jsonl", "--as", "prompts",
+     "policy.trust_remote_code=true"],
+    ["ppo", "--model", "own", "--data", "rows.jsonl", "--reward", "scores", "--dry-run",
+     "policy.trust_remote_code=true", "reward.trust_remote_code=true"],
+    ["ppo", "--model", "plain", "--data", "rows.jsonl", "--reward", "scores", "--output-dir", "run",
+     "reward.trust_remote_code=true", "generation.max_new_tokens=2", "steps=1", "run.dtype=float32",
+     "ppo.rollout_batch_size=2", "ppo.mini_batch_size=2"],
+])  # fmt: skip
 def test_a_models_code_runs_where_a_setting_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = Path(tiny_model_folder(tmp_path))
-    (folder / "own.py").write_text(
-        f"open({str(tmp_path / RAN)!r}, 'w').close()\n"
-        "from transformers import LlamaConfig\n"
-        "class Config(LlamaConfig):\n    model_type = 'own'\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert loading.load_model_config(str(folder), trust=True).model_type == "own"
-    assert (tmp_path / RAN).exists()
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    given: list[str],
+) -> None:  # fmt: skip
+    tiny_model_folder(own)
+    (own / "tiny-chat").rename(own / "plain")
+    monkeypatch.chdir(own)
+    untrusted = [x for x in given if "trust_remote_code" not in x]
+    assert main(untrusted) == 2
+    said = capsys.readouterr().err
+    assert "This code is not run. Where you have read it" in said
+    assert all(x.removesuffix("=true") in said for x in given if x.startswith("reward.trust"))
+    assert not (own / RAN).exists()
+    assert main(given) == 0, capsys.readouterr().err
+    assert (own / RAN).exists()
 
 
 def _uses(tree: ast.AST) -> Iterator[str]:

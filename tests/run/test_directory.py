@@ -217,6 +217,10 @@ def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("fcntl.flock", flock)
     locks = [Lock(tmp_path / ".lock", "It", "one") for _ in range(2)]
     assert [lock.held for lock in locks] == [False, False]
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+    note = run.take_note()
+    assert note is not None and f"The file system of {run.path} has no locks" in note
+    assert run.take_note() is None
 
 
 def test_what_the_machine_cannot_write_is_told(tmp_path: Path) -> None:

@@ -195,6 +195,15 @@ def test_a_file_has_the_values_and_goes_on_following_where_it_says_null(
     assert resolved(load_config(PPOConfig, str(file), ["ppo.kl_in=loss"])).ppo.kl_estimator == "k3"
 
 
+@pytest.mark.parametrize("dump", [dump_config, commented])
+def test_a_file_has_the_adapters_that_follow(dump: Callable[[Any], str], tmp_path: Path) -> None:
+    settings = PPOConfig(policy=ModelConfig(lora=LoraConfig(rank=3)), share_base=True)
+    text = dump(settings)
+    assert re.search(r"\n  lora:  # not set: .*\n    rank: 3\n    alpha: 32\n", text)
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_config(PPOConfig, str(tmp_path / "config.yaml")) == resolved(settings)
+
+
 def test_what_unset_settings_come_to_stands_behind_them() -> None:
     config = PPOConfig(ppo=PPOSettings(reduction="sum"))
     for text in (dump_config(config), commented(config)):

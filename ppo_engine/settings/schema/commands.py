@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -60,14 +59,6 @@ class PPOConfig:
     its adapters."""
     profile: bool = False
     """Profile the second step: a table of its phases, and a trace."""
-
-    def __post_init__(self) -> None:
-        critic = self.critic
-        if self.share_base and critic.lora is None:
-            critic = replace(critic, lora=self.policy.lora)
-            if critic.trainable_layers is None:
-                critic = replace(critic, trainable_layers=self.policy.trainable_layers)
-        object.__setattr__(self, "critic", critic)
 
 
 @settings
@@ -143,6 +134,9 @@ class GenerateConfig:
 
     model: str = ""
     """Hugging Face name or folder."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model, which may do anything on this machine: only where
+    you have read them."""
     prompt: str = ""
     """One prompt, in place of data.path; chat models get it as the user's message."""
     data: PromptDataConfig = Field(default_factory=PromptDataConfig)

@@ -34,6 +34,7 @@ def derived(config: Any) -> dict[str, Any]:
         case PPOConfig():
             trained = {"policy": "policy", "critic": "critic"}
             values = {f"ppo.{name}": value for name, value in _of_algorithm(config.ppo).items()}
+            values |= {f"critic.{name}": value for name, value in _of_critic(config).items()}
         case RewardModelConfig():
             trained = {"model": "reward model"}
         case SFTConfig():
@@ -42,8 +43,8 @@ def derived(config: Any) -> dict[str, Any]:
             trained = {}
     for section, use in trained.items():
         full, lora, _ = LEARNING_RATES[use]
-        rate = full if getattr(config, section).lora is None else lora
-        values[f"{section}.optimizer.learning_rate"] = rate
+        adapted = getattr(config, section).lora or values.get(f"{section}.lora")
+        values[f"{section}.optimizer.learning_rate"] = full if adapted is None else lora
     return {key: value for key, value in values.items() if _at(config, key.split(".")) is None}
 
 
@@ -60,6 +61,14 @@ def _of_algorithm(settings: PPOSettings) -> dict[str, Any]:
         "kl_estimator": "k1" if settings.kl_in == "reward" else "k3",
         "reduction": _REDUCTIONS.get(settings.estimator, "token_mean"),
     }
+
+
+def _of_critic(config: PPOConfig) -> dict[str, Any]:
+    """Its adapters, where it shares the policy's base and has none of its own."""
+    if not config.share_base or config.critic.lora is not None:
+        return {}
+    of_policy = {name: getattr(config.policy, name) for name in ("lora", "trainable_layers")}
+    return {name: value for name, value in of_policy.items() if value is not None}
 
 
 def _at(section: Any, names: Sequence[str]) -> Any:

@@ -129,6 +129,9 @@ class ScoringConfig:
     """An endpoint, http:// or https://; see docs/rewards.md."""
     sources: list[RewardSource] = Field(default_factory=list)
     """Several rewards, in place of path, function and url."""
+    trust_remote_code: bool = False
+    """Run Python files that come with a reward model, or with any of several, which may do anything
+    on this machine: only where you have read them."""
     weights: list[FiniteFloat] | None = None
     """Of the rewards in their order; null: 1 each."""
     http: RewardEndpointConfig = Field(default_factory=RewardEndpointConfig)

@@ -57,6 +57,10 @@ class RunConfig:
     offload: list[Literal["reference", "reward"]] = Field(default_factory=list)
     """Frozen models of `ppo` and `grpo` whose weights wait in the memory of the CPU, and are on the
     GPU only while they are read with: once each in a step. Same numbers, less memory, more time."""
+    deterministic: bool = False
+    """The same bits in every run on one machine, however many threads it may have and whatever
+    memory is free: computes with one thread, and does not go on in smaller passes where memory runs
+    out."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of saved models; auto: the dtype they came in. Checkpoints to resume from keep every bit."""
     save_adapters: bool = False
