@@ -43,7 +43,8 @@ class Server:
 
     def __init__(self, file: Path, out: Path, *options: str) -> None:
         command = [sys.executable, "-m", "ppo_engine", "rank", str(file), "--out", str(out)]
-        paths = {"PYTHONPATH": f"{ROOT}/kernels:{ROOT}"}
+        before = os.environ.get("PYTHONPATH", "")  # of a copy with a planted bug, say
+        paths = {"PYTHONPATH": f"{before}:{ROOT}/kernels:{ROOT}"}
         self.process = subprocess.Popen(
             [*command, "--no-browser", *options], env=os.environ | paths, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -91,7 +91,7 @@ def is_own_name(header: str, listening: str) -> bool:
         return True
     if not _is(listening, "is_unspecified"):
         return False
-    return name in (socket.gethostname().lower(), socket.getfqdn().lower()) or _is(name, "version")
+    return name == socket.gethostname().lower() or _is(name, "version")
 
 
 def _is(name: str, what: str) -> bool:
