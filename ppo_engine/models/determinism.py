@@ -1,8 +1,9 @@
 """Runs that come out the same to the bit, whatever the machine has to spare at the time.
 
-Our kernels add in one order whatever the number of threads is. The matrix products of MKL and
-oneDNN, and some of torch's sums, are divided by it, and round otherwise; so are passes, chunks of
-logits and the rows that are sampled together, which are as large as the free memory allows.
+Our kernels add in one order whatever the number of threads is. Some of torch's matrix products (of
+few rows, on a Zen 3), its sums and the gradients of its norms are divided by it, and round
+otherwise. So do passes, chunks of logits and the rows that are sampled together, which are as large
+as the free memory allows.
 """
 
 from __future__ import annotations
@@ -22,4 +23,5 @@ def compute_deterministically() -> None:
 
 
 def is_deterministic() -> bool:
+    """Whether that was asked for."""
     return torch.are_deterministic_algorithms_enabled()
