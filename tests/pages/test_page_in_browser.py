@@ -111,24 +111,32 @@ def test_the_policy_stops_what_got_in_all_the_same(browser: Any, tmp_path: Path)
     opened.context.close()
 
 
+def drawn(place: Any) -> str:
+    """What stands there once it has been drawn anew."""
+    place.page.evaluate(
+        "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
+    )
+    return str(place.inner_text())
+
+
 def test_curves_by_keys(show: Open, tmp_path: Path) -> None:
     page = show(made_run(tmp_path / "run"))
     curve = plot(page, "objective/scores")
     canvas, readout = curve.locator("canvas"), curve.locator("output")
     canvas.focus()
     page.keyboard.press("ArrowRight")
-    assert readout.inner_text() == "step 1: 0.2424 ± 1"
+    assert drawn(readout) == "step 1: 0.2424 ± 1"
     page.keyboard.press("ArrowRight")
-    assert readout.inner_text().startswith("step 2: ")
+    assert drawn(readout).startswith("step 2: ")
     page.keyboard.press("End")
-    assert readout.inner_text().startswith("step 20: ")
+    assert drawn(readout).startswith("step 20: ")
     page.keyboard.press("+")  # around the cursor: the first steps are out of sight
     canvas.hover(position={"x": 60, "y": 50})
-    assert readout.inner_text().startswith(("step 10: ", "step 11: "))
+    assert drawn(readout).startswith(("step 10: ", "step 11: "))
     canvas.focus()
     page.keyboard.press("Escape")
     canvas.hover(position={"x": 60, "y": 50})
-    assert readout.inner_text().startswith("step 1: ")
+    assert drawn(readout).startswith("step 1: ")
     assert "0.2424 to" in canvas.get_attribute("aria-label")
 
 
@@ -145,7 +153,7 @@ def test_curves_by_mouse(show: Open, tmp_path: Path) -> None:
 
     def leftmost(curve: Any) -> int:
         curve.locator("canvas").hover(position=left)
-        return int(curve.locator("output").inner_text().split()[1].rstrip(":"))
+        return int(drawn(curve.locator("output")).split()[1].rstrip(":"))
 
     assert leftmost(first) == leftmost(other) > 8  # all curves zoom together
     first.locator("canvas").dblclick()
@@ -239,7 +247,7 @@ def test_where_the_critic_changed_its_mind(show: Open, tmp_path: Path) -> None:
     trace = page.locator("figure.trace canvas")
     trace.focus()
     page.keyboard.press("Home")
-    assert "token 1: value 0 · return" in page.locator("figure.trace output").inner_text()
+    assert "token 1: value 0 · return" in drawn(page.locator("figure.trace output"))
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.dataset.i") == "0"
 
@@ -293,12 +301,12 @@ def test_runs_over_each_other(show: Open, tmp_path: Path) -> None:
     curve = plot(page, "objective/scores")
     curve.locator("canvas").focus()
     page.keyboard.press("ArrowRight")
-    told = curve.locator("output").inner_text()
+    told = drawn(curve.locator("output"))
     assert f"{one} 0.2424" in told and f"{other} 7" in told
     page.get_by_label(f"show {other}").uncheck()
     curve.locator("canvas").focus()
     page.keyboard.press("ArrowRight")
-    assert str(other) not in curve.locator("output").inner_text()
+    assert str(other) not in drawn(curve.locator("output"))
 
 
 def test_notes_and_problems_are_read(show: Open, tmp_path: Path) -> None:

@@ -126,6 +126,18 @@ def test_to_the_bit_from_the_start_and_from_checkpoints(
     assert_same(run, 5, between=[4], checkpoint=3)
 
 
+def test_log_probs_that_the_update_has_measured(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ppo_engine.ppo.old_logprobs.SAMPLERS_BOUND", 0.0)
+    settings = config(tmp_path / "run", steps=3, record_rollouts=1)
+    ppo = replace(settings.ppo, **GRPO, epochs=1, mini_batch_size=4)
+    run = trained(model, length_reward, replace(settings, ppo=ppo))
+    assert "sampler_logprobs" in read_record(recorded_steps(run)[2]).arrays
+    assert_same(run, 2, between=[1], checkpoint=None)
+    assert_same(run, 3, between=[1, 2], checkpoint=None)
+
+
 def test_passes_are_as_they_were(model: str, tmp_path: Path) -> None:
     """Also those of which memory had made smaller ones."""
     settings = config(tmp_path / "run", steps=2, record_rollouts=1)
