@@ -244,6 +244,7 @@ def test_where_the_critic_changed_its_mind(show: Open, tmp_path: Path) -> None:
     assert "(token 7): 0 → 5" in first.inner_text()
     first.click()
     assert page.evaluate("document.activeElement.dataset.i") == "7"
+    page.mouse.move(1, 1)  # not over what scrolls beneath it
     trace = page.locator("figure.trace canvas")
     trace.focus()
     page.keyboard.press("Home")
