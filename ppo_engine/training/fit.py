@@ -91,13 +91,16 @@ def settled(config: Any, lengths: Lengths | None, place: Place) -> Any:
     for name in unset:
         off = _with(off, f"{name}.gradient_checkpointing", False)
         on = _with(on, f"{name}.gradient_checkpointing", True)
-    if not unset or lengths is None or not getattr(config, unset[0]).path:
+    if not unset or lengths is None or not getattr(config, _trained(config)[0]).path:
         return off
     try:
-        without, helps = (forecast(x, lengths, place).peak.total for x in (off, on))
+        without = forecast(off, lengths, place).peak.total
+        if without <= place.room:
+            return off
+        helps = forecast(on, lengths, place).peak.total < (1 - _WORTH_TRYING) * without
     except Exception:  # as in `report`
         return off
-    return on if without > place.room and helps < (1 - _WORTH_TRYING) * without else off
+    return on if helps else off
 
 
 def checkpoint(config: Any, found: Any, readers: Mapping[str, Reader]) -> list[str]:

@@ -189,6 +189,14 @@ def test_gradient_checkpointing_where_the_run_would_not_fit_without(
     assert is_on(fitted("auto", place(free=peak(False)))) == [False, False]
     assert is_on(fitted("auto", short, None)) == [False, False]
     assert is_on(fitted(False, short)) == [False, False]
+    # Of the critic alone, whose path is the policy's.
+    whole = replace(settings.policy, gradient_checkpointing=True)
+    half = replace(settings, policy=whole)
+    assert half.critic.gradient_checkpointing == "auto" and not half.critic.path
+    full = replace(half, critic=replace(half.critic, gradient_checkpointing=False))
+    needed = forecast(full, lengths, place()).peak.total
+    assert is_on(fit.settled(half, lengths, place(free=needed - 1))) == [True, True]
+    assert is_on(fit.settled(half, lengths, place(free=needed))) == [True, False]
     assert "Gradient checkpointing is on" in fit.report(settings, lengths, short)
     assert "Gradient checkpointing is on" not in fit.report(settings, lengths, place())
 
