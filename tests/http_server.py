@@ -20,7 +20,8 @@ Reply = Callable[[socket.socket, dict[str, Any]], None]
 def reply(status: int, body: str | bytes = b"", **headers: str) -> Reply:
     """One with that status, body and headers (`_` for `-` in their names)."""
     content = body.encode() if isinstance(body, str) else body
-    lines = {"Content-Length": str(len(content))}
+    # Said, as a client that kept the connection might send its next request while this one closes.
+    lines = {"Content-Length": str(len(content)), "Connection": "close"}
     lines |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = f"HTTP/1.1 {status} Reason\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
     return raw(head.encode() + b"\r\n" + content)

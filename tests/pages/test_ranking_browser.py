@@ -82,6 +82,7 @@ def test_a_walk_through_twenty_by_keys_alone(page, files):
     source, out = files()
     with served(source, out) as server:
         begin(page, server.address)
+        page.wait_for_timeout(100)  # longer than the tenth of a second that is told apart
         for done in range(21):
             progress(page, done, 21)
             press_best_first(page)
@@ -94,7 +95,8 @@ def test_a_walk_through_twenty_by_keys_alone(page, files):
     rows = read_rows(out)
     assert [one["prompt"] for one in rows] == [row(number)["prompt"] for number in range(20)]
     assert all(one["ranks"] == [0, 1, 2, 3] for one in rows)
-    assert all(one["annotator"] == "Ada King" and one["seconds"] > 0 for one in rows)
+    assert all(one["annotator"] == "Ada King" and one["seconds"] >= 0 for one in rows)
+    assert rows[0]["seconds"] >= 0.1
     assert len(read_rows(out.with_name("rankings.jsonl.repeats"))) == 1
     found, _ = load_preferences(out, tokenizer=tiny_tokenizer())
     assert len(found) == 20 and all(one.ranks == (0, 1, 2, 3) for one in found)
