@@ -7,6 +7,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+if "OMP_NUM_THREADS" not in os.environ:
+    # Read where numpy and torch are imported, and by the programs that tests start. Two tests run
+    # at once: threads of one would spin, waiting for a core that the other has.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

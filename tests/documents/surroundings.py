@@ -54,8 +54,7 @@ def _tiny_cache(folder: Path) -> dict[str, str]:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(place)
     tokenizer.save_pretrained(place)
-    # Tests run two at a time: threads that wait for a core of the other's would spin.
-    return {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    return {"XDG_CACHE_HOME": str(folder / "cache")}
 
 
 @cache
