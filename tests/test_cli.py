@@ -298,6 +298,7 @@ def test_help_and_settings_load_no_torch() -> None:
         ("reward --data gone", "gone does not exist"),
         ("generate --data gone", "gone does not exist"),
         ("generate", "Give either prompts"),
+        ("generate --data d --out d", "d exists; remove it or choose another --out"),
         ("inspect --data gone", "gone does not exist"),
         ("demo --model ./gone", "Model folder './gone' does not exist"),
     ],
@@ -321,6 +322,7 @@ def test_a_missing_file_loads_no_torch() -> None:
     code = (
         "import sys; from ppo_engine.cli import main\n"
         "assert main('ppo --data gone --reward last_number'.split()) == 2\n"
+        "assert main('generate --prompt p --out README.md'.split()) == 2\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

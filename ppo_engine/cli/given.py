@@ -11,6 +11,7 @@ from ppo_engine.errors import UserError
 from ppo_engine.pretrained.folder import check_folder
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.run.directory import check_output
+from ppo_engine.run.row_file import check_place
 from ppo_engine.settings.schema import (
     DemoConfig,
     GenerateConfig,
@@ -40,6 +41,8 @@ def check_given(config: Any) -> None:
         raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
     if isinstance(config, PPOConfig | SFTConfig | RewardModelConfig):
         check_output(config.run.output_dir, config.run.resume)
+    if isinstance(config, GenerateConfig) and config.output:
+        check_place(config.output, resume=config.resume)
     check_there(config)
 
 

@@ -20,6 +20,26 @@ def as_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
+def check_place(name: str, *, resume: bool) -> None:
+    """Raises a UserError where the file is there already, and, unless it is to be resumed, where
+    the rows of a command that failed are."""
+    path, partial = _paths(name)
+    if path.exists():
+        done = ", and is complete: nothing is left to be made" * resume
+        raise UserError(f"{name} exists{done}; remove it or choose another --out.")
+    if not resume and partial.exists():
+        raise UserError(
+            f"{partial} has rows of a command that failed: go on from there with --resume, or "
+            "remove it."
+        )
+
+
+def _paths(name: str) -> tuple[Path, Path]:
+    """Of the file, and of what it is until it is complete."""
+    path = Path(name).expanduser()
+    return path, path.with_name(f"{path.name}.partial")
+
+
 class RowFile:
     """The file is called `NAME.partial` until its last row is there.
 
@@ -35,15 +55,12 @@ class RowFile:
         Raises a UserError, before any work, where the file is there already, and where there is
         nothing to `resume`, or something that was made with other settings.
         """
-        self.path = Path(name).expanduser()
-        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        check_place(name, resume=resume)
+        self.path, self.partial = _paths(name)
         self._about = self.path.with_name(f"{self.path.name}.partial.json")
         self.settings = dict(settings)  # with which the first of the rows were made
         self._resumed: dict[str, Any] = {}
         self.rows: list[Row] = []  # those that were there before
-        if self.path.exists():
-            done = ", and is complete: nothing is left to be made" * resume
-            raise UserError(f"{name} exists{done}; remove it or choose another --out.")
         if resume:
             self._resumed = self._read_about()
             changed = changed_settings(self._resumed["settings"], settings, free)
@@ -53,11 +70,6 @@ class RowFile:
                     "remove it:\n" + "\n".join(f"  - {line}" for line in changed)
                 )
             self.settings = self._resumed["settings"]
-        elif self.partial.exists():
-            raise UserError(
-                f"{self.partial} has rows of a command that failed: go on from there with "
-                "--resume, or remove it."
-            )
 
     @contextmanager
     def open(self, data: str, batch: int) -> Iterator[Callable[[list[Row]], None]]:

@@ -46,6 +46,13 @@ def json_schema(responses: Sequence[str], *, schema: dict[str, Any]) -> list[flo
             "$defs."
         )
     validator = kind(schema, registry=Registry())  # the default one fetches
+    try:
+        validator.is_valid(None)
+    except RecursionError:
+        raise UserError(
+            "json_schema: a $ref of the schema leads back to itself, so that no response is ever "
+            "told: let it lead to what describes a part of a value, such as an item."
+        ) from None
     return [float(_meets(response, validator)) for response in responses]
 
 

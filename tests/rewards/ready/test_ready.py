@@ -335,6 +335,17 @@ def test_a_reference_that_leads_nowhere(schema, reference):
 
 
 @needs("jsonschema")
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#"}, {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#"}}}]
+)
+def test_a_reference_in_a_circle(schema):
+    with pytest.raises(UserError, match="leads back to itself"):
+        json_schema(["1"], schema=schema)
+    tree = {"type": ["array", "integer"], "items": {"$ref": "#"}}  # each round has a smaller value
+    assert json_schema(["[1, [2, []]]", '["a"]'], schema=tree) == [1, 0]
+
+
+@needs("jsonschema")
 def test_a_reference_to_the_network_is_not_followed(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("it was fetched"))
     with pytest.raises(UserError, match=r"'http://localhost/a.json' .* is not fetched"):

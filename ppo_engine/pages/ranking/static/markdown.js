@@ -25,7 +25,7 @@ const DEEPEST = 6; // quotes within quotes
 export function markdown(text, depth = 0) {
   const blocks = document.createDocumentFragment();
   const lines = text.split("\n");
-  for (let at = 0; at < lines.length; ) {
+  for (let at = 0; at < lines.length;) {
     const line = lines[at];
     const fence = FENCE.exec(line);
     if (fence) {

@@ -219,7 +219,8 @@ function save() {
     tell("Give two responses a place at least; or mark all as bad (b), or skip the prompt (s).");
   } else if (missing.length && !state.asked) {
     state.asked = true;
-    const which = missing.length > 1 ? `Responses ${missing.join(", ")} have` : `Response ${missing} has`;
+    const which =
+      missing.length > 1 ? `Responses ${missing.join(", ")} have` : `Response ${missing} has`;
     tell(`${which} no place yet. Save once more to leave it so: not ranked.`);
   } else {
     decide(order.ranks);

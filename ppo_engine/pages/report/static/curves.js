@@ -52,7 +52,8 @@ class Curves {
       make(
         "span",
         { class: "hint" },
-        "Drag over a curve to zoom into all; double click for all steps; arrow keys walk along a curve.",
+        "Drag over a curve to zoom into all; double click for all steps; " +
+          "arrow keys walk along a curve.",
       ),
     );
   }

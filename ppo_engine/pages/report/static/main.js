@@ -26,7 +26,8 @@ function build() {
     make(
       "footer",
       { class: "hint" },
-      `Written ${data.made} by ppo-engine. docs/metrics.md says what each metric means, docs/failures.md what goes wrong.`,
+      `Written ${data.made} by ppo-engine. docs/metrics.md says what each metric means, ` +
+        "docs/failures.md what goes wrong.",
     ),
   );
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {

@@ -241,7 +241,8 @@ class Plot {
       const where = one.x[i] === this.cursor ? "" : ` (${unit} ${figure(one.x[i])})`;
       return `${name}${figure(one.y[i], percent)}${error}${where}`;
     });
-    this.readout.textContent = `${unit} ${figure(this.cursor)}: ${numbers.filter(Boolean).join(" · ")}`;
+    const found = numbers.filter(Boolean).join(" · ");
+    this.readout.textContent = `${unit} ${figure(this.cursor)}: ${found}`;
   }
 
   listen() {

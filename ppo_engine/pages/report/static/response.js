@@ -43,8 +43,8 @@ function promptView(turns) {
   );
 }
 
-/** The view of response number `i`; `open(k)` shows another, `shade` is the name of a colouring that
- * stays from one to the next. */
+/** The view of response number `i`; `open(k)` shows another, `shade` is the name of a colouring
+ * that stays from one to the next. */
 function responseView(step, i, shade, open) {
   const facts = [
     ...Object.entries(step.scores).map(([name, values]) => `${name} ${figure(values[i])}`),
@@ -145,7 +145,8 @@ function jumps(step, i, tokens) {
   found.sort((a, b) => b[2] - a[2]);
   const items = found.slice(0, JUMPS).map(([from, to]) => {
     const piece = oneLine(visible(step.pieces[i][from - start]), 20) || "⏎";
-    const text = `after “${piece}” (token ${from - start + 1}): ${figure(arrays.values[from])} → ${figure(arrays.values[to])}`;
+    const [was, is] = [arrays.values[from], arrays.values[to]].map((value) => figure(value));
+    const text = `after “${piece}” (token ${from - start + 1}): ${was} → ${is}`;
     return make(
       "li",
       {},
@@ -175,7 +176,12 @@ function groupView(step, i, open) {
     const scores = Object.entries(step.scores)
       .map(([of, values]) => `${of} ${figure(values[k])}`)
       .join(" · ");
-    const facts = `${scores} · advantage ${figure(meanOf(step, k, "advantages"))} · ${figure(lengthOf(step, k))} tokens · ${endOf(step, k)}`;
+    const facts = [
+      scores,
+      `advantage ${figure(meanOf(step, k, "advantages"))}`,
+      `${figure(lengthOf(step, k))} tokens`,
+      endOf(step, k),
+    ].join(" · ");
     return make(
       "li",
       { class: k === i ? "card current" : "card", "aria-current": k === i ? "true" : null },

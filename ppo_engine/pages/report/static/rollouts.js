@@ -14,7 +14,8 @@ class Rollouts {
         make(
           "p",
           { class: "hint" },
-          "No rollouts were recorded: run.record_rollouts=N records every N-th step, and run.sample_every=N some responses.",
+          "No rollouts were recorded: run.record_rollouts=N records every N-th step, " +
+            "and run.sample_every=N some responses.",
         ),
       );
   }

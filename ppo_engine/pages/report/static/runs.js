@@ -65,7 +65,8 @@ function notes(data) {
   const none = make(
     "p",
     { class: "hint" },
-    "Nothing that is looked for: docs/failures.md has what may go wrong all the same, and samples tell more than curves.",
+    "Nothing that is looked for: docs/failures.md has what may go wrong all the same, " +
+      "and samples tell more than curves.",
   );
   return part("notes", "Notes", found.length ? make("ul", { class: "notes" }, found) : none);
 }
