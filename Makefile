@@ -32,7 +32,7 @@ mutants: $(VENV)/dev.stamp  ## bugs planted in ppo_engine, one at a time: which 
 	$(BIN)/python tests/mutants.py
 
 faults: $(VENV)/dev.stamp  ## what machines, servers and files do to a run: survived or refused?
-	PYTHONPATH=kernels:.:tests $(BIN)/python -m faults
+	PYTHONPATH=kernels:.:tests $(BIN)/python -m faults --page docs/faults.md
 
 golden: $(VENV)/dev.stamp  ## write down the metrics of short runs, for this kind of CPU
 	PYTHONPATH=kernels:.:tests $(BIN)/python -m golden

@@ -4,16 +4,22 @@ The ops are called as a user would, on CPU tensors; what they launch is compiled
 instead of run. The table that comes out, a line for each kernel, configuration and target, says how
 many registers a thread and how much shared memory a block takes, and what is spilled to memory.
 `--write` puts it where tests/test_ahead_of_time.py finds it; that goes with one version of triton.
+
+To compile all takes minutes, so lines whose kernel is as it was when the committed table was made
+are taken from there, but for every tenth; `--all` compiles these too.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import hashlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +40,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-COLUMNS = ("kernel", "configuration", "target", "registers", "spilled", "shared")
+KEY = ("kernel", "configuration", "target")
+TAKES = ("registers", "spilled", "shared")
+COLUMNS = (*KEY, "source", *TAKES)
+ALWAYS = 10  # one line in so many is compiled, whatever the committed table has
 
+Row = dict[str, Any]
 Launch = tuple[JITFunction, dict[str, str], dict[str, Any], dict[Any, Any], dict[str, Any]]
 
 
@@ -343,7 +353,7 @@ def _configuration(launch: Launch) -> str:
                      f"warps={options.get('num_warps', 4)}"))  # fmt: skip
 
 
-def resources(launch: Launch, target: str) -> dict[str, int]:
+def resources(launch: Launch, target: str) -> Row:
     """Compile; what the program takes."""
     function, signature, constants, attributes, options = launch
     source = ASTSource(function, signature, constants, attributes)
@@ -376,19 +386,42 @@ def _number(pattern: str, text: str) -> int:
     return int(match.group(1))
 
 
-def table() -> list[dict[str, Any]]:
-    return [
-        {"kernel": kernel, "configuration": configuration, "target": target}
-        | resources(launch, target)
-        for (kernel, configuration), launch in sorted(launches().items(), key=lambda x: x[0])
-        for target in TARGETS
-    ]
+def _source(launch: Launch) -> str:
+    """Changes with the kernel, with what that calls, and with triton's options."""
+    function, _, _, _, options = launch
+    text = f"{function.cache_key} {sorted(options.items())}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def table(known: Mapping[tuple[str, ...], Row]) -> Iterator[Row]:
+    """The lines in their order; those of `known` are not made again while their source stands."""
+    found = sorted(launches().items(), key=lambda x: x[0])
+    for number, ((key, launch), target) in enumerate(product(found, TARGETS)):
+        row = dict(zip(KEY, (*key, target), strict=True)) | {"source": _source(launch)}
+        there = known.get((*key, target))
+        if number % ALWAYS and there is not None and there["source"] == row["source"]:
+            yield there
+        else:
+            yield row | resources(launch, target)
+
+
+def committed() -> tuple[str, dict[tuple[str, ...], Row]]:
+    """The version of triton, and the committed lines by their keys."""
+    version, _, text = TABLE.read_text().partition("\n")
+    rows = csv.DictReader(text.splitlines())
+    return version, {tuple(row[name] for name in KEY): row for row in rows}
 
 
 def main() -> None:
-    rows = table()
-    to = TABLE.open("w", newline="") if "--write" in sys.argv[1:] else sys.stdout
-    print(f"# triton {triton.__version__}", file=to)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--write", action="store_true", help=f"into {TABLE.name}")
+    parser.add_argument("--all", action="store_true", help="compile all, not what has changed")
+    options = parser.parse_args()
+    version, known = committed()
+    here = f"# triton {triton.__version__}"
+    rows = list(table({} if options.all or version != here else known))
+    to = TABLE.open("w", newline="") if options.write else sys.stdout
+    print(here, file=to)
     writer = csv.DictWriter(to, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 TABLE = SCRIPT.with_suffix(".csv")
 MOST_SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of a block
 KEY = ("kernel", "configuration", "target")
+TAKES = ("registers", "spilled", "shared")
 
 Rows = dict[tuple[str, ...], dict[str, int]]
 
@@ -26,10 +27,7 @@ def read(text: str) -> tuple[str, Rows]:
     version, _, table = text.partition("\n")
     rows = csv.DictReader(table.splitlines())
     return version, {
-        tuple(row[name] for name in KEY): {
-            name: int(x) for name, x in row.items() if name not in KEY
-        }
-        for row in rows
+        tuple(row[name] for name in KEY): {name: int(row[name]) for name in TAKES} for row in rows
     }
 
 
