@@ -55,7 +55,8 @@ def headlines() -> str:
         ]
         peaks = [f"{float(side['step']['peak_bytes']) / 2**30:.1f}" for side in (ours, theirs)]
         cells = " | ".join([*seconds, *times, *peaks])
-        what = f"{_algorithm(step)}, TRL {step['trl']}: {step['model']}, {step['dtype']}"
+        base = " with one base" if _shares_base(step) else ""
+        what = f"{_algorithm(step)}{base}, TRL {step['trl']}: {step['model']}, {step['dtype']}"
         lines.append(f"| {what} | {step['device']} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -128,6 +129,8 @@ def _e2e(command: str, rows: list[_Row]) -> str:
         against = f", against TRL {first['trl']}"
         if algorithm == "PPO":
             against += ", the last with PPO, which its owner deleted in September 2026"
+    if _shares_base(first):
+        against += ", ours by adapters in the last layers of one base (`share_base`)"
     group = first.get("group", "1")
     responses = f" x {group} responses" if group != "1" else ""
     lines = [
@@ -152,6 +155,10 @@ def _e2e(command: str, rows: list[_Row]) -> str:
 
 def _algorithm(row: _Row) -> str:
     return row.get("algorithm", "PPO")  # files from before GRPO was measured do not say
+
+
+def _shares_base(row: _Row) -> bool:
+    return row.get("share_base") == "True"
 
 
 def _learning(command: str, rows: list[_Row]) -> str:
@@ -202,7 +209,8 @@ def _demo(command: str, rows: list[_Row]) -> str:
     seconds = [float(row["seconds"]) for row in rows]
     threads = " or ".join(sorted({row["threads"] for row in rows}))
     lines = [
-        f"The demo on **{first['device']}**, {threads} threads, torch {first['torch']}, "
+        f"The demo{' with one base' if _shares_base(first) else ''} on **{first['device']}**, "
+        f"{threads} threads, torch {first['torch']}, "
         f"commit {first['commit']}, by `{command}`: the rise of VADER on held-out prompts, how "
         "many standard errors it is, and the held-out rankings that the reward model had right. "
         f"Half of the runs took at most {median(seconds):.0f} s.",
@@ -269,6 +277,7 @@ _SECTIONS = {
     "e2e.csv": _e2e,
     "e2e-fp32.csv": _e2e,
     "e2e-8bit.csv": _e2e,
+    "e2e-share-base.csv": _e2e,
     "e2e-grpo.csv": _e2e,
     "e2e-grpo-fp32.csv": _e2e,
     "passes.csv": _passes,
@@ -276,6 +285,7 @@ _SECTIONS = {
     "growth.csv": _growth,
     "rollout.csv": _rollout,
     "demo.csv": _demo,
+    "demo-share-base.csv": _demo,
     "learning.csv": _learning,
 }
 
