@@ -12,7 +12,7 @@ FUZZ_SEED ?= 0
 
 .PHONY: demo smoke test test-minimum docs-check mutants memory faults golden fuzz sanitize valgrind docs lint bench build clean
 
-demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 7 minutes on 2 cores
+demo: $(VENV)/demo.stamp  ## every stage on an embedded model, 2 to 10 minutes on 2 cores
 	$(BIN)/ppo-engine demo
 
 smoke: $(VENV)/demo.stamp  ## every stage of the demo, tiny, within a minute

@@ -17,14 +17,17 @@ from pathlib import Path
 # A script's own folder comes first on the path; the package `bench` is in the one above.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.e2e_floor import Pass, Shape, passes
-from bench.e2e_models import Sizes
+from bench.e2e_floor import Pass, Shape, passes, shared_base_passes
+from bench.e2e_models import ADAPTED_LAYERS, Sizes
 from bench.e2e_run import Contest, main
 from bench.e2e_worker import Work
 
 
 def _passes(shape: Shape, work: Work) -> dict[str, list[Pass]]:
-    return passes(shape, [len(ids) for ids in work.prompt_ids], work.new_tokens, work.epochs)
+    lengths = [len(ids) for ids in work.prompt_ids]
+    if work.share_base:
+        return shared_base_passes(shape, ADAPTED_LAYERS, lengths, work.new_tokens, work.epochs)
+    return passes(shape, lengths, work.new_tokens, work.epochs)
 
 
 def _same(work: Work) -> list[str]:

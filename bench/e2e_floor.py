@@ -24,16 +24,26 @@ Of GRPO, whose rewards are a function's and which has no critic, the same but fo
     advantages  the pass of the reference alone
     update      epochs x 3 x forward(L_b - 1, k = B·T) of the policy
 
+Of PPO whose four roles are adapters in the last layers of one base, where a forward pass of those
+layers has their share of W and A:
+
+    generate    the same
+    score       the frozen layers below once, forward(L_b), for all roles and epochs; then the last
+                ones, forward(L_b)
+    advantages  the last layers alone
+    update      epochs x 2 x the last layers of the policy and of the critic: the base has no
+                gradient, so a backward pass multiplies once
+
 Each pass takes at least the longer of FLOP / matrix rate and bytes / read bandwidth, and the
 passes follow each other. The policy's log-probs before the update need no pass of their own: the
 sampler has computed them. Not counted, which keeps the floor below what anyone can reach: padding,
-the KV cache, activations, softmax and norms, the optimizer's bytes, the scalar heads.
+the KV cache, activations, softmax and norms, the optimizer's bytes, scalar heads, adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +62,7 @@ class Shape:
     attention: int  # A
     cache: int  # keys and values of one token, all layers
     parameters: int  # all of them, a tied embedding counted once
+    layers: int = 1
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -67,6 +78,16 @@ class Shape:
             attention=attention,
             cache=2 * attention // config.num_attention_heads * config.num_key_value_heads,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            layers=config.num_hidden_layers,
+        )
+
+    def some(self, layers: int) -> Shape:
+        """That of so many of its layers, which are alike, with the head."""
+        return replace(
+            self,
+            layer_weights=self.layer_weights * layers // self.layers,
+            attention=self.attention * layers // self.layers,
+            layers=layers,
         )
 
     @property
@@ -111,6 +132,22 @@ def passes(
         "score": [forward(shape, whole)],
         "advantages": [policy, critic],  # the reference is the policy's equal
         "update": [policy.times(3, 2), critic.times(3, 2)] * epochs,
+    }
+
+
+def shared_base_passes(
+    shape: Shape, adapted: int, prompts: Sequence[int], new_tokens: int, epochs: int
+) -> dict[str, list[Pass]]:
+    """The same of PPO by adapters in the last `adapted` layers of one base."""
+    frozen, last = shape.some(shape.layers - adapted), shape.some(adapted)
+    whole = [length + new_tokens for length in prompts]
+    found = passes(last, prompts, new_tokens, epochs)
+    policy, critic = found["advantages"]
+    return {
+        "generate": passes(shape, prompts, new_tokens, epochs)["generate"],
+        "score": [forward(frozen, whole), *found["score"]],
+        "advantages": [policy, critic],
+        "update": [policy.times(2, 2), critic.times(2, 2)] * epochs,
     }
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import e2e_models, e2e_ours, e2e_run, e2e_worker
 from bench.e2e import PPO
 from bench.e2e_compare import Side, compare, rows
-from bench.e2e_floor import Pass, Shape, floors, forward, grpo_passes, passes
+from bench.e2e_floor import Pass, Shape, floors, forward, grpo_passes, passes, shared_base_passes
 from bench.e2e_grpo import GRPO
 from bench.e2e_models import Sizes, model_config, needed_bytes, prepare
 from bench.e2e_run import Contest, main, reason_to_skip, trl_version
@@ -114,6 +114,18 @@ def test_a_group_reads_its_prompt_once_and_grpo_has_no_critic() -> None:
     assert decode == each["generate"][1]
     assert found["score"] == [] and found["advantages"] == each["advantages"][:1]
     assert found["update"] == each["update"][:1]
+
+
+def test_one_base_is_read_once_below_the_adapters_and_has_no_gradient() -> None:
+    shape = replace(SHAPE, layer_weights=120, attention=12, layers=4)
+    found = shared_base_passes(shape, 1, [3, 1], new_tokens=2, epochs=2)
+    last = replace(SHAPE, layer_weights=30, attention=3)
+    assert found["generate"] == passes(shape, [3, 1], 2, 1)["generate"]
+    below = Pass(2 * 90 * 8 + 4 * 9 * (15 + 6), 90)
+    assert found["score"] == [below, forward(last, [5, 3])]
+    policy, critic = found["advantages"]
+    assert policy == forward(last, [4, 2], logits=4) and critic == forward(last, [4, 2])
+    assert found["update"] == [policy.times(2, 2), critic.times(2, 2)] * 2
 
 
 def test_a_pass_takes_the_longer_of_products_and_reads() -> None:
