@@ -113,6 +113,20 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert not [file for file in run.iterdir() if file.name.endswith(".partial")]
 
 
+def test_a_run_writes_over_what_a_kill_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_run(tmp_path / "run")
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(os, "replace", lambda *_: os._exit(0))  # as killed: no clean-up
+        LivePage(1, pytest.fail).write(run)
+    os.waitpid(child, 0)
+    assert [file for file in run.iterdir() if file.name.endswith(".partial")]
+    LivePage(1, pytest.fail).write(run)
+    assert not [file for file in run.iterdir() if file.name.endswith(".partial")]
+
+
 def test_several_runs_share_the_room_for_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,8 +168,8 @@ def test_a_page_while_the_run_goes_on_takes_a_hundredth_of_the_time(
 ) -> None:
     clock, written = Clock(), []
 
-    def write(runs: list[Path], path: Path) -> None:
-        assert path == runs[0] / NAME
+    def write(runs: list[Path], path: Path, *, by_run: bool) -> None:
+        assert path == runs[0] / NAME and by_run
         written.append(clock.now)
         clock.now += 2.0  # it takes so long
 

@@ -34,7 +34,7 @@ class LivePage:
         """Write it now."""
         began = self._clock()
         try:
-            write_page([run], run / NAME)
+            write_page([run], run / NAME, by_run=True)
         except Exception as error:
             if not self._told:
                 why = f"{type(error).__name__}: {first_line(error)}".rstrip(".")

@@ -30,13 +30,16 @@ _PROGRAM = (
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
-def write_page(runs: Sequence[str | Path], path: str | Path) -> None:
+def write_page(runs: Sequence[str | Path], path: str | Path, *, by_run: bool = False) -> None:
     """Write the page of these run folders, over each other where there are several, to `path`:
-    whole or not at all. An OSError where that cannot be written."""
+    whole or not at all. An OSError where that cannot be written.
+
+    A run itself and those who look at it may write it at once, so each has an unfinished file of
+    its own. The run's (`by_run`) has one name, so that it writes over what a kill has left of it.
+    """
     path = Path(path)
     text = page([Path(run) for run in runs])
-    # Another process may be writing it too: the run itself, while somebody looks at it.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{'run' if by_run else os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="\n")
         os.replace(partial, path)
