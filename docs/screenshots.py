@@ -54,9 +54,10 @@ _EXCERPT = """() => {
         .forEach((one) => one.remove());
     drop("#curves .fold", 1);
     drop("#curves .curve", 4);
-    drop("#rollouts table.sorted tbody tr", 4);
-    drop("#curves .hint:not(.unit), #held-out, #settings, .runs .hint", 0);
-    for (const name of document.querySelectorAll("h1, .runs b")) name.textContent = "runs/demo/ppo";
+    drop("#rollouts table.sorted tbody tr", 3);
+    drop("#curves .hint:not(.unit), #curves .controls, .runs, .jumps, nav, footer", 0);
+    drop("#held-out, #settings", 0);
+    document.querySelector("h1").textContent = "runs/demo/ppo";
 }"""
 
 
@@ -116,7 +117,7 @@ def report(browser: Browser, run: Path | None) -> None:
         page.evaluate(_EXCERPT)
         page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(1_000)  # curves are drawn as they come into sight
-        page.screenshot(path=DOCS / "report.png")
+        page.screenshot(path=DOCS / "report.png", full_page=True)
 
 
 if __name__ == "__main__":
