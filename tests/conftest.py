@@ -56,6 +56,15 @@ def _seeded() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Of curves: they take longer than the short runs of tests; test_report draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ppo", "supervised"):
+            patch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(params=["native bf16", "no native bf16"])
 def either_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A CPU that multiplies bfloat16 and float16 itself, where `auto` computes in bfloat16, and one

@@ -30,6 +30,8 @@ from ppo_engine import (
 from ppo_engine.run.signs import Watch, findings, ppo_signs, signs_of, supervised_signs
 from ppo_engine.training.ppo import PPOTrainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 GRPO = {"estimator": "grpo", "group_size": 2}
 SAME = "all 4 responses have the same score"
 EQUAL = "no group of 2 responses to a prompt has a spread of scores"
@@ -41,12 +43,6 @@ IDLE = "updates change no token's probability"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("ppo", "supervised"):
-        monkeypatch.setattr(f"ppo_engine.training.{module}.write_curves", lambda *_: None)
 
 
 def constant(prompts: list[str], responses: list[str]) -> list[float]:

@@ -35,18 +35,14 @@ from ppo_engine.errors import UserError
 from ppo_engine.models.finite import SKIPPED_IN_A_ROW, NotFiniteError, Skips
 from ppo_engine.run.checkpoint import random_states
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 NAN = math.nan
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ppo", "supervised"):
-        monkeypatch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
 
 
 def quiet() -> Console:

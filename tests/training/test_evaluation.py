@@ -45,6 +45,8 @@ from ppo_engine.training.evaluation import (
 )
 from ppo_engine.training.ppo import PPOTrainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 PROMPTS = [f"Prompt {i}" for i in range(6)]
 HELD_OUT = ["Why?", "A longer question", "And this one", "x y z", "Tell me more"]
 LORA = LoraConfig(rank=4)
@@ -87,12 +89,6 @@ def train_noisy(model: str, settings: PPOConfig, reward: Any = noisy) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes longer than these runs; test_report draws it."""
-    monkeypatch.setattr("ppo_engine.training.ppo.write_curves", lambda *_: None)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from ppo_engine.errors import Stopped, UserError
 from ppo_engine.models.reader import Limit
 from ppo_engine.training.samples import show_samples
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class Failing:
     """What `function` does, until its call of number `at` (from 1) raises `error`."""
@@ -54,12 +56,6 @@ def handled() -> Iterator[Callable[[int, Any], None]]:
     yield handle
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ppo", "supervised"):
-        monkeypatch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
 
 
 def fails(trainer: Any, path: str, at: int, error: type[BaseException]) -> Failing:

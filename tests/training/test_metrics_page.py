@@ -41,7 +41,7 @@ def pattern(name: str) -> re.Pattern[str]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def written(tmp_path_factory: pytest.TempPathFactory, no_pictures: None) -> set[str]:
     """The names in metrics.jsonl of runs that, together, write all there are."""
     path = tmp_path_factory.mktemp("runs")
     model = tiny_model_folder(path)
@@ -51,9 +51,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     def run(name: str) -> RunConfig:
         return RunConfig(output_dir=str(path / name), dtype="float32")
 
-    picture = pytest.MonkeyPatch()  # takes longer than these runs; test_report draws it
-    for trainer in ("ppo", "supervised"):
-        picture.setattr(f"ppo_engine.training.{trainer}.write_curves", lambda *_: None)
     SFTTrainer(model, answers, SFTConfig(run=run("sft"))).train()
     RewardModelTrainer(model, pairs, RewardModelConfig(run=run("reward"))).train()
 
@@ -70,7 +67,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     grpo = {"estimator": "grpo", "group_size": 2, "kl_in": "loss"}
     settings = config(path / "grpo", ppo=grpo, on_bad_numbers="skip")
     PPOTrainer(model, length_reward, PROMPTS, config=settings).train()
-    picture.undo()
     return {name for file in path.glob("*/metrics.jsonl") for row in rows(file) for name in row}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +19,7 @@ from ppo_engine.training import recording
 from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.training.recording import Recorder
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_picture() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("ppo", "supervised"):
-            patch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,9 @@ from ppo_engine.settings.schema import EnvironmentConfig, GenerationConfig
 from ppo_engine.training.recording import trained_fingerprints
 from ppo_engine.training.replay import Replayed, _engine_before, _update, replay
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 GRPO = {"estimator": "grpo", "group_size": 2, "kl_in": "loss"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_picture() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("ppo", "supervised"):
-            patch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -25,18 +25,14 @@ from ppo_engine.training.ppo import PPOTrainer
 from ppo_engine.training.reward import RewardModelTrainer
 from ppo_engine.training.sft import SFTTrainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 Rows = list[dict[str, Any]]
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     return tiny_model_folder(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ppo", "supervised"):
-        monkeypatch.setattr(f"ppo_engine.training.{name}.write_curves", lambda *_: None)
 
 
 def numbers(prompts: Any, responses: Any, number: Any) -> list[float]:
