@@ -22,8 +22,8 @@ from ppo_kernels.sequences import padded, places_inside, token_means
 def token_arrays(
     experience: Experience, after: Tensor, settings: PPOSettings
 ) -> dict[str, np.ndarray]:
-    """Of each token of a step, as `RolloutRecord.arrays` has them; `after` are the log-probs of the
-    policy when it has learned from them, `[B, T]` fp32."""
+    """Of each token of a step, and of all, as `RolloutRecord.arrays` has them; `after` are the
+    log-probs of the policy when it has learned from them, `[B, T]` fp32."""
     rollout = experience.rollout
     log_ratio = torch.where(rollout.mask, after - experience.logprobs, 0.0)
     numbers = {
@@ -41,6 +41,9 @@ def token_arrays(
     prompts, responses = zip(*rollout.written, strict=True)
     real = rollout.response_mask.cpu()
     found = {name: x.cpu()[real] for name, x in numbers.items() if x is not None}
+    found["moments"] = experience.moments.cpu()
+    if experience.rounding is not None:
+        found["rounding"] = experience.rounding.cpu()
     found |= _packed("tokens", "cu_seqlens", responses)
     found |= _packed("prompt_tokens", "prompt_cu_seqlens", prompts)
     return {name: x.numpy() for name, x in found.items()}
@@ -63,7 +66,7 @@ def restored(record: RolloutRecord, settings: PPOSettings, device: torch.device)
         return tokens(name) if name in arrays else None
 
     def numbers(x: Any) -> Tensor:
-        return torch.tensor(x, dtype=torch.float32, device=device)
+        return torch.as_tensor(x, dtype=torch.float32, device=device)
 
     mask, logprobs = tokens("mask"), tokens("logprobs")
     # Padded on the left: turned around, then back.
@@ -90,13 +93,13 @@ def restored(record: RolloutRecord, settings: PPOSettings, device: torch.device)
         advantages=tokens("advantages"),
         kl=numbers(record.kl),
         kl_coef=numbers(update.kl_coef),
-        moments=numbers(update.moments),
+        moments=numbers(arrays["moments"]),
         entropy=known("entropy"),
         policy_version=update.policy_version,
         values=known("values"),
         returns=known("returns"),
         is_weights=importance_weights(rollout, logprobs, settings.importance_cap),
-        rounding=None if update.rounding is None else numbers(update.rounding),
+        rounding=numbers(arrays["rounding"]) if "rounding" in arrays else None,
         sampled=update.sampled,
     )
 

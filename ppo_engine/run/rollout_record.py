@@ -32,8 +32,6 @@ class UpdateState:
 
     policy_version: int  # optimizer steps that the policy had taken
     kl_coef: float
-    moments: list[float]  # [3] (count, mean, M2) of the advantages
-    rounding: list[float] | None  # [B] by how much rounding alone may change a score
     sampled: bool  # whether `logprobs` are the sampler's
     width: int  # columns of the padded responses, which decide how sums are rounded
     pass_tokens: int  # at most, in a forward pass
@@ -60,6 +58,8 @@ class RolloutRecord:
     advantages                  not whitened
     ratio                       policy after the update / before it (`logprobs`)
     clipped [N] bool            whether `clip_range` holds that ratio
+    moments [3] float32         (count, mean, M2) of the advantages; M2 may have become infinite
+    rounding [B] float32        by how much rounding alone may change a score, where it is known
     random_shuffle, random_torch uint8      states of generators before the update
     """
 

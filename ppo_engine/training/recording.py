@@ -71,8 +71,6 @@ class Recorder:
         state = UpdateState(
             policy_version=experience.policy_version,
             kl_coef=float(experience.kl_coef),
-            moments=experience.moments.tolist(),
-            rounding=None if experience.rounding is None else experience.rounding.tolist(),
             sampled=experience.sampled,
             width=experience.rollout.mask.shape[1],
             weights=trained_fingerprints(engine),

@@ -23,8 +23,6 @@ from ppo_engine.sealed import SUMS, Damaged
 UPDATE = UpdateState(
     policy_version=3,
     kl_coef=0.1,
-    moments=[3.0, 1 / 3, 0.7],
-    rounding=[1e-7, 2e-7],
     sampled=False,
     width=4,
     weights={"policy": "ab"},
