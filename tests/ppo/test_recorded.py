@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from rollouts import ROWS, SCORES, length, move, moved_engine, rollout_of, tokens_of
 from torch import Tensor
+from torch.nn.functional import pad
 from trainers import same
 
 from ppo_engine.models.optimizer import trainable_state
@@ -73,6 +74,17 @@ def test_an_experience_comes_back_to_the_bit(tmp_path: Path, ppo: dict[str, Any]
     for name in ("mask", "prompt_mask", "finished", "response_mask"):
         assert torch.equal(getattr(rollout, name), getattr(again, name)), name
     assert (rollout.prompts, rollout.responses) == (again.prompts, again.responses)
+
+
+def test_padding_is_as_wide_as_it_was(tmp_path: Path) -> None:
+    """Beyond the longest response too."""
+    engine, rollout = moved_engine(), rollout_of()
+    columns = {"response_ids": 0, "mask": False, "environment_mask": False}
+    wider = {name: pad(getattr(rollout, name), (0, 3), value=x) for name, x in columns.items()}
+    before = engine.estimate_advantages(replace(rollout, **wider), torch.tensor(SCORES))
+    after = restored(recorded(engine, before, tmp_path / "run"), engine.config.ppo, engine.device)
+    assert torch.equal(after.rollout.mask, before.rollout.mask)
+    assert torch.equal(after.advantages, before.advantages)
 
 
 def test_numbers_stand_at_their_tokens(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def test_which_steps_there_are(tmp_path: Path) -> None:
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
-    for name in ("rollout.json", "rollout.safetensors"):
-        folder = tmp_path / name
+    for number, name in enumerate(("rollout.json", "rollout.safetensors")):
+        folder = tmp_path / str(number)
         write_record(folder, RECORD)
         file = folder / name
         content = bytearray(file.read_bytes())
