@@ -253,6 +253,10 @@ class PPOEngine:
                 "the critic's values are": values,
                 "the advantages are": shaped.advantages,
                 "the returns are": None if values is None else shaped.returns,
+                # By which they are whitened: of all responses together.
+                "the advantages' squares are": shaped.moments[2].expand(len(rollout))
+                if settings.whiten_advantages
+                else None,
             }
         )
         kl_coef = self.kl.coef.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,16 @@ def test_one_response_of_many_is_named():
     with pytest.raises(NotFiniteError, match=r"4 of 8, to 'Once .*; response 8 of 8, ") as caught:
         engine.estimate_advantages(rollout, scores)
     assert caught.value.samples == (3, 7)
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_scores_whose_squares_are_beyond_float32(whitened):
+    """Their advantages are whitened by an infinite deviation; as they are, they are finite."""
+    engine = make_engine(ppo={"whiten_advantages": whitened})
+    rollout = engine.generate(SHORT)
+    refused = pytest.raises(NotFiniteError, match="the advantages' squares are not finite, in ")
+    with refused if whitened else nullcontext():
+        engine.estimate_advantages(rollout, [1e38] * len(rollout))
 
 
 @pytest.mark.parametrize("of", ["policy", "critic"])
