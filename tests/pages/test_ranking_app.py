@@ -9,6 +9,7 @@ from ranking import candidates, read_rows
 
 pytest.importorskip("starlette", reason="pip install 'ppo-engine[pages]'")
 
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from ppo_engine.pages.guard import LARGEST_BODY, Guard, is_own_name, new_token
@@ -150,7 +151,18 @@ def test_every_answer_has_the_headers(client):
         assert answer.headers["cache-control"] == "no-store"
 
 
-@pytest.mark.parametrize("path", ["/", "/task", "/T/", f"/{TOKEN[1:]}/", f"/{TOKEN}x/", "//"])
+WITHOUT = ["/", "/task", "/T/", f"/{TOKEN[1:]}/", f"/{TOKEN}x/", "//"]
+
+
+@pytest.mark.parametrize("path", WITHOUT)
+def test_without_the_token_no_app_is_asked(path):
+    """Whatever that would answer."""
+    client = TestClient(Guard(PlainTextResponse("mine"), TOKEN, "127.0.0.1"), base_url=HOST)
+    assert client.get(f"/{TOKEN}/").text == "mine"
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", WITHOUT)
 def test_without_the_token_nothing_is_there(client, path):
     answer = client.get(path)
     assert answer.status_code == 404 and "Question" not in answer.text
