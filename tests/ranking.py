@@ -42,8 +42,9 @@ class Server:
     """`ppo-engine rank` as a process; `address` is the page's."""
 
     def __init__(self, file: Path, out: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "ppo_engine", "rank", str(file), "--out", str(out)]
-        before = os.environ.get("PYTHONPATH", "")  # of a copy with a planted bug, say
+        # -P, and what PYTHONPATH has first: of a copy with a planted bug, say.
+        command = [sys.executable, "-P", "-m", "ppo_engine", "rank", str(file), "--out", str(out)]
+        before = os.environ.get("PYTHONPATH", "")
         paths = {"PYTHONPATH": f"{before}:{ROOT}/kernels:{ROOT}"}
         self.process = subprocess.Popen(
             [*command, "--no-browser", *options], env=os.environ | paths, text=True,
