@@ -10,12 +10,11 @@ learned.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,39 +114,40 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     sentiment = load_vader()
     scale = SMOKE if config.smoke else ONE_BASE if config.share_base else FULL
     started = time.perf_counter()
-    with _model_folder(config, console) as model:
-        run = RunDirectory(config.output_dir, config, command="demo")
-        console.print(
-            "VADER, a word-list measure of sentiment from -1 to 1, stands in for the people who "
-            f"would rank the answers. {config.algorithm.upper()} sees only the reward model "
-            "trained on those rankings."
-        )
-        rankings = _rank_candidates(model, scale, config, sentiment, console)
-        run.log_samples(0, rankings)
+    model = _model(config, console)
+    run = RunDirectory(config.output_dir, config, command="demo")
+    if not model:  # beside what it becomes: a replay begins with it
+        model = str(run.path / "model")
+        save_tiny_model(Path(model), config.seed)
+    console.print(
+        "VADER, a word-list measure of sentiment from -1 to 1, stands in for the people who "
+        f"would rank the answers. {config.algorithm.upper()} sees only the reward model "
+        "trained on those rankings."
+    )
+    rankings = _rank_candidates(model, scale, config, sentiment, console)
+    run.log_samples(0, rankings)
 
-        with tempfile.TemporaryDirectory(prefix="ppo-engine-") as shallow:
-            if not config.share_base:
-                save_lower_layers(model, scale.reward_depth, shallow)
-            reward_trainer = RewardModelTrainer(
-                preferences=clear_pairs(rankings),
-                config=_reward_config(
-                    model if config.share_base else shallow, scale, config, run.path
-                ),
-                console=console,
-            )
-            reward_metrics = reward_trainer.train()
-        chat = bool(reward_trainer.tokenizer.chat_template)
-        del reward_trainer  # its optimizer's memory
-
-        held_out = [prompt_about(topic, chat=chat) for topic in HELD_OUT_TOPICS[: scale.held_out]]
-        lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in held_out)
-        (run.path / _HELD_OUT).write_text("".join(lines), encoding="utf-8")
-        trainer = PPOTrainer(
-            config=_policy_config(model, scale, config, run.path),
-            prompts=[prompt_about(topic, chat=chat) for topic in TRAINING_TOPICS[: scale.topics]],
+    with tempfile.TemporaryDirectory(prefix="ppo-engine-") as shallow:
+        if not config.share_base:
+            save_lower_layers(model, scale.reward_depth, shallow)
+        reward_trainer = RewardModelTrainer(
+            preferences=clear_pairs(rankings),
+            config=_reward_config(model if config.share_base else shallow, scale, config, run.path),
             console=console,
         )
-        trainer.train()
+        reward_metrics = reward_trainer.train()
+    chat = bool(reward_trainer.tokenizer.chat_template)
+    del reward_trainer  # its optimizer's memory
+
+    held_out = [prompt_about(topic, chat=chat) for topic in HELD_OUT_TOPICS[: scale.held_out]]
+    lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in held_out)
+    (run.path / _HELD_OUT).write_text("".join(lines), encoding="utf-8")
+    trainer = PPOTrainer(
+        config=_policy_config(model, scale, config, run.path),
+        prompts=[prompt_about(topic, chat=chat) for topic in TRAINING_TOPICS[: scale.topics]],
+        console=console,
+    )
+    trainer.train()
     before, after = (
         _measured(run.path / config.algorithm, step, sentiment) for step in (0, scale.steps)
     )
@@ -228,18 +228,12 @@ def _measured(run: Path, step: int, sentiment: Callable[[str], float]) -> Measur
     )
 
 
-@contextlib.contextmanager
-def _model_folder(config: DemoConfig, console: Console) -> Iterator[str]:
-    """The folder or name of the language model to be tuned."""
-    if config.model:
-        yield config.model
-    elif config.smoke:
-        with tempfile.TemporaryDirectory(prefix="ppo-engine-") as folder:
-            save_tiny_model(Path(folder), config.seed)
-            yield folder
-    else:
-        console.print("Model: SmolLM2-135M-Instruct (converted once, on the first run).")
-        yield model_path()
+def _model(config: DemoConfig, console: Console) -> str:
+    """The folder or name of the language model to be tuned; empty where it is to be a tiny one."""
+    if config.model or config.smoke:
+        return config.model
+    console.print("Model: SmolLM2-135M-Instruct (converted once, on the first run).")
+    return model_path()
 
 
 def _ask(prompt: Prompt) -> str:

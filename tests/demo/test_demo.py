@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -48,6 +49,7 @@ def test_smoke_runs_every_stage(tmp_path, algorithm):
     policy = load_config(PPOConfig, str(folder / algorithm / "config.yaml"))
     assert (reward.run.seed, policy.run.seed) == (1, 1)
     assert policy.reward.path == str(folder / "reward" / "reward_model")
+    assert Path(policy.policy.path, "config.json").exists()  # for a replay
 
 
 def test_smoke_on_one_base(tmp_path):
