@@ -32,11 +32,12 @@ from faults import REFUSED, SURVIVED
 _COLUMNS = ("fault", "tries", SURVIVED, REFUSED, "wrong")
 _PAGE = """# What runs are put through
 
-`make faults` plants every fault below and looks at how each run ends: **survived**, with the same
-bits as a run that nobody disturbed; **refused**, with a message and nothing half done; or
-**wrong**. It wrote this page on {machine}.
+`make faults` plants every fault below and looks at how it ends: **survived**, as if it had not been
+(a run that was killed, with the same bits as one that nobody disturbed); **refused**, with a
+message and nothing half done; or **wrong**. It wrote this page on {machine}.
 `make test` has short forms of all of them ([tests/faults/](../tests/faults/)).
 """
+_TITLES = {"http": "HTTP"}
 # By fault: how many tries ended in which way.
 Endings = Mapping[str, Counter[str]]
 
@@ -65,7 +66,9 @@ def main() -> int:
                     console.print(f"{one.fault}: {one.ending}", markup=False)
         console.print(_table(endings, f"{name}, {time.monotonic() - began:.0f} s"))
         about = inspect.cleandoc(module.__doc__ or "").partition("\n\n")[0]
-        sections.append(f"\n## {name.capitalize()}\n\n{about}\n\n{_markdown(endings)}")
+        sections.append(
+            f"\n## {_TITLES.get(name, name.capitalize())}\n\n{about}\n\n{_markdown(endings)}"
+        )
     if options.page and not wrong:
         text = _PAGE.format(machine=machine.describe(torch.device("cpu"))) + "".join(sections)
         options.page.write_text(text, encoding="utf-8")
