@@ -65,10 +65,9 @@ def main() -> int:
                     wrong += 1
                     console.print(f"{one.fault}: {one.ending}", markup=False)
         console.print(_table(endings, f"{name}, {time.monotonic() - began:.0f} s"))
+        title = _TITLES.get(name, name.capitalize())
         about = inspect.cleandoc(module.__doc__ or "").partition("\n\n")[0]
-        sections.append(
-            f"\n## {_TITLES.get(name, name.capitalize())}\n\n{about}\n\n{_markdown(endings)}"
-        )
+        sections.append(f"\n## {title}\n\n{about}\n\n{_markdown(endings)}")
     if options.page and not wrong:
         text = _PAGE.format(machine=machine.describe(torch.device("cpu"))) + "".join(sections)
         options.page.write_text(text, encoding="utf-8")
