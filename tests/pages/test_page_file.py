@@ -120,8 +120,11 @@ def test_a_run_writes_over_what_a_kill_left(
     child = os.fork()
     if not child:
         monkeypatch.setattr(os, "replace", lambda *_: os._exit(0))  # as killed: no clean-up
-        LivePage(1, pytest.fail).write(run)
-    os.waitpid(child, 0)
+        try:
+            LivePage(1, pytest.fail).write(run)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
     assert [file for file in run.iterdir() if file.name.endswith(".partial")]
     LivePage(1, pytest.fail).write(run)
     assert not [file for file in run.iterdir() if file.name.endswith(".partial")]
