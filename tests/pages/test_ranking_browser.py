@@ -3,11 +3,13 @@ harm."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import signal
 import threading
 
+import http_server
 import pytest
 from browser import chromium
 from ranking import Server, read_rows, row, served, write_rows
@@ -350,6 +352,19 @@ def test_what_is_not_saved_is_told_and_stays(page, files):
         page.get_by_text("The server does not answer").wait_for()
         assert page.locator("#places").inner_text() == before
     assert not out.exists()
+
+
+def test_an_answer_that_breaks_off_is_told_as_none(page, files):
+    """As where the server is killed between the head of an answer and its body."""
+    source, out = files()
+    broken = http_server.Server()
+    broken.last = http_server.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+    with served(source, out, "--annotator", "ada") as server, contextlib.closing(broken):
+        begin(page, server.address, name="")
+        page.route("**/decision", lambda route: route.continue_(url=broken.url))
+        press_best_first(page)
+        page.keyboard.press("Enter")
+        page.get_by_text("The server does not answer").wait_for()
 
 
 def test_two_people_at_once(browser, files):

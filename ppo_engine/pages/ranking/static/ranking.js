@@ -26,18 +26,27 @@ async function ask(path, body = null) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ annotator: state.annotator, ...body }),
   };
-  let answer;
+  let answer, text;
   try {
     answer = await fetch(url, sent ?? {});
+    text = await answer.text(); // may break off after the head of an answer
   } catch {
     throw new Error(
       "The server does not answer, so nothing is saved from now on. Start the same `ppo-engine " +
         "rank` again and open the address that it prints: what was saved is there.",
     );
   }
-  if (answer.ok) return answer.json();
-  const told = await answer.json().catch(() => ({}));
-  throw new Error(told.error ?? `The server refused: ${answer.status}.`);
+  if (answer.ok) return JSON.parse(text);
+  throw new Error(mistake(text) ?? `The server refused: ${answer.status}.`);
+}
+
+// What the server says is wrong; undefined where it says so in no JSON.
+function mistake(text) {
+  try {
+    return JSON.parse(text).error;
+  } catch {
+    return undefined;
+  }
 }
 
 // Runs one thing at a time; what goes wrong is told, and what is on the page stays.
