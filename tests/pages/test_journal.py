@@ -113,6 +113,34 @@ def test_rows_of_others_are_refused(tmp_path):
             Journal(file)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"# Notes\n- a last line without an end",
+        b"notes in one line",
+        b"PAR1\x00\xff",
+        b'{"a": 1}\n{"b": 2}',
+        b'{"a": 1}\n{"b": ',
+        b'{"a": 1}',
+    ],
+)
+def test_a_file_of_something_else_stays_as_it_was(tmp_path, content):
+    file = tmp_path / "r.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"r\.jsonl"):
+        Journal(file)
+    assert file.read_bytes() == content
+
+
+def test_what_is_no_number_is_null_and_can_be_read_again(tmp_path):
+    journal, [one] = Journal(tmp_path / "r.jsonl"), candidates(1)
+    one.row.update(score=float("nan"), more=[{"deep": float("-inf")}, 1.5])
+    journal.put(made(one))
+    [found] = read_rows(journal.path)
+    assert (found["score"], found["more"]) == (None, [{"deep": None}, 1.5])
+    assert len([*Journal(journal.path).all()]) == 1
+
+
 def test_another_programs_change_is_not_written_over(tmp_path):
     journal, [one, two] = Journal(tmp_path / "r.jsonl"), candidates(2)
     journal.put(made(one))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_a_long_curve_keeps_its_peaks_and_ends() -> None:
     assert (min(a["y"]), max(a["y"])) == (-50.0, 50.0)
     assert (a["x"][0], a["y"][0], a["x"][-1], a["y"][-1]) == (0, 1.0, 9_999, 2.0)
     assert found["b"] == {"x": [17, 9_000], "y": [3.0, 4.0]}
+
+
+def test_a_band_has_the_points_of_its_curve() -> None:
+    draw = random.Random(0)
+    rows = [
+        {"step": step, **{name: draw.random() for name in ("a", "a_se", "objective/scores")}}
+        for step in range(10_000)
+    ]
+    for row in rows[5:]:
+        row["objective/scores_std"] = draw.random()
+    found = curves(rows)
+    assert found["a_se"]["x"] == found["a"]["x"]
+    steps = found["objective/scores"]["x"]
+    assert found["objective/scores_std"]["x"] == [step for step in steps if step >= 5]
 
 
 def test_sections_hold_every_metric_once_and_no_band() -> None:

@@ -113,6 +113,12 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert not [file for file in run.iterdir() if file.name.endswith(".partial")]
 
 
+def test_a_folder_whose_name_is_no_text_has_a_page(tmp_path: Path) -> None:
+    run = made_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xe9")))
+    write_page([run], run / NAME)
+    assert "run-?" in (run / NAME).read_text(encoding="utf-8").partition("</title>")[0]
+
+
 def test_a_run_writes_over_what_a_kill_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,12 @@ def test_curves_by_keys(show: Open, tmp_path: Path) -> None:
     canvas.hover(position={"x": 60, "y": 50})
     assert drawn(readout).startswith("step 1: ")
     assert "0.2424 to" in canvas.get_attribute("aria-label")
+    page.keyboard.press("ArrowRight")
+    for _ in range(70):  # closer than numbers can tell apart
+        page.keyboard.press("+")
+    page.keyboard.press("Escape")
+    canvas.hover(position={"x": 60, "y": 50})
+    assert drawn(readout).startswith("step 1: ")
 
 
 def test_curves_by_mouse(show: Open, tmp_path: Path) -> None:

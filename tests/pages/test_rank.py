@@ -34,7 +34,8 @@ def send(address, path, body=None):
 
 
 def decide(address, place):
-    body = {"annotator": "ada", "place": place, "ranks": [0, 1, 2, 3], "seconds": 2}
+    shown = send(address, f"task?annotator=ada&place={place}")["shown"]
+    body = {"annotator": "ada", "place": place, "ranks": [0, 1, 2, 3], "seconds": 2, "shown": shown}
     return send(address, "decision", body)
 
 
@@ -85,6 +86,8 @@ def test_nothing_ranked_nothing_written(files):
         (["no.jsonl", "--out", "r.jsonl"], "no.jsonl does not exist"),
         (["c.jsonl", "--out", "c.jsonl"], "--out c.jsonl is the file of candidates"),
         (["c.jsonl", "--out", "o.jsonl"], "o.jsonl:1: no 'annotator'"),
+        (["c.jsonl", "--out", "r.jsonl.gz"], "would be read as .gz"),
+        (["c.jsonl", "--out", "r.parquet"], "would be read as .parquet"),
         (["c.jsonl", "--out", "c.jsonl/r.jsonl"], "r.jsonl cannot be written: File exists"),
         (["c.jsonl", "--out", "r.jsonl", "--port", "70000"], "--port must be 0"),
         (["c.jsonl", "--out", "r.jsonl", "--host", "192.0.2.1"], "of 192.0.2.1 cannot be had"),
@@ -104,7 +107,7 @@ def test_mistakes_are_told_before_anything_is_served(
     assert cli.main(["rank", *options, "--no-browser"]) == 2
     error = capsys.readouterr().err
     assert problem in error and error.startswith("error: ")
-    assert not (tmp_path / "r.jsonl").exists()
+    assert not list(tmp_path.glob("r.*"))
 
 
 def test_an_output_in_use_is_refused(files, capsys):

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from ppo_engine.pages.guard import LARGEST_BODY, Guard, is_own_name, new_token
 from ppo_engine.pages.ranking.app import RankingPage
+from ppo_engine.pages.ranking.plan import Task, plan
 from ppo_engine.pages.ranking.work import Work
 
 TOKEN = "t" * 32
@@ -42,6 +43,12 @@ def get(client, path):
     return client.get(f"/{TOKEN}/{path}")
 
 
+def decide(client, said):
+    """Sends a decision, with what the page is shown of its task."""
+    shown = get(client, f"task?annotator={said['annotator']}&place={said['place']}").json()["shown"]
+    return post(client, "decision", said | {"shown": shown})
+
+
 def test_a_decision_from_the_first_look_to_undo(client, work, tmp_path):
     assert get(client, "session").json() == {
         "annotator": "",
@@ -57,7 +64,7 @@ def test_a_decision_from_the_first_look_to_undo(client, work, tmp_path):
         "Answer D" not in c["text"] for c in task["cards"]
     ]
     said = {"annotator": "ada", "place": 0, "ranks": [2, 0, None, 2], "seconds": 3.14}
-    following = post(client, "decision", said).json()
+    following = decide(client, said).json()
     assert (following["place"], following["done"], following["secondsLeft"]) == (1, 1, 3.1 * 2)
     [row] = read_rows(tmp_path / "r.jsonl")
     by_card = [row["ranks"][number] for number in row["order"]]
@@ -80,7 +87,7 @@ def test_a_decision_from_the_first_look_to_undo(client, work, tmp_path):
 def test_at_the_end_it_says_so(client):
     for place in range(3):
         mark = {"annotator": "ada", "place": place, "mark": "skipped", "seconds": 1}
-        last = post(client, "decision", mark).json()
+        last = decide(client, mark).json()
     assert "place" not in last and last["done"] == last["total"] == 3 and last["previous"] == 2
     assert "Nothing was ranked a second time yet" in last["agreement"]
     assert get(client, "agreement?annotator=ada").json() == last["agreement"]
@@ -90,7 +97,7 @@ def test_whom_the_command_names_is_the_one(work, tmp_path):
     page = RankingPage(work, annotator="Ada")
     client = TestClient(Guard(page.app(TOKEN), TOKEN, "127.0.0.1"), base_url=HOST)
     assert get(client, "session").json()["annotator"] == "Ada"
-    post(client, "decision", {"annotator": "eve", "place": 0, "mark": "all_bad", "seconds": 1})
+    decide(client, {"annotator": "eve", "place": 0, "mark": "all_bad", "seconds": 1})
     assert read_rows(tmp_path / "r.jsonl")[0]["annotator"] == "Ada"
 
 
@@ -108,16 +115,41 @@ def test_whom_the_command_names_is_the_one(work, tmp_path):
     ],
 )
 def test_a_mistake_is_told_in_words(client, body, problem):
-    answer = post(client, "decision", body)
+    found = get(client, "task?annotator=a&place=0").json()
+    answer = post(client, "decision", body and body | {"shown": found["shown"]})
     assert answer.status_code == 400 and problem in answer.json()["error"]
 
 
 def test_what_is_not_kept_is_told(client, work):
     work.out.write_text("another program's\n")
     said = {"annotator": "ada", "place": 0, "ranks": [0, 1, 2, 3], "seconds": 1}
-    answer = post(client, "decision", said)
-    assert answer.status_code == 400 and "Not kept" in answer.json()["error"]
+    answer = decide(client, said)
+    assert answer.status_code == 400 and "another program" in answer.json()["error"]
     assert get(client, "task?annotator=ada").json()["done"] == 0
+
+
+def test_ranks_are_kept_of_the_cards_that_were_shown(tmp_path):
+    """What comes again is shuffled otherwise than it was ranked first, so that a page that shows it
+    before that, in another tab, shows it otherwise."""
+    work = Work(candidates(20), tmp_path / "r.jsonl", 0)
+    page = RankingPage(work, annotator="ada")
+    client = TestClient(Guard(page.app(TOKEN), TOKEN, "127.0.0.1"), base_url=HOST)
+    tasks = plan(20, 0, "ada")
+    [again] = [place for place, task in enumerate(tasks) if task.again]
+    first = tasks.index(Task(tasks[again].candidate))
+    ranked = {"ranks": [0, 1, 2, 3], "seconds": 1}
+    before = get(client, f"task?place={again}").json()
+    decide(client, ranked | {"annotator": "ada", "place": first})
+    after = get(client, f"task?place={again}").json()
+    assert before["shown"] != after["shown"] and before["cards"] != after["cards"]
+    late = post(client, "decision", ranked | {"place": again, "shown": before["shown"]})
+    assert late.status_code == 400 and "Load this page again" in late.json()["error"]
+    assert not work.repeats.path.exists()
+    post(client, "decision", ranked | {"place": again, "shown": after["shown"]})
+    [kept] = read_rows(work.repeats.path)
+    best = kept["responses"][kept["ranks"].index(0)]
+    assert best == after["cards"][0]["text"]
+    work.close()
 
 
 def test_its_files_and_nothing_else(client):

@@ -325,20 +325,83 @@ def test_markdown_code_and_direction(page, files):
     with served(source, out, "--annotator", "ada") as server:
         begin(page, server.address, name="")
         card = page.locator(".card", has_text="Title")
-        found = {name: card.locator(f".text {name}").first.inner_text() for name in (
-            "h4", "strong", "em", "code", "ul ul li", "ol li", "pre", "blockquote",
-        )}  # fmt: skip
+        names = "h4", "strong", "em", "code", "ul ul li", "ol li", ".language", "pre", "blockquote"
+        found = {name: card.locator(f".text {name}").first.inner_text() for name in names}
         assert found == {
             "h4": "Title", "strong": "bold", "em": "slanted", "code": "word", "ul ul li": "inside",
-            "ol li": "three", "pre": "def f(x):\n    return x < 1", "blockquote": "quoted",
+            "ol li": "three", ".language": "python", "pre": "def f(x):\n    return x < 1",
+            "blockquote": "quoted",
         }  # fmt: skip
-        assert card.locator("ol").get_attribute("start") == "3"
+        assert card.locator("ol li").get_attribute("value") == "3"
         assert card.get_by_text("text (https://example.org)").count() == 1
         assert card.get_by_text("2 * 3 * 4 and a_b_c").count() == 1
         other = page.locator(".card", has_text="English")
         assert other.locator("p").first.evaluate("e => getComputedStyle(e).direction") == "rtl"
         assert other.locator("p").last.evaluate("e => getComputedStyle(e).direction") == "ltr"
         assert other.locator(".cut").inner_text() == "cut off" and not card.locator(".cut").count()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("```SELECT 1;```", "SELECT 1;"),
+        ("```\na\n``` And so it prints 3.\n```\nb", "a\n``` And so it prints 3.\n\nb"),
+        ("~~~~\na\n~~~\n~~~~~ \nb", "a\n~~~\n\nb"),
+        ("x ** 2 + y ** 2, 2*a*3, a**2 + b**2", "x ** 2 + y ** 2, 2*a*3, a**2 + b**2"),
+        ("**a** and *b*, (**c**)", "a and b, (c)"),
+        ("1. Pros\n- good\n- cheap\n2. Cons\n5) last", "Pros\ngood\ncheap\nCons\nlast"),
+        ("- a\n  1. b\n  - c\n- d", "a\nb\nc\nd"),
+    ],
+)
+def test_markdown_hides_nothing_of_a_text(page, files, text, shown):
+    source, out = files([{"prompt": "p", "responses": [text, "other"]}])
+    with served(source, out, "--annotator", "ada") as server:
+        begin(page, server.address, name="")
+        card = page.locator(".card", has_not_text="other").locator(".text")
+        lines = "\n".join(line.strip() for line in card.inner_text().split("\n"))
+        assert lines.replace("\n\n", "\n").strip() == shown.replace("\n\n", "\n")
+        numbers = card.locator("ol > li").evaluate_all("all => all.map(one => one.value)")
+        assert numbers == [int(n) for n in re.findall(r"^ *(\d+)[.)]", text, re.MULTILINE)]
+
+
+def test_a_double_click_decides_once(page, files):
+    source, out = files([row(number, 2) for number in range(5)])
+    with served(source, out, "--annotator", "ada") as server:
+        begin(page, server.address, name="")
+        for done, name in enumerate(("Skip s", "All bad b", "Tie t", "Left is better", "This is")):
+            box = page.get_by_role("button", name=name).first.bounding_box()
+            page.mouse.move(box["x"] + 9, box["y"] + 9)
+            for count in (1, 2):
+                page.mouse.down(click_count=count)
+                page.mouse.up(click_count=count)
+                progress(page, done + 1)
+        assert page.locator("#progress").inner_text().startswith("5 of")
+        page.wait_for_timeout(200)
+        assert len(read_rows(out)) == 5
+
+
+def test_a_card_can_be_chosen_while_other_text_is_selected(page, files):
+    source, out = files()
+    with served(source, out, "--annotator", "ada") as server:
+        begin(page, server.address, name="")
+        page.locator("#prompt .text").last.select_text()
+        page.locator(".card h3").first.click()
+        page.locator(".card .choose").nth(1).click()
+        assert page.locator("#places").inner_text().split() == ["1", ">", "2"]
+
+
+def test_arrows_that_scroll_code_or_select_decide_nothing(page, files):
+    wide = "```\n" + "x" * 2000 + "\n```"
+    source, out = files([{"prompt": f"p{n}", "responses": [wide, "b"]} for n in range(3)])
+    with served(source, out, "--annotator", "ada") as server:
+        begin(page, server.address, name="")
+        page.keyboard.press("Shift+ArrowRight")
+        page.locator(".card pre").focus()
+        page.keyboard.press("ArrowRight")
+        page.locator("#work").focus()
+        page.keyboard.press("ArrowRight")
+        progress(page, 1)
+        assert len(read_rows(out)) == 1
 
 
 def test_what_is_not_saved_is_told_and_stays(page, files):

@@ -174,6 +174,20 @@ def test_time_left_is_by_the_median(opened):
     assert work.seconds_left("ada") == 4.0 * (len(work.places("ada")) - 3)
 
 
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    file, link = tmp_path / "there" / "r.jsonl", tmp_path / "r.jsonl"
+    link.symlink_to(file)
+    work = Work(candidates(3), link, 0)
+    for place in (0, 1):
+        work.decide("ada", place, [0, 1, 2, 3], 1.0)
+    work.undo("ada")
+    with pytest.raises(UserError, match="in use by"):
+        Work(candidates(3), file, 0)
+    work.close()
+    assert link.is_symlink() and len(read_rows(file)) == 1
+
+
 def test_a_second_process_is_refused(opened, tmp_path):
     opened()
     code = (

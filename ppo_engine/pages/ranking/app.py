@@ -62,8 +62,13 @@ class RankingPage:
         return view.self_agreement(self.work, self._person(asked))
 
     def decision(self, asked: dict[str, Any]) -> Any:
-        """Keeps it; the next task is the answer."""
+        """Keeps it, where the cards are still as they were shown; the next task is the answer."""
         who, place = self._person(asked), _whole(asked.get("place"))
+        if asked.get("shown") != view.shown(*self.work.shown(who, place)):
+            raise UserError(
+                "Not kept: the cards have another order by now, as something was decided in "
+                "another tab, or under the same name elsewhere. Load this page again."
+            )
         self.work.decide(
             who, place, asked.get("ranks", []), asked.get("seconds", 0), asked.get("mark", "")
         )

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from ppo_engine.data.rows import BadLineError, read_jsonl
@@ -34,11 +35,12 @@ class Journal:
         self._size = 0
         with self._told():
             if path.exists():
-                _cut_torn_line(path)
+                content = path.read_bytes()
+                # Before anything is cut off: it may be a file of something else.
+                for number, row in islice(read_jsonl(path), content.count(b"\n")):
+                    self._keep(row, f"{path}:{number}")
+                self._mend(content[content.rfind(b"\n") + 1 :])
                 self._size = path.stat().st_size
-        if self._size:
-            for number, row in read_jsonl(path):
-                self._keep(row, f"{path}:{number}")
 
     def get(self, annotator: str, key: str) -> Decision | None:
         return self._rows.get((annotator, key))
@@ -62,10 +64,26 @@ class Journal:
         try:
             decision = decision_of(row, place)
         except BadLineError as error:
-            raise UserError(
-                f"{place}: {error}. Fix it, or choose another --out: this one is gone on with."
-            ) from None
+            raise _no_rankings(place, error) from None
         self._rows[decision.key] = decision
+
+    def _mend(self, last: bytes) -> None:
+        """Cut off what a crash left of the `last` line; one that lacks nothing but its end gets
+        it."""
+        if not last:
+            return
+        place = f"{self.path}, its last line"
+        try:
+            row = json.loads(last)
+        except ValueError:
+            if not last.startswith(b"{"):
+                raise _no_rankings(place, "not valid JSON") from None
+            os.truncate(self.path, self.path.stat().st_size - len(last))
+        else:
+            self._keep(row, place)
+            with open(self.path, "ab") as file:
+                file.write(b"\n")
+        sync(self.path)
 
     def _append(self, line: bytes) -> None:
         with self._told(), open(self.path, "ab", buffering=0) as file:
@@ -105,17 +123,5 @@ class Journal:
             raise MachineError(f"{self.path} cannot be written: {error.strerror}.") from error
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Cut off what a crash left of a line; one that lacks nothing but its end gets it."""
-    with open(path, "r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole == len(content):
-            return
-        try:
-            json.loads(content[whole:])
-        except ValueError:
-            file.truncate(whole)
-        else:
-            file.write(b"\n")
-        os.fsync(file.fileno())
+def _no_rankings(place: str, why: object) -> UserError:
+    return UserError(f"{place}: {why}. Fix it, or choose another --out: this one is gone on with.")

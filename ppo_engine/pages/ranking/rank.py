@@ -14,6 +14,8 @@ from ppo_engine.pages.ranking.decision import person
 from ppo_engine.pages.ranking.work import Work
 from ppo_engine.pages.serving import serve
 
+_OTHER_FORMATS = (".gz", ".parquet")  # by their names, for whoever reads them
+
 
 def rank(
     candidates: str,
@@ -34,6 +36,11 @@ def rank(
     source, target = data_file(candidates), Path(out).expanduser()
     if target.exists() and target.samefile(source):
         raise UserError(f"--out {out} is the file of candidates: choose another.")
+    if target.suffix in _OTHER_FORMATS:
+        raise UserError(
+            f"--out {out}: rankings are lines of JSON, and would be read as {target.suffix}. Take "
+            "a name such as rankings.jsonl."
+        )
     name = person(annotator) if annotator else ""
     text = _read(guidelines) if guidelines else ""
     found, notes = load_candidates(source)

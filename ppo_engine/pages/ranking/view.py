@@ -3,10 +3,12 @@ that a prompt comes again."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 from ppo_engine.messages import counted
+from ppo_engine.pages.ranking.candidates import Candidate
 from ppo_engine.pages.ranking.work import Work
 from ppo_engine.text.prompt import Message, Prompt, show_prompt
 from ppo_engine.text.template import THOUGHTS, thought_of
@@ -36,8 +38,15 @@ def task(work: Work, annotator: str, place: int | None) -> dict[str, Any]:
             _response(candidate.responses[number]) | {"finished": candidate.finished[number]}
             for number in order
         ],
+        "shown": shown(candidate, order),
         "decision": decision and {"ranks": decision.by_card, "mark": decision.mark},
     }
+
+
+def shown(candidate: Candidate, order: list[int]) -> str:
+    """What the cards of a candidate are, without saying it: ranks come back with it, and are of
+    these cards."""
+    return hashlib.sha256(f"{candidate.key} {order}".encode()).hexdigest()[:16]
 
 
 def earlier(work: Work, annotator: str) -> list[dict[str, Any]]:

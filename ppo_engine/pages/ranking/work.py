@@ -3,6 +3,7 @@ back."""
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from functools import lru_cache
@@ -28,6 +29,8 @@ class Work:
     """
 
     def __init__(self, candidates: Sequence[Candidate], out: Path, seed: int) -> None:
+        if out.is_symlink():  # a file that is renamed to its name would leave the other as it was
+            out = Path(os.path.realpath(out))
         self.candidates, self.out, self._seed = list(candidates), out, seed
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,8 @@ def write_page(runs: Sequence[str | Path], path: str | Path, *, by_run: bool = F
     text = page([Path(run) for run in runs])
     partial = path.with_name(f".{path.name}.{'run' if by_run else os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        # A folder's name may be no UTF-8.
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -82,9 +82,9 @@ export function card(response, number, choose) {
   element.setAttribute("aria-labelledby", title.id);
   element.addEventListener("click", (event) => {
     const inside = event.target.closest("button, summary, a, pre");
-    const selecting = !window.getSelection().isCollapsed;
-    if ((inside && inside !== button) || selecting) return;
-    choose(event);
+    const selection = window.getSelection();
+    const selecting = !selection.isCollapsed && element.contains(selection.anchorNode);
+    if (inside ? inside === button : !selecting) choose(event);
   });
   return element;
 }

@@ -5,15 +5,17 @@
 const INLINE = new RegExp(
   [
     /(?<tick>`{1,3})(?<code>[^`\n]{1,5000})\k<tick>/,
-    /\*\*(?<strong>[^*\n]{1,5000})\*\*/,
-    /\*(?<em>[^*\s](?:[^*\n]{0,5000}[^*\s])?)\*/,
+    // Not within a word, nor beside a space: that is a product or a power.
+    /(?<![\w*])\*\*(?<strong>[^*\s](?:[^*\n]{0,5000}[^*\s])?)\*\*(?![\w*])/,
+    /(?<![\w*])\*(?<em>[^*\s](?:[^*\n]{0,5000}[^*\s])?)\*(?![\w*])/,
     /!?\[(?<label>[^[\]\n]{0,1000})\]\((?<address>[^()\s]{1,2000})\)/,
   ]
     .map((part) => part.source)
     .join("|"),
   "g",
 );
-const FENCE = /^ {0,3}(`{3,}|~{3,})/;
+// And what language it says, if any; with backticks behind it, it is code within a line.
+const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)$/;
 const HEADING = /^(#{1,6}) +(.*)$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +(.*)$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -29,7 +31,10 @@ export function markdown(text, depth = 0) {
     const line = lines[at];
     const fence = FENCE.exec(line);
     if (fence) {
-      const end = until(lines, at + 1, (other) => other.trim().startsWith(fence[1]));
+      const [, mark, language] = fence;
+      const closes = new RegExp(`^ {0,3}${mark[0]}{${mark.length},}\\s*$`);
+      const end = until(lines, at + 1, (other) => closes.test(other));
+      if (language.trim()) blocks.append(named("div", language.trim(), "language"));
       blocks.append(code(lines.slice(at + 1, end).join("\n")));
       at = end + 1;
     } else if (!line.trim()) {
@@ -81,14 +86,19 @@ function list(blocks, lines, from) {
     const [, indent, mark, first] = ITEM.exec(lines[at]);
     const end = until(lines, at + 1, begins);
     while (open.length > 1 && indent.length < open.at(-1).indent) open.pop();
-    if (!open.length || (indent.length > open.at(-1).indent && open.length < DEEPEST)) {
-      const element = document.createElement(/\d/.test(mark) ? "ol" : "ul");
-      if (/\d/.test(mark)) element.start = parseInt(mark, 10);
+    const kind = /\d/.test(mark) ? "ol" : "ul";
+    const deeper = !open.length || (indent.length > open.at(-1).indent && open.length < DEEPEST);
+    const another = !deeper && open.at(-1).element.localName !== kind;
+    if (another) open.pop();
+    if (deeper || another) {
+      const element = document.createElement(kind);
       (open.length ? open.at(-1).element.lastChild : blocks).append(element);
       open.push({ indent: indent.length, element });
     }
     const words = [first, ...lines.slice(at + 1, end).map((line) => line.trim())];
-    open.at(-1).element.append(block("li", words.join("\n")));
+    const item = block("li", words.join("\n"));
+    if (kind === "ol") item.value = parseInt(mark, 10); // as it is written, not as it is counted
+    open.at(-1).element.append(item);
     at = end;
   }
   return at;
@@ -119,9 +129,7 @@ function inline(text) {
     else if (strong !== undefined) parts.append(named("strong", strong));
     else if (em !== undefined) parts.append(named("em", em));
     else {
-      const told = named("span", ` (${address})`);
-      told.className = "address";
-      parts.append(label, told);
+      parts.append(label, named("span", ` (${address})`, "address"));
     }
     at = found.index + found[0].length;
   }
@@ -129,8 +137,9 @@ function inline(text) {
   return parts;
 }
 
-function named(name, text) {
+function named(name, text, className = "") {
   const element = document.createElement(name);
   element.textContent = text;
+  if (className) element.className = className;
   return element;
 }

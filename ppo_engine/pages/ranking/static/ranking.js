@@ -65,9 +65,9 @@ async function alone(run) {
 }
 
 function decide(ranks, mark = "") {
-  const { place } = state.task;
+  const { place, shown } = state.task;
   const seconds = looked();
-  return alone(async () => show(await ask("decision", { place, ranks, mark, seconds })));
+  return alone(async () => show(await ask("decision", { place, shown, ranks, mark, seconds })));
 }
 
 const undo = () => alone(async () => show(await ask("undo", { undo: true })));
@@ -99,6 +99,7 @@ function show(task) {
   by("cards").replaceChildren(
     ...task.cards.map((response, index) => {
       const element = card(response, index + 1, (event) => {
+        if (pair && event.detail > 1) return;
         choose(index);
         // After a click Enter is to save, not to press the same button again.
         if (event.detail) by("work").focus({ preventScroll: true });
@@ -153,8 +154,13 @@ function pairActions() {
 function action(id, label, key, run, className = "") {
   const button = make("button", { id, type: "button", className }, label, " ");
   button.append(make("kbd", { textContent: key }));
-  button.addEventListener("click", run);
+  button.addEventListener("click", once(run));
   return button;
+}
+
+// A double click decides once: its second half would fall on the prompt that comes next.
+function once(run) {
+  return (event) => event.detail > 1 || run();
 }
 
 function render() {
@@ -287,6 +293,10 @@ document.addEventListener("keydown", (event) => {
   const pressing = target.closest("button, summary") && (key === "Enter" || key === " ");
   if (!state.task || typing || pressing || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.repeat) return; // a key that is held decides once
+  // Which selects, or scrolls wide code.
+  const code = target.closest("pre");
+  const within = event.shiftKey || (code && code.scrollWidth > code.clientWidth);
+  if (key.startsWith("Arrow") && within) return;
   const ended = state.task.place === undefined;
   const keys = ended ? {} : state.task.cards.length === 2 ? PAIR : MANY;
   const number = /^[1-9]$/.test(key) ? Number(key) : 0;
@@ -313,9 +323,9 @@ document.addEventListener("visibilitychange", () => {
   else state.since = performance.now();
 });
 
-by("undo").addEventListener("click", undo);
-by("previous").addEventListener("click", () => go(state.task.previous));
-by("following").addEventListener("click", () => go(state.task.following));
+by("undo").addEventListener("click", once(undo));
+by("previous").addEventListener("click", once(() => go(state.task.previous)));
+by("following").addEventListener("click", once(() => go(state.task.following)));
 by("earlier-open").addEventListener("click", openEarlier);
 by("agreement-open").addEventListener("click", openAgreement);
 by("keys-open").addEventListener("click", () => by("keys").showModal());

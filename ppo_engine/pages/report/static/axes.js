@@ -36,6 +36,7 @@ class Axis {
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
     const found = [];
+    if (Math.abs(this.low / step) > Number.MAX_SAFE_INTEGER) return found; // i + 1 would be i
     for (let i = Math.ceil(this.low / step); i * step <= this.high; i += 1) found.push(i * step);
     return found.map((tick) => Number(tick.toPrecision(12)));
   }
