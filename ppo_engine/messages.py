@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from ppo_engine.errors import MachineError, UserError
+
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def shown(value: Any) -> str:
@@ -42,6 +47,13 @@ def reason(error: Exception) -> str:
     said = first_line(error)[:500]
     expected = isinstance(error, OSError | ValueError | RuntimeError)
     return said if expected and said else f"{type(error).__name__}: {said}"
+
+
+def unwritten(what: str, error: OSError) -> UserError:
+    """Of a place that somebody has chosen to write to: their mistake, or the machine's, where the
+    disk is full or broken."""
+    kind = MachineError if error.errno in _OF_DISKS else UserError
+    return kind(f"{what} cannot be written: {error.strerror or first_line(error)}.")
 
 
 def untrusted(error: Exception) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,22 @@ def test_python_sees_the_error_itself(sft, monkeypatch) -> None:
     monkeypatch.setattr(SFTTrainer, "_read", fails)
     with pytest.raises(KeyError):
         SFTTrainer(sft[2], [{"prompt": "a", "response": "b"}])
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_message_that_nobody_reads_changes_no_status(sft, tmp_path, broken) -> None:
+    """As of `2>&1 | tee log`, where Ctrl-C ends tee too."""
+    reading, writing = os.pipe()
+    if broken:
+        os.close(reading)
+    command = [sys.executable, "-m", "ppo_engine", *sft, "data.path=gone.jsonl"]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, stdout=writing, stderr=writing, env=os.environ | paths)
+    os.close(writing)
+    assert done.returncode == 2
+    if not broken:
+        assert b"gone.jsonl does not exist" in os.read(reading, 10_000)
+        os.close(reading)
 
 
 @pytest.mark.parametrize("key", ["data.path", "run.output_dir", "model.path", "data.eval_path"])

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from ppo_engine.cli.parser import make_parser
 from ppo_engine.cli.unknown import meant
@@ -35,20 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        print("\n".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
+        _say(f"error: {error}", error)
         return 1 if isinstance(error, MachineError) else 2
     except (KeyboardInterrupt, Stopped) as error:
         number = getattr(error, "number", signal.SIGINT)
-        print("\n".join([name_of(number), *_notes(error)]), file=sys.stderr)
+        _say(name_of(number), error)
         return 128 + number
     except BrokenPipeError:  # the reader of our output, such as `head`, closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(sys.stdout)
         return 1
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         long_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-        print("\n".join([_unexpected(error, long_name), *_notes(error)]), file=sys.stderr)
+        _say(_unexpected(error, long_name), error)
         return 2 if long_name else 1
 
 
@@ -64,6 +65,15 @@ def _unexpected(error: Exception, long_name: bool) -> str:
     )
 
 
-def _notes(error: BaseException) -> list[str]:
-    """What was kept of the work, and how to go on, as it was added to the exception."""
-    return list(getattr(error, "__notes__", ()))
+def _say(text: str, error: BaseException) -> None:
+    """With what was kept of the work, and how to go on, as it was added to the exception."""
+    try:
+        print("\n".join([text, *getattr(error, "__notes__", ())]), file=sys.stderr, flush=True)
+    except BrokenPipeError:  # of `2>&1 | tee log`, Ctrl-C ends tee as well
+        _leave(sys.stdout)
+        _leave(sys.stderr)
+
+
+def _leave(stream: TextIO) -> None:
+    """What is written to it from now on goes nowhere; Python flushes it when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -381,6 +381,11 @@ class PPOEngine:
             metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())
         return metrics
 
+    def leave_out_step(self) -> dict[str, float]:
+        """Count a step without an update, as `estimate_advantages` refused it; its metrics."""
+        self.steps_done += 1
+        return self.skips.end_step()
+
     def take_notes(self) -> list[str]:
         """What is to be said since the last call: of updates that were left out, and of memory that
         ran out."""

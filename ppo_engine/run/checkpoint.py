@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -52,7 +53,8 @@ def restore_random_states(states: dict[str, Any]) -> None:
     numpy.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"].cpu())
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+        there = states["cuda"][: torch.cuda.device_count()]  # there may be fewer by now
+        torch.cuda.set_rng_state_all([state.cpu() for state in there])
 
 
 @contextmanager
@@ -135,14 +137,18 @@ class Checkpoints:
         """Write what was marked last, then remove those that are too many."""
         assert self.run is not None
         began = self._clock()
+        self.run.sync()  # a run that goes on from here does not write those lines again
         with atomic_folder(self.run.checkpoint(self._state["step"])) as folder:
             save_state(folder, self._state)
         self._saved, self._last = True, self._clock()
         self._took = self._last - began
-        # After a resumption from an older one there may be damaged ones of later steps.
-        kept = [found for found in self.run.checkpoints() if found[0] <= self._state["step"]]
+        kept = self._so_far(self.run)
         for _, path in kept[self._config.keep_checkpoints or len(kept) :]:
             shutil.rmtree(path, ignore_errors=True)
+
+    def _so_far(self, run: RunDirectory) -> list[tuple[int, Path]]:
+        """Without those of later steps, which are damaged where a run went on from an older one."""
+        return [found for found in run.checkpoints() if found[0] <= self._state["step"]]
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The newest that is whole, None where there is none; `notes` name those that are not. A
@@ -206,7 +212,7 @@ class Checkpoints:
             except Exception as error:  # such as a full disk; what came first is to be seen
                 reason = first_line(error).rstrip(".")
                 lost = f"Step {self._state['step']} could not be kept ({reason}).\n"
-        newest = next(iter(run.checkpoints()), None)
+        newest = next(iter(self._so_far(run)), None)
         if newest is None:
             return f"{lost}Nothing is kept; with run.checkpoint_every=N every N-th step is."
         if lost:

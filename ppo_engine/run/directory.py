@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from ppo_engine.errors import MachineError, UserError
-from ppo_engine.messages import first_line, nearest_path
+from ppo_engine.messages import first_line, nearest_path, unwritten
 from ppo_engine.run.lock import Lock
 from ppo_engine.run.row_file import as_line
 from ppo_engine.sealed import seal, sync
@@ -102,9 +101,7 @@ class RunDirectory:
             self._note = None if self._lock.held else _without_locks(self.path)
             write_atomically(self.path / CONFIG, dump_config(config))
         except OSError as error:
-            raise UserError(
-                f"Run folder {self.path} cannot be written: {error.strerror}."
-            ) from error
+            raise unwritten(f"Run folder {self.path}", error) from error
 
     def close(self) -> None:
         """Let others write to the folder."""
@@ -123,9 +120,7 @@ class RunDirectory:
         return [*reversed(steps_in(self.path / CHECKPOINTS).items())]
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line; a number that is not finite becomes null, as JSON has no NaN."""
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        _append(self.metrics_file, [{"step": step, **row}])
+        _append(self.metrics_file, [{"step": step, **metrics}])
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         _append(self.samples_file, [{"step": step, **sample} for sample in samples])
@@ -135,9 +130,19 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Remove the lines of steps after `step`, and one that a crash left unfinished."""
+        self._each_log(lambda file: write_atomically(file, "".join(_lines_until(file, step))))
+
+    def sync(self) -> None:
+        """Wait until the lines that were appended are on the disk."""
+        self._each_log(sync)
+
+    def _each_log(self, do: Callable[[Path], None]) -> None:
         for file in (self.metrics_file, self.samples_file, self.critic_file):
             if file.exists():
-                write_atomically(file, "".join(_lines_until(file, step)))
+                try:
+                    do(file)
+                except OSError as error:
+                    raise _broken(file, error) from error
 
 
 def folder_of_step(parent: Path, step: int) -> Path:
@@ -227,6 +232,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     failure removed. It is on the disk when this returns.
     """
     path = Path(path)
+    if path.is_symlink():  # which stays: what it leads to is replaced
+        path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
@@ -243,7 +250,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
         if isinstance(error, OSError | SafetensorError):
-            raise _unwritten(path, error) from error
+            raise _broken(path, error) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -277,8 +284,9 @@ def _without_locks(path: Path) -> str:
     )
 
 
-def _unwritten(path: Path, error: Exception) -> MachineError:
-    """Of a full disk, one that is read-only, a folder that somebody removed, and the like."""
+def _broken(path: Path, error: Exception) -> MachineError:
+    """In the middle of a run: by a full disk, one that is read-only, a folder that somebody
+    removed, and the like."""
     return MachineError(
         f"{path} could not be written: {getattr(error, 'strerror', None) or first_line(error)}."
     )
@@ -289,7 +297,7 @@ def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         with open(file, "a", encoding="utf-8", newline="\n") as out:
             out.write("".join(map(as_line, rows)))
     except OSError as error:
-        raise _unwritten(file, error) from error
+        raise _broken(file, error) from error
 
 
 def _lines_until(file: Path, step: int) -> Iterator[str]:
@@ -305,7 +313,10 @@ def _lines_until(file: Path, step: int) -> Iterator[str]:
 def write_atomically(file: Path, text: str) -> None:
     """Write a file that is there, on the disk, whole or as it was."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    sync(partial)
-    os.replace(partial, file)
-    sync(file.parent)
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        sync(partial)
+        os.replace(partial, file)
+        sync(file.parent)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -10,8 +10,9 @@ import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from ppo_engine.errors import Stopped
 
@@ -35,7 +36,7 @@ def stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            _handle(number, handler)
 
 
 @contextmanager
@@ -60,11 +61,12 @@ def interrupted_after(remaining: Callable[[], float | None]) -> Iterator[None]:
         asked = number
         _leave_terminal(number)
         text = f"\n{name_of(number)}: this step is finished first; once more ends it at once\n"
-        os.write(2, text.encode())
+        with suppress(OSError):  # Ctrl-C has ended whoever read it, too
+            os.write(2, text.encode())
 
     def restore() -> None:
         for signum, handler in ours.items():
-            signal.signal(signum, handler)
+            _handle(signum, handler)
 
     for number in ours:
         signal.signal(number, wait)
@@ -86,9 +88,17 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
+def _handle(number: int, handler: Any) -> None:
+    """Sets the handler, but not of a SIGHUP that has come: see `_leave_terminal`."""
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
 def _leave_terminal(number: int) -> None:
-    """After SIGHUP it is gone, and whatever is printed there would fail."""
+    """After SIGHUP it is gone, and whatever is printed there would fail. As both the shell and the
+    kernel may send one, all that follow are ignored: they ask for nothing new."""
     if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)
         for output in (1, 2):
             if stat.S_ISCHR(os.fstat(output).st_mode):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), output)

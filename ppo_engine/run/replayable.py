@@ -106,7 +106,7 @@ def plan_replay(run: Path, step: int | None, overrides: Sequence[str]) -> Plan:
             "run whose policy is a folder or a name can be replayed."
         )
     record = read_record(recorded[step])
-    then, now = _settings(run, record, overrides)
+    then, now = as_taken(run, record), as_taken(run, record, overrides)
     check_settings(now)
     before, after = (as_dict(resolved(config)) for config in (then, now))
     refused = changed_settings(before, after, _FREE)
@@ -133,12 +133,10 @@ def start_of(run: Path, step: int) -> Start | None:
     return None
 
 
-def _settings(
-    run: Path, record: RolloutRecord, overrides: Sequence[str]
-) -> tuple[PPOConfig, PPOConfig]:
-    """As the step was taken: with what a run may change between its steps, or chooses by itself."""
+def as_taken(run: Path, record: RolloutRecord, overrides: Sequence[str] = ()) -> PPOConfig:
+    """The settings with which a step was taken: with what a run may change between its steps, or
+    chooses by itself."""
     update = record.update
-    file = str(run / CONFIG)
     taken = [
         f"steps={update.steps}",
         f"run.device={update.device}",
@@ -146,8 +144,7 @@ def _settings(
         f"ppo.micro_batch_tokens={update.pass_tokens}",
         f"ppo.micro_batch_size={'null' if update.pass_rows is None else update.pass_rows}",
     ]
-    then = load_config(PPOConfig, file, taken)
-    return then, load_config(PPOConfig, file, [*taken, *overrides])
+    return load_config(PPOConfig, str(run / CONFIG), [*taken, *overrides])
 
 
 def _check_changes(

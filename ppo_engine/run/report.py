@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ppo_engine.data.rows import BadLines, read_jsonl
 from ppo_engine.errors import UserError
+from ppo_engine.messages import unwritten
 from ppo_engine.run.panels import PANELS, Panel
 
 _COLORS = ("#2a6fbb", "#d1602b", "#3b8f5a", "#8457a8", "#b08a1e", "#7a7a7a")
@@ -69,8 +70,13 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
         place.set_axis_off()
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=130)
-    os.replace(partial, path)
+    try:
+        figure.savefig(partial, format="png", dpi=130)
+        os.replace(partial, path)
+    except OSError as error:
+        raise unwritten(str(path), error) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _points(rows: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:

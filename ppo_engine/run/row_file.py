@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import counted
+from ppo_engine.messages import counted, unwritten
+from ppo_engine.sealed import sync
 from ppo_engine.settings.files import changed_settings
 
 Row = dict[str, Any]
 
 
 def as_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    """A line of JSON; a number that is not finite becomes null, as JSON has no NaN."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    if "NaN" in text or "Infinity" in text:  # or a text has these words
+        strict = json.loads(text, parse_constant=lambda _: None)
+        text = json.dumps(strict, ensure_ascii=False)
+    return text + "\n"
 
 
 def check_place(name: str, *, resume: bool) -> None:
@@ -87,7 +93,7 @@ class RowFile:
             written = self._take_up(batch) if self._resumed else self._begin(data)
             file = open(self.partial, "r+b", buffering=0)  # noqa: SIM115  closed below
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}.") from error
+            raise unwritten(str(self.path), error) from error
         count = len(self.rows)
 
         def append(rows: list[Row]) -> None:
@@ -96,8 +102,8 @@ class RowFile:
             try:
                 while left:
                     left = left[file.write(left) :]
-            except OSError as error:  # such as a full disk
-                raise UserError(f"{self.partial} cannot be written: {error.strerror}.") from error
+            except OSError as error:
+                raise unwritten(str(self.partial), error) from error
             count += len(rows)
 
         try:
@@ -105,6 +111,7 @@ class RowFile:
                 file.truncate(written)
                 file.seek(written)
                 yield append
+                os.fsync(file.fileno())
         except BaseException as error:
             if count:
                 error.add_note(
@@ -116,6 +123,7 @@ class RowFile:
                 self._about.unlink(missing_ok=True)
             raise
         os.replace(self.partial, self.path)
+        sync(self.path.parent)
         self._about.unlink(missing_ok=True)
 
     def _begin(self, data: str) -> int:

@@ -64,6 +64,7 @@ class Evaluator:
         self.best_score = -math.inf
         self.best_step = -1
         self.since_best = 0  # evaluations
+        self._kept = (-1, -math.inf)  # step and score of what is in best/
         self._reference: _Answers | None = None
         self._of_reference: Sampler | None = None
 
@@ -94,11 +95,12 @@ class Evaluator:
         if not self.engine.config.reward.normalize:
             score = metrics.get("eval/shaped_scores", score)
         self.since_best += 1
-        repeated = step == self.best_step and score == self.best_score  # by a resumed run
-        if score <= self.best_score and not repeated:
+        if not score > self.best_score:  # nor where it is not finite
             return
         self.best_score, self.best_step, self.since_best = score, step, 0
-        if self.config.keep_best and step > 0:  # the policy as it came is where it came from
+        # The policy as it came is where it came from; and a better one may be there, of a later
+        # step than that from which a run was resumed.
+        if self.config.keep_best and step > 0 and score >= self._kept[1]:
             with atomic_folder(run.path / "best") as folder:
                 config = self.engine.config
                 self.engine.policy.save(
@@ -109,17 +111,19 @@ class Evaluator:
                 )
                 facts = json.dumps({"step": step, "score": score})
                 (folder / "best.json").write_text(facts + "\n", encoding="utf-8")
+            self._kept = step, score
 
     def notes(self) -> list[str]:
         """Notes for the end of a run."""
-        if self.best_step < 0:
+        score, step = max((self.best_score, self.best_step), self._kept[::-1])
+        if step < 0:
             return []
-        score = f"score {self.best_score:+.3f}"
-        if self.best_step == 0:
-            found = [f"No evaluation was better than the one before training ({score})."]
+        told = f"score {score:+.3f}"
+        if step == 0:
+            found = [f"No evaluation was better than the one before training ({told})."]
         else:
             kept = "; it is in best/" * self.config.keep_best
-            found = [f"Best on held-out prompts: step {self.best_step}, {score}{kept}."]
+            found = [f"Best on held-out prompts: step {step}, {told}{kept}."]
         if self.out_of_patience:
             found.append(
                 f"Stopped early, after {self.since_best} evaluations in a row without a new best "
@@ -138,8 +142,8 @@ class Evaluator:
         file = run.path / "best" / "best.json"
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["step"] > self.best_step:
-                self.best_score, self.best_step = kept["score"], kept["step"]
+            if math.isfinite(kept["score"]):
+                self._kept = kept["step"], kept["score"]
 
     def _answers(self, progress: Progress, by_reference: bool) -> _Answers:
         """Responses of the policy, or of the reference, measured; in batches like training's."""

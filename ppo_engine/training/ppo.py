@@ -233,8 +233,10 @@ class PPOTrainer:
                 steps = optimizer_steps(self.config) * len(self.engine.learners)
                 updating.enter_context(self.checkpoints.changing(steps))
                 with self._phase(progress, "update"):
-                    skips, update = self.engine.skips, self.engine.update
-                    metrics = update(experience) if experience is not None else skips.end_step()
+                    if experience is not None:
+                        metrics = self.engine.update(experience)
+                    else:
+                        metrics = self.engine.leave_out_step()
             of_update = dict(metrics)
             self.step += 1
             tokens = int(rollout.mask.sum())

@@ -25,7 +25,7 @@ from ppo_engine.ppo.recorded import estimated_anew, restored, token_arrays
 from ppo_engine.ppo.roles import optimizer_steps
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.run.progress import Progress
-from ppo_engine.run.replayable import OF_ADVANTAGES, Plan
+from ppo_engine.run.replayable import OF_ADVANTAGES, Plan, as_taken
 from ppo_engine.run.rollout_record import RolloutRecord, read_record, recorded_steps
 from ppo_engine.run.state_file import load_state
 from ppo_engine.settings.schema import EnvironmentConfig, PPOConfig
@@ -74,16 +74,22 @@ def _told(plan: Plan) -> list[str]:
 
 def _engine_before(plan: Plan) -> PPOEngine:
     """With the settings of the replay, in the state before its step."""
-    between = plan.start.between
-    engine = _engine(plan.then if between else plan.now)
+    recorded, before = recorded_steps(plan.run), plan.start.between
+    settings = as_taken(plan.run, read_record(recorded[before[0]])) if before else plan.now
+    engine = _engine(settings)
     if plan.start.checkpoint is not None:
         state = load_state(plan.start.checkpoint, engine.device)["engine"]
-        engine.load_state_dict(state if between else _moved(state, plan))
-    for step in between:
-        record = read_record(recorded_steps(plan.run)[step])
+        engine.load_state_dict(state if before else _moved(state, plan))
+    for step in before:
+        record = read_record(recorded[step])
+        taken = as_taken(plan.run, record)
+        if taken != settings:  # the run was resumed with other steps, or went on in other passes
+            state, settings = engine.state_dict(), taken
+            engine = _engine(settings)
+            engine.load_state_dict(state)
         _begin(engine, record)
         engine.update(_experience(engine, record))
-    if between and plan.changes:
+    if settings != plan.now:
         state = engine.state_dict()
         engine = _engine(plan.now)
         engine.load_state_dict(_moved(state, plan))

@@ -124,6 +124,16 @@ def test_random_states_go_through_a_file(tmp_path: Path) -> None:
     assert drawn() == expected
 
 
+def test_generators_of_gpus_that_are_gone_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    states = random_states() | {"cuda": [torch.zeros(1), torch.ones(1)]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", found.extend)
+    restore_random_states(states)
+    assert found == [torch.zeros(1)]
+
+
 def run_of(tmp_path: Path, steps: int, **settings: int) -> Checkpoints:
     """A run with a checkpoint of each step, and a tensor that says which."""
     state: dict[str, Any] = {"step": 0}
@@ -176,3 +186,23 @@ def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
     again.mark()
     again.save_if_due(last=False)
     assert [step for step, _ in run.checkpoints()] == [4, 3, 2]
+    with pytest.raises(ValueError, match="fails") as caught, again.kept():
+        again.mark()
+        again._saved = True
+        raise ValueError("it fails")
+    assert caught.value.__notes__[0].startswith("Step 2 is kept in ")  # not the later ones
+
+
+def test_the_lines_of_a_step_are_on_the_disk_before_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    checkpoints = run_of(tmp_path, 1)
+    assert checkpoints.run is not None
+    checkpoints.run.log_metrics(2, {"a": 1.0})
+    monkeypatch.setattr("ppo_engine.run.directory.sync", lambda path: synced.append(path.name))
+    with checkpoints.kept():
+        checkpoints._measure = lambda: {"step": 2}
+        checkpoints.mark()
+        checkpoints.save_if_due(last=True)
+    assert synced == ["metrics.jsonl", "checkpoints"]

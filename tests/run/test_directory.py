@@ -241,6 +241,39 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_is_the_machines_and_what_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    run = RunDirectory(tmp_path / "run", PPOConfig())
+    run.log_metrics(1, {"x": 1.0})
+
+    def fails(path: Path) -> None:
+        raise OSError(code, "no room")
+
+    monkeypatch.setattr("ppo_engine.run.directory.sync", fails)
+    for use in (lambda: run.rewind(0), run.sync):
+        with pytest.raises(MachineError, match=r"metrics\.jsonl could not be written: no room"):
+            use()
+    assert sorted(file.name for file in run.path.iterdir()) == [
+        ".lock", "config.yaml", "metrics.jsonl",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="cannot be written: no room") as caught:
+        RunDirectory(tmp_path / "other", PPOConfig())
+    assert isinstance(caught.value, MachineError) == (code != errno.EACCES)
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    link, target = tmp_path / "best", tmp_path / "elsewhere" / "best"
+    target.mkdir(parents=True)
+    link.symlink_to(target)
+    for name in ("one", "two", "three"):
+        with atomic_folder(link) as folder:
+            (folder / name).touch()
+    assert link.is_symlink() and (target / "three").exists() and not (target / "two").exists()
+    assert [path.name for path in target.parent.iterdir()] == ["best"]
+
+
 def enter(folder: Path, error: Exception | None = None) -> None:
     with atomic_folder(folder) as inside:
         (inside / "half").touch()

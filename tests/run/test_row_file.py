@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from pathlib import Path
 
 import pytest
 
 from ppo_engine.errors import UserError
-from ppo_engine.run.row_file import RowFile
+from ppo_engine.run.row_file import RowFile, as_line
 
 ROWS = [{"n": n, "text": "ü\u2028\n"} for n in range(5)]
 
@@ -49,6 +50,24 @@ def test_what_was_written_is_taken_up(tmp_path: Path, left: int, torn: bytes) ->
     with open(tmp_path / "cut/rows.jsonl.partial", "ab") as file:
         file.write(torn)
     assert made(tmp_path / "cut", resume=True).read_bytes() == expected
+
+
+def test_what_is_not_finite_is_null() -> None:
+    nan, inf = float("nan"), float("inf")
+    row = {"a": nan, "b": [1.5, -inf, {"c": inf}], "text": "NaN ü", "file": Path("x")}
+    expected = {"a": None, "b": [1.5, None, {"c": None}], "text": "NaN ü", "file": "x"}
+    assert json.loads(as_line(row), parse_constant=pytest.fail) == expected
+    assert "ü" in as_line(row)
+
+
+def test_a_file_is_on_the_disk_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("ppo_engine.run.row_file.os.fsync", lambda file: done.append("rows"))
+    monkeypatch.setattr("ppo_engine.run.row_file.sync", lambda path: done.append(path.name))
+    made(tmp_path / "deep")
+    assert done == ["rows", "deep"]
 
 
 def test_a_full_disk_keeps_what_fits(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -502,6 +503,46 @@ def test_a_best_from_after_the_checkpoint_stays_the_one_to_beat(model, tmp_path,
     trainer.train()
     assert json.loads((run / "best" / "best.json").read_text()) == {"step": 3, "score": 9.0}
     assert "step 3, score +9.000; it is in best/" in trainer.evaluator.notes()[0]
+
+
+def test_a_resumed_run_has_the_patience_of_an_undisturbed_one(model, tmp_path, monkeypatch):
+    """Two new bests came after the checkpoint, of which the first, when it is repeated, is lower
+    than what is in best/."""
+    scores = {0: 5.0, 1: 4.0, 2: 3.0, 3: 6.0, 4: 7.0, 5: 1.0, 6: 1.0}
+
+    def evaluate(evaluator, progress):
+        return Evaluation({"eval/scores": scores[evaluator.engine.steps_done]}, [], None)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    settings = config(
+        tmp_path / "run", steps=6, prompts=2, every=1, patience=3, run={"checkpoint_every": 2}
+    )
+    with monkeypatch.context() as context:
+        context.setitem(scores, 5, None)  # it fails there
+        with pytest.raises(TypeError):
+            PPOTrainer(model, letters, PROMPTS, config=settings).train()
+    as_if_killed(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    again = replace(settings, run=replace(settings.run, resume=True))
+    trainer = PPOTrainer(model, letters, PROMPTS, config=again)
+    trainer.train()
+    assert trainer.step == 6 and trainer.evaluator.since_best == 2
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert best == {"step": 4, "score": 7.0}
+
+
+def test_a_score_that_is_not_finite_is_no_best(model, tmp_path, monkeypatch):
+    scores = [float("nan"), 1.0, float("nan"), 0.5]
+
+    def evaluate(evaluator, progress):
+        return Evaluation({"eval/scores": scores[evaluator.engine.steps_done]}, [], None)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    settings = config(tmp_path / "run", steps=3, prompts=2, every=1)
+    trainer = PPOTrainer(model, letters, PROMPTS, config=settings)
+    trainer.train()
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert best == {"step": 1, "score": 1.0} and trainer.evaluator.since_best == 2
 
 
 @pytest.mark.parametrize(("normalize", "best"), [(False, 1), (True, 2)])

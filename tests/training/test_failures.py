@@ -21,6 +21,7 @@ from trainers import rows, same, untimed, weights
 
 from ppo_engine.errors import Stopped, UserError
 from ppo_engine.models.reader import Limit
+from ppo_engine.run.state_file import save_state
 from ppo_engine.training.samples import show_samples
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -194,7 +195,7 @@ def test_a_signal_waits_for_the_weights(
         trainer.train()
     assert f"Step {kept} is kept" in caught.value.__notes__[0]
     assert ("this step is finished first" in capfd.readouterr().err) == (kept == at or at == 4)
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is (signal.SIG_IGN if number == signal.SIGHUP else before)
     resumed = make(model, tmp_path / "run", resume=True)
     resumed.train()
     steps = [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")]
@@ -233,6 +234,62 @@ def test_a_second_signal_does_not_wait(model: str, tmp_path: Path, handled: Any)
         trainer.train()
     assert trainer.step == 0
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize("where", ["actor.learner.optimizer.step", "estimate_advantages"])
+def test_a_second_hangup_says_nothing_new(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handled: Any, where: str
+) -> None:
+    """Whoever closes a terminal sends one by the shell and one by the kernel; the second may come
+    while the step is finished, or while it is saved."""
+    handled(signal.SIGHUP, signal.SIG_DFL)
+    trainer = ppo(model, tmp_path / "run")
+    *owners, name = where.split(".")
+    owner: Any = trainer.engine
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    function, calls = getattr(owner, name), []
+
+    def hung_up(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:  # in step 2
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return function(*given, **named)
+
+    def saved(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        save_state(*given)
+
+    setattr(owner, name, hung_up)
+    monkeypatch.setattr("ppo_engine.run.checkpoint.save_state", saved)
+    with pytest.raises(Stopped) as caught:
+        trainer.train()
+    assert "Step 2 is kept in " in caught.value.__notes__[0]
+
+
+def test_ctrl_c_that_ended_the_reader_of_a_pipe_too(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of `2>&1 | tee log`."""
+    trainer = ppo(model, tmp_path / "run")
+    optimizer = trainer.engine.actor.learner.optimizer
+    step = optimizer.step
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(*given: Any) -> None:
+        monkeypatch.setattr(optimizer, "step", step)
+        os.kill(os.getpid(), signal.SIGINT)
+        step(*given)
+
+    def broken(*_: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(optimizer, "step", interrupted)
+    monkeypatch.setattr("ppo_engine.run.interrupts.os.write", broken)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert "Step 1 is kept in " in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize(("seconds", "waits"), [(3, True), (4, False)])

@@ -157,6 +157,9 @@ def test_a_resumed_run(model: str, tmp_path: Path) -> None:
     assert_same(run, 3, between=[], checkpoint=2)
     assert_same(run, 4, between=[3], checkpoint=2)
     assert_same(run, 2, between=[1], checkpoint=None)  # by the schedule of the shorter run
+    for folder in (run / "checkpoints").iterdir():
+        shutil.rmtree(folder)
+    assert_same(run, 4, between=[1, 2, 3], checkpoint=None)  # across the change
 
 
 @pytest.mark.parametrize("ppo", [{}, GRPO], ids=["ppo", "grpo"])

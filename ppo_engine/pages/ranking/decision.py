@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,8 +46,6 @@ class Decision:
     def row(self) -> Row:
         """As `ppo-engine reward --data` reads it."""
         kept = {name: value for name, value in self.candidate.row.items() if name not in _OWN}
-        # Null for what is no number in JSON: columns of other file formats may hold NaN.
-        kept = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
         return {
             **kept,
             "ranks": list(self.ranks),

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import counted
+from ppo_engine.messages import counted, unwritten
 from ppo_engine.pages.ranking import plan
 from ppo_engine.pages.ranking.agreement import Agreement, agreement
 from ppo_engine.pages.ranking.candidates import Candidate
@@ -36,7 +36,7 @@ class Work:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(out.with_name(f".{out.name}.lock"), str(out), "--out")
         except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+            raise unwritten(str(out), error) from error
         self.rankings = Journal(out)
         self.repeats = Journal(out.with_name(out.name + REPEATS))
         self._history: dict[str, list[tuple[int, Decision | None]]] = {}

@@ -17,16 +17,29 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ppo_engine.rewards.ready import harness
 
-_LONGEST = 1e6  # seconds; some more and poll refuses them
+_LONGEST = 1e6  # seconds; some more and a limit of CPU time is refused
+_LOOK = 0.2  # seconds between looks at whether to stop
 
 
-def passes(program: str, tests: list[str], *, timeout: float, memory: int) -> bool:
+def passes(
+    program: str,
+    tests: list[str],
+    *,
+    timeout: float,
+    memory: int,
+    stop: threading.Event | None = None,
+) -> bool:
     """Whether all `tests` ran to their end after `program`, within `timeout` seconds of wall-clock
-    time and as many of CPU time, and within `memory` bytes of address space.
+    time and as many of CPU time, and within `memory` bytes of address space; and before `stop` is
+    set, which kills it.
 
     It works in a temporary folder, with nothing to read on standard input, with nothing of this
     process's environment but the path, and its output goes nowhere. It cannot start processes by
@@ -36,7 +49,7 @@ def passes(program: str, tests: list[str], *, timeout: float, memory: int) -> bo
     # Whoever does not get to the end of the tests cannot know it: an exit status can be had by an
     # exit(0) in their middle.
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="unit-tests-", ignore_cleanup_errors=True) as folder:
+    with _folder() as folder:
         todo = {
             "program": program,
             "tests": tests,
@@ -59,13 +72,32 @@ def passes(program: str, tests: list[str], *, timeout: float, memory: int) -> bo
             # Not until the pipe closes: what the program started may hold it open.
             waiting = select.poll()
             waiting.register(process.stdout, select.POLLIN)
-            written = waiting.poll(timeout * 1000)
+            end = time.monotonic() + timeout
+            written: list[tuple[int, int]] = []
+            while not written and not (stop and stop.is_set()):
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                written = waiting.poll(min(left, _LOOK) * 1000)
             said = os.read(process.stdout.fileno(), 2 * len(token)) if written else b""
             return said == token.encode()
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # its leader is not yet waited for: no other's
             process.wait()
             process.stdout.close()
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder, removed with whatever a program has left in it."""
+    folder = tempfile.TemporaryDirectory(prefix="unit-tests-", ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        with suppress(RecursionError):
+            folder.cleanup()
+        if os.path.exists(folder.name):  # folders in folders, deeper than Python goes
+            subprocess.run(["rm", "-rf", "--", folder.name], stderr=subprocess.DEVNULL, check=False)
 
 
 def _environment(folder: str) -> dict[str, str]:

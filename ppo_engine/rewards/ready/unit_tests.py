@@ -6,6 +6,7 @@ import ast
 import functools
 import math
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +39,13 @@ def unit_tests(
     if not responses:  # a run's check of its settings
         _check_limits(timeout, memory)
     todo = list(zip(map(program_in, responses), map(_texts, tests), strict=True))
-    run = functools.partial(_score, timeout=timeout, memory=int(memory * 2**20))
+    stop = threading.Event()
+    run = functools.partial(_score, timeout=timeout, memory=int(memory * 2**20), stop=stop)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "unit tests") as executor:
-        return list(executor.map(run, todo))
+        try:
+            return list(executor.map(run, todo))
+        finally:  # such as a signal, for which no program is waited for
+            stop.set()
 
 
 @functools.cache  # settings are checked more than once
@@ -114,8 +119,10 @@ def _checks(text: str) -> bool:
     return False
 
 
-def _score(todo: tuple[str, list[str]], *, timeout: float, memory: int) -> float:
+def _score(
+    todo: tuple[str, list[str]], *, timeout: float, memory: int, stop: threading.Event
+) -> float:
     program, tests = todo
     # Without a program no process: a check of the tests alone is to be cheap.
     there = bool(tests) and bool(program.strip())
-    return float(there and passes(program, tests, timeout=timeout, memory=memory))
+    return float(there and passes(program, tests, timeout=timeout, memory=memory, stop=stop))

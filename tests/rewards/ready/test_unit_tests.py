@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 
 import psutil
@@ -103,6 +106,22 @@ def test_a_program_without_end_is_killed_with_what_it_started(program, tmp_path,
     assert list(tmp_path.iterdir()) == []
     time.sleep(0.1)  # a grandchild is its new parent's to wait for
     assert not [p for p in processes() if str(tmp_path) in p]
+
+
+def test_folders_in_folders_beyond_any_depth_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    program = "import os\nfor n in range(3000):\n    os.mkdir('a')\n    os.chdir('a')\n"
+    assert score(program + ADD) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_is_interrupted_waits_for_no_program():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = time.perf_counter()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        unit_tests(["while True: pass"] * 8, [TEST] * 8, timeout=60)
+    assert time.perf_counter() - started < 20
 
 
 def processes():
