@@ -70,7 +70,7 @@ def test_a_message_that_nobody_reads_changes_no_status(sft, tmp_path, broken) ->
     reading, writing = os.pipe()
     if broken:
         os.close(reading)
-    command = [sys.executable, "-m", "ppo_engine", *sft, "data.path=gone.jsonl"]
+    command = [sys.executable, "-P", "-m", "ppo_engine", *sft, "data.path=gone.jsonl"]
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, stdout=writing, stderr=writing, env=os.environ | paths)
     os.close(writing)

@@ -62,13 +62,14 @@ class AdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group |= {name: saved[name] for name in group.keys() - {"params"}}
             for parameter, place in zip(group["params"], saved["params"], strict=True):
-                if place not in state_dict["state"]:
-                    continue
-                found = state_dict["state"][place]
-                moments = {
-                    name: found[name].to(parameter.device) for name in found.keys() - {"step"}
-                }
-                self.state[parameter] = {"step": int(found["step"]), **moments}
+                self.state.pop(parameter, None)
+                found = state_dict["state"].get(place)
+                if found is not None:
+                    moments = {
+                        name: found[name].to(parameter.device, copy=True)
+                        for name in found.keys() - {"step"}
+                    }
+                    self.state[parameter] = {"step": int(found["step"]), **moments}
 
 
 def moment_bytes(parameter: Tensor, eight_bits: bool) -> int:

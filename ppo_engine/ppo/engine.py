@@ -38,6 +38,7 @@ from ppo_engine.ppo.estimators import (
     check_groups,
     equal_groups,
     estimate,
+    in_groups,
     rounding_of,
 )
 from ppo_engine.ppo.experience import Experience, importance_weights, objective_metrics
@@ -344,7 +345,9 @@ class PPOEngine:
                 stacklevel=4,  # the caller of `entry_point`, which calls `span`, which calls this
             )
         metrics = {"policy/learning_rate": self.actor.learner.learning_rate}
-        if settings.compares_groups:
+        # Some rows of a rollout (`Experience.select`) may be learned from without their groups.
+        prompts = experience.rollout.prompts
+        if settings.compares_groups and in_groups(prompts, settings.group_size):
             metrics["objective/equal_groups"] = equal_groups(
                 experience.scores, settings, experience.rounding
             )

@@ -137,15 +137,19 @@ def estimate(evidence: Evidence, settings: PPOSettings) -> ShapedGAE:
 def check_groups(prompts: Sequence[Prompt], settings: PPOSettings) -> None:
     """Raise a ValueError unless responses come in complete groups, each of one prompt."""
     size = settings.group_size
-    whole = len(prompts) % size == 0 and all(
-        prompts[row] == prompts[row - row % size] for row in range(len(prompts))
-    )
-    if not whole:
+    if not in_groups(prompts, size):
         raise ValueError(
             f"ppo.estimator={settings.estimator} needs groups of {size} consecutive responses to a "
             f"prompt, but the rollout has {len(prompts)} responses in another "
             "order; see PPOEngine.generate."
         )
+
+
+def in_groups(prompts: Sequence[Prompt], size: int) -> bool:
+    """Whether responses come in complete groups of `size`, each of one prompt."""
+    return len(prompts) % size == 0 and all(
+        prompts[row] == prompts[row - row % size] for row in range(len(prompts))
+    )
 
 
 def equal_groups(scores: Tensor, settings: PPOSettings, rounding: Tensor | None = None) -> float:

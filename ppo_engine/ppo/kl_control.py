@@ -15,7 +15,7 @@ class KLController:
 
     Adaptive (Ziegler et al. 2019, arXiv:1909.08593, section 2.2):
         e = clip(KL / target - 1, -0.2, 0.2);  coef <- coef (1 + e n / horizon)
-    with n the number of responses since the last update.
+    with n the number of responses since the last update, at most the horizon.
     """
 
     def __init__(self, kl_coef: float, adaptive: AdaptiveKLConfig | None, device: torch.device):
@@ -27,4 +27,5 @@ class KLController:
         if self.adaptive is None:
             return
         error = (kl / self.adaptive.target - 1).clamp(-_MAX_ERROR, _MAX_ERROR)
-        self.coef *= 1 + error * responses / self.adaptive.horizon
+        # Of more responses than the horizon it would change by more, and even its sign.
+        self.coef *= 1 + error * min(responses / self.adaptive.horizon, 1)

@@ -95,9 +95,17 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 def context_length(model: Any) -> int:
     """The context length of a model, or of the one that a Hugging Face configuration describes;
-    `sys.maxsize` where its family has no limit."""
+    `sys.maxsize` where its family has no limit.
+
+    Rotary factors of LongRoPE (arXiv:2402.13753; Phi-3 to Phi-4-mini, MiniCPM) are others beyond a
+    length, of all texts of a pass as soon as one is longer: the context ends there, or what a
+    text's tokens give would depend on the other texts.
+    """
     unwrapped = unwrap(model)
     text = getattr(unwrapped, "config", unwrapped).get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
     return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 

@@ -116,8 +116,9 @@ def _converse(
             "conversation: rename it."
         )
     policy = sampler.policy
+    room = room_for_prompts(policy.model, settings)
     found = [
-        _Conversation(prompt, _prompt_ids(policy, prompt, columns, row), row)
+        _Conversation(prompt, _prompt_ids(policy, prompt, columns, row, room), row)
         for row, prompt in enumerate(prompts)
     ]
     active, max_turns = found, environment.max_turns if environment else 1
@@ -145,7 +146,7 @@ def _converse(
 
 
 def _prompt_ids(
-    policy: LanguageModel, prompt: Prompt, columns: Mapping[str, Sequence[Any]], row: int
+    policy: LanguageModel, prompt: Prompt, columns: Mapping[str, Sequence[Any]], row: int, room: int
 ) -> list[int]:
     try:
         ids = policy.renderer.prompt(prompt, row_options(columns, row))
@@ -153,6 +154,11 @@ def _prompt_ids(
         raise UserError(f"Prompt {row} cannot be used: {error}.") from error
     if not ids:
         raise UserError(f"Prompt {row} is empty: it has no tokens to continue.")
+    if len(ids) > room:
+        raise UserError(
+            f"Prompt {row} has {len(ids)} tokens, and the model's context has room for {room} "
+            "before a response: shorten it, or lower generation.max_new_tokens."
+        )
     return ids
 
 

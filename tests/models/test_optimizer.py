@@ -242,6 +242,19 @@ def test_a_run_goes_on_exactly_in_either_dtype(before, after):
     assert same(state_of(steps(resumed, 10, 20)), state_of(steps(trained(before), 0, 20)))
 
 
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_state_can_be_gone_back_to_more_than_once(before):
+    """Also to that before the first step, without moments; and it does not move with the steps that
+    follow."""
+    learner = steps(trained(F32), 0, before)
+    state = copy.deepcopy(learner.state_dict())
+    ends = []
+    for _ in range(3):
+        learner.load_state_dict(state)
+        ends.append([x.clone() for x in state_of(steps(learner, before, before + 3))])
+    assert all(same(end, ends[0]) for end in ends)
+
+
 def test_a_checkpoint_of_torchs_adamw_goes_on_too():
     """As those of before there were masters."""
     learner = trained(F32)

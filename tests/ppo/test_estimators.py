@@ -322,6 +322,13 @@ def test_groups_without_a_signal_are_counted():
     assert equal_groups(of_four, PPOSettings(estimator="grpo", group_size=4)) == 0.5
 
 
+def test_rows_without_their_groups_can_be_learned_from():
+    engine = make_engine(ppo={"estimator": "grpo", "group_size": 4})
+    experience = engine.estimate_advantages(engine.generate(PROMPTS[:2]), [0.1, 0.2, 0.3, 0.9] * 2)
+    metrics = engine.update(experience.select(torch.tensor([0, 3, 5])))
+    assert "policy/loss" in metrics and "objective/equal_groups" not in metrics
+
+
 def test_the_critic_warms_up_alone():
     kl = {"adaptive_kl": AdaptiveKLConfig(horizon=10)}
     engine = make_engine(ppo={"critic_warmup_steps": 1, "mini_batch_size": 4, **kl})

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from engines import make_engine, response_logprobs
+from families import of_family
 from rollouts import script
 from tiny import tiny_model, tiny_tokenizer
 
@@ -321,3 +322,38 @@ def test_every_token_has_a_random_number_of_its_own(monkeypatch):
         # After the numbers of all tokens that any response before it could have.
         expected += [row * 3 * 8 + int(own[:place].sum()) for place in begins.nonzero()]
     assert sorted(seen) == sorted(expected)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+    engine = make_engine(generation=GenerationConfig(max_new_tokens=8))
+    room = engine.policy.model.config.max_position_embeddings - 8
+    with pytest.raises(UserError, match=rf"Prompt 1 has {room + 1} tokens, .* has room for {room}"):
+        engine.generate(["x" * room, "x" * (room + 1)])
+
+
+def test_a_context_ends_where_longrope_changes():
+    """Beyond, one long text changes what the others in its pass give."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    model = of_family(
+        "phi3",
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+            "original_max_position_embeddings": 64, **factors,
+        },
+        original_max_position_embeddings=64,
+        max_position_embeddings=256,
+        sliding_window=None,
+    )  # fmt: skip
+    config = PPOConfig(
+        generation=GenerationConfig(max_new_tokens=8), run=RunConfig(dtype="float32")
+    )
+    engine = PPOEngine(model, lambda responses: [0.0], tokenizer=TOKENIZER, config=config)
+    rollout = engine.generate(["x" * 56, "y" * 10])
+    for row, (prompt, response) in enumerate(rollout.written):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        alone = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+        found = rollout.logprobs[row, : len(response)]
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="has room for 56 before a response"):
+        engine.generate(["x" * 57])

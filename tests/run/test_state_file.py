@@ -46,6 +46,10 @@ def test_everything_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_view_does_not_bring_all_of_its_storage(tmp_path: Path) -> None:
     save_state(tmp_path, {"x": torch.zeros(1 << 20)[:10]})
     assert (tmp_path / "tensors-00001.safetensors").stat().st_size < 1000
+    x = torch.randn(4, 6)
+    state = {"x": x, "rows": x[1:3], "row": x[3]}  # of one file, which has no views
+    save_state(tmp_path, state)
+    assert same(load_state(tmp_path, CPU), state)
 
 
 def test_what_has_no_form_is_not_written(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Journal:
         place = f"{self.path}, its last line"
         try:
             row = json.loads(last)
-        except ValueError:
+        except (ValueError, RecursionError):
             if not last.startswith(b"{"):
                 raise _no_rankings(place, "not valid JSON") from None
             os.truncate(self.path, self.path.stat().st_size - len(last))
