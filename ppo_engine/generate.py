@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -207,6 +208,8 @@ def _printing(
         out.flush()
 
     if not out.isatty():
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(encoding="utf-8")  # as JSON is, whatever the locale
         yield write
         return
     there: list[dict[str, Any]] = []

@@ -77,6 +77,8 @@ def nearest_path(path: str | Path) -> str:
     """The same for a file or folder that is not there: with the nearest name in the folder that
     its path leads to, as far as that goes."""
     path = Path(path).expanduser()
+    if path.exists():
+        return ""
     missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
     try:
         there = [entry.name for entry in missing.parent.iterdir()]

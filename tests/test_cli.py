@@ -166,6 +166,10 @@ def test_settings_go_before_flags_and_are_checked_together(
         (["sft", "batch_size=1"], "did you mean sft.batch_size?"),
         (["sft", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
         (["reward", "--model", "./absent", "--data", "d"], "'./absent' does not exist"),
+        (
+            ["generate", "--prompt", "x", "--out", "a.jsonl", "--output-dir", "d"],
+            "--out and --output-dir say two places",
+        ),
         (["generate", "--model", "m"], "prompts (--data FILE) or one prompt (--prompt TEXT)"),
         (["generate", "--model", "./absent", "--prompt", "x"], "'./absent' does not exist"),
         (["sft", "run.resume=true", "--output-dir", "runs/x"], "x has no run to resume"),
@@ -181,6 +185,49 @@ def test_mistakes_are_one_message_and_status_2(
     assert shown.err.startswith("error: ") and message in shown.err
     assert "Traceback" not in shown.err and shown.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_grpo_is_not_run_as_ppo_by_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which has every setting of the run that wrote it."""
+    assert cli.main(["ppo", "--data", "d", "--reward", "last_number", "--help-settings"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: [])
+        capsys.readouterr()
+        assert cli.main(["ppo", "--dry-run"]) == 0
+        Path("s.yaml").write_text(capsys.readouterr().out)
+        assert cli.main(["grpo", "--config", "s.yaml", "--dry-run"]) == 2
+        said = capsys.readouterr().err
+        assert "ppo.estimator=gae, which is PPO with a critic: run it with `ppo-engine ppo`" in said
+        again = ["grpo", "--config", "s.yaml", "--dry-run", "ppo.estimator=grpo"]
+        assert cli.main([*again, "ppo.group_size=4"]) == 0
+
+
+def test_where_settings_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("s.yaml").write_text("stepz: 3\n")
+    assert cli.main(["ppo", "--config=~/s.yaml"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+    Path("run").mkdir()
+    assert cli.main(["ppo", "--config", "run"]) == 2
+    assert "'run' is a folder.\n" in capsys.readouterr().err
+    Path("run/config.yaml").touch()
+    assert cli.main(["ppo", "--config", "run"]) == 2
+    assert "'run' is a folder. Did you mean 'run/config.yaml'?" in capsys.readouterr().err
+    assert cli.main(["ppo", "--output-dir", "run/config.yaml", "run.resume=true"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_a_demo_says_at_once_where_it_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("d").mkdir()
+    Path("d/config.yaml").touch()
+    for more in ([], ["--dry-run"]):
+        assert cli.main(["demo", "--smoke", "--output-dir", "d", *more]) == 2
+        said = capsys.readouterr().err
+        assert "d is not empty: choose another output_dir, or remove the folder." in said
+        assert cli.main(["demo", "--smoke", "--output-dir", "e", "--model", "nope/", *more]) == 2
+        assert "nope" in capsys.readouterr().err and not Path("e").exists()
 
 
 @pytest.mark.parametrize("argument", ["--learning-rate=1", "stray", "--dry", "-x"])

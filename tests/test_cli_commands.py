@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,18 @@ from families import of_family
 from tiny import tiny_model_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_engine import cli
-from ppo_engine.errors import DEBUG_VARIABLE
+from ppo_engine import (
+    GenerationConfig,
+    PPOConfig,
+    PPOEngine,
+    PPOSettings,
+    PPOTrainer,
+    RewardModelTrainer,
+    RunConfig,
+    SFTTrainer,
+    cli,
+)
+from ppo_engine.errors import DEBUG_VARIABLE, UserError
 from ppo_engine.rewards.best_of_n import expected_best
 
 PAIRS = [
@@ -352,3 +365,51 @@ def test_reward_function_with_wrong_scores_leaves_nothing(
     flags = ["ppo", "--model", model, "--data", data, "--reward", "reward.py:score"]
     assert cli.main([*flags, *PPO_FLAGS, "--output-dir", "run"]) == 2
     assert "error: " in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_folder_may_be_a_path_in_python(model: str) -> None:
+    prompts = [{"prompt": "One"}, {"prompt": "Two"}]
+    config = PPOConfig(
+        steps=1,
+        generation=GenerationConfig(max_new_tokens=2),
+        ppo=PPOSettings(rollout_batch_size=2, mini_batch_size=2),
+        run=RunConfig(output_dir="run"),
+    )
+    trainer = PPOTrainer(Path(model), lambda responses: [0.0, 1.0], prompts, config=config)
+    assert trainer.config.policy.path == model
+    examples = [{"prompt": f"Question {n}?", "response": "b"} for n in range(8)]
+    assert SFTTrainer(Path(model), examples).config.model.path == model
+    for make in (lambda: PPOEngine(3, vars), lambda: SFTTrainer(3.5, examples)):
+        with pytest.raises(UserError, match=r"a folder or a loaded model, not 3"):
+            make()
+
+
+def test_rows_that_are_the_names_of_columns_are_refused(model: str) -> None:
+    frame = type("DataFrame", (list,), {"iterrows": None})
+    for wrong, message in (
+        ({"train": ["One"], "test": ["Two"]}, r"a dictionary \(train, test\): .*data\['train'\]"),
+        (frame(["prompt", "response"]), r"frame\.to_dict\('records'\)"),
+    ):
+        for make in (
+            lambda wrong=wrong: PPOTrainer(model, vars, wrong),
+            lambda wrong=wrong: SFTTrainer(model, wrong),
+            lambda wrong=wrong: RewardModelTrainer(model, wrong),
+        ):
+            with pytest.raises(UserError, match=message):
+                make()
+
+
+def test_output_in_a_locale_that_has_not_every_character(model: str) -> None:
+    """Help as far as it goes; rows whole, as JSON is UTF-8."""
+    encoding = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | encoding
+    write("prompts.jsonl", {"prompt": "Say \u4f60\u597d"})
+
+    def output(*arguments: str) -> bytes:
+        command = [sys.executable, "-P", "-m", "ppo_engine", *arguments]
+        return subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+
+    assert b"\\u2026" in output("ppo", "--help")
+    flags = ["--model", model, "--data", "prompts.jsonl", "generation.max_new_tokens=2"]
+    [line] = output("generate", *flags).decode().splitlines()
+    assert json.loads(line)["prompt"] == "Say \u4f60\u597d"

@@ -60,8 +60,18 @@ def ppo(options: argparse.Namespace, rest: list[str]) -> None:
     overrides = reward_overrides(options) + overrides_of(options, rest)
     if options.profile:
         overrides.insert(0, "profile=true")
-    cls = GRPOConfig if options.algorithm == "grpo" else PPOConfig
-    config = load(cls, options, overrides, check_settings)
+    grpo = options.algorithm == "grpo"
+    asked = any(override.startswith("ppo.estimator=") for override in overrides)
+
+    def check(config: PPOConfig) -> None:
+        if grpo and config.ppo.has_critic and not asked:
+            raise UserError(
+                f"The settings say ppo.estimator={config.ppo.estimator}, which is PPO with a "
+                "critic: run it with `ppo-engine ppo`, or add ppo.estimator=grpo."
+            )
+        check_settings(config)
+
+    config = load(GRPOConfig if grpo else PPOConfig, options, overrides, check)
     if config is None:
         return
     quiet_libraries()
@@ -76,7 +86,12 @@ def generate(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.settings.schema import GenerateConfig
 
     if options.output_dir is not None:
-        options.out = options.out or str(Path(options.output_dir) / "responses.jsonl")
+        if options.out:
+            raise UserError(
+                "--out and --output-dir say two places: --output-dir DIR stands for "
+                "--out DIR/responses.jsonl. Leave one out."
+            )
+        options.out = str(Path(options.output_dir) / "responses.jsonl")
         options.output_dir = None
     overrides = reward_overrides(options) + overrides_of(options, rest, seed="seed")
     if options.resume:

@@ -41,6 +41,8 @@ def check_given(config: Any) -> None:
         raise UserError(f"No {data} were given: --data FILE.jsonl, or data.path=FILE.")
     if isinstance(config, PPOConfig | SFTConfig | RewardModelConfig):
         check_output(config.run.output_dir, config.run.resume)
+    if isinstance(config, DemoConfig):
+        check_output(config.output_dir, setting="output_dir")
     if isinstance(config, GenerateConfig) and config.output:
         check_place(config.output, resume=config.resume)
     check_there(config)

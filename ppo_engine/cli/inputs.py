@@ -18,6 +18,7 @@ from ppo_engine.cli.given import check_given
 from ppo_engine.cli.libraries import quiet_libraries
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.settings.schema import (
+    DemoConfig,
     GenerateConfig,
     ModelConfig,
     PPOConfig,
@@ -66,6 +67,11 @@ def check_inputs(config: Any) -> list[str]:
     if isinstance(config, SFTConfig | RewardModelConfig):
         quiet_libraries()
         return _check_supervised(with_model(config))
+    if isinstance(config, DemoConfig) and config.model:
+        quiet_libraries()
+        from ppo_engine.pretrained import loading
+
+        loading.load_model_config(loading.resolve(config.model))
     return []
 
 

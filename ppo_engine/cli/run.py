@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from ppo_engine.run.interrupts import name_of
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 (the machine's fault; doctor: broken; an error
     that nobody expected), 2 (the user's), 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of a locale that has not every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
     # `key=value` may stand between options, where argparse's own positionals cannot.
     options, rest = parser.parse_known_args(arguments)

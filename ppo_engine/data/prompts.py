@@ -22,7 +22,7 @@ from ppo_engine.data.forms import (
     take_prompt,
 )
 from ppo_engine.data.renaming import renamed_rows
-from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows
+from ppo_engine.data.rows import BadLineError, BadLines, OnBadLine, SkippedLines, read_rows, rows_of
 from ppo_engine.data.unseen import remark_unseen
 from ppo_engine.errors import UserError
 from ppo_engine.text.options import OPTION_COLUMNS, as_columns, from_columns
@@ -76,7 +76,9 @@ def prompts_from_sequence(
     system_prompt: str = "",
 ) -> tuple[list[PromptExample], SkippedLines]:
     """The same from Python: texts, lists of messages, dictionaries, or a `datasets.Dataset`."""
-    rows = (row if isinstance(row, Mapping) else {"prompt": row} for row in prompts)
+    rows = (
+        row if isinstance(row, Mapping) else {"prompt": row} for row in rows_of(prompts, "prompts")
+    )
     return _prompts(rows, tokenizer, on_bad_line, as_chat, columns or {}, system_prompt)
 
 

@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -170,7 +170,7 @@ def read_rows(
     Python.
     """
     if not isinstance(source, str | Path):
-        for index, row in enumerate(source):
+        for index, row in enumerate(rows_of(source, name)):
             yield f"{name}[{index}]", row
         return
     if not str(source):
@@ -186,6 +186,20 @@ def read_rows(
         return
     for number, row in read_jsonl(path, bad_lines):
         yield f"{path}:{number}", row
+
+
+def rows_of(source: Iterable[Any], name: str) -> Iterable[Any]:
+    """What is given from Python, as it is; a UserError where its items would be no rows, but the
+    names of columns or of splits."""
+    if hasattr(source, "iterrows"):
+        raise UserError(f"The {name} are a DataFrame: give its rows, frame.to_dict('records').")
+    if isinstance(source, Mapping):
+        names = ", ".join(str(key) for key in source)
+        raise UserError(
+            f"The {name} are a dictionary ({names}): give a list of rows, [{{column: value, …}}, "
+            "…]; of a data set with several splits, one of them, such as data['train']."
+        )
+    return source
 
 
 def data_file(source: str | Path) -> Path:

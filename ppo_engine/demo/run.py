@@ -32,6 +32,7 @@ from ppo_engine.memory import peak_memory
 from ppo_engine.models import precision
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.pages.report.page import NAME
+from ppo_engine.pretrained.loading import load_model_config, resolve
 from ppo_engine.run.directory import RunDirectory
 from ppo_engine.run.progress import Progress
 from ppo_engine.settings.schema import (
@@ -161,7 +162,9 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
         "before": asdict(before),
         "after": asdict(after),
     }
-    (run.path / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False))
+    (run.path / "summary.json").write_text(
+        json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
     show_result(console, summary, before, after)
     console.print(
         f"\nEverything is in {run.path}: the reward model in reward/reward_model, the policy in "
@@ -230,6 +233,8 @@ def _measured(run: Path, step: int, sentiment: Callable[[str], float]) -> Measur
 
 def _model(config: DemoConfig, console: Console) -> str:
     """The folder or name of the language model to be tuned; empty where it is to be a tiny one."""
+    if config.model:
+        load_model_config(resolve(config.model))  # before anything is written
     if config.model or config.smoke:
         return config.model
     console.print("Model: SmolLM2-135M-Instruct (converted once, on the first run).")

@@ -49,6 +49,7 @@ from ppo_engine.ppo.passes import Passes
 from ppo_engine.ppo.roles import load_roles, optimizer_steps
 from ppo_engine.ppo.saving import save_models
 from ppo_engine.ppo.trunks import Role, Trunks
+from ppo_engine.pretrained import loading
 from ppo_engine.rewards.shaping import ScoreNormalizer, shape_scores
 from ppo_engine.rewards.weighted import RewardsLike
 from ppo_engine.rollout.batch import Rollout
@@ -88,7 +89,7 @@ class PPOEngine:
     @entry_point
     def __init__(
         self,
-        policy: str | PreTrainedModel = "",
+        policy: str | Path | PreTrainedModel = "",
         reward: RewardsLike | None = None,
         *,
         config: PPOConfig | Mapping[str, Any] | None = None,
@@ -105,7 +106,8 @@ class PPOEngine:
         torch.manual_seed(config.run.seed)
         self.shuffle = torch.Generator().manual_seed(config.run.seed)
 
-        roles = load_roles(policy, reward, config, tokenizer, device=self.device, dtype=self.dtype)
+        given = loading.given_model(policy)
+        roles = load_roles(given, reward, config, tokenizer, device=self.device, dtype=self.dtype)
         self.policy, self.reference = roles.policy, roles.reference
         self.rewards, self.critic, self.budget = roles.rewards, roles.critic, roles.budget
         self.sampler = Sampler(self.policy)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from ppo_engine.errors import UserError
-from ppo_engine.messages import nearest_path, reason, untrusted
+from ppo_engine.messages import nearest_path, reason, shown, untrusted
 from ppo_engine.pretrained.adapter_folder import tokenizer_source, unstack
 from ppo_engine.pretrained.adapters import is_adapted, merged, save_adapters
 from ppo_engine.pretrained.folder import check_folder
@@ -74,6 +76,17 @@ def _config_of_base(base: str, path: str, trust: bool) -> Any:
             f"The base of the adapters in {path!r} cannot be had: {error} Its place is "
             "base_model_name_or_path in adapter_config.json."
         ) from error
+
+
+def given_model(model: Any) -> Any:
+    """A model as it is given in Python: a name or folder as text, an object as it is."""
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    if model is None or isinstance(model, str | nn.Module):
+        return model
+    raise UserError(
+        f"A model is a Hugging Face name, a folder or a loaded model, not {shown(model)}."
+    )
 
 
 def open_tokenizer(

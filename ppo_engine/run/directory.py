@@ -94,7 +94,7 @@ class RunDirectory:
         if resume:
             check_resumable(self.path, config)
         else:
-            _check_free(self.path)
+            _check_free(self.path, "run.output_dir" if hasattr(config, "run") else "output_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path / ".lock", f"Run folder {self.path}", "run.output_dir")
@@ -194,16 +194,16 @@ def dated(config: Config) -> Config:
     return replace(config, run=replace(run, date=date))
 
 
-def check_output(path: str | Path, resume: bool = False) -> None:
+def check_output(path: str | Path, resume: bool = False, setting: str = "run.output_dir") -> None:
     """Raise a `UserError`, before any work, for a folder that a new run could not be written to, or
-    that has no run to `resume`."""
+    that has no run to `resume`; `setting` names it."""
     folder = Path(path).expanduser()
     if resume:
         settings_file(path)
         return
     if not str(path):
         return
-    _check_free(folder)
+    _check_free(folder, setting)
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(
@@ -211,16 +211,15 @@ def check_output(path: str | Path, resume: bool = False) -> None:
         )
 
 
-def _check_free(path: Path) -> None:
+def _check_free(path: Path, setting: str) -> None:
     if path.exists() and not path.is_dir():
-        raise UserError(f"Run folder {path} is a file; choose another run.output_dir.")
+        raise UserError(f"Run folder {path} is a file; choose another {setting}.")
     # A run that was killed before it wrote its settings leaves no more than hidden files.
     if path.is_dir() and any(not inside.name.startswith(".") for inside in path.iterdir()):
-        is_run = (path / CONFIG).exists()
-        hint = "resume that run (run.resume=true), " if is_run else ""
+        resumable = (path / CONFIG).exists() and setting == "run.output_dir"  # no demo is
+        hint = "resume that run (run.resume=true), " if resumable else ""
         raise UserError(
-            f"Run folder {path} is not empty: {hint}choose another run.output_dir, or remove the "
-            "folder."
+            f"Run folder {path} is not empty: {hint}choose another {setting}, or remove the folder."
         )
 
 

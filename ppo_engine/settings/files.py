@@ -147,12 +147,15 @@ _Loader.add_constructor("!exponent", _construct_number)
 
 
 def _read_file(file: str) -> dict[str, Any]:
-    if not Path(file).is_file():
-        raise UserError(
-            f"Settings file {file!r} does not exist or is not a file.{nearest_path(file)}"
-        )
+    path = Path(file).expanduser()
+    if path.is_dir():
+        of_run = path / "config.yaml"
+        hint = f" Did you mean {str(of_run)!r}?" if of_run.is_file() else ""
+        raise UserError(f"Settings file {file!r} is a folder.{hint}")
+    if not path.is_file():
+        raise UserError(f"Settings file {file!r} does not exist.{nearest_path(file)}")
     try:
-        data = _parse_yaml(Path(file).read_text(encoding="utf-8-sig"))
+        data = _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:

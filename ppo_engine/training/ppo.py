@@ -67,7 +67,7 @@ class PPOTrainer:
     @entry_point
     def __init__(
         self,
-        policy: str | PreTrainedModel = "",
+        policy: str | Path | PreTrainedModel = "",
         reward: RewardsLike | None = None,
         prompts: str | Path | Iterable[Any] | None = None,
         *,
@@ -81,8 +81,9 @@ class PPOTrainer:
         given comes from `config`. Progress goes to `console`, by default the terminal."""
         config = settings_of(PPOConfig, config)
         # The run's config.yaml names what is trained, however it was given.
-        if isinstance(policy, str) and policy:
-            config = replace(config, policy=replace(config.policy, path=policy))
+        given = loading.given_model(policy)
+        if isinstance(given, str) and given:
+            config = replace(config, policy=replace(config.policy, path=given))
         if reward is not None:
             config = replace(config, reward=with_rewards(config.reward, reward))
         if isinstance(prompts, str | Path):
@@ -93,7 +94,7 @@ class PPOTrainer:
         check_settings(config)
         check_output(config.run.output_dir, config.run.resume)
         self.notes: list[str] = []
-        tokenizer = loading.open_tokenizer(policy, config.policy, tokenizer)
+        tokenizer = loading.open_tokenizer(given, config.policy, tokenizer)
         examples, left_out = self._read(config.data.path if prompts is None else prompts, tokenizer)
         held_out: list[PromptExample] = []
         if config.evaluation.path:
@@ -366,7 +367,7 @@ class PPOTrainer:
     def _read(
         self, source: str | Path | Iterable[Any], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[PromptExample], SkippedLines]:
-        if source == "":
+        if isinstance(source, str) and not source:
             raise UserError("No prompts were given: pass prompts=…, or set data.path.")
         data = self.config.data
         options = {"on_bad_line": data.on_bad_line, **reading(data)}

@@ -57,7 +57,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
     @entry_point
     def __init__(
         self,
-        model: str | PreTrainedModel | None = None,
+        model: str | Path | PreTrainedModel | None = None,
         preferences: str | Path | Iterable[Any] | None = None,
         config: RewardModelConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,

@@ -54,7 +54,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
     @entry_point
     def __init__(
         self,
-        model: str | PreTrainedModel | None = None,
+        model: str | Path | PreTrainedModel | None = None,
         examples: str | Path | Iterable[Any] | None = None,
         config: SFTConfig | Mapping[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,

@@ -76,15 +76,16 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | None,
+        model: str | Path | PreTrainedModel | None,
         source: str | Path | Iterable[Any] | None,
         config: RewardModelConfig | SFTConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         console: Console | None,
     ) -> None:
         # The run's config.yaml names what is trained, and on what, however it was given.
-        if isinstance(model, str):
-            config = replace(cast(Any, config), model=replace(cast(Any, config.model), path=model))
+        given = loading.given_model(model)
+        if isinstance(given, str):
+            config = replace(cast(Any, config), model=replace(cast(Any, config.model), path=given))
         if isinstance(source, str | Path):
             data = replace(cast(Any, config.data), path=str(source))
             config = replace(cast(Any, config), data=data)
@@ -101,12 +102,12 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         self.device = precision.choose_device(config.run.device)
         self.dtype = precision.choose_dtype(config.run.dtype, self.device)
         torch.manual_seed(config.run.seed)
-        self.tokenizer = loading.open_tokenizer(model, config.model, tokenizer)
+        self.tokenizer = loading.open_tokenizer(given, config.model, tokenizer)
         self.notes: list[str] = []
         training, held_out = self._split(config.data.path if source is None else source)
         self.notes += text_note([*training, *held_out], self.tokenizer, self.unit)
         place = fit.place_of(config)  # before anything is loaded
-        self.model = self._load_model(model)
+        self.model = self._load_model(given)
         if config.run.save_adapters:
             check_saving(self.model)
         self.training = self._encode(training, "training")

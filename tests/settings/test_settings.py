@@ -243,7 +243,7 @@ def test_other_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_file_folder_and_binary(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_config(PPOConfig, str(tmp_path / "absent.yaml"))
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="is a folder"):
         load_config(PPOConfig, str(tmp_path))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
