@@ -195,6 +195,7 @@ def _checked(lists: _Lists) -> bool:
                 at = f"{name}[{i}]"
                 shape = None if x is weights[i] else shape_of(weights[i])
                 checks.tensor(OP, at, x, (dtype,), shape=shape, like=like)
+                checks.plain(OP, **{at: x})
             if name != "grads" and not x.is_contiguous():
                 raise ValueError(
                     f"{OP}: {name}[{i}] must be contiguous, as it is changed in place, but has "

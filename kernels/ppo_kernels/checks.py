@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,16 +34,22 @@ def tokens(
     cu_seqlens: Tensor | None,
     *,
     needs_sequences: bool = True,
+    optional: Mapping[str, Tensor | None] | None = None,
     **named: Tensor | None,
 ) -> None:
     """Floating-point per-token tensors in one layout: `[B, T]`, or `[N]` with `cu_seqlens`.
 
-    The first of `named` sets shape and device for the others; None is skipped. An op that does
-    not need the boundaries of sequences (`needs_sequences=False`) also takes `[N]` alone.
+    The first of `named` sets shape and device for the others; of the `optional` ones None is
+    skipped. An op that does not need the boundaries of sequences (`needs_sequences=False`) also
+    takes `[N]` alone.
     """
+    for name, x in named.items():
+        if x is None:
+            tensor(op, name, x)  # raises
+    given = named if optional is None else {**named, **optional}
     # A fast check that all is right; the rest finds what is wrong.
     looks = dispatch.cpu is not None and not torch.compiler.is_compiling()
-    if looks and dispatch.cpu.tokens_fit(mask, cu_seqlens, needs_sequences, *named.values()):
+    if looks and dispatch.cpu.tokens_fit(mask, cu_seqlens, needs_sequences, *given.values()):
         return
     first_name, first = next(iter(named.items()))
     tensor(op, first_name, first)
@@ -61,7 +67,7 @@ def tokens(
             f"{op}: {first_name} must be [B, T], or [N] with cu_seqlens, but has shape "
             f"{tuple(shape)}"
         )
-    for name, x in named.items():
+    for name, x in given.items():
         if x is None or x is first:
             continue
         tensor(op, name, x)
@@ -107,6 +113,16 @@ def tensor(
         raise ValueError(f"{op}: {name} must have shape {shape}, but has {tuple(x.shape)}")
     if like is not None:
         _same_device(op, name, x, like[1].device, like[0])
+
+
+def plain(op: str, **named: Tensor | None) -> None:
+    """Tensors with memory of their own, for an op whose kernels read it without asking torch."""
+    for name, x in named.items():
+        if x is not None and not dispatch.is_plain(x):
+            raise TypeError(
+                f"{op}: {name} must be a plain tensor, but is {type(x).__name__}; of a DTensor "
+                "give its part, to_local()"
+            )
 
 
 def choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

@@ -118,6 +118,7 @@ def _check(
     checks.tensor(OP, "query", query)
     checks.tensor(OP, "keys", keys, like=("query", query))
     checks.tensor(OP, "values", values, (keys.dtype,), like=("query", query))
+    checks.plain(OP, query=query, keys=keys, values=values, lengths=lengths, sinks=sinks)
     of_query, of_keys, of_values = query.shape, keys.shape, values.shape
     if (
         len(of_query) != 3

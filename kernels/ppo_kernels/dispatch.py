@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DEVICES = ("cpu", "cuda")  # that have kernels
 IMPLS = ("reference", "cpp", "triton", "cuda")
@@ -235,10 +236,26 @@ def eager(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     for x in tensors:  # noqa: SIM110 - `all` of a generator takes three times as long
-        if x is not None and type(x) not in _PLAIN:
+        # Of a view that is negated when it is read, the memory has the other sign.
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
             return False
     return True
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor has memory of its own; while a graph is traced nobody knows."""
+    return type(x) in _PLAIN or torch.compiler.is_compiling()
+
+
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    """Forward-mode differentiation, of which the kernels know nothing: they would drop it."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "the kernels have no forward-mode differentiation: call the op with impl='reference'"
+        )
 
 
 def traced(value: float | Tensor) -> Tensor:

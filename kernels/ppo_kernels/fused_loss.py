@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import dispatch
+from ppo_kernels.once import once_differentiable
 
 Results = tuple[Any, ...]  # loss, statistics, gradients
 
@@ -80,12 +80,12 @@ def _chain(ctx: Any, multiplied: Callable[[Tensor], Tensor]) -> list[Tensor | No
 
 
 def _multiplied(x: Tensor, by: Tensor) -> Tensor:
-    """`x` times a 0-dim tensor; for free where that is 1, as `loss.backward()` brings it."""
-    if by.is_cpu and type(by) is Tensor and by.item() == 1.0:
-        return x
-    # A kernel checks this, as the host would have to wait for a GPU. In place, so only where the
-    # graph, and what it saved, is not needed again.
+    """`x` times a 0-dim tensor; for free where that is 1, as `loss.backward()` brings it, and where
+    the graph, and what it saved, is not needed again: the gradient is whoever's who gets it."""
     graph_stays = torch._C._autograd._get_current_graph_task_keep_graph()
+    if by.is_cpu and type(by) is Tensor and not graph_stays and by.item() == 1.0:
+        return x
+    # A kernel checks this, as the host would have to wait for a GPU. In place.
     if by.is_cuda and type(by) is Tensor and dispatch.HAS_TRITON and not graph_stays:
         scaled: Tensor = dispatch.triton_kernels("fused_loss").scale(x, by)
         return scaled

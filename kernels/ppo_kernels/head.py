@@ -58,7 +58,7 @@ class Head:
         self._leaves_out = leaves_out(hidden.device)
         self.dtype = dtype if multiplies(dtype, hidden.device) else torch.float32
         self.shape = targets.shape
-        self._hidden = hidden.reshape(-1, hidden.shape[-1])
+        self._hidden = hidden.reshape(targets.numel(), hidden.shape[-1])
         self._weight = _factor(weight)
         if hidden.device.type != "cpu":  # at once: a tile at a time would take a launch for each
             self._weight = self._weight.to(self.dtype)
@@ -105,10 +105,11 @@ class Head:
         return x if self._rows is None else x[self._rows]
 
     def spread(self, x: Tensor) -> Tensor:
-        """`[...]`, the inverse of `pick`: 0 where a token was skipped."""
+        """`[...]`, the inverse of `pick`: 0 where a token was skipped. No view for autograd, as
+        what an op returns may be written to."""
         if self._rows is not None:
             x = x.new_zeros(len(self._hidden)).index_copy(0, self._rows, x)
-        return x.view(self.shape)
+        return x.view(self.shape).detach()
 
     def states(self, place: slice) -> Tensor:
         """The chunk's hidden states `[n, H]`."""

@@ -14,10 +14,10 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, dispatch, logprob, ppo_loss, reference
 from ppo_kernels.head import Head
+from ppo_kernels.once import once_differentiable
 from ppo_kernels.reference import IGNORED_TARGET
 
 OP = "linear_logprobs"
@@ -143,7 +143,8 @@ def check_head(
     if bias is not None:
         checks.tensor(op, "bias", bias, shape=(len(weight),), like=("hidden", hidden))
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    has_autocast = torch.amp.is_autocast_available(kind)  # not on the meta device
+    if has_autocast and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:

@@ -92,8 +92,10 @@ def linear_ppo_loss(
     ppo_loss.check_choices(OP, reduction, kl_estimator, objective, ratio_level, dual_clip)
     checks.tokens(
         OP, mask, cu_seqlens, needs_sequences=ppo_loss.needs_sequences(reduction, ratio_level),
-        advantages=advantages, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        is_weights=is_weights,
+        advantages=advantages,
+        optional={
+            "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_weights": is_weights,
+        },
     )  # fmt: skip
     checks.tensor(OP, "advantages", advantages, shape=tuple(targets.shape), like=("hidden", hidden))
     if moments is not None:

@@ -8,10 +8,10 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, dispatch, reference
 from ppo_kernels.fused_loss import without_none
+from ppo_kernels.once import once_differentiable
 from ppo_kernels.reference import IGNORED_TARGET
 
 OP = "token_logprobs"

@@ -106,8 +106,10 @@ def packed_linear(
         ValueError, TypeError: for shapes, dtypes or devices that do not fit.
         RuntimeError: for an `impl` that cannot run, with the reason.
     """
+    _check(x, weight, bias)
     dtype = weight.dtype if dtype is None else dtype
-    _check(x, weight, bias, dtype)
+    if dtype not in _OUT_DTYPES:
+        raise TypeError(f"{OP}: dtype must be float32, bfloat16 or float16, but is {dtype}")
     impl = dispatch.resolve(OP, impl, x.device)
     if impl == "reference":
         with torch.no_grad():
@@ -120,16 +122,19 @@ def packed_linear(
     return out
 
 
-def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    if not isinstance(weight, PackedWeight):
+        raise TypeError(
+            f"{OP}: weight must be a PackedWeight, of pack_weight, but is {type(weight).__name__}"
+        )
     checks.tensor(OP, "x", x, like=("weight", weight.panels))
+    checks.plain(OP, x=x, bias=bias)
     if x.ndim == 0 or x.shape[-1] != weight.in_features:
         raise ValueError(
             f"{OP}: x must be [..., {weight.in_features}], but has shape {tuple(x.shape)}"
         )
     if bias is not None:
         checks.tensor(OP, "bias", bias, shape=(weight.out_features,), like=("x", x))
-    if dtype not in _OUT_DTYPES:
-        raise TypeError(f"{OP}: dtype must be float32, bfloat16 or float16, but is {dtype}")
 
 
 def _unpacked(weight: PackedWeight) -> Tensor:

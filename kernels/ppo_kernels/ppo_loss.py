@@ -99,8 +99,8 @@ def ppo_policy_loss(
     check_choices(POLICY, *choices, dual_clip)
     checks.tokens(
         POLICY, mask, cu_seqlens, needs_sequences=needs_sequences(reduction, ratio_level),
-        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, entropy=entropy,
-        ref_logprobs=ref_logprobs, is_weights=is_weights,
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages,
+        optional={"entropy": entropy, "ref_logprobs": ref_logprobs, "is_weights": is_weights},
     )  # fmt: skip
     if moments is not None:
         checks.tensor(POLICY, "moments", moments, shape=(3,), like=("logprobs", logprobs))

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_kernels import checks, dispatch, reference
+from ppo_kernels.once import once_differentiable
 
 OP = "rms_norm"
 

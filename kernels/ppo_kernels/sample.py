@@ -61,7 +61,11 @@ def sample(
     impl = dispatch.resolve(OP, impl, logits.device)
     if not dispatch.eager(logits, *[x for x in (seed, offset) if isinstance(x, Tensor)]):
         numbers = torch.stack((dispatch.traced(temperature), dispatch.traced(top_p)))
-        return _sample_op(logits, numbers, top_k, _traced(seed), _traced(offset), impl)
+        with torch.no_grad():
+            found: tuple[Tensor, Tensor] = _sample_op(
+                logits, numbers, top_k, _traced(seed), _traced(offset), impl
+            )
+        return found
     return _sample(logits, temperature, top_k, top_p, seed, offset, impl)
 
 

@@ -1,0 +1,190 @@
+"""What people do to ops beside calling them as the examples do: it works, or it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import ppo_kernels
+from ppo_kernels import (
+    adamw,
+    decode_attention,
+    gae,
+    kl_shaped_gae,
+    linear_logprobs,
+    linear_ppo_loss,
+    pack_weight,
+    packed_linear,
+    pairwise_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    rms_norm,
+    sample,
+    swiglu,
+    token_logprobs,
+)
+
+WIDTH, VOCAB = 8, 11
+
+
+def made(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def targets(*shape: int) -> Tensor:
+    return torch.randint(0, VOCAB, shape)
+
+
+def _differentiable() -> dict[str, tuple[Callable[..., Tensor], Tensor]]:
+    """Of an op the sum of what it gives, by `impl`, and what that is differentiated in."""
+    logits, hidden, x = made(3, 4, VOCAB), made(3, 4, WIDTH), made(3, 4)
+    weight, tokens, other = torch.randn(VOCAB, WIDTH), targets(3, 4), torch.randn(3, 4)
+    return {
+        "token_logprobs": (lambda i: token_logprobs(logits, tokens, impl=i).sum(), logits),
+        "linear_logprobs": (
+            lambda i: linear_logprobs(hidden, weight, tokens, impl=i).sum(), hidden,
+        ),
+        "linear_ppo_loss": (
+            lambda i: linear_ppo_loss(hidden, weight, tokens, other, other, impl=i)[0], hidden,
+        ),
+        "ppo_policy_loss": (lambda i: ppo_policy_loss(x, other, other, impl=i)[0], x),
+        "ppo_value_loss": (lambda i: ppo_value_loss(x, other, other, impl=i)[0], x),
+        "pairwise_loss": (lambda i: pairwise_loss(x[0], x[1], impl=i)[0], x),
+        "rms_norm": (lambda i: rms_norm(x, torch.ones(4), eps=1e-6, impl=i).sum(), x),
+        "swiglu": (lambda i: swiglu(x, other, impl=i).sum(), x),
+    }  # fmt: skip
+
+
+DIFFERENTIABLE = _differentiable()
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+@pytest.mark.parametrize("impl", ["cpp"] if ppo_kernels.dispatch.cpu else [])
+def test_second_derivatives_are_refused_and_not_left_out(op: str, impl: str) -> None:
+    """As of a gradient penalty, on top of a gradient that came in as the constant 1."""
+    value, x = DIFFERENTIABLE[op]
+    [gradient] = torch.autograd.grad(value(impl), x, create_graph=True)
+    [of_reference] = torch.autograd.grad(value("reference"), x, create_graph=True)
+    torch.testing.assert_close(gradient, of_reference, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (value(impl) + gradient.square().sum()).backward()
+    (value("reference") + of_reference.square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: token_logprobs(x, targets(3), impl="cpp"),
+        lambda x: rms_norm(x, torch.ones(VOCAB), eps=1e-6, impl="cpp"),
+        lambda x: swiglu(x, torch.ones(3, VOCAB), impl="cpp"),
+        lambda x: ppo_policy_loss(x, x, x, impl="cpp"),
+    ],
+)
+@pytest.mark.skipif(not ppo_kernels.dispatch.cpu, reason="no compiled kernels")
+def test_forward_mode_is_refused_and_not_left_out(call: Callable[[Tensor], Any]) -> None:
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(3, VOCAB), torch.ones(3, VOCAB))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            call(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x, s: ppo_policy_loss(x, None, x), "old_logprobs"),
+        (lambda x, s: ppo_policy_loss(x, x, None), "advantages"),
+        (lambda x, s: ppo_value_loss(x, None, x), "old_values"),
+        (lambda x, s: ppo_value_loss(x, x, None), "returns"),
+        (lambda x, s: gae(None, x), "rewards"),
+        (lambda x, s: gae(x, None), "values"),
+        (lambda x, s: kl_shaped_gae(s, x, None, x, kl_coef=0.1), "ref_logprobs"),
+        (lambda x, s: kl_shaped_gae(s, x, x, None, kl_coef=0.1), "values"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_missing_is_named(call: Callable[..., Any], name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, but is NoneType"):
+        call(torch.randn(3, 4), torch.randn(3))
+
+
+class Subclass(Tensor):
+    """Whose memory is not for everybody to read, as a DTensor's."""
+
+
+def test_tensors_without_memory_of_their_own_are_refused() -> None:
+    strange = torch.randn(4, 8).as_subclass(Subclass)
+    packed = pack_weight(torch.randn(6, 8), dtype=torch.float32)
+    query, keys = torch.randn(2, 2, 8), torch.randn(2, 1, 3, 8)
+    lengths = torch.tensor([1, 2])
+    weights = [torch.randn(4, 8)]
+    moments = [[torch.zeros(4, 8)] for _ in range(2)]
+    for call in (
+        lambda: packed_linear(strange, packed),
+        lambda: decode_attention(query.as_subclass(Subclass), keys, keys, lengths, scale=1.0),
+        lambda: adamw(
+            weights, [strange], *moments, step=1, learning_rate=1e-3, betas=(0.9, 0.99), eps=1e-8,
+            weight_decay=0.0,
+        ),
+        lambda: make_fx(lambda x: packed_linear(x, packed), tracing_mode="fake")(torch.randn(4, 8)),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="must be a plain tensor, but is"):
+            call()
+    with pytest.raises(TypeError, match="weight must be a PackedWeight, of pack_weight, but is Te"):
+        packed_linear(torch.randn(4, 8), torch.randn(6, 8))
+
+
+def test_a_view_that_is_negated_when_it_is_read() -> None:
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    x = z.conj().imag
+    assert x.is_neg()
+    tokens = torch.tensor([0, 3, 1])
+    for op in (
+        lambda x: gae(x, x)[0],
+        lambda x: swiglu(x, x),
+        lambda x: token_logprobs(x, tokens),
+    ):
+        torch.testing.assert_close(op(x), op(x.resolve_neg().clone()))
+
+
+def test_log_probs_can_be_written_to() -> None:
+    hidden, weight, tokens = made(3, 4, WIDTH), made(VOCAB, WIDTH), targets(3, 4)
+    mask = torch.rand(3, 4) > 0.5
+    logprobs = linear_logprobs(hidden, weight, tokens)
+    logprobs[~mask] = 0
+    logprobs.sum().backward()
+    expected = linear_logprobs(hidden, weight, tokens)[mask].sum()
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(expected, hidden)[0])
+
+
+def test_a_gradient_that_is_changed_in_place_changes_no_graph_that_stays() -> None:
+    x, other = made(3, 4), torch.randn(3, 4)
+    loss = ppo_policy_loss(x, other, other)[0]
+    [first] = torch.autograd.grad(loss, x, retain_graph=True)
+    expected = first.clone()
+    first.mul_(5)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_samples_of_logits_that_require_a_gradient_in_a_graph() -> None:
+    layer = torch.nn.Linear(WIDTH, VOCAB)
+
+    def drawn(x: Tensor) -> tuple[Tensor, Tensor]:
+        return sample(layer(x), seed=1, offset=0)
+
+    x = torch.randn(4, WIDTH)
+    tokens, logprobs = torch.compile(drawn, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(tokens, drawn(x)[0]) and not logprobs.requires_grad
+
+
+def test_shapes_without_numbers() -> None:
+    hidden, weight = torch.randn(3, 4, 0, requires_grad=True), torch.randn(VOCAB, 0)
+    found = linear_logprobs(hidden, weight, targets(3, 4))
+    torch.testing.assert_close(found, torch.full((3, 4), -torch.tensor(float(VOCAB)).log().item()))
+    on_meta = {"hidden": hidden.to("meta"), "weight": weight.to("meta")}
+    assert linear_logprobs(**on_meta, targets=targets(3, 4).to("meta")).shape == (3, 4)
