@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_engine.data.chat import check_messages, is_learned, is_silent
 from ppo_engine.data.columns import Columns, check_text, name_of
+from ppo_engine.data.dialogues import answer_to
 from ppo_engine.data.forms import (
     ASKING,
     CHATS,
@@ -193,6 +194,7 @@ def _demonstration_of(columns: Columns, rules: ChatRules) -> Demonstration:
         if not isinstance(prompt, str) and any(turn.get("train") for turn in prompt):
             raise BadLineError("a message of the prompt is to be learned", ": give 'messages'")
         check_prompt(prompt)
+    response = answer_to(prompt, response, chat=rules.template)
     prompt, options = complete_prompt(prompt, columns, rules)
     if isinstance(response, str) and not isinstance(prompt, str):
         response = [{"role": "assistant", "content": response}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ppo_engine.data.rows import BadLineError
 from ppo_engine.text.prompt import Message, Prompt
@@ -29,6 +30,14 @@ def chat_if_dialogue(prompt: str) -> Prompt:
         else:
             messages.append({"role": role, "content": text.strip()})
     return messages
+
+
+def answer_to(prompt: object, response: Any, *, chat: bool) -> Any:
+    """A response beside its `prompt`; to a dialogue that becomes a `chat` without the white space
+    that follows "Assistant:" there."""
+    if chat and isinstance(prompt, str) and isinstance(response, str):
+        return response if isinstance(chat_if_dialogue(prompt), str) else response.strip()
+    return response
 
 
 def split_dialogues(chosen: str, rejected: str, chat: bool) -> tuple[Prompt, str, str]:

@@ -163,7 +163,8 @@ def names_of_pair(columns: Columns) -> tuple[str, str]:
         number = columns.take("better_response_id")
         if number not in (0, 1):
             raise BadLineError("'better_response_id' must be 0 or 1", f", not {number!r}")
-        names = (f"response_{number:d}", f"response_{1 - number:d}")
+        better = int(number)  # 1.0 where a value of the column was missing
+        names = (f"response_{better}", f"response_{1 - better}")
     else:
         # One with both columns before one that shares a name with it.
         there = [sum(columns.find([name]) is not None for name in pair) for pair in PAIRS]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_engine.data.annotations import ordinary_rows
 from ppo_engine.data.chat import check_messages, without_flags
 from ppo_engine.data.columns import Columns, check_text, is_number, kind, name_of
-from ppo_engine.data.dialogues import is_dialogue, split_dialogues
+from ppo_engine.data.dialogues import answer_to, is_dialogue, split_dialogues
 from ppo_engine.data.forms import (
     ASKING,
     CHATS,
@@ -181,6 +181,7 @@ def _ranking_of(columns: Columns, rules: ChatRules) -> Ranking:
         given = False
     if chosen == rejected:
         raise BadLineError("chosen and rejected are the same")
+    chosen, rejected = (answer_to(prompt, x, chat=rules.template) for x in (chosen, rejected))
     prompt, options = complete_prompt(prompt, columns, rules)
     if not (given or isinstance(prompt, str)):
         raise BadLineError("no prompt", ": whole texts cannot be chat messages; add their prompt")
@@ -211,7 +212,8 @@ def _prompt(columns: Columns, names: Sequence[str]) -> Prompt:
 
 
 def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
-    prompt, options = complete_prompt(_prompt(columns, (*PROMPTS, *CHATS)), columns, rules)
+    asked = _prompt(columns, (*PROMPTS, *CHATS))
+    prompt, options = complete_prompt(asked, columns, rules)
     lists = {name: columns.take_first([name])[1] for name in ("responses", "ranks")}
     if columns.find(["finished"]):
         lists["finished"] = columns.take("finished")
@@ -227,7 +229,7 @@ def _ranked_responses(columns: Columns, rules: ChatRules) -> Ranking:
             raise BadLineError("'ranks' must be numbers or null", f", not {rank!r}")
     finished = lists.get("finished", [True] * len(ranks))
     there = [
-        (rank, check_response(response), ended)
+        (rank, answer_to(asked, check_response(response), chat=rules.template), ended)
         for rank, response, ended in zip(ranks, responses, finished, strict=True)
         if rank is not None and rank >= 0
     ]

@@ -190,12 +190,21 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
         raise UserError(f"{override!r}: an override is written key=value, such as run.seed=1")
     try:
         value = _parse_yaml(text) if text else ""
+        _refuse_comment(text)
     except yaml.YAMLError as error:
         raise UserError(
             f"{override!r}: the value is not valid YAML: {_what(error)}. If it is text, quote it "
             f"for YAML too: {key}='\"…\"'"
         ) from error
     return key.strip().split("."), value
+
+
+def _refuse_comment(text: str) -> None:
+    """Raise a YAMLError where YAML leaves out the end of a value that stands alone."""
+    node = yaml.compose(text, Loader=_Loader)
+    rest = text[node.end_mark.index :].strip() if node is not None else text.strip()
+    if rest:
+        raise yaml.YAMLError(f"{rest!r} is a comment there, and would be left out")
 
 
 def _parse_yaml(text: str) -> Any:

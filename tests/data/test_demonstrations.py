@@ -213,3 +213,9 @@ def test_long_examples_keep_some_of_both(
     example = EncodedExample(list(range(asked + answered)), [False] * asked + [True] * answered)
     found = cut(example, limit)
     assert found.ids == [*kept] and found.trained == [place >= asked for place in kept]
+
+
+def test_an_answer_to_a_dialogue_has_no_space_before_it() -> None:
+    row = {"prompt": "\n\nHuman: q\n\nAssistant:", "response": " c"}
+    [found], _ = load_demonstrations([row], tokenizer=tiny_tokenizer())
+    assert found.response == [{"role": "assistant", "content": "c"}]

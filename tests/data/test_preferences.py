@@ -68,7 +68,7 @@ def pair(prompt: Any, chosen: str, rejected: str, margin: float | None = None) -
         ),
         (
             {"prompt": DIALOGUE, "chosen": " Blue.", "rejected": " Red."},
-            pair(DIALOGUE_MESSAGES, " Blue.", " Red."),
+            pair(DIALOGUE_MESSAGES, "Blue.", "Red."),
         ),
         (  # whole dialogues beside their prompt
             {
@@ -304,3 +304,25 @@ def test_too_few_to_split() -> None:
     with pytest.raises(UserError, match=r"2 examples over 1 prompts are too few"):
         split_by_prompt(pairs, 0.5, seed=0)
     assert split_by_prompt(pairs, 0.0, seed=0) == (pairs, [])
+
+
+@pytest.mark.parametrize(("number", "better"), [(0, "x"), (1.0, "y"), (True, "y")])
+def test_which_of_two_responses_is_better_by_its_number(
+    tmp_path: Path, number: object, better: str
+) -> None:
+    row = {"prompt": "a", "response_0": "x", "response_1": "y", "better_response_id": number}
+    [found], _ = load_preferences(write(tmp_path, row), tokenizer=tiny_tokenizer())
+    assert found.responses[0] == better
+
+
+def test_a_dialogue_is_one_whether_its_prompt_stands_apart_or_not(tmp_path: Path) -> None:
+    whole = {"chosen": "\n\nHuman: q\n\nAssistant: c", "rejected": "\n\nHuman: q\n\nAssistant: r"}
+    apart = {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " c", "rejected": " r"}
+    ranked = {"prompt": apart["prompt"], "responses": [" c", " r"], "ranks": [0, 1]}
+    for row in (whole, apart, ranked):
+        [found], _ = load_preferences(write(tmp_path, row), tokenizer=tiny_tokenizer())
+        assert found.prompt == [{"role": "user", "content": "q"}]
+        assert found.responses == ("c", "r")
+    plain = {"prompt": "q", "chosen": " c", "rejected": " r"}  # whose spaces are its own
+    [found], _ = load_preferences(write(tmp_path, plain), tokenizer=tiny_tokenizer())
+    assert found.responses == (" c", " r")

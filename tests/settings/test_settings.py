@@ -280,3 +280,12 @@ def test_a_mistake_is_not_taken_for_another_command(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UserError, match="unknown key"):
             load_config(PPOConfig, str(file))
+
+
+@pytest.mark.parametrize("text", ["Answer after #### only.", "[1, 2] # two", "# all of it", "3 #"])
+def test_the_end_of_a_value_is_not_left_out_as_a_comment(text: str) -> None:
+    with pytest.raises(UserError, match=r"is a comment there.* quote it for YAML too"):
+        load_config(PPOConfig, None, [f"data.system_prompt={text}"])
+    quoted = load_config(PPOConfig, None, [f"data.system_prompt='{text}'"])
+    assert quoted.data.system_prompt == text
+    assert load_config(PPOConfig, None, ["data.system_prompt=a#b"]).data.system_prompt == "a#b"

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ppo_engine.rewards.ready.answers import as_text
-from ppo_engine.rewards.ready.numbers import number
+from ppo_engine.rewards.ready.numbers import Number, number
 
 # LaTeX that changes how an answer looks, not what it is: sizes, spaces, dollars. A double backslash
 # is the end of a matrix's row, and stays.
@@ -16,6 +16,8 @@ _LOOKS = re.compile(
     r"(\\\\)|\\(?:left|right|displaystyle|limits|q?quad)(?![A-Za-z])|\\[,;:! ]|\\?\$|~"
 )
 _FONT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_SPACED = re.compile(r"-?[0-9]{1,3}( [0-9]{3})+(\.[0-9]+)?")  # thousands
+_THOUSANDS = re.compile(r"(?<=[0-9]) (?=[0-9])")
 _FRACTION = re.compile(r"(-?)\\frac\{(-?)([0-9]+)\}\{(-?)([0-9]+)\}")
 
 
@@ -37,10 +39,10 @@ def _equal(response: str, answer: str) -> bool:
     found = last_box(response)
     if found is None:
         return False
-    one, other = _normalised(found), _normalised(last_box(answer) or answer)
-    if one == other:
+    one, other = _looks_alike(found), _looks_alike(last_box(answer) or answer)
+    if _normalised(one) == _normalised(other):
         return True
-    value, wanted = number(one), number(other)
+    value, wanted = _number(one), _number(other)
     return value is not None and wanted is not None and value.equals(wanted, Fraction(0))
 
 
@@ -58,13 +60,28 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def _normalised(text: str) -> str:
+def _number(text: str) -> Number | None:
+    """The number that all of a text is; 1 000 is one, 1, 234 are two."""
+    spaced = " ".join(text.split())
+    return number(_THOUSANDS.sub("", spaced) if _SPACED.fullmatch(spaced) else _compact(spaced))
+
+
+def _compact(text: str) -> str:
+    """Without white space, but where it separates two numbers."""
+    return re.sub(r"(?<![0-9,]) | (?![0-9])", "", text)
+
+
+def _looks_alike(text: str) -> str:
     text = _FONT.sub(r"\1", _LOOKS.sub(r"\1", text.replace("\N{MINUS SIGN}", "-")))
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\^\s*\{?\\circ\}?|\N{DEGREE SIGN}", "", text)
+    return text.strip().removesuffix(".")
+
+
+def _normalised(text: str) -> str:
     # In a number, so that no space is set behind the comma.
-    text = "".join(text.replace("{,}", ",").split()).removesuffix(".")
+    text = re.sub(r", (?=\S)", ",", _compact(" ".join(text.replace("{,}", ",").split())))
     # Only where it is all: in 2\frac{1}{2} it would become a part of another number.
     fraction = _FRACTION.fullmatch(text)
     if fraction is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from ppo_engine.errors import UserError
@@ -20,7 +22,7 @@ def json_schema(responses: Sequence[str], *, schema: dict[str, Any]) -> list[flo
     """
     try:
         from jsonschema import SchemaError
-        from jsonschema.validators import validator_for
+        from jsonschema.validators import extend, validator_for
         from referencing import Registry
     except ImportError as error:
         raise UserError(
@@ -31,7 +33,14 @@ def json_schema(responses: Sequence[str], *, schema: dict[str, Any]) -> list[flo
             f"json_schema: schema must be a mapping, such as {{type: object}}, but is "
             f"{shown(schema)}."
         )
-    kind = validator_for(schema)
+    draft = schema.get("$schema", "")
+    kind = validator_for(schema, default=None) if isinstance(draft, str) else None
+    if kind is None and "$schema" in schema:
+        raise UserError(
+            f"json_schema: the $schema {shown(draft)} names no draft. Write it as the draft does, "
+            "such as http://json-schema.org/draft-07/schema#, or leave it out: the newest is taken."
+        )
+    kind = extend(kind or validator_for({}), {"multipleOf": _multiple_of})
     try:
         kind.check_schema(schema)
     except SchemaError as error:
@@ -47,7 +56,8 @@ def json_schema(responses: Sequence[str], *, schema: dict[str, Any]) -> list[flo
         )
     validator = kind(schema, registry=Registry())  # the default one fetches
     try:
-        validator.is_valid(None)
+        for _ in validator.iter_errors(None):  # all: the circle may stand behind the first
+            pass
     except RecursionError:
         raise UserError(
             "json_schema: a $ref of the schema leads back to itself, so that no response is ever "
@@ -64,6 +74,17 @@ def _meets(response: str, validator: Any) -> bool:
             return bool(validator.is_valid(json.loads(response, parse_constant=_refuse)))
     except (ValueError, RecursionError, OverflowError, TimeoutError):
         return False
+
+
+def _multiple_of(validator: Any, factor: Any, value: Any, schema: Any) -> Iterator[Any]:
+    """Of decimals as they are written: 19.99 is a multiple of 0.01, though not their floats."""
+    from jsonschema import ValidationError
+
+    if not validator.is_type(value, "number"):
+        return
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or Fraction(str(value)) % Fraction(str(factor)):
+        yield ValidationError(f"{value!r} is not a multiple of {factor!r}")
 
 
 def _nowhere(kind: Any, schema: dict[str, Any]) -> Iterator[str]:

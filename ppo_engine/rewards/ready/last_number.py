@@ -16,12 +16,12 @@ from ppo_engine.rewards.ready.numbers import last_number_in
 def last_number(
     responses: Sequence[str], answer: Sequence[Any], *, tolerance: float = 1e-6
 ) -> list[float]:
-    """1.0 where the last number in the response and that in the answer differ by `tolerance` at
+    r"""1.0 where the last number in the response and that in the answer differ by `tolerance` at
     most.
 
-    1,234.5, -3, 1e3, 3/4, 2 1/2, $5 and 50% are numbers, also with a unit behind them. Of an answer
-    as in GSM8K, whose last line is "#### 42", that is 42. A UserError for an answer without a
-    number.
+    1,234.5, -3, 1e3, 10^4, 3/4, 2 1/2, $5 and 50% are numbers, also with a unit behind them (cm^2),
+    and as LaTeX writes them: `1{,}234`, `\frac{7}{2}`, `3.2 \times 10^{4}`. Of an answer as in
+    GSM8K, whose last line is "#### 42", that is 42. A UserError for an answer without a number.
     """
     if not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
         raise UserError(

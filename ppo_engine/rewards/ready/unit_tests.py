@@ -64,14 +64,15 @@ def _check_limits(timeout: float, memory: float) -> None:
 def program_in(response: str) -> str:
     """The last ```python block of `response`, else the last block without a language, else all."""
     named, bare = [], []
-    language, block = "", None
+    language, indent, block = "", "", None
     for line in response.split("\n"):
         fence = line.strip()
         if block is None:
             if fence.startswith("```"):
                 language, block = fence[3:].strip().lower(), list[str]()
+                indent = line[: line.index("`")]  # of a block in a list
         elif fence != "```":
-            block.append(line)
+            block.append(line.removeprefix(indent))
         else:
             if language in ("python", "python3", "py"):
                 named.append("\n".join(block))

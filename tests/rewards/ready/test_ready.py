@@ -86,6 +86,19 @@ def test_exact_match(response, answer, score):
         ("No.5", "5"),
         ("**42**", "First 6 * 7.\n#### 42"),
         ("9" * 999, "9" * 999),
+        ("The area is 36 cm^2.", "36"),
+        (r"36 \text{ cm}^{2}", "36"),
+        ("5 m/s^{-2}", 5),
+        (r"\frac{7}{2}", "3.5"),
+        (r"2\frac{1}{2}", "2.5"),
+        (r"-\dfrac{1}{2}", "-1/2"),
+        ("1{,}234", 1234),
+        (r"3.2 \times 10^{4}", 32000),
+        (r"1.5 \cdot 10^{-2}", "0.015"),
+        ("2 \N{MULTIPLICATION SIGN} 10^3", "2000"),
+        ("10^4", "10000"),
+        ("2^{10}", 1024),
+        ("10^-2", "0.01"),
     ],
 )
 def test_the_last_number_is_the_answer(response, answer):
@@ -114,6 +127,14 @@ def test_the_last_number_is_the_answer(response, answer):
         ("1e" + "9" * 100_000, "5"),
         ("9" * 100_000, "5"),
         ("1/" * 100_000, "5"),
+        ("7 cm^2", "36 cm^2"),
+        (r"\frac{7}{2}", r"\frac{3}{2}"),
+        ("5{,}234", "1{,}234"),
+        (r"3.2 \times 10^{4}", r"9.9 \times 10^{4}"),
+        ("10^4", "10^5"),
+        ("9^" + "9" * 100_000, "5"),
+        ("99^999", "5"),
+        ("0^-1", "0"),
     ],
     ids=lambda x: x[:12],
 )
@@ -156,6 +177,12 @@ def test_an_answer_without_a_number_is_the_datas_mistake(answer):
         (r"\boxed{1,000}", "1000"),
         (r"\boxed{1{,}234{,}567}", 1234567),
         (r"\boxed{\{,\}}", r"\{ , \}"),
+        (r"\boxed{1 1/2}", "1.5"),
+        (r"\boxed{2\frac{1}{2}}", "5/2"),
+        (r"\boxed{1 000}", "1000"),
+        (r"\boxed{1\,234}", 1234),
+        (r"\boxed{(1, 2)}", "(1,2)"),
+        (r"\boxed{x = 5}", "x=5"),
         ("\\boxed{\N{MINUS SIGN}5}", "-5"),
         (r"\boxed{\text{Evelyn}}", "Evelyn"),
         (r"\boxed{90^{\circ}}", "90"),
@@ -182,6 +209,10 @@ def test_the_last_box_is_the_answer(response, answer):
         (r"\boxed{\frac{1}{0}}", "0"),
         (r"\boxed{\frac{-1}{-2}}", "-1/2"),
         (r"\boxed{1{,}23}", "123"),
+        (r"\boxed{1 1/2}", "11/2"),
+        (r"\boxed{11/2}", "1 1/2"),
+        (r"\boxed{1234}", "1, 234"),
+        (r"\boxed{12}", "1 2"),
         (r"\boxed{" * 100_000, "5"),
     ],
     ids=lambda x: x[:24],
@@ -271,6 +302,9 @@ def test_json_of_a_schema():
     assert json_schema(good, schema=schema) == [1] * len(good)
     assert json_schema(bad, schema=schema) == [0] * len(bad)
     assert json_schema(["1e400", "1.5"], schema={"multipleOf": 0.5}) == [0, 1]
+    cents = {"multipleOf": 0.01}
+    assert json_schema(["19.99", "19.98", "19.995", "3", '"a"'], schema=cents) == [1, 1, 0, 1, 1]
+    assert json_schema(["0.3", "0.35", "1e-400"], schema={"multipleOf": 0.1}) == [1, 0, 1]
 
 
 @needs("jsonschema")
@@ -279,6 +313,12 @@ def test_json_of_a_schema():
     [
         ({"properties": {"a": {"type": "int"}}}, r"not a valid JSON Schema: 'int' .* \$\.prop"),
         ("{}", r"schema must be a mapping, .* '\{\}' \(str\)"),
+        (
+            {"$schema": "https://json-schema.org/draft-07/schema#"},
+            r"names no draft.*such as http://",
+        ),
+        ({"$schema": 7}, r"the \$schema 7 \(int\) names no draft"),
+        ({"$schema": ["a"]}, "names no draft"),
     ],
 )
 def test_a_schema_that_is_none(schema, message):
@@ -336,8 +376,12 @@ def test_a_reference_that_leads_nowhere(schema, reference):
 
 @needs("jsonschema")
 @pytest.mark.parametrize(
-    "schema", [{"$ref": "#"}, {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#"}}}]
-)
+    "schema",
+    [
+        {"type": "object", "allOf": [{"$ref": "#"}]},
+        {"$ref": "#"}, {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#"}}},
+    ],
+)  # fmt: skip
 def test_a_reference_in_a_circle(schema):
     with pytest.raises(UserError, match="leads back to itself"):
         json_schema(["1"], schema=schema)

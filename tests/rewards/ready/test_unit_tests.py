@@ -30,6 +30,7 @@ def score(response, tests=TEST, **arguments):
         ("```python\na\n```\nIt prints\n```\n3\n```", "a"),
         ('```json\n{}\n```\nand\n```\na\n```\n', "a"),
         ("```python\na", "```python\na"),
+        ("1. So:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1"),
     ],
 )  # fmt: skip
 def test_the_last_block_is_the_program(response, program):
