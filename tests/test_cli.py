@@ -189,10 +189,8 @@ def test_mistakes_are_one_message_and_status_2(
 
 def test_grpo_is_not_run_as_ppo_by_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     """Which has every setting of the run that wrote it."""
-    assert cli.main(["ppo", "--data", "d", "--reward", "last_number", "--help-settings"]) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ppo_engine.cli.inputs.check_inputs", lambda config: [])
-        capsys.readouterr()
         assert cli.main(["ppo", "--dry-run"]) == 0
         Path("s.yaml").write_text(capsys.readouterr().out)
         assert cli.main(["grpo", "--config", "s.yaml", "--dry-run"]) == 2

@@ -153,6 +153,7 @@ def _check_new(
     checks.tensor(OP, "new_keys", new_keys, shape=(rows, heads, width), like=like)
     shape = (rows, heads, values.shape[3])
     checks.tensor(OP, "new_values", new_values, shape=shape, like=like)
+    checks.plain(OP, new_keys=new_keys, new_values=new_values)
     for name, slots in (("keys", keys), ("values", values)):
         if not _writable(slots.shape, slots.stride()):
             raise ValueError(

@@ -80,8 +80,11 @@ def _chain(ctx: Any, multiplied: Callable[[Tensor], Tensor]) -> list[Tensor | No
 
 
 def _multiplied(x: Tensor, by: Tensor) -> Tensor:
-    """`x` times a 0-dim tensor; for free where that is 1, as `loss.backward()` brings it, and where
-    the graph, and what it saved, is not needed again: the gradient is whoever's who gets it."""
+    """`x` times a 0-dim tensor; for free where that is 1, as `loss.backward()` brings it.
+
+    `x` itself is given only where the graph, and what it saved, is not needed again: whoever gets a
+    gradient may change it in place.
+    """
     graph_stays = torch._C._autograd._get_current_graph_task_keep_graph()
     if by.is_cpu and type(by) is Tensor and not graph_stays and by.item() == 1.0:
         return x

@@ -179,9 +179,9 @@ def _ranking_of(columns: Columns, rules: ChatRules) -> Ranking:
     elif prompt is None:
         prompt, chosen, rejected = _split_texts(chosen, rejected)
         given = False
+    chosen, rejected = (answer_to(prompt, x, chat=rules.template) for x in (chosen, rejected))
     if chosen == rejected:
         raise BadLineError("chosen and rejected are the same")
-    chosen, rejected = (answer_to(prompt, x, chat=rules.template) for x in (chosen, rejected))
     prompt, options = complete_prompt(prompt, columns, rules)
     if not (given or isinstance(prompt, str)):
         raise BadLineError("no prompt", ": whole texts cannot be chat messages; add their prompt")

@@ -323,6 +323,8 @@ def test_a_dialogue_is_one_whether_its_prompt_stands_apart_or_not(tmp_path: Path
         [found], _ = load_preferences(write(tmp_path, row), tokenizer=tiny_tokenizer())
         assert found.prompt == [{"role": "user", "content": "q"}]
         assert found.responses == ("c", "r")
+    with pytest.raises(UserError, match="chosen and rejected are the same"):
+        load_preferences(write(tmp_path, apart | {"rejected": "c"}), tokenizer=tiny_tokenizer())
     plain = {"prompt": "q", "chosen": " c", "rejected": " r"}  # whose spaces are its own
     [found], _ = load_preferences(write(tmp_path, plain), tokenizer=tiny_tokenizer())
     assert found.responses == (" c", " r")

@@ -24,10 +24,11 @@ _FRACTION = re.compile(r"(-?)\\frac\{(-?)([0-9]+)\}\{(-?)([0-9]+)\}")
 def boxed(responses: Sequence[str], answer: Sequence[Any]) -> list[float]:
     r"""1.0 where what stands in the response's last \boxed{…} equals the answer.
 
-    They are compared as text without white space and without LaTeX that only looks (`\left`, `\,`,
-    `\text`, `\dfrac` for `\frac`), numbers also as numbers: 0.5, 1/2 and `\frac{1}{2}`, 1,234 and
-    `1{,}234`. Of an answer that has a \boxed{…} itself, as solutions in MATH do, that is the
-    answer. A box that does not close, as in a response that was cut off, scores 0.0.
+    They are compared as text without white space, but what separates two numbers, and without LaTeX
+    that only looks (`\left`, `\,`, `\text`, `\dfrac` for `\frac`), numbers also as numbers: 0.5,
+    1/2 and `\frac{1}{2}`, 1,234 and `1{,}234`. Of an answer that has a \boxed{…} itself, as
+    solutions in MATH do, that is the answer. A box that does not close, as in a response that was
+    cut off, scores 0.0.
     """
     return [
         float(expected is not None and _equal(response, as_text(expected)))
