@@ -58,7 +58,7 @@ SIDES = ("before", "now", "TRL")
 _LINES_SHOWN = 15  # of what a training that failed had printed last
 # Of a training; `steps` rollouts of `responses`, a policy saved after every `hold_every`.
 _FULL: dict[str, Any] = {
-    "steps": 16, "hold_every": 2, "responses": 32, "mini_batch": 8, "new_tokens": 24,
+    "steps": 12, "hold_every": 3, "responses": 32, "mini_batch": 8, "new_tokens": 24,
     "learning_rate": 3e-5, "kl_coef": 0.1, "lam": 1.0, "held_out": 64, "samples": 2,
 }  # fmt: skip
 _SMOKE = _FULL | {

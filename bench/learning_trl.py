@@ -34,7 +34,9 @@ def main(work: dict[str, Any]) -> None:
     trainer = PPOTrainer(
         args=PPOConfig(
             output_dir=f"{work['folder']}/trl",
-            per_device_train_batch_size=work["mini_batch"],
+            # A rollout is as large as this, whatever `num_mini_batches` divides it into. With
+            # accumulation TRL would step once for several mini-batches.
+            per_device_train_batch_size=work["responses"],
             gradient_accumulation_steps=1,
             num_mini_batches=work["responses"] // work["mini_batch"],
             num_ppo_epochs=1,
@@ -67,6 +69,9 @@ def main(work: dict[str, Any]) -> None:
         train_dataset=Dataset.from_dict({"input_ids": work["prompt_ids"]}),
         callbacks=[holder],
     )
+    found = trainer.args.num_total_batches, trainer.args.local_mini_batch_size
+    if found != (len(work["prompts"]), work["mini_batch"]):
+        raise RuntimeError(f"TRL would train on other rollouts and mini-batches: {found}")
     holder.policy = policy
     trainer.train()
 

@@ -221,9 +221,11 @@ def half_of(run: Path, copy: Path) -> None:
     for folder in (copy / "checkpoints").iterdir():
         if int(folder.name.removeprefix("step-")) > AT_STEP:
             shutil.rmtree(folder)
-    for result in ("policy", "critic", "reward_model", "best", "report.png"):
-        found = copy / result
-        shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
+    for result in ("policy", "critic", "reward_model"):
+        shutil.rmtree(copy / result, ignore_errors=True)
+    best = copy / "best"
+    if best.exists() and json.loads((best / "best.json").read_text())["step"] > AT_STEP:
+        shutil.rmtree(best)
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace(str(run), str(copy)))
 
@@ -242,10 +244,10 @@ def differences(a: Path, b: Path, but: tuple[str, ...] = ()) -> Iterator[str]:
 
 def same_file(a: Path, b: Path) -> bool:
     match a.suffix:
-        case ".png":
+        case ".png" | ".html":
             return True  # drawn from metrics.jsonl
-        case "" if a.name == SUMS:
-            return True  # of files that are compared, and that hold times
+        case "" if a.name in (SUMS, ".lock"):
+            return True  # sums of files that are compared, and that hold times; a process's number
         case ".safetensors":
             return same(load_file(a), load_file(b))
         case ".jsonl":
