@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,8 +90,18 @@ def with_gradients(case: Case, inputs: Inputs, run: Run) -> tuple[Outputs, Outpu
 
 
 def fresh(case: Case, inputs: Inputs) -> Inputs:
-    """The same inputs, with copies of those that are changed."""
-    return {name: x.clone() if name in case.changed else x for name, x in inputs.items()}
+    """The same inputs, with copies of those that are changed, and of the views of these."""
+    changed = {_storage(inputs[name]) for name in case.changed}
+    return inputs | copies({n: x for n, x in inputs.items() if _storage(x) in changed})
+
+
+def copies(inputs: Inputs) -> Inputs:
+    """Of the memory that `inputs` are views of: with their strides, and shared as they share it."""
+    return copy.deepcopy(inputs)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def leaves_of(case: Case, inputs: Inputs) -> Inputs:

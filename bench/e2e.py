@@ -33,9 +33,9 @@ def _passes(shape: Shape, work: Work) -> dict[str, list[Pass]]:
 def _same(work: Work) -> list[str]:
     count, prompt_tokens = len(work.prompts), sum(map(len, work.prompt_ids))
     return [
-        "Policy, reference, reward model and critic: one architecture, the same files; the critic "
-        "starts from the reward model."
-        + " Every weight of policy and critic is trained."
+        "Policy, reference, reward model and critic: one architecture; the critic starts from the "
+        "reward model."
+        + " The same files; every weight of policy and critic is trained."
         * (not work.share_base),
         f"{count} prompts, {prompt_tokens} tokens; every response {work.new_tokens} tokens, "
         "whatever is sampled: temperature 1, no top-k, no top-p, all prompts in one batch.",

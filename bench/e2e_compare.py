@@ -34,6 +34,7 @@ class Side:
     name: str
     script: str = ""  # in this folder, or its path
     python: str = sys.executable  # of the environment that has what the side is
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what is in that environment
     steps: list[dict[str, Any]] = field(default_factory=list)  # without warm-up
     skipped: str = ""
     failed: bool = False
@@ -160,6 +161,7 @@ def rows(sides: Sequence[Side], floor: Mapping[str, float], work: Work, common: 
                     ),
                     "peak_bytes": side.peak_bytes if whole else None,
                     "others": side.others if whole else None,
+                    **side.versions,
                     **common,
                     "threads": side.steps[0]["threads"],
                 }

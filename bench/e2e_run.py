@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import json
 import shlex
 import subprocess
 import sys
@@ -32,7 +32,16 @@ from ppo_engine.errors import UserError
 
 _STEPS = 2  # of each process, the warm-up step included
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_VERSION = "import importlib.metadata as m; print(m.version('trl'))"
+_VERSIONS = """
+import importlib.metadata, json, platform
+found = {"python": platform.python_version()}
+for package in ("torch", "triton", "transformers", "trl"):
+    try:
+        found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ def _run(contest: Contest, options: argparse.Namespace) -> int:
     pythons = {"ours": sys.executable, "TRL": options.trl}
     sides = [Side(name, script, pythons[name]) for name, script in contest.scripts.items()]
     for side in sides:
+        side.versions = versions(side.python)
         side.skipped = reason_to_skip(contest, side, options.only, shape, device, dtype)
     if not all(side.skipped for side in sides):
         table.say(f"{machine.describe(device)}, {torch.get_num_threads()} threads; its ceilings:")
@@ -135,8 +145,6 @@ def _common(
         "share_base": work.share_base,
         "offload": work.offload,
         "device": machine.describe(device),
-        **machine.versions(),
-        "transformers": importlib.metadata.version("transformers"),
         "trl": contest.trl,
         "commit": machine.commit(),
         **table.ceiling_columns(ceilings),
@@ -154,7 +162,7 @@ def reason_to_skip(
     """Why a side is not measured here; empty where it is."""
     if only and side.name.lower() != only:
         return f"--only {only}."
-    if side.name == "TRL" and (found := trl_version(side.python)) != contest.trl:
+    if side.name == "TRL" and (found := side.versions.get("trl", "")) != contest.trl:
         return (
             f"TRL {contest.trl} is needed, {contest.why}, and "
             f"{f'{found} is installed' if found else 'none is installed'} for {side.python}: "
@@ -173,13 +181,15 @@ def reason_to_skip(
     return ""
 
 
-def trl_version(python: str) -> str:
-    """Of the TRL in this interpreter's environment; empty without it, or without that."""
+def versions(python: str) -> dict[str, str]:
+    """Of this interpreter, and of what speeds depend on in its environment; empty where there is
+    no such interpreter."""
     try:
-        asked = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return asked.stdout.strip()
+        asked = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True)
+        found: dict[str, str] = json.loads(asked.stdout)
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _options(contest: Contest, description: str) -> argparse.Namespace:

@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 from bench import machine, table
 from bench.e2e import PPO
 from bench.e2e_compare import WORKER_ENVIRONMENT
-from bench.e2e_run import trl_version
+from bench.e2e_run import versions
 from bench.learning_curves import curves, judged
 from bench.learning_evaluator import Evaluator
 from bench.results import Row, write_csv
@@ -255,7 +255,7 @@ def _is_there(file: Path, sizes: dict[str, Any]) -> bool:
 
 def _check(side: str, before: str | None) -> None:
     """Raises UserError where a side cannot be run here."""
-    if side == "TRL" and (found := trl_version(sys.executable)) != PPO.trl:
+    if side == "TRL" and (found := versions(sys.executable).get("trl")) != PPO.trl:
         raise UserError(
             f"TRL {PPO.trl} is needed, the last release with PPO, and "
             f"{f'{found} is installed' if found else 'none is installed'}: pip install "

@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.learning_curves import curves, table
 from bench.results import Row, read_csv
+from bench.targets import is_a_call
 from ppo_kernels.dispatch import IMPLS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +56,7 @@ def headlines() -> str:
         ]
         peaks = [f"{float(side['step']['peak_bytes']) / 2**30:.1f}" for side in (ours, theirs)]
         cells = " | ".join([*seconds, *times, *peaks])
-        base = " with one base" if _shares_base(step) else ""
+        base = " by adapters on one base, TRL's of all weights" if _shares_base(step) else ""
         what = f"{_algorithm(step)}{base}, TRL {step['trl']}: {step['model']}, {step['dtype']}"
         lines.append(f"| {what} | {step['device']} | {cells} |")
     return "\n".join(lines) + "\n"
@@ -72,18 +73,16 @@ def _ops(command: str, rows: list[_Row]) -> str:
         "| op | size | pass | ms | x floor | best alternative | its ms | times faster |",
         "| --- | --- | --- | --: | --: | --- | --: | --: |",
     ]
-    overheads, calls = [], []
+    calls, adds = [], []  # ms of ours, and of `torch.add` beside it
     for same in _groups(rows, "op", "shape", "dtype", "mode").values():
         timed = [row for row in same if row["ms_p50"]]
         ours = min((r for r in timed if r["impl"] in IMPLS), key=_ms, default=None)
         other = min((r for r in timed if r["impl"] not in IMPLS), key=_ms, default=None)
         if ours is None:
             continue
-        if ours["size"] == "small":
-            if ours["mode"] == "fwd" and not ours["op"].startswith("linear"):
-                overheads.append(float(ours["x_floor"]))
-                calls.append(float(ours["floor_ms"]) * 1e3)
-            continue
+        if is_a_call(ours):
+            calls.append(_ms(ours))
+            adds.append(float(ours["call_ms"]))
         if ours["size"] != "large":
             continue
         lines.append(
@@ -96,11 +95,12 @@ def _ops(command: str, rows: list[_Row]) -> str:
                 else "| none ran | | |"
             )
         )
-    if overheads:
+    if calls:
+        times = [call / add for call, add in zip(calls, adds, strict=True)]
         lines += [
             "",
-            f"A call on 8x64 tokens costs {min(overheads):.0f} to {max(overheads):.0f} times one "
-            f"`torch.add` ({min(calls):.1f} to {max(calls):.1f} µs).",
+            f"A call on 8x64 tokens takes {min(calls) * 1e3:.0f} to {max(calls) * 1e3:.0f} µs, "
+            f"{min(times):.0f} to {max(times):.0f} times one `torch.add`.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -130,14 +130,18 @@ def _e2e(command: str, rows: list[_Row]) -> str:
         if algorithm == "PPO":
             against += ", the last with PPO, which its owner deleted in September 2026"
     if _shares_base(first):
-        against += ", ours by adapters in the last layers of one base (`share_base`)"
+        against += (
+            ", ours by adapters in the last layers of one base (`share_base`), TRL's of all "
+            "weights of policy and critic"
+        )
     group = first.get("group", "1")
     responses = f" x {group} responses" if group != "1" else ""
     lines = [
         f"One {algorithm} step of {first['model']}, {first['dtype']}, {first['prompts']} prompts"
         f"{responses} x {first['new_tokens']} new tokens, {first['epochs']} "
         f"epoch{'' if first['epochs'] == '1' else 's'}, on **{first['device']}**, "
-        f"{first['threads']} threads{against}, by `{command}`:",
+        f"{first['threads']} threads{against}, torch {first['torch']}, commit {first['commit']}, "
+        f"by `{command}`:",
         "",
         f"| seconds | {' | '.join(sides)} | floor |",
         f"| --- |{' --: |' * (len(sides) + 1)}",

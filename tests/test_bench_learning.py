@@ -123,7 +123,7 @@ def test_what_has_been_run_is_not_run_again_and_other_sizes_are_told(tmp_path: P
 def test_a_side_that_cannot_be_run_says_so(
     monkeypatch: pytest.MonkeyPatch, side: str, message: str
 ) -> None:
-    monkeypatch.setattr(learning, "trl_version", lambda python: "")
+    monkeypatch.setattr(learning, "versions", lambda python: {})
     with pytest.raises(learning.UserError, match=message):
         learning._check(side, None)
 

@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import e2e_models, e2e_ours, e2e_run, e2e_worker
+from bench import e2e_models, e2e_ours, e2e_worker
 from bench.e2e import PPO
 from bench.e2e_compare import Side, compare, rows
 from bench.e2e_floor import Pass, Shape, floors, forward, grpo_passes, passes, shared_base_passes
 from bench.e2e_grpo import GRPO
 from bench.e2e_models import Sizes, model_config, needed_bytes, prepare
-from bench.e2e_run import Contest, main, reason_to_skip, trl_version
+from bench.e2e_run import Contest, main, reason_to_skip, versions
 from bench.e2e_table import print_comparison, print_differences
 from bench.e2e_worker import PHASES, PhaseClock, Work, read_report, report_step
 from bench.machine import Ceilings
@@ -250,7 +250,7 @@ def test_other_work_is_not_compared(tmp_path: Path, group: int, asked: str) -> N
 
 
 def test_rows_have_medians_and_floors(tmp_path: Path) -> None:
-    side = Side("ours", steps=[a_step(1.0), a_step(2.0), a_step(6.0)])
+    side = Side("ours", versions={"torch": "2"}, steps=[a_step(1.0), a_step(2.0), a_step(6.0)])
     floor = dict.fromkeys((*PHASES, "step"), 2.0)
     found = {row["phase"]: row for row in rows([side], floor, a_work(tmp_path), {"model": "m"})}
     assert list(found) == [*PHASES, "step"]
@@ -258,6 +258,7 @@ def test_rows_have_medians_and_floors(tmp_path: Path) -> None:
     assert (generate["seconds"], generate["seconds_min"], generate["seconds_max"]) == (8, 4, 24)
     assert generate["x_floor"] == 4 and generate["peak_bytes"] is None
     assert step["seconds"] == 7 * 2 + 9 and step["steps"] == 3 and step["model"] == "m"
+    assert step["torch"] == "2"
     assert step["tokens_per_second"] == pytest.approx(2 * 4 / 23)
     assert step["peak_bytes"] == 6_000_000_000
     floor["score"] = 0.0  # a function's
@@ -302,13 +303,10 @@ def test_memory_is_counted_for_each_side() -> None:
 
 
 @pytest.mark.parametrize("found", ["", "1.13.0"])
-def test_without_the_right_trl_one_reads_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, found: str
-) -> None:
-    monkeypatch.setattr(e2e_run, "trl_version", lambda python: found)
-
-    def reason(side: str, only: str | None = None) -> str:
-        return reason_to_skip(PPO, Side(side), only, SHAPE, CPU, torch.float32)
+def test_without_the_right_trl_one_reads_what_to_install(found: str) -> None:
+    def reason(name: str, only: str | None = None) -> str:
+        side = Side(name, versions={"trl": found} if found else {})
+        return reason_to_skip(PPO, side, only, SHAPE, CPU, torch.float32)
 
     assert "pip install trl==1.12.0" in reason("TRL") and (found or "none") in reason("TRL")
     assert reason("ours") == ""
@@ -317,10 +315,11 @@ def test_without_the_right_trl_one_reads_what_to_install(
 
 def test_a_version_is_that_of_another_environment(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 1.16.0\n")
+    python.write_text('#!/bin/sh\necho \'{"torch": "2.11.0", "trl": "1.16.0"}\'\n')
     python.chmod(0o755)
-    assert trl_version(str(python)) == "1.16.0"
-    assert trl_version(str(tmp_path / "none")) == ""
+    assert versions(str(python)) == {"torch": "2.11.0", "trl": "1.16.0"}
+    assert versions(str(tmp_path / "none")) == {}
+    assert versions(sys.executable)["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(
@@ -367,7 +366,7 @@ def test_ours_may_hold_one_base(tiny: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("side", ["ours", "TRL"])
 @pytest.mark.parametrize("contest", [PPO, GRPO], ids=lambda contest: contest.what)
 def test_a_side_does_the_whole_work(tiny: str, contest: Contest, side: str, tmp_path: Path) -> None:
-    if side == "TRL" and trl_version(sys.executable) != contest.trl:
+    if side == "TRL" and versions(sys.executable).get("trl") != contest.trl:
         pytest.skip(f"TRL {contest.trl} has an environment of its own, or is in the group `bench`")
     size = replace(TINY_SIZES, prompts=2, group=4, epochs=1) if contest is GRPO else TINY_SIZES
     work = prepare(tiny, size, tmp_path, steps=2, device="cpu", dtype="float32")

@@ -341,3 +341,15 @@ def test_preferences_are_those_that_are_trained_on(tmp_path) -> None:
         for start, *responses in (row.parts for row in found.rows)
     ]
     assert shown == [ranking.rows for ranking in trained] and len(shown) == 4
+    assert "4 of 10 preferences were drawn (data.max_pairs)." in found.notes
+
+
+def test_a_preference_without_a_pair_is_one_that_is_not_usable(tmp_path) -> None:
+    """Its responses are the same as far as they are read."""
+    folder = tiny_model_folder(tmp_path)
+    same = {"prompt": "Q", "chosen": "y" * 30 + "a", "rejected": "y" * 30 + "b"}
+    data = PreferenceDataConfig(str(write(tmp_path, PAIR, same)), eval_fraction=0, max_tokens=20)
+    config = RewardModelConfig(model=ModelConfig(path=folder), data=data)
+    found = inspect_preferences(config, open_model(folder), 9)
+    assert (found.usable, found.skipped) == (1, 1)
+    assert "leaves 1 without a pair" in " ".join(found.notes)

@@ -93,6 +93,12 @@ class Pool {
 // workers and perhaps a locked mutex, so it leaves its copy alone and makes a new one.
 std::atomic<Pool*> current{nullptr};
 std::atomic<bool> forked{false};
+// Registered when the library is loaded: torch may start its threads, and the process fork, before
+// the first kernel runs.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+  current.store(nullptr);
+  forked.store(true);
+});
 
 Pool& pool() {
   Pool* existing = current.load();
@@ -106,11 +112,6 @@ Pool& pool() {
 }  // namespace
 
 void run_tasks(int64_t count, int threads, Task task, const void* context) {
-  static const int at_fork = pthread_atfork(nullptr, nullptr, [] {
-    current.store(nullptr);
-    forked.store(true);
-  });
-  (void)at_fork;
   Job job{task, context, count};
   const int64_t helpers = (count < threads ? count : threads) - 1;
   if (helpers <= 0) return job.work();

@@ -46,7 +46,7 @@ def encode_rankings(
     is dropped.
     """
     bad_lines = BadLines(on_bad_line)
-    encoded, cut, same, thoughtless = [], 0, 0, 0
+    encoded, cut, same, alone, thoughtless = [], 0, 0, 0, 0
     groups = {i: group for group, found in enumerate(prompt_groups(rankings)) for i in found}
     for index, ranking in enumerate(rankings):
         try:
@@ -73,6 +73,8 @@ def encode_rankings(
                     tuple(len(full[i]) - len(ids[i]) for i in kept),
                 )
             )
+        else:
+            alone += 1
     lost = f"the chat template leaves out the thoughts in the responses of {thoughtless}"
     if rankings and not encoded:
         refused = f"; {bad_lines.skipped}" if bad_lines.skipped.total else ""
@@ -93,6 +95,8 @@ def encode_rankings(
         notes.append(
             f"{same} {name} preferences have responses with the same tokens: of these, "
             "only the best is kept."
+            + f" That leaves {alone} without a pair, and they are left out."
+            * bool(alone)
         )
     return encoded, bad_lines.skipped, notes
 

@@ -210,10 +210,16 @@ def data_file(source: str | Path) -> Path:
     return path
 
 
-def has_lone_surrogate(text: str) -> bool:
-    """Half of a surrogate pair is valid JSON, but no tokenizer and no file can take it."""
+def has_lone_surrogate(value: Any) -> bool:
+    """Whether text, or one in lists and mappings, has half of a surrogate pair: it is valid JSON,
+    but no tokenizer and no file can take it."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return any(map(has_lone_surrogate, value))
     try:
-        text.encode("utf-8")
+        if isinstance(value, str):
+            value.encode("utf-8")
     except UnicodeEncodeError:
         return True
     return False
@@ -277,8 +283,8 @@ def _strictly(decode: Callable[[], Any]) -> Any:
 
 def _check_row(row: Any, text: str) -> Row:
     try:
-        if "\\u" in text:
-            _refuse_surrogates(row)
+        if "\\u" in text and has_lone_surrogate(row):
+            raise BadLineError("lone surrogate in the text (half of an emoji or the like)")
     except RecursionError:
         raise BadLineError("nested too deeply") from None
     if not isinstance(row, dict):
@@ -322,16 +328,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise BadLineError("number that is not finite", f" ({text[:20]})")
     return number
-
-
-def _refuse_surrogates(value: Any) -> None:
-    if isinstance(value, str) and has_lone_surrogate(value):
-        raise BadLineError("lone surrogate in the text (half of an emoji or the like)")
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
-        for item in value:
-            _refuse_surrogates(item)
 
 
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")

@@ -149,8 +149,11 @@ def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> 
     rows, skipped = load_preferences(
         data.path, tokenizer=model.tokenizer, on_bad_line="skip", **reading(data)
     )
+    sampled = []
     if data.max_pairs is not None:
+        there = len(rows)
         rows = sample_rankings(rows, data.max_pairs, config.run.seed)
+        sampled.append(f"{len(rows)} of {there} preferences were drawn (data.max_pairs).")
     limit = min(data.max_tokens, architecture.context_length(model.config))
     renderer = model.renderer(config)
     encoded, refused, notes = encode_rankings(renderer, rows, limit, name=_NAME, on_bad_line="skip")
@@ -172,9 +175,10 @@ def inspect_preferences(config: RewardModelConfig, model: Model, count: int) -> 
         tokens={"tokens": [len(row) for ranking in encoded for row in ranking.rows]},
         per="of each response with its prompt",
         rows=shown,
-        skipped=skipped.total + refused.total,
+        skipped=skipped.total + len(rows) - len(encoded),
         notes=[
             *skipped.notes("Preferences"),
+            *sampled,
             *text_note(rows, model.tokenizer, "preferences"),
             *refused.notes("Preferences"),
             *notes,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class LanguageModel:
         elif tokenizer is None:
             raise UserError("A model object needs its tokenizer: pass tokenizer=….")
         else:
+            loading.check_given(model, config)
             separate_pad_from_eos(tokenizer)
             refuse_not_finite_weights(model, "The given model")
             model = in_fp32(model)
@@ -139,9 +140,16 @@ class LanguageModel:
         twin.reader = Reader(twin.model)
         return twin
 
-    def without_adapter(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
         """The weights as they were loaded, inside the context."""
-        return self.model.disable_adapter()
+        frozen = [x for x in self.model.parameters() if not x.requires_grad]
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for x in frozen:  # adapters of frozen layers among them, which peft would train again
+                x.requires_grad_(False)
 
     @property
     def uses_own_logits(self) -> bool:

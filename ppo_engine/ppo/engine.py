@@ -155,12 +155,12 @@ class PPOEngine:
         config = self.config
         size = config.ppo.group_size if group_size is None else group_size
         self.trunks.clear()
-        columns = columns or {}
         rollout = generate(
             self.sampler,
-            _each(prompts, size),
+            prompts,
             config.generation,
-            {name: _each(column, size) for name, column in columns.items()},
+            columns,
+            group_size=size,
             environment=self.environment,
         )
         if not config.ppo.needs_greedy:
@@ -484,8 +484,3 @@ class PPOEngine:
         # On the scale of the sampled responses' scores.
         scores = self.shaped_scores(rollout.greedy, scores)
         return scores.repeat_interleave(len(rollout) // len(rollout.greedy))
-
-
-def _each(items: Sequence[Any], times: int) -> list[Any]:
-    """Every item `times` times in a row."""
-    return [item for item in items for _ in range(times)]

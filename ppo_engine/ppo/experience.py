@@ -151,8 +151,11 @@ def objective_metrics(experience: Experience, cap: float | None = None) -> dict[
         found |= {"rollout/logprob_diff": mean, "rollout/logprob_diff_max": largest}
     if experience.values is not None and experience.returns is not None:
         errors = (experience.values - experience.returns)[mask]
-        variance = experience.returns[mask].var(unbiased=False).clamp_min(1e-8)
-        found["value/explained_variance"] = 1 - errors.var(unbiased=False) / variance
+        returns = experience.returns[mask]
+        rounding = 1e-6 * (errors.abs() + returns.abs()).max()
+        variance = returns.var(unbiased=False)
+        if variance > rounding**2:  # of returns that do not vary nothing can be explained
+            found["value/explained_variance"] = 1 - errors.var(unbiased=False) / variance
     if experience.is_weights is not None:
         weights = experience.is_weights[mask]
         found["objective/importance_weight"] = weights.mean()

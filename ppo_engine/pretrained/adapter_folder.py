@@ -195,6 +195,11 @@ def _find(path: str) -> AdapterFolder | None:
             f"The adapters in {path!r} are of the type {settings['peft_type']}, which cannot be "
             "merged into the weights of a model: give the model itself, or adapters such as LoRA."
         )
+    if getattr(kind, "layer_replication", None):
+        raise UserError(
+            f"The adapters in {path!r} repeat layers of their base (layer_replication), whose "
+            "weights cannot be merged apart: give adapters of a model without that."
+        )
     if task not in _TASKS:
         raise UserError(
             f"The adapters in {path!r} are for the task {task}: give those of a language model "

@@ -54,6 +54,8 @@ def load_model_config(path: str, *, trust: bool = False) -> Any:
     except Exception as error:  # what is in the file may fail anywhere within the library
         failure = error
     base, adapters = unstack(path)
+    if failure is None and not adapters:
+        _refuse_quantized(config, path)
     if adapters:
         config = _config_of_base(base, path, trust)
         for adapter in adapters:
@@ -66,6 +68,21 @@ def load_model_config(path: str, *, trust: bool = False) -> Any:
             f"{untrusted(failure)}"
         ) from failure
     return config
+
+
+def _refuse_quantized(config: Any, path: str) -> None:
+    """A UserError where a checkpoint's weights are quantized; transformers makes those of MXFP4
+    whole again where it has no kernels for them."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if (method := settings.get("quant_method")) != "mxfp4":
+        raise UserError(
+            f"The weights at {path!r} are quantized already ({method}), so they can neither be "
+            "trained nor get adapters that could be merged: give the checkpoint that they were "
+            "made from; quantization=4bit with lora quantizes that as it is loaded."
+        )
 
 
 def _config_of_base(base: str, path: str, trust: bool) -> Any:
@@ -87,6 +104,24 @@ def given_model(model: Any) -> Any:
     raise UserError(
         f"A model is a Hugging Face name, a folder or a loaded model, not {shown(model)}."
     )
+
+
+def check_given(model: Any, config: ModelConfig) -> None:
+    """Raise a UserError where a model object has adapters that cannot be trained as `config`
+    says, or not merged."""
+    if not is_adapted(model):
+        return
+    if config.lora is not None:
+        raise UserError(
+            "The given model has adapters, and lora would add others: leave lora unset to train "
+            "those that it has, or give it merged (`merge_and_unload`)."
+        )
+    settings = model.active_peft_config
+    if settings.is_prompt_learning or settings.is_adaption_prompt:
+        raise UserError(
+            f"The adapters of the given model are of the type {settings.peft_type.value}, which "
+            "cannot be merged into its weights: give adapters such as LoRA."
+        )
 
 
 def open_tokenizer(
@@ -157,7 +192,9 @@ def load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 def resize_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make room for tokens that were added to the tokenizer; set the ids the model pads with."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    embedding = model.get_input_embeddings()
+    # peft's wrapper of single trained tokens passes nothing else on.
+    if len(tokenizer) > len(getattr(embedding, "original_module", embedding).weight):
         model.resize_token_embeddings(len(tokenizer))
         model.has_new_tokens = True
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

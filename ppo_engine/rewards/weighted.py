@@ -177,7 +177,8 @@ class Rewards:
             reward, size = self.by_name[name], scores.abs()
             dtype = torch.float32
             if isinstance(reward, RewardModel):
-                dtype, size = reward.dtype, size.max().expand_as(size)
+                largest = size.nan_to_num(0.0, 0.0).max()  # beside one that is not finite
+                dtype, size = reward.dtype, largest.expand_as(size)
             parts.append(abs(self.weights[name]) * precision.rounding(dtype) * size)
         return torch.stack(parts).sum(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -132,7 +133,8 @@ def _warpers(draw: Draw) -> list[LogitsProcessor]:
 
 
 class _Recorder(LogitsProcessor):
-    """Keeps the log-prob of each token that is drawn, which it sees one step later."""
+    """Keeps the log-prob of each token that is drawn, which it sees one step later. Logits that are
+    no distribution give token 0 and NaN, as of `ppo_kernels.sample`."""
 
     def __init__(self) -> None:
         self._found: list[Tensor] = []
@@ -141,7 +143,12 @@ class _Recorder(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._scores is not None:
             self._take(input_ids[:, -1])
-        self._scores = scores
+        none = ~scores.amax(-1, keepdim=True).isfinite()
+        self._scores = scores.masked_fill(none, math.nan)
+        if none.any():
+            first = torch.full_like(scores, -math.inf)
+            first[:, 0] = 0.0
+            scores = torch.where(none, first, scores)
         return scores
 
     def logprobs(self, written: Tensor) -> Tensor:

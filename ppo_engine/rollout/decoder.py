@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ppo_engine.errors import UserError
 from ppo_engine.models.experts import unrouted
 from ppo_engine.models.flop import Span
 from ppo_engine.models.fused import Fused
@@ -114,6 +115,7 @@ class Decoder:
         self._place = torch.zeros((), dtype=torch.long, device=self.device)
         self._seed = torch.zeros((), dtype=torch.long, device=self.device)
         self.slots: Slots | None = None
+        self._busy = False
 
     @property
     def rows(self) -> int:
@@ -163,22 +165,38 @@ class Decoder:
     @contextmanager
     def session(self, seed: int) -> Iterator[None]:
         """Inside, the weights are what they are at its start. `seed` is of all its draws."""
-        with torch.no_grad(), attending(self._model), architecture.evaluating(self._model):
-            self._seed.fill_(seed)
-            # peft's layers tell so; what transformers' models have of that name is a method.
-            self._adapted = not any(
-                getattr(module, "disable_adapters", None) is True
-                for module in self._model.modules()
+        if self._busy:
+            raise UserError(
+                "The policy is writing a rollout, so an environment cannot let the engine write "
+                "another: call policy.model(…) or policy.model.generate(…), which it may."
             )
-            try:
-                with span("packing"):
-                    self._products.refresh()
-                with self._products.active(), self._fused.active():
-                    yield
-            finally:
-                self._products.release()
-                if self._graphs is None or self.nbytes > STAYING:
-                    self.release()
+        self._seed.fill_(seed)
+        # peft's layers tell so; what transformers' models have of that name is a method.
+        self._adapted = not any(
+            getattr(module, "disable_adapters", None) is True for module in self._model.modules()
+        )
+        self._busy = True
+        try:
+            with span("packing"), torch.no_grad():
+                self._products.refresh()
+            yield
+        finally:
+            self._busy = False
+            self._products.release()
+            if self._graphs is None or self.nbytes > STAYING:
+                self.release()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, in a session, the model reads and writes the slots; outside it is what it was."""
+        with (
+            torch.no_grad(),
+            attending(self._model),
+            architecture.evaluating(self._model),
+            self._products.active(),
+            self._fused.active(),
+        ):
+            yield
 
     def read(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
         """Tokens that stand at the beginning of the slots, each with the slots they go to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from ppo_engine.data.rows import has_lone_surrogate
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.settings.schema import EnvironmentConfig
@@ -58,6 +59,12 @@ class Environment(UserFunction):
                 raise UserError(
                     f"{self} returned {shown(answer)} for conversation {index} (counted from 0); "
                     "an answer is text, a message with 'role' and 'content' as text, or None."
+                )
+            if has_lone_surrogate(answer):
+                raise UserError(
+                    f"{self} answered conversation {index} (counted from 0) with {shown(answer)}, "
+                    "which is no Unicode text (a lone surrogate): decode bytes with "
+                    "errors='replace'."
                 )
         return list(result)
 

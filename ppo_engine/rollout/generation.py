@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ppo_engine.data.rows import has_lone_surrogate
 from ppo_engine.errors import UserError
 from ppo_engine.messages import shown
 from ppo_engine.models.language_model import LanguageModel
@@ -30,10 +32,11 @@ def generate(
     settings: GenerationConfig,
     columns: Mapping[str, Sequence[Any]] | None = None,
     *,
+    group_size: int = 1,
     environment: Environment | None = None,
     greedy: bool = False,
 ) -> Rollout:
-    """Sample one response to each prompt from softmax(logits / temperature).
+    """Sample `group_size` responses in a row to each prompt from softmax(logits / temperature).
 
     Top-k, top-p and a least number of tokens are off unless `settings` says otherwise: with them,
     the log-probs of the full distribution are not those of the sampler (`Rollout.logprobs`). With
@@ -42,10 +45,29 @@ def generate(
     if not prompts:
         raise UserError("There are no prompts to sample responses to.")
     columns = columns or {}
-    conversations = _converse(
-        sampler, prompts, settings, columns, environment=environment, greedy=greedy
-    )
+    for name, column in columns.items():
+        if len(column) != len(prompts):
+            raise UserError(
+                f"The column {name!r} has {len(column)} values for {len(prompts)} prompts: give "
+                "one for each prompt, whatever the size of its group."
+            )
     policy = sampler.policy
+    room = room_for_prompts(policy.model, settings)
+    ids = [_prompt_ids(policy, x, columns, place, room) for place, x in enumerate(prompts)]
+    columns = {name: _each(column, group_size) for name, column in columns.items()}
+    conversations = _converse(
+        sampler,
+        [
+            _Conversation(prompt, prompt_ids, row)
+            for row, (prompt, prompt_ids) in enumerate(
+                _each([*zip(prompts, ids, strict=True)], group_size)
+            )
+        ],
+        settings,
+        columns,
+        environment=environment,
+        greedy=greedy,
+    )
     return _as_rollout(
         conversations,
         policy.tokenizer,
@@ -97,30 +119,31 @@ class _Conversation:
         self.turns.append(message)
 
 
+def _each(items: Sequence[Any], times: int) -> list[Any]:
+    """Every item `times` times in a row."""
+    return [item for item in items for _ in range(times)]
+
+
 def _converse(
     sampler: Sampler,
-    prompts: Sequence[Prompt],
+    found: list[_Conversation],
     settings: GenerationConfig,
     columns: Mapping[str, Sequence[Any]],
     *,
     environment: Environment | None,
     greedy: bool,
 ) -> list[_Conversation]:
-    """One conversation from each prompt. It is over after `environment.max_turns` turns of the
-    policy, or when the environment has no answer. It is truncated, and not finished, where a turn
-    of the policy does not end within `settings.max_new_tokens`, and where an answer leaves no room
-    in the model's context for another turn."""
+    """The conversations `found`, which have but their prompts, to their ends. One is over after
+    `environment.max_turns` turns of the policy, or when the environment has no answer. It is
+    truncated, and not finished, where a turn of the policy does not end within
+    `settings.max_new_tokens`, and where an answer leaves no room in the model's context for another
+    turn."""
     if environment is not None and "turns" in columns:
         raise UserError(
             "The prompts have a column 'turns', the name under which rewards get the turns of a "
             "conversation: rename it."
         )
     policy = sampler.policy
-    room = room_for_prompts(policy.model, settings)
-    found = [
-        _Conversation(prompt, _prompt_ids(policy, prompt, columns, row, room), row)
-        for row, prompt in enumerate(prompts)
-    ]
     active, max_turns = found, environment.max_turns if environment else 1
     with sampler.session(settings, greedy=greedy, keep=max_turns > 1) as write:
         for turn in range(1, max_turns + 1):
@@ -148,6 +171,8 @@ def _converse(
 def _prompt_ids(
     policy: LanguageModel, prompt: Prompt, columns: Mapping[str, Sequence[Any]], row: int, room: int
 ) -> list[int]:
+    if has_lone_surrogate(prompt):
+        raise UserError(f"Prompt {row} is no Unicode text: it has a lone surrogate.")
     try:
         ids = policy.renderer.prompt(prompt, row_options(columns, row))
     except TemplateError as error:
@@ -190,7 +215,12 @@ def _answered(
             ) from error
         length = len(conversation.prompt_ids) + len(conversation.tokens) + len(tokens)
         if length + max_new_tokens <= positions:
-            message = {"role": "user", "content": answer} if isinstance(answer, str) else answer
+            # A copy: an environment may write its next answer into the same message.
+            message = (
+                {"role": "user", "content": answer}
+                if isinstance(answer, str)
+                else copy.deepcopy(answer)
+            )
             conversation.hear(tokens, message)
             going_on.append(conversation)
         else:  # truncated, like a turn that did not end: metrics and `reward.missing_eos_…` see it

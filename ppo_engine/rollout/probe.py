@@ -65,6 +65,8 @@ def _check(decoder: Decoder, policy: LanguageModel) -> None:
         whole = torch.tensor([[*row, *new[:-1]]], device=decoder.device)
         expected = architecture.unwrap(policy.model)(whole, use_cache=False).logits
         expected = expected[0, len(row) - 1 :].float()
+        if not expected.isfinite().all():
+            raise Unsupported("in a probe, its own logits are not finite")
         # What is added to all of a token's logits changes nothing, and may be large.
         logits, expected = (x - x.mean(-1, keepdim=True) for x in (logits, expected))
         error = ((logits - expected).norm() / expected.norm()).item()
@@ -76,7 +78,7 @@ def _write(decoder: Decoder, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """The logits `[rows, steps, V]` behind each of the `rows`, and the tokens written."""
     decoder.reserve(len(rows), len(rows[0]) + _STEPS + 1)
     found, tokens = [], []
-    with decoder.session(seed=0):
+    with decoder.session(seed=0), decoder.working():
         half = len(rows[0]) // 2
         decoder.read([(rows[0][:half], [0]), (rows[1][:-1], [1])])
         if rows[0][half:-1]:

@@ -82,7 +82,8 @@ class Sampler:
                 rows = max(len(requests), decoder.rows) if keep else len(requests)
                 slots = _size(decoder, min(rows, self._most), longest, settings.kv_cache_gib)
                 try:
-                    return freeing(write_in, slots, requests)
+                    with decoder.working():
+                        return freeing(write_in, slots, requests)
                 except MemoryRanOut as error:
                     self._halve(min(slots[0], len(requests)), str(error))
                 # Nothing of what is half-written is kept: the rows are read and drawn anew.

@@ -213,10 +213,12 @@ def _draw_anticipation(axes: Axes, rows: list[dict]) -> None:
 
 def _draw_foreseen(axes: Axes, points: dict) -> None:
     """Predicted value against final score, of one evaluation."""
-    scores, values = np.array(points["scores"]), np.array(points["values"])
+    pairs = np.array([points["scores"], points["values"]], dtype=float)  # None, not finite, is NaN
+    scores, values = pairs[:, np.isfinite(pairs).all(0)]
     axes.scatter(scores, values, s=12, color=_COLORS[3], alpha=0.5, lw=0)
-    axes.axline((scores.mean(), scores.mean()), slope=1, label="value = score", **_GUIDE)
-    axes.legend(fontsize=7, frameon=False, loc="best")
+    if len(scores):
+        axes.axline((scores.mean(), scores.mean()), slope=1, label="value = score", **_GUIDE)
+        axes.legend(fontsize=7, frameon=False, loc="best")
     axes.set_xlabel(f"final score of a held-out response, step {points['step']}", fontsize=8)
     _label(axes, f"Critic at {points['read']} % of the response", "its value")
 

@@ -138,9 +138,8 @@ class Renderer:
             # What is finished has an end, perhaps one that only the policy's checkpoint declares,
             # or a stop, which is part of the text.
             ended = finished or (len(said) > 0 and said[-1] in self.end_ids)
-            without = said[:-1] if ended else said
-            is_part = self._spelled(read, said) == answer != self._spelled(read, without)
-            written = read, said if is_part else without
+            is_part = not ended or self._is_text(answer, read, said)
+            written = read, said if is_part else said[:-1]
         parts: tuple[Sequence[int], Sequence[int], Sequence[int]]
         if isinstance(prompt, str):
             assert isinstance(answer, str)
@@ -273,6 +272,18 @@ class Renderer:
     def _tokens(self, text: str) -> list[int]:
         """Without BOS or the like: a template has written every special token already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _is_text(
+        self, answer: str | Sequence[Message], read: Sequence[int], said: Sequence[int]
+    ) -> bool:
+        """Whether the last token of what a policy `said` is part of its `answer`, a text, which
+        lacks padding and the ends of earlier turns."""
+        if self._spelled(read, said) == answer != self._spelled(read, said[:-1]):
+            return True
+        if not said or said[-1] in self.end_ids or not isinstance(answer, str):
+            return False
+        last = self._spelled([*read, *said[:-1]], said[-1:])
+        return bool(last) and answer.endswith(last)
 
     def _spelled(self, before: Sequence[int], ids: Sequence[int]) -> str:
         return spelled(self.tokenizer, before[-1:], ids)

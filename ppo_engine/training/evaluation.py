@@ -296,10 +296,12 @@ def _key(example: PromptExample) -> str:
 
 def win_shares(scores: Tensor, others: Tensor, rounding: Tensor) -> Tensor:
     """How often a score of `scores` [P, N] is above one of `others` [P, M], over all pairs of a
-    prompt: [P]. A tie counts 1/2: a difference of no more than `rounding` [P, N]."""
+    prompt: [P]; NaN where one is not finite. A tie counts 1/2: a difference of no more than
+    `rounding` [P, N]."""
     ahead = scores[:, :, None] - others[:, None, :]
     tied = ahead.abs() <= rounding[:, :, None]
-    return (0.5 * tied.double() + ((ahead > 0) & ~tied).double()).mean((1, 2))
+    share = 0.5 * tied.double() + ((ahead > 0) & ~tied).double()
+    return torch.where(ahead.isfinite(), share, math.nan).mean((1, 2))
 
 
 def mean_and_error(name: str, of_prompts: Tensor) -> dict[str, float]:

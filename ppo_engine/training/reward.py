@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_engine.data.encoded_rankings import EncodedRanking, encode_rankings
@@ -125,7 +125,8 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         config, seed = self.config.model, self.config.run.seed
         arguments, date = self.config.data.chat_template_kwargs, self.config.run.date
         self.renderer = Renderer(self.tokenizer, arguments=arguments, date=date)
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, nn.Module):
+            loading.check_given(model, config)
             refuse_not_finite_weights(model, "The given model")
             model = value_model.ready_value_model(
                 storage.in_fp32(model), self.tokenizer, self.device

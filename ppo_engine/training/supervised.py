@@ -245,8 +245,9 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
                 self.checkpoints.mark()
                 self.checkpoints.save_if_due(last=last)
                 page.write_if_due(run.path, self.step)
-            if not metrics and self.held_out:  # resumed at its end
-                metrics = self.evaluate(progress)
+            if not metrics:  # resumed at its end
+                metrics = next(reversed(logged_rows(run)), {})
+                metrics.pop("step", None)
             with atomic_folder(run.path / self.result) as folder:
                 self._save_model(folder)
             for note in watch.summary([row for row in logged_rows(run) if row["step"] > 0]):

@@ -91,6 +91,11 @@ def test_objective_metrics_count_the_policys_tokens_alone():
         "value/explained_variance": 1 - variance(errors) / variance(flat("returns")),
     }
     assert found == pytest.approx(expected, rel=1e-4)
+    flat_returns = dataclasses.replace(experience, returns=torch.full_like(experience.returns, 0.5))
+    assert expected.keys() - objective_metrics(flat_returns).keys() == {
+        "objective/importance_capped",
+        "value/explained_variance",
+    }
     bare = dataclasses.replace(experience, values=None, returns=None, is_weights=None)
     of_those = {"importance_weight", "importance_capped", "explained_variance"}
     left = {name for name in expected if name.partition("/")[2] not in of_those}

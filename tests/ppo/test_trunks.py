@@ -178,9 +178,13 @@ def test_a_critic_of_the_policy_shares_its_frozen_layers():
     ("policy", "critic"), [({}, None), ({"lora": {"rank": 2}}, None)], ids=["full", "lora"]
 )
 def test_nothing_is_kept_where_nothing_is_frozen(monkeypatch, policy, critic):
-    monkeypatch.setattr(Trunk, "active", None)
-    engine = engine_of(policy=policy, critic=critic)
-    step_of(engine, rollout_of())
+    uses = []
+    active = Trunk.active
+    monkeypatch.setattr(Trunk, "active", lambda self: uses.append(self) or active(self))
+    step_of(engine_of(policy=policy, critic=critic), rollout_of())
+    assert not uses
+    step_of(engine_of(critic=1), rollout_of())
+    assert uses
 
 
 def test_states_are_kept_for_one_rollout_and_its_weights():

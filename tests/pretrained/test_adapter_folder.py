@@ -31,6 +31,7 @@ from ppo_engine.generate import generate
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.value_model import load_value_model
 from ppo_engine.pretrained.adapter_folder import tokenizer_source
+from ppo_engine.pretrained.loading import load_model_config
 from ppo_engine.pretrained.quiet import quiet_transformers
 from ppo_engine.pretrained.weights import read_language_model
 from ppo_engine.rewards.model import load_reward_model
@@ -266,3 +267,15 @@ def test_adapters_need_peft_and_a_base_that_is_not_quantized(
     monkeypatch.setattr("importlib.util.find_spec", lambda x: None if x == "peft" else found(x))
     with pytest.raises(UserError, match=r"need the package peft: pip install 'ppo-engine\[lora\]'"):
         open_policy(tmp_path / "adapters")
+
+
+def test_adapters_on_repeated_layers_are_refused(tmp_path: Path) -> None:
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "somewhere",
+        "layer_replication": [[0, 2], [0, 2]],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"repeat layers of their base \(layer_replication\)"):
+        load_model_config(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.value_model import load_value_model
-from ppo_engine.pretrained.loading import save_model
+from ppo_engine.pretrained.loading import load_model_config, save_model
 from ppo_engine.rewards.model import load_reward_model
 from ppo_engine.settings.schema import ModelConfig
 
@@ -165,3 +166,13 @@ def test_no_bar_is_shown_and_those_of_others_stay(shown, tmp_path, capfd):
         if not bar:
             transformers_logging.disable_progress_bar()
         (disable_progress_bars if hidden else enable_progress_bars)()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_weights_that_are_quantized_already_are_refused(tmp_path: Path, method: str) -> None:
+    folder = tiny_model_folder(tmp_path)
+    file = Path(folder, "config.json")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=rf"are quantized already \({method}\).*quantization=4bit"):
+        load_model_config(folder)

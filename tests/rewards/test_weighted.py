@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,8 @@ def test_rounding_is_that_of_each_reward_with_its_weight(reward_folders, dtype, 
     rewards = Rewards({"m": model, "f": RewardFunction(length)}, [0.5, -2.0], tiny_tokenizer())
     each = {"m": torch.tensor([1.0, -4.0]), "f": torch.tensor([1000.0, 0.0])}
     expected = [0.5 * share * 4 + 2 * 4e-6 * 1000, 0.5 * share * 4]
+    assert rewards.rounding(each).tolist() == pytest.approx(expected, rel=0.03)
+    each["m"] = torch.tensor([math.nan, -4.0])  # in evaluation it may be
     assert rewards.rounding(each).tolist() == pytest.approx(expected, rel=0.03)
 
 

@@ -146,6 +146,7 @@ def test_a_tool_answers_with_a_message_of_its_own(scripted):
         (lambda prompts, turns: [None, {"role": "tool", "content": 4}], "for conversation 1"),
         (lambda prompts, turns: 1 / 0, "failed at .*test_generation.py, line"),
         (lambda prompts, turns, hint: [None] * 2, "asks for 'hint'"),
+        (lambda prompts, turns: [None, "caf\udce9"], "conversation 1 .* is no Unicode text"),
     ],
 )
 def test_a_wrong_environment_is_named(scripted, environment, message):
@@ -162,6 +163,65 @@ def test_an_answer_that_the_template_refuses_is_named(scripted):
     scripted([say("a")])
     with pytest.raises(UserError, match=r"refused by .* chat template \(no system\)"):
         engine.generate([CHAT])
+
+
+def test_a_message_that_is_written_anew_each_time_stays_what_was_read(scripted):
+    message = {"role": "user", "content": ""}
+
+    def environment(prompts, turns):
+        message["content"] += "x"
+        return [message] * len(prompts)
+
+    engine = engine_with(environment)
+    scripted([say("a")], [say("b")], [say("c")])
+    turns = engine.generate([CHAT]).columns["turns"][0]
+    assert turns == messages("a", "x", "b", "xx", "c")
+
+
+def test_an_environment_may_ask_the_policy():
+    """Between two turns its model is what it is outside of a rollout."""
+    found = []
+
+    def quiet(prompts, turns):
+        return ["go on" if len(said) == 1 else None for said in turns]
+
+    def environment(prompts, turns):
+        with torch.no_grad():
+            found.append(engine.policy.model(torch.tensor([[5, 6, 7]])).logits)
+        engine.policy.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=0)
+        return quiet(prompts, turns)
+
+    settings = {"generation": GenerationConfig(max_new_tokens=4, stop=list(range(200)))}
+    alone = engine_with(quiet, **settings)
+    engine = engine_with(environment, **settings)
+    torch.manual_seed(0)
+    rollout = engine.generate([CHAT] * 3)
+    torch.manual_seed(0)
+    expected = alone.generate([CHAT] * 3)
+    assert len(found) > 1 and torch.equal(rollout.response_ids, expected.response_ids)
+    with torch.no_grad():
+        logits = engine.policy.model(torch.tensor([[5, 6, 7]])).logits
+    assert all(torch.equal(x, logits) for x in found)
+
+
+def test_an_environment_cannot_let_the_engine_write_another_rollout():
+    settings = {"generation": GenerationConfig(max_new_tokens=4, stop=list(range(200)))}
+    engine = engine_with(lambda prompts, turns: [engine.generate([CHAT]).responses[0]], **settings)
+    with pytest.raises(UserError, match="is writing a rollout"):
+        engine.generate([CHAT])
+
+
+def test_columns_are_as_long_as_the_prompts():
+    engine = make_engine()
+    with pytest.raises(UserError, match="column 'answer' has 4 values for 2 prompts"):
+        engine.generate(["a", "b"], {"answer": [1, 1, 2, 2]}, group_size=2)
+
+
+def test_a_prompt_is_named_by_its_place_among_those_that_were_given():
+    with pytest.raises(UserError, match="Prompt 2 has 4000 tokens"):
+        make_engine().generate(["a", "b", "c" * 4000], group_size=4)
+    with pytest.raises(UserError, match="Prompt 1 is no Unicode text"):
+        make_engine().generate(["a", "\ud800"])
 
 
 def test_the_column_of_turns_is_not_overwritten():

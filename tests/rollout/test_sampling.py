@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import string
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,24 @@ def kept(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor
     found = torch.zeros_like(logits)
     found[likeliest[:count]] = p[:count] / p[:count].sum()
     return found
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_generate_gives_no_logprob_of_logits_that_are_no_distribution(
+    number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token 0 and NaN, as the decode loop's; the engine says where. Other rows are as ever."""
+    monkeypatch.setattr(sampling, "probed_decoder", lambda policy: (None, ""))
+    engine = moved_engine()
+
+    def spoil(_: Any, __: Any, logits: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(logits)).view(-1, 1, 1) == 1, number, logits)
+
+    engine.policy.model.lm_head.register_forward_hook(spoil)
+    rollout = engine.generate(PROMPTS)
+    own = [rollout.logprobs[b][rollout.mask[b]] for b in range(3)]
+    assert own[1].isnan().all() and own[0].isfinite().all() and own[2].isfinite().all()
+    assert not rollout.response_ids[1][rollout.mask[1]].any()
 
 
 @pytest.mark.usefixtures("either_way")

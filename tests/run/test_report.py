@@ -78,7 +78,9 @@ def test_pictures_of_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.Monkey
         for step, curve in curves.items()
     ] + [{"step": 7, **PPO_ROW}]
     points = [
-        {"step": step, "read": 50, "values": [step, 2.0], "scores": [1.0, 3.0]} for step in curves
+        # null is a number that is not finite
+        {"step": step, "read": 50, "values": [step, 2.0, 1.0], "scores": [1.0, 3.0, None]}
+        for step in curves
     ]
     for name, lines in (("metrics", rows), ("critic", points)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -97,6 +99,14 @@ def test_pictures_of_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.Monkey
     lines = axes["MFU"].get_lines()
     assert [line.get_label() for line in lines] == ["generate 10%", "step 30%"]
     assert [list(line.get_ydata()) for line in lines] == [[0.1], [0.3]]
+
+
+def test_a_critic_of_whom_no_number_is_finite_has_an_empty_panel(tmp_path: Path) -> None:
+    points = {"step": 1, "read": 50, "values": [None, 1.0], "scores": [0.5, None]}
+    for name, row in (("metrics", {"step": 1, **PPO_ROW}), ("critic", points)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    write_curves(tmp_path, tmp_path / "report.png")
+    assert (tmp_path / "report.png").exists()
 
 
 def test_several_rewards_are_drawn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,18 @@ def test_a_stop_is_part_of_what_is_scored(prompt: Any) -> None:
     assert len(ids) > len(written[0]) + 3  # and then the end of an answer
 
 
+def test_a_stop_behind_an_end_within_is_part_of_what_is_scored() -> None:
+    """An earlier turn's end, or a padding token: neither is in the text."""
+    renderer = Renderer(gemma())
+    letters = [renderer.tokenizer.convert_tokens_to_ids(letter) for letter in "xyz"]
+    for inside in (renderer.end_ids[0], renderer.tokenizer.pad_token_id):
+        read, said = renderer.prompt("Q:"), [letters[0], inside, *letters]
+        ids = renderer.scored("Q:", "xxyz", max_tokens=999, written=(read, said))
+        assert ids == [*read, *said, renderer.tokenizer.eos_token_id]
+        ended = [*said, renderer.tokenizer.eos_token_id]
+        assert renderer.scored("Q:", "xxyz", max_tokens=999, written=(read, ended)) == ids
+
+
 def test_a_rewritten_chat_that_is_too_long_loses_its_start() -> None:
     renderer = Renderer(r1())
     ids = renderer.scored(CHAT, "<think>\nt</think>xyz", max_tokens=5)

@@ -212,6 +212,13 @@ def test_ties_count_half(ours, theirs, expected):
     assert win_shares(ours + 1e-6, theirs, exact + 2e-6).tolist() == pytest.approx(expected)
 
 
+def test_a_score_that_is_not_finite_wins_and_loses_nothing():
+    ours = torch.tensor([[1.0], [math.nan], [1.0]])
+    theirs = torch.tensor([[math.nan], [0.0], [0.0]])
+    found = win_shares(ours, theirs, torch.zeros_like(ours))
+    assert found.isnan().tolist() == [True, True, False] and found[2] == 1
+
+
 def test_parts_are_counted_in_real_tokens():
     """Of 10 tokens, of one, and of 3 with a turn of the environment's in between."""
     mask = torch.zeros(3, 12, dtype=torch.bool)

@@ -337,7 +337,9 @@ def test_a_resumed_run_ends_with_the_very_same_weights(folder, tmp_path):
     assert steps == list(range(7))
 
     again = trainer(folder, tmp_path / "cut", reward={"epochs": 2}, resume=True)  # at its end
-    assert again.train()["eval/accuracy"] == expected["eval/accuracy"]
+    ended = again.train()
+    assert ended["eval/accuracy"] == expected["eval/accuracy"]
+    assert ended["reward/loss"] == found["reward/loss"] and "step" not in ended
 
 
 def test_ties_count_half(folder):

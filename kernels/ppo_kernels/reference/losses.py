@@ -96,7 +96,9 @@ def ppo_policy_loss(
     log_ratio = logprobs - old_logprobs
     held = log_ratio  # in the clamp
     if ratio_level == "sequence":
-        held = token_means(log_ratio.detach(), mask, cu_seqlens) + (logprobs - logprobs.detach())
+        # 0 with the gradient of the log-prob; where that is infinite, the mean is clamped.
+        straight_through = torch.where(logprobs.isinf(), 0.0, logprobs - logprobs.detach())
+        held = token_means(log_ratio.detach(), mask, cu_seqlens) + straight_through
     ratio = held.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     in_range = ratio.clamp(1 - low, 1 + high)
     if objective == "cispo":

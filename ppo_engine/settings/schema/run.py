@@ -65,7 +65,8 @@ class RunConfig:
     """Of saved models; auto: the dtype they came in. Checkpoints to resume from keep every bit."""
     save_adapters: bool = False
     """Save adapters in place of models that they are merged into, in the format of `peft`: in
-    fp32, or in save_dtype. Needs lora, and a base that is a folder or a name."""
+    fp32, or in save_dtype. Needs lora, and a base that is a folder or a name: where this is of
+    adapters itself, only ppo-engine loads the result as it was trained, `peft` another model."""
     on_bad_numbers: Literal["raise", "skip"] = "raise"
     """Where a score, log-prob, value, advantage, loss or gradient is not finite: raise ends the
     run; skip leaves out the update, in at most 3 steps in a row. Weights always end it."""
