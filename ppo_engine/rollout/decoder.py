@@ -168,7 +168,7 @@ class Decoder:
         if self._busy:
             raise UserError(
                 "The policy is writing a rollout, so an environment cannot let the engine write "
-                "another: call policy.model(…) or policy.model.generate(…), which it may."
+                "another: it may call the model itself, engine.policy.model or its generate."
             )
         self._seed.fill_(seed)
         # peft's layers tell so; what transformers' models have of that name is a method.

@@ -180,7 +180,7 @@ def test_a_critic_of_the_policy_shares_its_frozen_layers():
 def test_nothing_is_kept_where_nothing_is_frozen(monkeypatch, policy, critic):
     uses = []
     active = Trunk.active
-    monkeypatch.setattr(Trunk, "active", lambda self: uses.append(self) or active(self))
+    monkeypatch.setattr(Trunk, "active", lambda *given: uses.append(given) or active(*given))
     step_of(engine_of(policy=policy, critic=critic), rollout_of())
     assert not uses
     step_of(engine_of(critic=1), rollout_of())
