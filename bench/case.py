@@ -91,7 +91,7 @@ def with_gradients(case: Case, inputs: Inputs, run: Run) -> tuple[Outputs, Outpu
 
 def fresh(case: Case, inputs: Inputs) -> Inputs:
     """The same inputs, with copies of those that are changed, and of the views of these."""
-    changed = {_storage(inputs[name]) for name in case.changed}
+    changed = {_storage(x) for name, x in inputs.items() if name in case.changed}
     return inputs | copies({n: x for n, x in inputs.items() if _storage(x) in changed})
 
 
