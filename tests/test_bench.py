@@ -474,6 +474,8 @@ def test_targets_are_judged() -> None:
     assert "1.5x faster" in lines[1] and lines[1].endswith("met")
     assert "0.5x faster" in lines[2] and lines[2].endswith("MISSED")
     small = dict(op="gae", size="small", impl="cpp", mode="fwd", shape="8x64", dtype="float32",
-                 ms_p50=1.0, x_floor=9.0)  # fmt: skip
+                 ms_p50=0.9, floor_ms=0.1, call_ms=0.1)  # fmt: skip
     (line,) = verdicts([small], "cpu")
     assert "9.0 torch.adds" in line and line.endswith("MISSED")
+    # A floor that is more than a call, such as that of a product.
+    assert not [*verdicts([small | {"floor_ms": 0.4}], "cpu")]
