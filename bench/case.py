@@ -92,12 +92,7 @@ def with_gradients(case: Case, inputs: Inputs, run: Run) -> tuple[Outputs, Outpu
 def fresh(case: Case, inputs: Inputs) -> Inputs:
     """The same inputs, with copies of those that are changed, and of the views of these."""
     changed = {_storage(x) for name, x in inputs.items() if name in case.changed}
-    return inputs | copies({n: x for n, x in inputs.items() if _storage(x) in changed})
-
-
-def copies(inputs: Inputs) -> Inputs:
-    """Of the memory that `inputs` are views of: with their strides, and shared as they share it."""
-    return copy.deepcopy(inputs)
+    return inputs | copy.deepcopy({n: x for n, x in inputs.items() if _storage(x) in changed})
 
 
 def _storage(x: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from functools import partial
 
 import torch
 
-from bench.case import MODES, Case, Inputs, Mode, Run, copies, fresh, gradients, leaves_of
+from bench.case import MODES, Case, Inputs, Mode, Run, fresh, gradients, leaves_of
 from bench.check import WrongResult, error, exact
 from bench.machine import Ceilings, least_call, least_traffic
 from bench.results import Row
@@ -94,7 +95,7 @@ def _copies(
     case: Case, mode: Mode, inputs: Inputs, run: Run, device: torch.device
 ) -> Iterator[Call]:
     for _ in range(_rotated(device, sum(x.nbytes for x in inputs.values())) - 1):
-        yield call_of(case, mode, copies(inputs), run)
+        yield call_of(case, mode, copy.deepcopy(inputs), run)  # strides stay, and shared memory
 
 
 def _rotated(device: torch.device, size: float) -> int:
