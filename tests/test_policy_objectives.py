@@ -389,3 +389,14 @@ def test_errors(op: str, impl: str, change: dict[str, Any], message: str) -> Non
     function = ppo_policy_loss if op == "ppo_policy_loss" else linear_ppo_loss
     with pytest.raises(ValueError, match=f"{op}: .*{message}"):
         function(**given, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+def test_an_infinite_logprob_is_clamped_in_the_ratio_of_a_sequence(impl: str) -> None:
+    logprobs = torch.tensor([[-1.0, -torch.inf, -2.0]], requires_grad=True)
+    old, advantages = torch.full((1, 3), -1.5), torch.ones(1, 3)
+    loss, _ = ppo_policy_loss(logprobs, old, advantages, ratio_level="sequence", impl=impl)
+    loss.backward()
+    # The mean log-ratio is -20 in the clamp, with no gradient: the ratio is nearly 0.
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert logprobs.grad is not None and not logprobs.grad.isnan().any()
