@@ -298,7 +298,8 @@ def test_gradcheck(impl: str) -> None:
         function = partial(
             token_logprobs, targets=targets, temperature=0.6, return_entropy=entropy, impl=impl
         )
-        assert torch.autograd.gradcheck(function, logits)
+        # Along one direction in Triton's interpreter, which takes a minute for all.
+        assert torch.autograd.gradcheck(function, logits, fast_mode=impl == "triton")
 
 
 def test_no_second_derivative_in_silence(kernel: str) -> None:
