@@ -26,7 +26,8 @@ NVCC_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 MISSING = {
     "_cpu": "the compiled CPU kernels were NOT built.\n  {}\n"
     "  Without them every op runs in plain PyTorch, several times slower. Fix that\n"
-    "  (it takes a C++17 compiler) and install again.",
+    "  (it takes a C++17 compiler) and install again, with pip's --no-cache-dir\n"
+    "  --force-reinstall --no-deps, as pip may keep what it has built now.",
     "_cuda": "no CUDA kernels: {}.\n  On a GPU the Triton kernels run instead.",
 }
 SANITIZE = os.environ.get("PPO_KERNELS_SANITIZE") == "1"  # set by tests/sanitize.py

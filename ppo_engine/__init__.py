@@ -129,18 +129,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"ppo_engine.{_HOMES[name]}"), name)
-    near = difflib.get_close_matches(name, __all__, n=1, cutoff=0.75)
-    message = f"ppo_engine has no {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
-    # `from ppo_engine import …` asks here first, then for a module, and would forget the message of
-    # an AttributeError, which everything else expects. Who asks is seen by the frame alone; Python
-    # 3.12 finds near names in `__dir__` by itself.
-    imports = sys._getframe(1).f_code.co_name == "_handle_fromlist"
-    if imports and near and importlib.util.find_spec(f"ppo_engine.{name}") is None:
-        raise ImportError(message, name=name)
-    raise AttributeError(message)
+if not TYPE_CHECKING:  # type checkers would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"ppo_engine.{_HOMES[name]}"), name)
+        near = difflib.get_close_matches(name, __all__, n=1, cutoff=0.75)
+        message = f"ppo_engine has no {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+        # `from ppo_engine import …` asks here first, then for a module, and forgets the message
+        # of an AttributeError, which everything else expects. Who asks is seen by the frame alone;
+        # Python 3.12 finds near names in `__dir__` by itself.
+        imports = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        if imports and near and importlib.util.find_spec(f"ppo_engine.{name}") is None:
+            raise ImportError(message, name=name)
+        raise AttributeError(message)
 
 
 def __dir__() -> list[str]:

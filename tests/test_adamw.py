@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import ops
@@ -340,3 +341,37 @@ def test_errors(impl: str) -> None:
             join_master(*wrong)
     with pytest.raises(TypeError, match="adamw: master must be float32"):
         split_master(half)
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no Triton")
+def test_a_gpus_tables_are_kept_for_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each call, as of a parameter at a time; the oldest go where there are too many."""
+    kernels, capturing, made = dispatch.triton_kernels("adamw"), False, []
+    stream = SimpleNamespace(cuda_stream=7)
+
+    def copied(rows: Any, pin_memory: bool) -> Any:
+        made.append(rows)
+        return SimpleNamespace(to=lambda *_, **__: torch.tensor(rows))
+
+    of_gpu = SimpleNamespace(
+        is_current_stream_capturing=lambda: capturing, current_stream=lambda _: stream
+    )
+    monkeypatch.setattr(kernels, "torch", SimpleNamespace(cuda=of_gpu, tensor=copied))
+    monkeypatch.setattr(kernels, "_kept", {})
+    monkeypatch.setattr(kernels, "_captured", [])
+    device, most = torch.device("cuda", 0), kernels._MOST_KEPT
+    calls = [((2 * i,), (2 * i + 1,)) for i in range(most)]
+    for call in (*calls, *calls[:5]):
+        kernels._table(call, device)
+    assert len(made) == most
+    capturing = True
+    for call in calls:
+        assert kernels._table(call, device).tolist() == [list(row) for row in call]
+    capturing = False
+    kernels._table(((-1, -2), (-3, -4)), device)  # of two tensors: the two oldest go
+    capturing = True
+    for call in calls[5:7]:
+        with pytest.raises(RuntimeError, match="call it once on the same tensors"):
+            kernels._table(call, device)
+    kernels._table(calls[0], device)
+    kernels._table(calls[7], device)

@@ -260,6 +260,24 @@ def test_same_bits_for_any_threads_and_batch(impl: str) -> None:
 
 
 @IMPLS
+def test_heads_beyond_32_bits(impl: str) -> None:
+    """As in a view of the last token of a long prompt's keys. Untouched memory is free."""
+    heads, width, apart = 3, 16, 2**30
+    memory = torch.empty((heads - 1) * apart + width, dtype=torch.float16)
+    far = memory.as_strided((1, heads, width), (len(memory), apart, 1))
+    far.copy_(torch.randn(1, heads, width))
+    near, query = far.contiguous(), torch.randn(1, heads, width).half()
+    slots, lengths = torch.randn(2, 1, heads, 4, width).half(), torch.tensor([4])
+
+    def attended(query: Tensor, new: Tensor) -> Tensor:
+        given = {"scale": 0.25, "new_keys": new, "new_values": new, "impl": impl}
+        return decode_attention(query, *slots.clone(), lengths, **given)
+
+    assert torch.equal(attended(far, near), attended(near, near))
+    assert torch.equal(attended(query, far), attended(query, near))
+
+
+@IMPLS
 def test_errors(impl: str) -> None:
     given = arguments((4, 2, 8, 8, 10)) | {"impl": impl}
     new = {name: torch.zeros(5, 2, 8) for name in ("new_keys", "new_values")}

@@ -245,6 +245,22 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     assert "PPO_KERNELS_ISA is 'sse9', but this machine and build have: baseline" in result.stderr
 
 
+def test_a_command_tells_of_an_unknown_instruction_set_without_a_traceback() -> None:
+    needs_extension()
+    result = python("-m", "ppo_engine", "doctor", PPO_KERNELS_ISA="sse9")
+    assert result.returncode == 2
+    told = "error: PPO_KERNELS_ISA is 'sse9', but this machine and build have: baseline"
+    assert result.stderr.startswith(told) and result.stderr.count("\n") == 1
+
+
+def test_kernels_that_are_older_than_their_sources_are_told(tmp_path: Path) -> None:
+    module = tmp_path / "_cpu.so"
+    module.touch()
+    assert not dispatch._is_older_than_its_sources(module)
+    os.utime(module, (0, 0))
+    assert dispatch._is_older_than_its_sources(module)
+
+
 FORK = """
 import os, torch, ppo_kernels
 torch.set_num_threads(2)

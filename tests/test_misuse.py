@@ -67,14 +67,45 @@ DIFFERENTIABLE = _differentiable()
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 @pytest.mark.parametrize("impl", ["cpp"] if ppo_kernels.dispatch.cpu else [])
 def test_second_derivatives_are_refused_and_not_left_out(op: str, impl: str) -> None:
-    """As of a gradient penalty, on top of a gradient that came in as the constant 1."""
+    """As of a gradient penalty, on top of a gradient that came in as the constant 1; and where it
+    is asked for by name, beside terms that have one."""
     value, x = DIFFERENTIABLE[op]
-    [gradient] = torch.autograd.grad(value(impl), x, create_graph=True)
-    [of_reference] = torch.autograd.grad(value("reference"), x, create_graph=True)
+
+    def loss(impl: str) -> Tensor:
+        return value(impl) + (x**3).sum()
+
+    [gradient] = torch.autograd.grad(loss(impl), x, create_graph=True)
+    [of_reference] = torch.autograd.grad(loss("reference"), x, create_graph=True)
     torch.testing.assert_close(gradient, of_reference, rtol=1e-4, atol=1e-5)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        (value(impl) + gradient.square().sum()).backward()
-    (value("reference") + of_reference.square().sum()).backward()
+    for function in (gradient.square().sum(), gradient.sum()):
+        with pytest.raises(RuntimeError, match=r"differentiated once.*impl='reference'"):
+            torch.autograd.grad(function, x, retain_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            (loss(impl) + function).backward(retain_graph=True)
+    (loss("reference") + of_reference.square().sum()).backward()
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_many_gradients_at_a_time_are_refused(op: str) -> None:
+    value, x = DIFFERENTIABLE[op]
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(value("auto"), x, torch.ones(3), is_grads_batched=True)
+
+
+@pytest.mark.skipif(not ppo_kernels.dispatch.cpu, reason="no compiled kernels")
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacrev])
+def test_transforms_of_functions_are_refused(transform: Callable[..., Any]) -> None:
+    x, other = torch.randn(3, 4), torch.ones(3, 4)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: gae(x, other)[0].sum(),
+        lambda x: rms_norm(x, torch.ones(4), eps=1e-6).sum(),
+        lambda x: ppo_policy_loss(x, other, other)[0],
+    ]
+    if transform is torch.func.vmap:
+        x = torch.randn(2, 3, 4)
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"vmap.*impl='reference'"):
+            transform(call)(x)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +170,21 @@ def test_tensors_without_memory_of_their_own_are_refused() -> None:
         packed_linear(torch.randn(4, 8), torch.randn(6, 8))
 
 
+def test_graphs_that_are_recorded_hold_the_ops() -> None:
+    """And not the empty tensors that kernels fill."""
+    x, again, other = torch.randn(3, 4), torch.randn(3, 4), torch.ones(3, 4)
+    packed = pack_weight(torch.randn(6, 4), dtype=torch.float32)
+    for op in (
+        lambda x: gae(x, other)[0],
+        lambda x: rms_norm(x, torch.ones(4), eps=1e-6),
+        lambda x: ppo_policy_loss(x, other, other)[0],
+    ):
+        for graph in (make_fx(op)(x), torch.jit.trace(op, x, check_trace=False)):
+            torch.testing.assert_close(graph(again), op(again))
+    with pytest.raises(TypeError, match="make_fx"):
+        make_fx(lambda x: packed_linear(x, packed))(x)
+
+
 def test_a_view_that_is_negated_when_it_is_read() -> None:
     z = torch.randn(3, 4, dtype=torch.complex64)
     x = z.conj().imag
@@ -188,3 +234,43 @@ def test_shapes_without_numbers() -> None:
     torch.testing.assert_close(found, torch.full((3, 4), -torch.tensor(float(VOCAB)).log().item()))
     on_meta = {"hidden": hidden.to("meta"), "weight": weight.to("meta")}
     assert linear_logprobs(**on_meta, targets=targets(3, 4).to("meta")).shape == (3, 4)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_torchs_default_dtype_changes_nothing(impl: str) -> None:
+    """Where it is bfloat16, as people set it to make a model."""
+    x, other, tokens = made(3, 4), torch.randn(3, 4), targets(3, 4)
+    hidden, weight = made(3, 4, WIDTH), made(VOCAB, WIDTH)
+
+    def stepped(bits: int) -> list[Tensor]:
+        """Of betas that no test before has had: what depends on them is kept."""
+        weights, grads = [other.clone()], [x.detach()]
+        moments: Any = ([torch.zeros_like(other)], [torch.zeros_like(other)])
+        if bits == 8:
+            moments = [[part] for part in ppo_kernels.zero_moments(other)]
+        scales = {"moment_scales": moments[2]} if bits == 8 else {}
+        for step in range(1, 4):
+            adamw(
+                weights, grads, *moments[:2], **scales, step=step, learning_rate=1e-2,
+                betas=(0.8125, 0.998), eps=1e-8, weight_decay=0.1, impl=impl,
+            )  # fmt: skip
+        return [*weights, *(part[0].float() for part in moments)]
+
+    calls: list[Callable[[], Any]] = [
+        lambda: gae(x.detach(), other, impl=impl),
+        lambda: token_logprobs(hidden, tokens % WIDTH, return_entropy=True, impl=impl),
+        lambda: linear_ppo_loss(hidden, weight, tokens, other, other, impl=impl),
+        lambda: ppo_policy_loss(x, other, other, clip_range=[0.2, 0.3], dual_clip=3.0, impl=impl),
+        lambda: pairwise_loss(x[0], x[1], impl=impl),
+        lambda: sample(weight.detach(), seed=3, offset=1, top_p=0.9, impl=impl),
+        lambda: rms_norm(hidden, torch.ones(WIDTH), eps=1e-6, impl=impl),
+        lambda: stepped(32),
+        lambda: stepped(8),
+    ]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [call() for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for call, given in zip(calls, found, strict=True):
+        torch.testing.assert_close(given, call(), rtol=0, atol=0)

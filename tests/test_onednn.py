@@ -72,6 +72,12 @@ def test_few_rows_and_other_dtypes_are_torchs(products: list[torch.Size]) -> Non
     assert not products
 
 
+def test_nothing_to_add_up_is_torchs(products: list[torch.Size]) -> None:
+    """oneDNN refuses it."""
+    assert torch.equal(onednn.linear(torch.ones(100, 0), torch.ones(7, 0)), torch.zeros(100, 7))
+    assert not products
+
+
 def test_it_is_torchs_where_it_is_not_faster(
     products: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:

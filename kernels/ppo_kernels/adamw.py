@@ -107,7 +107,11 @@ def zero_moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.zeros(weights.shape, dtype=dtype, device=weights.device)
         for dtype in (torch.int8, torch.uint8)
     )
-    return exp_avg, exp_avg_sq, torch.zeros(_scales_shape(weights), device=weights.device)
+    return (
+        exp_avg,
+        exp_avg_sq,
+        torch.zeros(_scales_shape(weights), dtype=torch.float32, device=weights.device),
+    )
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +242,8 @@ def _factors(
 def _mixing(betas: tuple[float, float]) -> tuple[float, bool, float, float]:
     """(c, whether b is the old mean or else the gradient, beta2, 1 - beta2): the new mean is
     c (g - m) + b. All are numbers of float32."""
-    mix, beta2, rest = torch.tensor((1 - betas[0], betas[1], 1 - betas[1])).tolist()
+    numbers = (1 - betas[0], betas[1], 1 - betas[1])
+    mix, beta2, rest = torch.tensor(numbers, dtype=torch.float32, device="cpu").tolist()
     return (mix, True, beta2, rest) if mix < 0.5 else (mix - 1, False, beta2, rest)
 
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 DEVICES = ("cpu", "cuda")  # that have kernels
 IMPLS = ("reference", "cpp", "triton", "cuda")
@@ -46,18 +48,25 @@ class Availability(NamedTuple):
     reason: str
 
 
+# pip keeps a wheel that was built without the kernels.
+_AGAIN = "install the package again, with pip's --no-cache-dir --force-reinstall --no-deps"
+
+
 def _why_not_built(name: str) -> str:
     """What setup.py recorded when it could not build the extension `_cpu` or `_cuda`."""
     info = Path(__file__).with_name("_build_info.json")
-    recorded = json.loads(info.read_text()).get(name) if info.exists() else None
+    try:
+        recorded = json.loads(info.read_text()).get(name)
+    except (OSError, ValueError):
+        recorded = None
     if recorded is None:
         return (
             f"the compiled extension ppo_kernels._{name} is missing: install the package, or "
             "build it in place with `python setup.py build_ext --inplace`"
         )
     if recorded["built"]:
-        return "the compiled extension was built for another Python: install the package again"
-    return f"{recorded['reason']} (fix that, then install the package again)"
+        return f"the compiled extension was built for another Python: {_AGAIN}"
+    return f"{recorded['reason']} (fix that, then {_AGAIN})"
 
 
 def _load_extension() -> tuple[Any, Availability]:
@@ -67,8 +76,22 @@ def _load_extension() -> tuple[Any, Availability]:
         return None, Availability(False, _why_not_built("cpu"))
     except ImportError as error:
         return None, Availability(False, f"the compiled extension does not load: {error}")
+    if _is_older_than_its_sources(Path(str(_cpu.__file__))):
+        warnings.warn(
+            "the compiled extension ppo_kernels._cpu is older than its sources in csrc/: build it "
+            "anew with `python setup.py build_ext --inplace`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     # Raises where PPO_KERNELS_ISA names an instruction set that cannot run here.
     return _cpu, Availability(True, f"{_cpu.isa()} of {', '.join(_cpu.supported_isas())}")
+
+
+def _is_older_than_its_sources(module: Path) -> bool:
+    """As after a `git pull` where the package was installed with `pip install -e`."""
+    sources = Path(__file__).parents[2] / "csrc"
+    times = [x.stat().st_mtime for x in sources.rglob("*") if x.is_file()]
+    return max(times, default=0.0) > module.stat().st_mtime
 
 
 def _load_cuda() -> tuple[Any, str]:
@@ -236,8 +259,10 @@ def eager(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
+    if forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None:
+        _refuse_transforms(tensors)
+    if is_recorded():
+        return False
     for x in tensors:  # noqa: SIM110 - `all` of a generator takes three times as long
         # Of a view that is negated when it is read, the memory has the other sign.
         if x is not None and (type(x) not in _PLAIN or x.is_neg()):
@@ -245,16 +270,38 @@ def eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_recorded() -> bool:
+    """Whether `make_fx` or `torch.jit.trace` writes down the calls of torch's own operators."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor has memory of its own; while a graph is traced nobody knows."""
     return type(x) in _PLAIN or torch.compiler.is_compiling()
 
 
-def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
-    """Forward-mode differentiation, of which the kernels know nothing: they would drop it."""
+def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+    """Of them the kernels know nothing: they would drop a tangent, and read a wrapper's memory."""
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             "the kernels have no forward-mode differentiation: call the op with impl='reference'"
+        )
+    if any(x is not None and _functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+        raise RuntimeError(
+            "the kernels know nothing of vmap and the other transforms of torch.func: call the op "
+            "with impl='reference'"
+        )
+
+
+def refuse_batches(*gradients: Tensor | None) -> None:
+    """Gradients that come in many at a time, with `is_grads_batched` or from a vectorized
+    Jacobian."""
+    if any(x is not None and _functorch.is_legacy_batchedtensor(x) for x in gradients):
+        raise RuntimeError(
+            "the kernels' gradients take one gradient at a time, no batch of them: leave out "
+            "is_grads_batched or vectorize, or call the op with impl='reference'"
         )
 
 

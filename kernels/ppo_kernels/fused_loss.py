@@ -46,13 +46,17 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, results: Results, want: list[bool], *trained: Tensor | None) -> Tensor:
         _save(ctx, trained, want, results[2:])
+        ctx.trained = trained  # not saved: they may change in place, their gradients are made
         loss: Tensor = results[0]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_chain(ctx, lambda x: _multiplied(x, grad_loss))
+        graph_stays = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not graph_stays:
+            ctx.trained = None
+        return None, None, *_chain(ctx, lambda x: _multiplied(x, grad_loss, graph_stays))
 
 
 def register(op: Any, trained: int) -> None:
@@ -63,6 +67,7 @@ def register(op: Any, trained: int) -> None:
         _save(ctx, inputs[:trained], inputs[-trained:], output[2 : 2 + trained])
         ctx.constants = len(inputs) - trained
 
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return *_chain(ctx, lambda x: x * grad_loss), *(None,) * ctx.constants
 
@@ -79,13 +84,12 @@ def _chain(ctx: Any, multiplied: Callable[[Tensor], Tensor]) -> list[Tensor | No
     return [None if dtype is None else multiplied(x).to(dtype) for x, dtype in pairs]
 
 
-def _multiplied(x: Tensor, by: Tensor) -> Tensor:
+def _multiplied(x: Tensor, by: Tensor, graph_stays: bool) -> Tensor:
     """`x` times a 0-dim tensor; for free where that is 1, as `loss.backward()` brings it.
 
     `x` itself is given only where the graph, and what it saved, is not needed again: whoever gets a
     gradient may change it in place.
     """
-    graph_stays = torch._C._autograd._get_current_graph_task_keep_graph()
     if by.is_cpu and type(by) is Tensor and not graph_stays and by.item() == 1.0:
         return x
     # A kernel checks this, as the host would have to wait for a GPU. In place.

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ppo_kernels.once import once_differentiable
 
 _CPU_INFO = Path("/proc/cpuinfo")  # Linux's
 _FEWEST = 64  # rows; for fewer, oneDNN's own order of the weight costs more than it brings
@@ -27,7 +28,9 @@ def is_faster() -> bool:
         return False
     if "AuthenticAMD" not in told or not torch.cpu._is_avx512_supported():
         return False
-    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    x, weight = (
+        torch.arange(rows * 3, dtype=torch.float32, device="cpu").view(rows, 3) for rows in (2, 4)
+    )
     try:
         return torch.equal(product(x, weight), x @ weight.t())
     except (RuntimeError, AttributeError, TypeError):  # another version's operator
@@ -36,7 +39,7 @@ def is_faster() -> bool:
 
 def pays(x: Tensor) -> bool:
     """Whether the product of `x` `[..., in]` with a weight is better oneDNN's."""
-    enough = x.dtype is torch.float32 and x.numel() >= _FEWEST * x.shape[-1]
+    enough = x.dtype is torch.float32 and x.numel() >= _FEWEST * max(x.shape[-1], 1)
     return enough and x.device.type == "cpu" and is_faster()
 
 

@@ -24,7 +24,7 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean x^2 + eps) (weight + added), over the last dimension.
 
-    Differentiable in x and the weight; of a forward pass only these two are kept.
+    Differentiable, once, in x and the weight; of a forward pass only these two are kept.
 
     Args:
         x: `[..., D]`, any floating dtype. Read in place if the last dimension is contiguous,

@@ -139,6 +139,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+        dispatch.refuse_batches(grad_query, grad_key)
         cos, sin = ctx.saved_tensors
         gradients = _rotated(grad_query, grad_key, cos, sin, not ctx.transposed, ctx.impl)
         return *gradients, None, None, None, None

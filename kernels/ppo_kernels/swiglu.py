@@ -16,7 +16,7 @@ OP = "swiglu"
 def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     """silu(gate) up = gate sigmoid(gate) up (SwiGLU, Shazeer 2020, arXiv:2002.05202).
 
-    Differentiable in both; of a forward pass only these two are kept.
+    Differentiable, once, in both; of a forward pass only these two are kept.
 
     Args:
         gate, up: `[...]`, of one shape and floating dtype. Read in place if the last dimension is

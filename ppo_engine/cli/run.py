@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
+        if str(error).startswith("PPO_KERNELS_ISA is "):  # found where the kernels are imported
+            _say(f"error: {error}. Unset it, or name one of these.", error)
+            return 2
         long_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         _say(_unexpected(error, long_name), error)
         return 2 if long_name else 1

@@ -57,8 +57,18 @@ def model_path() -> str:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "ppo-engine"
+    """That of a user, where one can write."""
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(root) / "ppo-engine"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter: nobody's home is known
+        raise UserError(
+            f"The demo's model is converted once, into a cache, which cannot be made: {error}. Set "
+            "XDG_CACHE_HOME to a folder that you can write to, or give a model of your own with "
+            "--model NAME_OR_PATH."
+        ) from error
+    return folder
 
 
 def _convert(gguf: Path, folder: Path) -> None:

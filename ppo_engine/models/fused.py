@@ -101,9 +101,10 @@ def _added(module: Any, dtype: torch.dtype) -> float | None:
         return None
     if not isinstance(epsilon, float) or weight.dtype != dtype:
         return None
-    x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, 1, -1)
+    count, single = len(weight), torch.float32
+    x = torch.linspace(-2, 3, 2 * count, dtype=single, device=weight.device).view(2, 1, -1)
     # Before any training, weights may all be 1, so that 1 more is twice as much.
-    other = torch.linspace(0.5, 2, len(weight), device=weight.device)
+    other = torch.linspace(0.5, 2, count, dtype=single, device=weight.device)
     expected = functional_call(module, {"weight": other}, x)
     for added in (0.0, 1.0):
         found = rms_norm(x, other, eps=epsilon, added=added)
@@ -150,8 +151,9 @@ def _rotation(rotate: _Rotate) -> _Rotate:
 @torch.no_grad()
 def _rotates(function: _Rotate) -> bool:
     """Whether a family's function gives what `rotary_embedding` gives."""
-    q, k = (torch.linspace(-2, 3, heads * 48).view(2, heads, 3, 8) for heads in (4, 2))
-    cos, sin = (torch.linspace(a, b, 48).view(2, 3, 8) for a, b in ((-1, 1), (1, 0)))
+    line = partial(torch.linspace, dtype=torch.float32)
+    q, k = (line(-2, 3, heads * 48).view(2, heads, 3, 8) for heads in (4, 2))
+    cos, sin = (line(a, b, 48).view(2, 3, 8) for a, b in ((-1, 1), (1, 0)))
     try:
         found = torch.cat(function(q, k, cos, sin), 1)
     except (TypeError, ValueError, RuntimeError):  # it takes something else

@@ -274,7 +274,7 @@ class LanguageModel:
                 states,
                 targets=targets,
                 old_logprobs=None,
-                advantages=torch.ones(len(targets), device=self.device),
+                advantages=torch.ones(len(targets), dtype=torch.float32, device=self.device),
                 objective="cispo",  # on policy, with advantages of 1: -log pi
                 normalizer=normalizer,
                 **self._linear(temperature=1.0),

@@ -166,7 +166,7 @@ def clip_factor(parameters: Sequence[Tensor], max_norm: float) -> tuple[Tensor, 
         # torch widens all of a bf16 tensor first: in pieces, so that its fp32 copy stays in cache.
         pieces = (piece for x in grads for piece in x.reshape(-1).split(_NORM_PIECE))
         norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
-    norm = torch.linalg.vector_norm(torch.stack([*norms] or [torch.zeros(())]))
+    norm = torch.linalg.vector_norm(torch.stack([*norms] or [torch.zeros((), dtype=torch.float32)]))
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

@@ -175,7 +175,9 @@ def init_head(head: nn.Linear, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     std = 1 / math.sqrt(head.in_features + 1)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+        head.weight.copy_(
+            torch.randn(head.weight.shape, dtype=torch.float32, generator=generator) * std
+        )
         if head.bias is not None:
             head.bias.zero_()
 

@@ -66,7 +66,9 @@ class Actor:
         tokens = max(1, sum(len(part.places) for part in parts))
         normalizer = self._normalizer(tokens, sum(len(part.numbers) for part in parts))
         weights, ref_logprobs = experience.is_weights, experience.ref_logprobs
-        found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
+        found: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros((), dtype=torch.float32, device=policy.device)
+        )
         losses: list[tuple[list[int], Tensor]] = []
         measured: list[tuple[Tensor, Tensor]] = []
         penalized = settings.kl_in == "loss"

@@ -87,7 +87,9 @@ class Critic:
         """The gradient of a mini-batch, in these `parts`; its metrics, and each part's loss."""
         assert experience.values is not None and experience.returns is not None
         self.learner.clear_gradients()
-        found: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        found: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros((), dtype=torch.float32, device=self.device)
+        )
         losses: list[tuple[list[int], Tensor]] = []
         tokens = max(1, sum(len(part.places) for part in parts))
         for part in parts:

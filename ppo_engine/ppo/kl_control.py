@@ -19,7 +19,7 @@ class KLController:
     """
 
     def __init__(self, kl_coef: float, adaptive: AdaptiveKLConfig | None, device: torch.device):
-        self.coef: Tensor = torch.tensor(kl_coef, device=device)
+        self.coef: Tensor = torch.tensor(kl_coef, dtype=torch.float32, device=device)
         self.adaptive = adaptive
 
     def update(self, kl: Tensor, responses: int) -> None:

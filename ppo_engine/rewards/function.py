@@ -87,7 +87,8 @@ def checked_scores(result: Any, responses: Sequence[str], source: str, first: in
         [
             _number(value, f"response {index} (counted from 0), {shortened(response)}", source)
             for index, (value, response) in enumerate(zip(values, responses, strict=True), first)
-        ]
+        ],
+        dtype=torch.float32,
     )
 
 

@@ -68,7 +68,7 @@ class HTTPReward:
 
     async def _scores(self, bodies: Sequence[str], responses: Sequence[str], size: int) -> Tensor:
         """`size` of them by each request."""
-        scores = [torch.zeros(0)]
+        scores = [torch.zeros(0, dtype=torch.float32)]
         async with self._endpoint.client() as client:
             for first, body in zip(range(0, len(responses), size), bodies, strict=True):
                 reply = await self._endpoint.post(client, body)

@@ -107,7 +107,7 @@ class RewardModel:
         texts = [scored(row) for row in rows]
 
         def score(passes: list[list[int]]) -> Tensor:
-            scores = torch.zeros(len(rows), device=self.device)
+            scores = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
             for planned in passes:
                 part = self.reader.stack([texts[i] for i in planned])
                 scores[planned] = read_values(self.model, self.reader, part)

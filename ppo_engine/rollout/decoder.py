@@ -160,7 +160,7 @@ class Decoder:
     def _make_rows(self, rows: int) -> None:
         self._rows = _Rows(rows, self.device)
         self._tokens = torch.zeros(self.steps, rows, dtype=torch.long, device=self.device)
-        self._logprobs = torch.zeros(self.steps, rows, device=self.device)
+        self._logprobs = torch.zeros(self.steps, rows, dtype=torch.float32, device=self.device)
 
     @contextmanager
     def session(self, seed: int) -> Iterator[None]:

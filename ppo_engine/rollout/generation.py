@@ -246,7 +246,9 @@ def _as_rollout(
     width = max(len(c.tokens) for c in conversations)
 
     def padded(rows: Iterable[list[Any]], value: Any) -> torch.Tensor:
-        return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
+        dtype = torch.float32 if isinstance(value, float) else None
+        wide = [[*row, *[value] * (width - len(row))] for row in rows]
+        return torch.tensor(wide, dtype=dtype, device=device)
 
     prompt_ids, prompt_mask = pad_left(
         [c.prompt_ids for c in conversations], tokenizer.pad_token_id

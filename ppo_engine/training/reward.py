@@ -90,7 +90,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         loss, stats = self._loss(scores, self.held_out)
         wins, pairs = _wins(scores, ranks)
         groups = torch.tensor([ranking.group for ranking in self.held_out], device=self.device)
-        of_prompts = torch.zeros(2, int(groups.max()) + 1, device=self.device)
+        of_prompts = torch.zeros(2, int(groups.max()) + 1, dtype=torch.float32, device=self.device)
         of_prompts.index_add_(1, groups, torch.stack((wins, pairs)))
         accuracy, error = mean_by_cluster(*of_prompts)
         return {
@@ -186,7 +186,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         pass's loss."""
         self.learner.clear_gradients()
         settings = self.config.reward
-        found = torch.zeros(3, device=self.device)
+        found = torch.zeros(3, dtype=torch.float32, device=self.device)
         losses = []
         pairs = sum(count_pairs(ranking.ranks) for ranking in examples)
         for planned in passes:
@@ -209,7 +209,9 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         """The mean loss of `scores` `[P, K]`, and statistics over all their pairs."""
         if not self.pairs_only:
             return ranking_loss(scores, self._ranks(rankings))
-        margins = torch.tensor([r.margin or 0.0 for r in rankings], device=self.device)
+        margins = torch.tensor(
+            [r.margin or 0.0 for r in rankings], dtype=torch.float32, device=self.device
+        )
         return pairwise_loss(scores[:, 0], scores[:, 1], margin=margins, center_coef=center_coef)
 
     def _lengths(self, rankings: Sequence[EncodedRanking]) -> list[int]:
@@ -244,7 +246,7 @@ class RewardModelTrainer(SupervisedTrainer[Ranking, EncodedRanking]):
         rows = _rows(self.held_out)
 
         def score(passes: list[list[int]]) -> Tensor:
-            scores = torch.zeros(len(rows), device=self.device)
+            scores = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
             for planned in progress.track(passes, "held-out batch") if progress else passes:
                 scores[planned] = self._forward([rows[i] for i in planned])
             return scores

@@ -80,7 +80,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         rows = [predicting(example.ids, example.trained) for example in self.held_out]
 
         def measured(passes: list[list[int]]) -> Tensor:
-            found = torch.zeros(2, int(groups.max()) + 1, device=self.device)
+            found = torch.zeros(2, int(groups.max()) + 1, dtype=torch.float32, device=self.device)
             for planned in progress.track(passes, "held-out batch") if progress else passes:
                 part = self.reader.stack([rows[i] for i in planned])
                 nll = self.policy.nll(part)
@@ -93,7 +93,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
         return {
             "eval/loss": loss,
             "eval/loss_se": error,
-            "eval/perplexity": torch.tensor(loss).exp().item(),
+            "eval/perplexity": torch.tensor(loss, dtype=torch.float32).exp().item(),
         }
 
     def _read(self, source: Any) -> tuple[list[Demonstration], SkippedLines]:
@@ -137,7 +137,7 @@ class SFTTrainer(SupervisedTrainer[Demonstration, EncodedExample]):
 
         def backward(passes: list[list[int]]) -> tuple[Tensor, Losses]:
             self.learner.clear_gradients()
-            total, losses = torch.zeros((), device=self.device), []
+            total, losses = torch.zeros((), dtype=torch.float32, device=self.device), []
             for planned in passes:
                 part = self.reader.stack([rows[i] for i in planned])
                 loss = self.policy.nll_loss(part, tokens)

