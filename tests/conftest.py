@@ -4,6 +4,7 @@ machine can differ in")."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 if not torch.cuda.is_available():
     # Read where Triton and its kernels are imported.
     os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from triton.language import core
     from triton.runtime import interpreter
 

@@ -358,6 +358,7 @@ def test_a_gpus_tables_are_kept_for_a_capture(monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(kernels, "torch", SimpleNamespace(cuda=of_gpu, tensor=copied))
     monkeypatch.setattr(kernels, "_kept", {})
+    monkeypatch.setattr(kernels, "_held", 0)
     monkeypatch.setattr(kernels, "_captured", [])
     device, most = torch.device("cuda", 0), kernels._MOST_KEPT
     calls = [((2 * i,), (2 * i + 1,)) for i in range(most)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import ppo_kernels
 from ppo_kernels import (
@@ -181,8 +184,38 @@ def test_graphs_that_are_recorded_hold_the_ops() -> None:
     ):
         for graph in (make_fx(op)(x), torch.jit.trace(op, x, check_trace=False)):
             torch.testing.assert_close(graph(again), op(again))
-    with pytest.raises(TypeError, match="make_fx"):
-        make_fx(lambda x: packed_linear(x, packed))(x)
+    slots, length = torch.randn(3, 1, 2, 4), torch.tensor([2, 1, 2])
+
+    def stepped(x: Tensor, impl: str) -> Tensor:
+        given: Any = {"step": 1, "learning_rate": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+        weights, moments = other.clone(), (torch.zeros(3, 4), torch.zeros(3, 4))
+        adamw([weights], [x], *[[m] for m in moments], weight_decay=0.0, **given, impl=impl)
+        return weights
+
+    alone: list[Callable[[Tensor, str], Tensor]] = [
+        stepped,
+        lambda x, impl: packed_linear(x, packed, impl=impl),
+        lambda x, impl: decode_attention(x[:, None], slots, slots, length, scale=1.0, impl=impl),
+    ]
+    for call in alone:
+        with pytest.raises(TypeError, match="make_fx"):
+            make_fx(partial(call, impl="cpp"))(x)
+        with pytest.raises(TypeError, match=r"jit\.trace"):
+            torch.jit.trace(lambda x, call=call: call(x, "cpp"), x)
+    graph = make_fx(partial(alone[1], impl="reference"))(x)
+    torch.testing.assert_close(graph(again), alone[1](again, "reference"))
+
+
+def test_a_gradient_that_keeps_its_graph_in_a_checkpoint() -> None:
+    """Which lets what is saved be read once."""
+    x, weight = made(3, 4), torch.ones(4)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: rms_norm(x, weight, eps=1e-6), x, use_reentrant=False)
+
+    [found] = torch.autograd.grad(checkpointed(x).square().sum(), x, create_graph=True)
+    [expected] = torch.autograd.grad(rms_norm(x, weight, eps=1e-6).square().sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_view_that_is_negated_when_it_is_read() -> None:
@@ -239,11 +272,11 @@ def test_shapes_without_numbers() -> None:
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_torchs_default_dtype_changes_nothing(impl: str) -> None:
     """Where it is bfloat16, as people set it to make a model."""
+    mixing = sys.modules["ppo_kernels.adamw"]._mixing  # which keeps what it was asked for
     x, other, tokens = made(3, 4), torch.randn(3, 4), targets(3, 4)
     hidden, weight = made(3, 4, WIDTH), made(VOCAB, WIDTH)
 
     def stepped(bits: int) -> list[Tensor]:
-        """Of betas that no test before has had: what depends on them is kept."""
         weights, grads = [other.clone()], [x.detach()]
         moments: Any = ([torch.zeros_like(other)], [torch.zeros_like(other)])
         if bits == 8:
@@ -267,10 +300,12 @@ def test_torchs_default_dtype_changes_nothing(impl: str) -> None:
         lambda: stepped(32),
         lambda: stepped(8),
     ]
+    mixing.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
         found = [call() for call in calls]
     finally:
         torch.set_default_dtype(torch.float32)
+        mixing.cache_clear()
     for call, given in zip(calls, found, strict=True):
         torch.testing.assert_close(given, call(), rtol=0, atol=0)

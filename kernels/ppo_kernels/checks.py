@@ -123,11 +123,6 @@ def plain(op: str, **named: Tensor | None) -> None:
                 f"{op}: {name} must be a plain tensor, but is {type(x).__name__}; of a DTensor "
                 "give its part, to_local()"
             )
-    if dispatch.is_recorded():
-        raise TypeError(
-            f"{op}: make_fx and torch.jit.trace see nothing of what it writes, and would record an "
-            "empty tensor"
-        )
 
 
 def choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:

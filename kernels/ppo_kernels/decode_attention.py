@@ -76,6 +76,7 @@ def decode_attention(
                 query, keys, values, lengths, scale=scale, new_keys=new_keys,
                 new_values=new_values, softcap=softcap, window=window, sinks=sinks,
             )  # fmt: skip
+    dispatch.refuse_recording(OP)
     out = query.new_empty((*query.shape[:2], values.shape[-1]))
     dtype = dispatch.accumulator(dispatch.common_dtype(query, keys, sinks))
     query, keys, values = map(dispatch.side_by_side, (query, keys, values))

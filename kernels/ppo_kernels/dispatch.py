@@ -277,6 +277,15 @@ def is_recorded() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
 
 
+def refuse_recording(op: str) -> None:
+    """By an op that calls its kernels alone."""
+    if is_recorded():
+        raise TypeError(
+            f"{op}: make_fx and torch.jit.trace see nothing of what its kernels write: call it "
+            "with impl='reference'"
+        )
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor has memory of its own; while a graph is traced nobody knows."""
     return type(x) in _PLAIN or torch.compiler.is_compiling()

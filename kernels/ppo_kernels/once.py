@@ -27,8 +27,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         dispatch.refuse_batches(*gradients)
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
-        given = (*gradients, *(getattr(ctx, "trained", None) or ctx.saved_tensors))
-        led_to = [x for x in given if x is not None and x.requires_grad]
+        trained = getattr(ctx, "trained", None)
+        if trained is None:
+            ctx = _Read(ctx)
+            trained = ctx.saved_tensors
+        led_to = [x for x in (*gradients, *trained) if x is not None and x.requires_grad]
         with torch.no_grad():
             found = backward(ctx, *gradients)
         made = [x for x in found if x is not None]
@@ -36,6 +39,16 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(None if x is None else next(marked) for x in found)
 
     return wrapper
+
+
+class _Read:
+    """A context whose saved tensors are read once, as checkpointing demands."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _Once(torch.autograd.Function):
@@ -48,6 +61,6 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
-            "the kernels' gradients can be differentiated once: for second derivatives (a gradient "
-            "penalty, a Hessian's product) call the op with impl='reference'"
+            "an op of ppo_kernels can be differentiated once: for second derivatives (a gradient "
+            "penalty, a Hessian's product) call it with impl='reference'"
         )

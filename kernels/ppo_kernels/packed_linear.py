@@ -114,6 +114,7 @@ def packed_linear(
     if impl == "reference":
         with torch.no_grad():
             return reference.packed_linear(x.to(weight.dtype), _unpacked(weight), bias, dtype)
+    dispatch.refuse_recording(OP)
     out = torch.empty((*x.shape[:-1], weight.out_features), dtype=dtype)
     x = dispatch.side_by_side(x) if x.ndim == 2 else x.contiguous()
     if bias is not None:

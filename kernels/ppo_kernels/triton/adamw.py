@@ -211,6 +211,7 @@ _Rows = tuple[tuple[int, ...], ...]
 _MOST_KEPT = 4096  # tensors in all tables
 # By what they hold, where that is, and the stream; the last one used is last.
 _kept: dict[tuple[_Rows, torch.device, int], Tensor] = {}
+_held = 0  # tensors in them
 _captured: list[Tensor] = []  # a graph knows their addresses alone: never freed
 
 
@@ -220,6 +221,7 @@ def _table(rows: _Rows, device: torch.device) -> Tensor:
     Each stream has tables of its own: it alone is sure to come after the copy. A capture, which
     begins when all work is done, takes any.
     """
+    global _held
     if device.type != "cuda":
         return torch.tensor(rows)
     if torch.cuda.is_current_stream_capturing():
@@ -236,10 +238,10 @@ def _table(rows: _Rows, device: torch.device) -> Tensor:
         found = _kept.pop(key)
     else:
         found = torch.tensor(rows, pin_memory=True).to(device, non_blocking=True)
-        tensors = len(rows[0]) + sum(len(of[0]) for of, _, _ in _kept)
-        while _kept and tensors > _MOST_KEPT:
+        _held += len(rows[0])
+        while _kept and _held > _MOST_KEPT:
             oldest = next(iter(_kept))
-            tensors -= len(oldest[0][0])
+            _held -= len(oldest[0][0])
             del _kept[oldest]
     _kept[key] = found
     return found

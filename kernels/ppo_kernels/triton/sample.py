@@ -22,14 +22,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _logits(logits, start, vocab, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     j = start + tl.arange(0, SIZE)
-    return tl.load(logits + j, mask=j < vocab, other=float("-inf")).to(DTYPE)
+    # -0 becomes 0: the order below is that of the bits.
+    return tl.load(logits + j, mask=j < vocab, other=float("-inf")).to(DTYPE) + 0.0
 
 
 @triton.jit
 def _ordered(z):
-    """Integers in the order of the numbers: both zeros are one, and NaN is the largest."""
-    z = tl.where(z == 0.0, 0.0, z)
-    z = tl.where(z == z, z, float("nan"))
+    """Integers in the order of the numbers."""
     if z.dtype == tl.float64:
         bits = z.to(tl.int64, bitcast=True)
         return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
@@ -112,6 +111,9 @@ def draw(
     scale = number(LOG2_E, DTYPE) / number(temperature, DTYPE)
 
     m, weight = _largest_and_weight(logits, vocab, scale, SIZE // EACH, EACH, ALIGNED, DTYPE)
+    if TOP_K or TOP_P:
+        # Else a NaN of negative sign, which is ordered below all, would count in this weight alone.
+        m = tl.where(weight < float("inf"), m, float("nan"))
     lowest = _ordered(number(float("-inf"), DTYPE))
     if TOP_K:
         least = number(top_k, tl.float64)
