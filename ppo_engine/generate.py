@@ -49,8 +49,8 @@ _FREE_KEYS = ("output", "resume", "device", "reward.http.timeout")
 def generate(config: GenerateConfig) -> None:
     """Write `{"prompt", "responses", "finished"}` for each prompt, its other columns kept.
 
-    `finished` says whether each response ended with EOS; with a reward, `scores` has their scores,
-    and the best-of-n scores are shown.
+    `finished` says whether each response ended by itself, not truncated; with a reward, `scores`
+    has their scores, and the best-of-n scores are shown.
 
     The file appears only when it is complete: until then its rows are in `OUTPUT.partial`, where a
     failure leaves them, and `config.resume` goes on from there to the same rows. Each batch has

@@ -4,8 +4,9 @@ Request, every list as long as the batch:
 
     {"prompts": [...], "responses": [...], "finished": [...], "columns": {"name": [...], ...}}
 
-Prompts are text, or lists of chat messages; `finished` says whether a response ended with EOS;
-`columns` are the other columns of the data. Answer, with one finite number for each response:
+Prompts are text, or lists of chat messages; `finished` says whether a response ended by itself, not
+truncated; `columns` are the other columns of the data. Answer, with one finite number for each
+response:
 
     {"scores": [...]}          or {"rewards": [...]}, or the bare list
 """

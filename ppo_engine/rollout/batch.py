@@ -30,7 +30,7 @@ class Rollout:
     prompt_mask: Tensor  # [B, P] bool, True is a real token
     response_ids: Tensor  # [B, T] long, padded on the right
     mask: Tensor  # [B, T] bool, True is a token that the policy wrote, its EOS included
-    finished: Tensor  # [B] bool, the response ended with EOS and was not truncated
+    finished: Tensor  # [B] bool, the response ended by itself, at an end or a stop: not truncated
     prompts: Sequence[Prompt]  # as given
     responses: Sequence[str]  # decoded, without end and padding; of all turns
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # for reward functions

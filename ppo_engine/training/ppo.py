@@ -319,8 +319,9 @@ class PPOTrainer:
     def _open_run(self) -> RunDirectory:
         """The run's folder, created or opened where it has not been."""
         config = self.config.run
+        command = self.config.ppo.estimator if self.engine.critic is None else "ppo"
         self.checkpoints.run = self.checkpoints.run or RunDirectory(
-            config.output_dir, self.config, config.resume, command=self.title.lower()
+            config.output_dir, self.config, config.resume, command=command
         )
         return self.checkpoints.run
 

@@ -57,6 +57,17 @@ def test_a_run_leaves_its_folder(model, tmp_path):
     assert critic.config.num_labels == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("estimator", "name"), [("td", "ppo"), ("dr_grpo", "dr_grpo")])
+def test_a_folder_without_a_name_has_the_methods(model, tmp_path, monkeypatch, estimator, name):
+    monkeypatch.chdir(tmp_path)
+    settings = config(tmp_path, steps=1, ppo={"estimator": estimator, "group_size": 2})
+    settings = replace(settings, run=replace(settings.run, output_dir=""))
+    PPOTrainer(model, length_reward, PROMPTS, config=settings).train()
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith(f"{name}-2") and (folder / "policy").exists()
+
+
 def test_several_rewards_are_measured_apart_and_asked_once(model, tmp_path):
     calls = []
 

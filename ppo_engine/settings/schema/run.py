@@ -44,7 +44,8 @@ class RunConfig:
     """What every training command has: where results go, and what makes a run repeatable."""
 
     output_dir: str = ""
-    """A new folder for the results; empty: runs/COMMAND-TIME."""
+    """A new folder for the results; empty: runs/COMMAND-TIME, with the estimator for the command
+    where there is no critic."""
     seed: Seed = 0
     """Of everything that is drawn: samples, orders of data, new weights."""
     date: datetime.date | None = None
@@ -73,15 +74,16 @@ class RunConfig:
     resume: bool = False
     """Continue from the newest checkpoint in output_dir."""
     checkpoint_every: NonNegativeInt = 0
-    """Steps between checkpoints; 0 writes only the final one, or a failure's."""
+    """Steps between checkpoints; 0 leaves it to checkpoint_minutes. The last step's, and a
+    failure's, are always written."""
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Minutes since the last checkpoint after which a finished step writes one, too, but for no
     more than a twentieth of the time; 0 leaves it to checkpoint_every."""
     keep_checkpoints: NonNegativeInt = 2
     """How many checkpoints stay, the newest; 0: all. best/ and the result are none."""
     sample_every: NonNegativeInt = 5
-    """Steps between those whose responses are written into samples.jsonl, one of them printed; 0:
-    none. Held-out responses are written after each evaluation."""
+    """Steps between those whose first responses are written into samples.jsonl, one of them
+    printed; 0: none. Held-out responses are written after each evaluation."""
     record_rollouts: NonNegativeInt | None = None
     """Steps between those that `ppo` and `grpo` record token by token, for `ppo-engine replay`; 0:
     none. null: the first, some four more over the run, and those that a checkpoint can replay; at
