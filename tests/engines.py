@@ -39,7 +39,7 @@ def make_engine(
         critic=settings.pop("critic", ModelConfig(optimizer=optimizer)),
         generation=settings.pop("generation", GenerationConfig(max_new_tokens=12)),
         ppo=PPOSettings(**sections["ppo"]),
-        run=RunConfig(dtype="float32"),
+        run=RunConfig(**({"dtype": "float32"} | settings.pop("run", {}))),
         **settings,
     )
     return PPOEngine(

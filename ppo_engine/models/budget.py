@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ppo_engine.errors import UserError
-from ppo_engine.memory import give_back_freed_memory, is_out_of_memory
-from ppo_engine.messages import first_line
 from ppo_engine.models.determinism import is_deterministic
+from ppo_engine.models.out_of_memory import MemoryRanOut, freeing
 from ppo_engine.models.reader import Limit, plan
-from ppo_engine.models.work import needed
 
 Result = TypeVar("Result")
 
@@ -88,25 +86,6 @@ class Budget:
             f"({reason}). Lower {_LENGTHS[self._section]}; of the models that are trained set "
             "gradient_checkpointing=true, optimizer.moments=8bit, trainable_layers or lora.rank=16."
         )
-
-
-class MemoryRanOut(Exception):
-    """What is left of such an error: its first line."""
-
-
-def freeing(attempt: Callable[..., Result], *given: Any) -> Result:
-    """What `attempt` gives. Where memory runs out in it, all that it made is freed, and
-    `MemoryRanOut` raised."""
-    try:
-        with needed():
-            return attempt(*given)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = first_line(error) or type(error).__name__
-    # Only here is the error gone, whose traceback holds all that the attempt had.
-    give_back_freed_memory()
-    raise MemoryRanOut(reason)
 
 
 def _tokens(lengths: Sequence[int], indices: Sequence[int], packed: bool) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppo_engine.errors import UserError
+from ppo_engine.models.out_of_memory import MemoryRanOut, freeing
 from ppo_engine.spans import span
 
 
@@ -43,7 +45,7 @@ class Offloaded:
         """Inside, also in a block within a block, the model can be used."""
         if not self._uses:
             with span("offload"):
-                self._fetch()
+                self._bring()
         self._uses += 1
         try:
             yield
@@ -51,6 +53,18 @@ class Offloaded:
             self._uses -= 1
             if not self._uses:
                 self._rest()
+
+    def _bring(self) -> None:
+        try:
+            freeing(self._fetch)
+        except MemoryRanOut:  # freed memory is given back now, which may have been in pieces
+            try:
+                freeing(self._fetch)
+            except MemoryRanOut as error:
+                raise UserError(
+                    f"Memory ran out while weights that wait on the CPU (run.offload) came back to "
+                    f"the GPU ({error}). Lower generation.kv_cache_gib or ppo.micro_batch_tokens."
+                ) from None
 
     def _fetch(self) -> None:
         copies: dict[int, Tensor] = {}

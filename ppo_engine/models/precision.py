@@ -21,6 +21,8 @@ def choose_device(name: str) -> torch.device:
             f"Device {name!r} cannot be used: {reason} The device 'auto' is a GPU where there is "
             "one, and else the CPU."
         ) from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose streams, events and graphs are those that are made
     return device
 
 

@@ -64,6 +64,10 @@ from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
 from ppo_engine.spans import span
 from ppo_engine.text.prompt import Prompt
 
+# What is kept from call to call (a decoder, weights that are packed, an experience) must not be of
+# that mode, in which a loop of one's own may sample.
+_NO_INFERENCE_MODE = torch.inference_mode(False)
+
 
 class PPOEngine:
     """Policy, frozen reference, frozen reward and critic, with their optimizers.
@@ -139,6 +143,7 @@ class PPOEngine:
         release_freed_memory()  # of weights that were loaded in fp32
 
     @entry_point
+    @_NO_INFERENCE_MODE
     @span("generate")
     def generate(
         self,
@@ -187,6 +192,7 @@ class PPOEngine:
         return self.rewards.total(self.score_each(rollout))
 
     @entry_point
+    @_NO_INFERENCE_MODE
     @span("score")
     def score_each(self, rollout: Rollout) -> dict[str, Tensor]:
         """Each reward's scores of the responses, before weights: [B] fp32 by the reward's name."""
@@ -194,6 +200,7 @@ class PPOEngine:
             return self.rewards.score_each(rollout)
 
     @entry_point
+    @_NO_INFERENCE_MODE
     @span("advantages")
     def estimate_advantages(
         self,
@@ -328,6 +335,7 @@ class PPOEngine:
         return self.passes.of_critic(self.critic, rollout)
 
     @entry_point
+    @_NO_INFERENCE_MODE
     @span("update")
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on `experience`; returns the step's metrics. Warns, once, where
@@ -344,7 +352,7 @@ class PPOEngine:
                 f"learned: it is planned for config.steps={self.config.steps} updates of "
                 f"ppo.rollout_batch_size={settings.rollout_batch_size} responses. Set both to what "
                 'your loop does, or optimizer.schedule to "constant".',
-                stacklevel=4,  # the caller of `entry_point`, which calls `span`, which calls this
+                stacklevel=5,  # the caller of `entry_point`, which calls two more, which call this
             )
         metrics = {"policy/learning_rate": self.actor.learner.learning_rate}
         # Some rows of a rollout (`Experience.select`) may be learned from without their groups.

@@ -28,7 +28,10 @@ from ppo_engine.pretrained.architecture import is_classifier
 from ppo_engine.pretrained.hub import silence
 
 _TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
-_WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_WHOLE = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
 _TOKENIZER = "tokenizer_config.json"
 _PREFIX = "base_model.model."  # in peft's files, before the name that a weight has in the base
 _WRAPPER = re.compile(r"\.(base_layer|modules_to_save)\.")  # around a layer of the base
@@ -168,7 +171,7 @@ def _find(path: str) -> AdapterFolder | None:
     file = _file(path, ADAPTER_CONFIG_NAME)
     if file is None:
         return None
-    if Path(path, CONFIG_NAME).exists() and any(Path(path, name).exists() for name in _WHOLE):
+    if _file(path, CONFIG_NAME) and any(_file(path, name) for name in _WHOLE):
         raise UserError(
             f"{path!r} holds both a whole model and adapters ({ADAPTER_CONFIG_NAME}), so it is not "
             "clear whether these are merged into it: move one of them to a folder of its own."

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_engine.errors import UserError
 from ppo_engine.pretrained.adapter_folder import unstack
 from ppo_engine.settings.schema import GenerationConfig as Sampling
 
@@ -21,7 +22,7 @@ def read_generation_config(path: str) -> GenerationConfig:
     the model; one that says nothing where there is none."""
     try:
         return GenerationConfig.from_pretrained(unstack(path)[0])
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError):  # the last two of what is no object
         return GenerationConfig()
 
 
@@ -34,13 +35,26 @@ def declared_ends(generation: GenerationConfig, config: Any) -> list[int]:
     named = generation.eos_token_id
     if named is None:
         named = getattr(config.get_text_config(), "eos_token_id", None)
-    return named if isinstance(named, list) else [] if named is None else [named]
+    ends = named if isinstance(named, list) else [] if named is None else [named]
+    for end in ends:
+        if not isinstance(end, int) or isinstance(end, bool):
+            raise UserError(
+                f"The model's eos_token_id must be a token's id, or a list of such, but is "
+                f"{named!r}: mend it in its generation_config.json, or config.json."
+            )
+    return [end for end in ends if end >= 0]  # -1 stands for none
 
 
 def declared_stops(generation: GenerationConfig) -> list[str]:
     """Every string that a checkpoint declares to end a text."""
-    strings = generation.stop_strings
-    return [strings] if isinstance(strings, str) else list(strings or ())
+    given = generation.stop_strings
+    strings = [given] if isinstance(given, str) else given or []
+    if not isinstance(strings, list) or not all(isinstance(x, str) for x in strings):
+        raise UserError(
+            f"The model's stop_strings must be text, or a list of such, but are {given!r}: mend "
+            "them in its generation_config.json."
+        )
+    return strings
 
 
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:

@@ -1,9 +1,9 @@
 """The Hugging Face hub, asked whether it answers before anything is loaded from it: its own client
-asks six times for each file, and waits 23 seconds in between."""
+asks six times for each file, and waits 23 seconds in between, also for models in the cache."""
 
 from __future__ import annotations
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
@@ -26,7 +26,8 @@ def silence(name: str) -> str:
 
 def check_name(name: str) -> None:
     """Raise a UserError for a `name`, of no folder here, that no model can have, or that is not in
-    the cache while the hub does not answer."""
+    the cache while the hub does not answer. With what is in the cache the process goes on offline,
+    as with HF_HUB_OFFLINE=1."""
     problem = f"Could not load a model from {name!r}: there is no such folder"
     try:
         validate_repo_id(name)
@@ -34,10 +35,13 @@ def check_name(name: str) -> None:
         raise UserError(
             f"{problem}, and a Hugging Face model is called NAME or OWNER/NAME.{nearest_path(name)}"
         ) from None
+    reason = silence(name)
+    if not reason:
+        return
     files = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
     if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
-        return
-    if reason := silence(name):
+        constants.HF_HUB_OFFLINE = True
+    else:
         raise UserError(
             f"{problem}, no model of that name in the cache, and the Hugging Face hub does not "
             f"answer: {reason.rstrip('.')}.{nearest_path(name)}"

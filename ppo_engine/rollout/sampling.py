@@ -12,10 +12,10 @@ import torch
 
 from ppo_engine.errors import UserError
 from ppo_engine.memory import free_memory
-from ppo_engine.models.budget import MemoryRanOut, freeing
 from ppo_engine.models.determinism import is_deterministic
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.models.notes import sampling_notes
+from ppo_engine.models.out_of_memory import MemoryRanOut, freeing
 from ppo_engine.pretrained import architecture
 from ppo_engine.pretrained.generation_config import declared_stops
 from ppo_engine.rollout import by_generate

@@ -40,6 +40,24 @@ def test_first_kl_is_exactly_zero():
     assert torch.equal(experience.logprobs, experience.ref_logprobs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loop_may_sample_in_inference_mode(dtype):
+    """Inside and outside by turns: what is kept is of neither; an update records gradients."""
+    found = []
+    for modes in ((False,) * 4, (True, False, False, True), (False, True, True, False)):
+        engine = make_engine(run={"dtype": dtype})
+        torch.manual_seed(0)
+        metrics = []
+        for mode in (modes[:2], modes[2:]):
+            with torch.inference_mode(mode[0]):
+                experience = experience_of(engine)
+            with torch.inference_mode(mode[1]):
+                metrics.append(engine.update(experience))
+        found.append(metrics)
+        assert not engine.sampler.take_note()
+    assert found[1] == found[0] and found[2] == found[0]
+
+
 def test_first_mini_batch_has_ratio_one():
     engine = make_engine(ppo={"micro_batch_size": 3})
     experience = experience_of(engine)

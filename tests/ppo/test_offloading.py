@@ -125,14 +125,21 @@ def test_copies_are_gone_after_their_use_and_after_a_failure(monkeypatch):
 
     def full(*given: Any, **named: Any) -> Tensor:
         made.append(empty_like(*given, **named))
-        if len(made) == 3:
+        if len(made) in fails:
             raise torch.OutOfMemoryError
         return made[-1]
 
-    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(torch, "empty_like", full)
-        engine.score(rollout_of())
-    assert places(judge.model) == before and engine.score(rollout_of()).isfinite().all()
+    for fails in ({3}, {3, 4}):
+        made.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", full)
+            if len(fails) == 1:  # once more, when freed memory is given back
+                assert engine.score(rollout_of()).isfinite().all()
+            else:
+                with pytest.raises(UserError, match=r"weights that wait on the CPU \(run\.offload"):
+                    engine.score(rollout_of())
+        assert places(judge.model) == before
+    assert engine.score(rollout_of()).isfinite().all()
 
 
 def test_what_another_model_has_stays():

@@ -253,6 +253,11 @@ def test_a_whole_model_beside_adapters_is_refused(base: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match="both a whole model and adapters"):
         open_policy(tmp_path / "adapters")
     (tmp_path / "adapters" / "model.safetensors").unlink()
+    index = tmp_path / "adapters" / "pytorch_model.bin.index.json"
+    index.write_text("{}")
+    with pytest.raises(UserError, match="both a whole model and adapters"):
+        open_policy(tmp_path / "adapters")
+    index.unlink()
     open_policy(tmp_path / "adapters")  # a configuration alone is no model
 
 

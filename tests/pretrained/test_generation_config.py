@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from ppo_engine.errors import UserError
 from ppo_engine.models.language_model import LanguageModel
 from ppo_engine.rollout.generation import generate
 from ppo_engine.rollout.sampling import Sampler
@@ -154,3 +155,27 @@ def test_a_generation_config_with_settings_of_no_effect_is_saved_without_them(
     saved = GenerationConfig.from_pretrained(tmp_path / "saved").to_dict()
     assert {name: saved[name] for name in kept} == kept
     assert all(saved.get(name) in (None, 50, 1.0, False) for name in idle)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"eos_token_id": [258, None]}, r"eos_token_id must be a token's id.* is \[258, None\]"),
+        ({"eos_token_id": "2"}, "eos_token_id must be a token's id.* is '2'"),
+        ({"stop_strings": 5}, "stop_strings must be text.* are 5"),
+    ],
+    ids=str,
+)
+def test_ends_that_are_none_are_told(declared: dict[str, Any], message: str) -> None:
+    model = tiny_model()
+    for name, value in declared.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(UserError, match=message):
+        generate(Sampler(open_policy(model)), ["a"], Sampling(max_new_tokens=2))
+
+
+def test_minus_one_stands_for_no_end() -> None:
+    policy = open_policy(writes(B, A, eos_token_id=[-1, B]))
+    assert -1 not in policy.renderer.end_ids
+    [response] = generate(Sampler(policy), ["a"], Sampling(max_new_tokens=4)).response_ids.tolist()
+    assert response[0] == B

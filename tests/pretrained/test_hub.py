@@ -60,6 +60,17 @@ def test_a_cached_model_does_without_the_hub(hub, tmp_path):
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     assert load_model_config("me/tiny").num_hidden_layers == 2
+    assert constants.HF_HUB_OFFLINE  # or each further file would be asked for, six times
+
+
+def test_a_cached_model_that_the_hub_answers_for_is_not_offline(hub, tmp_path):
+    test_a_cached_model_does_without_the_hub(hub, tmp_path)
+    constants.HF_HUB_OFFLINE = False
+    hub.server_activate()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    load_model_config("me/tiny")
+    assert not constants.HF_HUB_OFFLINE
+    hub.shutdown()
 
 
 def test_a_hub_that_answers_says_what_is_wrong(hub):
