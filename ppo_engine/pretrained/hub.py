@@ -11,6 +11,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ppo_engine.errors import UserError
 from ppo_engine.messages import first_line, nearest_path
 
+_set_offline = False  # whether HF_HUB_OFFLINE is on by this module, not by the user
+
 
 def silence(name: str) -> str:
     """Why the hub does not answer when it is asked once for the model `name`, for as long as
@@ -28,6 +30,7 @@ def check_name(name: str) -> None:
     """Raise a UserError for a `name`, of no folder here, that no model can have, or that is not in
     the cache while the hub does not answer. With what is in the cache the process goes on offline,
     as with HF_HUB_OFFLINE=1."""
+    global _set_offline
     problem = f"Could not load a model from {name!r}: there is no such folder"
     try:
         validate_repo_id(name)
@@ -35,14 +38,15 @@ def check_name(name: str) -> None:
         raise UserError(
             f"{problem}, and a Hugging Face model is called NAME or OWNER/NAME.{nearest_path(name)}"
         ) from None
-    reason = silence(name)
-    if not reason:
-        return
     files = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
-        constants.HF_HUB_OFFLINE = True
-    else:
+    cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    if _set_offline and not cached:  # the hub may answer by now
+        constants.HF_HUB_OFFLINE = _set_offline = False
+    reason = silence(name)
+    if reason and not cached:
         raise UserError(
             f"{problem}, no model of that name in the cache, and the Hugging Face hub does not "
             f"answer: {reason.rstrip('.')}.{nearest_path(name)}"
         )
+    if reason and not constants.HF_HUB_OFFLINE:
+        constants.HF_HUB_OFFLINE = _set_offline = True

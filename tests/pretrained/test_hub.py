@@ -37,6 +37,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("ppo_engine.pretrained.hub._set_offline", False)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
     monkeypatch.chdir(tmp_path)
     yield server
@@ -63,14 +64,25 @@ def test_a_cached_model_does_without_the_hub(hub, tmp_path):
     assert constants.HF_HUB_OFFLINE  # or each further file would be asked for, six times
 
 
-def test_a_cached_model_that_the_hub_answers_for_is_not_offline(hub, tmp_path):
+def test_a_hub_that_answers_again_is_asked_for_another_model(hub, tmp_path):
     test_a_cached_model_does_without_the_hub(hub, tmp_path)
-    constants.HF_HUB_OFFLINE = False
     hub.server_activate()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     load_model_config("me/tiny")
+    with pytest.raises(UserError, match=r"'me/other' here\): .* not a valid model identifier"):
+        load_model_config("me/other")
+    assert not constants.HF_HUB_OFFLINE
+    load_model_config("me/tiny")
     assert not constants.HF_HUB_OFFLINE
     hub.shutdown()
+
+
+def test_offline_as_the_user_wants_it_stays(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    test_a_cached_model_does_without_the_hub(hub, tmp_path)
+    with pytest.raises(UserError, match="does not answer"):
+        load_model_config("me/other")
+    assert constants.HF_HUB_OFFLINE
 
 
 def test_a_hub_that_answers_says_what_is_wrong(hub):
