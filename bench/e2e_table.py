@@ -12,7 +12,6 @@ from bench.e2e_compare import Side
 from bench.e2e_worker import PHASES, Work
 
 _console = Console(highlight=False)
-_QUIET = 0.1  # share of the machine that others may take before the times are doubted
 
 
 def print_comparison(
@@ -41,11 +40,7 @@ def print_comparison(
     grid.add_row("peak memory, GB", *(_number(x) for x in peaks), ratio)
     _console.print(grid)
     others = max(side.others for side in sides if side.steps)
-    if others > _QUIET:
-        table.say(
-            f"Other processes took up to {others:.0%} of the machine's CPU time in a step: these "
-            "times are too long, and not equally on both sides. Measure again on an idle machine."
-        )
+    table.warn_if_busy(others, "a step")
 
 
 def print_differences(

@@ -41,7 +41,6 @@ from ppo_engine.models.precision import choose_dtype
 WITHIN = 1.15  # the most time a token beside the least
 CONSTANT = 1.05  # the same of the peaks, of steps with more than two full passes
 _TRAINED = [phase for phase in PHASES if phase != "generate"]
-_QUIET = 0.1  # share of the machine that others may take before the times are doubted
 
 
 class Scale(NamedTuple):
@@ -228,11 +227,7 @@ def _print(rows: Sequence[Row]) -> None:
             )
         )  # fmt: skip
     others = max((row["others"] for row in rows if row["status"] == "ok"), default=0.0)
-    if others > _QUIET:
-        table.say(
-            f"  Other processes took up to {others:.0%} of the machine's CPU time in a step: "
-            "measure again on an idle machine."
-        )
+    table.warn_if_busy(others, "a step")
 
 
 def _options() -> argparse.Namespace:

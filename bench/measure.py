@@ -166,6 +166,5 @@ def _fill(
             "tflop_per_s": cost.flops / timing.p50 / 1e12,
             "x_floor": timing.p50 / floor,
         }
-        rows[name] = row
         if name not in case.alternatives and best_alternative is not None:
             row["x_best_alternative"] = best_alternative / timing.p50

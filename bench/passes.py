@@ -39,7 +39,6 @@ from ppo_engine.settings.schema import ModelConfig
 
 _TEXT = {"cpu": (16, 32), "cuda": (128, 128)}  # tokens of prompt and response, as in `e2e.py`
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_QUIET = 0.1  # share of the machine that others may take before the times are doubted
 
 
 def main() -> int:
@@ -173,11 +172,7 @@ def _print(title: str, rows: list[Row]) -> None:
             )
         )
     table.say(f"  floor: {rows[0]['floor_ms']:.4g} ms")
-    if rows[0]["others"] > _QUIET:
-        table.say(
-            f"  Other processes took up to {rows[0]['others']:.0%} of the machine's CPU time: "
-            "measure again on an idle machine."
-        )
+    table.warn_if_busy(rows[0]["others"], "a pass")
 
 
 def _options() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Results as files, tables and pictures."""
+"""Results as CSV files."""
 
 from __future__ import annotations
 

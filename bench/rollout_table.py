@@ -10,8 +10,6 @@ from bench.rollout_cases import Case, Target
 from bench.rollout_compare import RATIOS
 from bench.rollout_sides import OURS
 
-_QUIET = 0.1  # share of the machine that others may take before the times are doubted
-
 
 def print_case(case: Case, rows: Sequence[Row], note: str, device: str) -> None:
     first = rows[0]
@@ -46,11 +44,7 @@ def print_case(case: Case, rows: Sequence[Row], note: str, device: str) -> None:
     if verdict := judged(rows, case.targets.get(first["dtype"]), device):
         table.say(f"  {verdict}")
     others = max((row["others"] for row in rows if row["seconds"] is not None), default=0.0)
-    if others > _QUIET:
-        table.say(
-            f"  Other processes took up to {others:.0%} of the machine's CPU time in a rollout: "
-            "measure again on an idle machine."
-        )
+    table.warn_if_busy(others, "a rollout")
 
 
 def judged(rows: Sequence[Row], target: Target | None, device: str) -> str:

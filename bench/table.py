@@ -1,15 +1,17 @@
-"""What `bench/run.py` prints: a line for each row, as it is measured."""
+"""What the benchmarks print: lines as things are measured, and a warning where a machine was
+busy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
 from bench.machine import Ceilings
 from bench.results import Row
 
+_QUIET = 0.1  # share of the machine that others may take before the times are doubted
 _console = Console(highlight=False, soft_wrap=True)
 _LINE = "{:<31} {:>6} {:>9} {:>17} {:>8} {:>8} {:>10} {:>9} {:>8}"
 
@@ -20,15 +22,16 @@ def say(text: str) -> None:
 
 def waiting(what: str) -> AbstractContextManager[object]:
     """A line that says what is under way, in a terminal only."""
-    return _console.status(what) if _console.is_terminal else _Quiet()
+    return _console.status(what) if _console.is_terminal else nullcontext()
 
 
-class _Quiet:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
+def warn_if_busy(others: float, of: str) -> None:
+    """Say so where other processes took more than little of the machine while `of` was timed."""
+    if others > _QUIET:
+        say(
+            f"Other processes took up to {others:.0%} of the machine's CPU time in {of}: these "
+            "times are too long, and not equally on all sides. Measure again on an idle machine."
+        )
 
 
 def ceiling_columns(ceilings: Ceilings) -> dict[str, float]:

@@ -71,16 +71,16 @@ def peak_since_begun(device: torch.device) -> float:
 
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "linux":
-        return _of_status("VmHWM")
+        return _peak_of_status()
     import resource  # imported here, as not every system has it
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _of_status(name: str) -> float:
+def _peak_of_status() -> float:
     """What Linux says of this process, in GiB. Its `ru_maxrss` begins at the parent's size."""
-    [line] = [x for x in _STATUS.read_text().splitlines() if x.startswith(f"{name}:")]
+    [line] = [x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:")]
     return int(line.split()[1]) / 2**20
 
 

@@ -192,6 +192,20 @@ GPTOSS = r"""
 """
 
 
+# As of Qwen3.5 and later: where an answer has no thought, an empty one stands in front of it.
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}THOUGHT"
+    "<think>\n{{ thought | trim }}\n</think>\n\n{{ words }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+IN_CONTENT = (
+    "{% set parts = m.content.split('</think>') %}{% set words = parts[-1].lstrip('\n') %}"
+    "{% set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' %}"
+)
+BY_KEY = "{% set thought = m.reasoning_content or '' %}{% set words = m.content %}"
+
+
 def chatml() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
@@ -224,6 +238,13 @@ def qwen3() -> PreTrainedTokenizerFast:
     tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
     tags += ["<tool_response>", "</tool_response>"]
     return _tokenizer(QWEN3, ["<|endoftext|>"], eos="<|im_end|>", ordinary=tags)
+
+
+def opening(thought: str = IN_CONTENT) -> PreTrainedTokenizerFast:
+    """A family that opens every answer's thought, and finds it by a key or in the content."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OPENING.replace("THOUGHT", thought)
+    return tokenizer
 
 
 def r1() -> PreTrainedTokenizerFast:

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 from data_files import write
-from tiny import tiny_model_folder
+from tiny import tiny_model, tiny_model_folder, tiny_tokenizer
+from trainers import length_reward
 
-from ppo_engine import cli
+from ppo_engine import PPOTrainer, cli
+from ppo_engine.errors import UserError
+from ppo_engine.run.directory import check_output
+from ppo_engine.settings.files import load_config
+from ppo_engine.settings.schema import PPOConfig
 
 REWARD = """
 def length(prompts, responses): return [float(len(r)) for r in responses]
@@ -131,6 +136,9 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(
         ("generate M", "Give either prompts"),
         ("generate M P --reward rewards.py:right", "asks for 'answer'"),
         ("generate M P --out pairs.jsonl", "pairs.jsonl exists"),
+        ("generate M P --out pairs.jsonl/x.jsonl", "pairs.jsonl is not a folder to write to"),
+        ("ppo M P R policy.quantization=4bit", "needs lora"),
+        ("ppo M P R run.offload=[reference]", "run.offload=['reference'] would have no effect"),
         ("generate M P --out rows.jsonl --resume", "rows.jsonl.partial"),
         ("generate M P reward.arguments.scale=2", "reward.arguments would have no effect"),
         ("generate M P reward.weights=[2]", "reward.weights would have no effect"),
@@ -208,3 +216,43 @@ def test_a_run_is_resumed_by_its_folder_alone(
     for dry in ([], ["--dry-run"]):
         assert cli.main([*resume, "run.seed=1", *dry]) == 2
         assert "run.seed: 0 then, 1 now" in capsys.readouterr().err
+
+
+def test_a_run_from_an_object_is_not_resumed_with_another_model(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the settings name one, which might have the very same shape."""
+    settings = {
+        "policy": {"path": model},
+        "ppo": {"rollout_batch_size": 4},
+        "run": {"output_dir": "run"},
+        "generation": {"max_new_tokens": 2},
+        "steps": 1,
+    }
+    prompts = [row["prompt"] for row in PROMPTS]
+    made = PPOTrainer(
+        tiny_model(), length_reward, prompts, config=settings, tokenizer=tiny_tokenizer()
+    )
+    made.train()
+    recorded = load_config(PPOConfig, "run/config.yaml")
+    assert recorded.policy.path == recorded.data.path == ""
+    resume = ["ppo", "run.resume=true", "--output-dir", "run", "steps=2"]
+    assert cli.main([*resume, *command("P R")]) == 2
+    assert "run was trained from a model that was given to Python" in capsys.readouterr().err
+
+
+def test_the_default_folder_is_looked_at_before_any_work() -> None:
+    Path("runs").write_text("")
+    with pytest.raises(UserError, match=r"runs is not a folder.*Choose a folder: run\.output_dir"):
+        check_output("")
+
+
+def test_a_typo_in_what_is_inspected_is_told_for_each_kind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = "inspect M --data pairs.jsonl data.max_prompt_tokenss=3"
+    assert cli.main(command(line)) == 2
+    told = capsys.readouterr().err
+    assert "As prompts: " in told and "did you mean data.max_prompt_tokens" in told
+    assert cli.main([*command(line), "--as", "sft"]) == 2
+    assert "As sft" not in capsys.readouterr().err

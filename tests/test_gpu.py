@@ -31,7 +31,7 @@ import ppo_kernels
 from ppo_engine.models.budget import Budget
 from ppo_engine.models.offload import Offloaded
 from ppo_engine.models.reader import Limit, Reader
-from ppo_engine.models.token_rows import pick, scored, stack
+from ppo_engine.models.token_rows import scored, stack
 from ppo_engine.models.work import Work, counting, passing
 from ppo_kernels import dispatch, head, reference
 
@@ -259,7 +259,7 @@ def test_packed_passes(family: str) -> None:
     for reader, packed in zip(readers, (False, True), strict=True):
         assert reader.packs
         part = stack(rows, pad=0, device=torch.device("cuda"), packed=packed)
-        states = pick(reader.read(part).last_hidden_state, part.places).float()
+        states = part.wanted(reader.read(part).last_hidden_state).float()
         (
             states * torch.linspace(-1, 1, states.numel(), device="cuda").view_as(states)
         ).sum().backward()

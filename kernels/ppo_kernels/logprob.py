@@ -141,7 +141,7 @@ def forward(
     """(logprobs, entropy, state for `backward`), None where not wanted. An infinite `softcap` means
     none."""
     checks.number(OP, "temperature", temperature, gt=0.0)
-    logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
+    logits, targets = dispatch.side_by_side(logits), targets.to(torch.int64).contiguous()
     dtype = dispatch.accumulator(logits.dtype)
     logprobs = dispatch.empty_like(targets, dtype)
     entropy = torch.empty_like(logprobs) if want_entropy else None
@@ -196,7 +196,7 @@ def backward(
     softcap: float = math.inf,
 ) -> Tensor:
     """The gradient of the logits, contiguous; with `inplace`, written over them."""
-    logits, targets = _row_contiguous(logits), targets.to(torch.int64).contiguous()
+    logits, targets = dispatch.side_by_side(logits), targets.to(torch.int64).contiguous()
     if grad_logprobs is not None:
         grad_logprobs = grad_logprobs.contiguous()
     if grad_entropy is not None:
@@ -211,10 +211,6 @@ def backward(
     else:
         dispatch.cpu.token_logprobs_backward(*arguments, torch.get_num_threads())
     return grad_logits
-
-
-def _row_contiguous(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
 
 
 class _TokenLogprobs(torch.autograd.Function):

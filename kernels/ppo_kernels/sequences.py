@@ -1,4 +1,4 @@
-"""Sums over sequences and positions in them, padded `[B, T]` or packed `[N]`, for the reference."""
+"""Sums over sequences and positions in them, padded `[B, T]` or packed `[N]`."""
 
 from __future__ import annotations
 

@@ -157,16 +157,18 @@ def inspect(options: argparse.Namespace, rest: list[str]) -> None:
         "prompts": PPOConfig,
     }
     configs: dict[str, Any] = {}
-    problems = []
+    problems: dict[str, str] = {}
     for kind in [options.kind] if options.kind else classes:
         model = "policy.path" if kind == "prompts" else "model.path"
         options.flags = [Flag("--model", model, ""), Flag("--data", "data.path", "")]
         try:
             configs[kind] = load_config(classes[kind], options.config, overrides_of(options, rest))
         except UserError as problem:
-            problems.append(problem)
+            problems[kind] = str(problem)
     if not configs:
-        raise problems[0]
+        if len({*problems.values()}) == 1:
+            raise UserError(problems.popitem()[1])
+        raise UserError("\n".join(f"As {kind}: {problem}" for kind, problem in problems.items()))
     config = next(iter(configs.values()))
     if not config.data.path:
         raise UserError("No data were given: --data FILE.jsonl, or data.path=FILE.")

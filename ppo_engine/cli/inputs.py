@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ppo_engine.cli.given import check_given
 from ppo_engine.cli.libraries import quiet_libraries
+from ppo_engine.errors import UserError
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.settings.schema import (
     DemoConfig,
@@ -41,6 +42,11 @@ def with_model(config: Config) -> Config:
     section = getattr(config, name)
     if section if isinstance(section, str) else section.path:
         return config
+    if not isinstance(config, GenerateConfig) and config.run.resume:
+        raise UserError(
+            f"{config.run.output_dir} was trained from a model that was given to Python as an "
+            "object: only the program that made it can resume the run."
+        )
     from ppo_engine.demo.model import model_path
 
     path = model_path()
@@ -77,12 +83,13 @@ def check_inputs(config: Any) -> list[str]:
 
 def _check_ppo(config: PPOConfig) -> list[str]:
     from ppo_engine.data.prompts import column_names
+    from ppo_engine.data.split import overlap
     from ppo_engine.pretrained import loading
     from ppo_engine.rollout.environment import load_environment
     from ppo_engine.text.renderer import Renderer
     from ppo_engine.training import fit
     from ppo_engine.training.batch_notes import batch_notes
-    from ppo_engine.training.evaluation import hold_out, overlap
+    from ppo_engine.training.evaluation import hold_out
 
     _check_run(config)
     if config.critic.path:
@@ -100,13 +107,13 @@ def _check_ppo(config: PPOConfig) -> list[str]:
 
     training = prompts(config.data.path)
     if config.evaluation.path:
-        notes += overlap(training, prompts(config.evaluation.path))
+        notes += overlap(training, prompts(config.evaluation.path), "evaluation.path")
     elif config.evaluation.prompts:
         training, _ = hold_out(training, config.evaluation.prompts, config.run.seed)
     notes += batch_notes(config.ppo, len(training))
     tokenizer = loading.open_tokenizer(None, config.policy, None)
     renderer = Renderer(tokenizer, arguments=config.data.chat_template_kwargs, date=config.run.date)
-    return notes + _memory(config, fit.prompt_lengths(training, renderer, None))
+    return notes + _memory(config, fit.prompt_lengths(training, renderer))
 
 
 def _check_generate(config: GenerateConfig) -> list[str]:
@@ -168,7 +175,7 @@ def _check_supervised(config: SFTConfig | RewardModelConfig) -> list[str]:
     from ppo_engine.data.encoded_rankings import encode_rankings
     from ppo_engine.data.forms import reading, text_note
     from ppo_engine.data.preferences import load_preferences, sample_rankings
-    from ppo_engine.data.split import split_by_prompt
+    from ppo_engine.data.split import overlap, split_by_prompt
     from ppo_engine.pretrained import loading
     from ppo_engine.text.renderer import Renderer
     from ppo_engine.training import fit
@@ -193,7 +200,7 @@ def _check_supervised(config: SFTConfig | RewardModelConfig) -> list[str]:
     if isinstance(config, RewardModelConfig) and config.data.max_pairs is not None:
         training = sample_rankings(training, config.data.max_pairs, config.run.seed)
     if data.eval_path is not None:
-        rows(data.eval_path)
+        notes += overlap(training, rows(data.eval_path), "data.eval_path")
     else:
         training, _ = split_by_prompt(training, data.eval_fraction, config.run.seed, unit)
     settings = config.sft if isinstance(config, SFTConfig) else config.reward
@@ -215,14 +222,20 @@ def _memory(config: Any, lengths: Lengths | None) -> list[str]:
 
 
 def _check_run(config: PPOConfig | SFTConfig | RewardModelConfig) -> None:
-    from ppo_engine.models.precision import choose_device
+    from ppo_engine.models.precision import choose_device, choose_dtype
+    from ppo_engine.ppo.offloading import check_offload
+    from ppo_engine.pretrained.loading import load_options
     from ppo_engine.run.directory import check_resumable, dated
     from ppo_engine.run.trackers import check_trackers
 
     if config.run.resume:
         check_resumable(config.run.output_dir, dated(config))
     check_trackers(config.run.trackers)
-    choose_device(config.run.device)
+    device = choose_device(config.run.device)
+    check_offload(config.run.offload, device)
+    sections = ("policy", "critic") if isinstance(config, PPOConfig) else ("model",)
+    for name in sections:
+        load_options(getattr(config, name), device, choose_dtype(config.run.dtype, device))
 
 
 def _check_rewards(

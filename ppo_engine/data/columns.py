@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,12 @@ class Columns:
     def __init__(self, row: Any) -> None:
         if not isinstance(row, Mapping):
             raise BadLineError("a row must be a dictionary", f", not {kind(row)}")
-        self.row = row
+        self.row = {key: _plain(value) for key, value in row.items()}
         self.taken: set[str] = set()
 
     def find(self, names: Sequence[str]) -> str | None:
         """The first of `names` whose column is not null."""
-        return next((name for name in names if self.row.get(name) is not None), None)
+        return next((name for name in names if not _is_null(self.row.get(name))), None)
 
     def take(self, name: str) -> Any:
         """The column `name`; None where it is not there."""
@@ -59,6 +60,20 @@ class Columns:
         ]
 
 
+def _plain(value: Any) -> Any:
+    """Without the arrays and numbers of NumPy or torch that rows of DataFrames have."""
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _is_null(value: Any) -> bool:
+    """A NaN is, with which a DataFrame fills what is not there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def check_text(text: Any, name: str) -> str:
     if not isinstance(text, str):
         raise BadLineError(f"{name!r} must be text", f", not {kind(text)}")
@@ -70,7 +85,7 @@ def check_text(text: Any, name: str) -> str:
 def is_blank(value: Any) -> bool:
     """Whether it is null, or nothing but white space, or has no items."""
     value = value.strip() if isinstance(value, str) else value
-    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+    return _is_null(value) or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def is_number(value: Any) -> bool:

@@ -143,14 +143,9 @@ def encode_demonstrations(
 
 def encode_demonstration(renderer: Renderer, example: Demonstration) -> list[EncodedExample]:
     """An example as token ids; learned are the tokens of its responses and of what ends them. One
-    for each answer where the chat template rewrites earlier ones.
-
-    Raises `BadLineError` for a conversation that the template refuses.
-    """
-    try:
-        encoded = renderer.learned(example.prompt, example.response, example.options)
-    except TemplateError as error:  # such as "roles must alternate"
-        raise BadLineError(error.reason, error.detail) from None
+    for each answer where the chat template rewrites earlier ones. A conversation that the template
+    refuses (such as "roles must alternate") is a `TemplateError`."""
+    encoded = renderer.learned(example.prompt, example.response, example.options)
     return [EncodedExample(ids, [False, *trained[1:]]) for ids, trained in encoded]
 
 

@@ -25,6 +25,9 @@ from ppo_engine.messages import counted, first_line, nearest_path
 OnBadLine = Literal["error", "skip"]
 Row = dict[str, Any]
 MAX_EXAMPLES = 3
+_OTHER_FORMATS = (
+    ".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".zip", ".zst", ".bz2", ".xz", ".tar", ".tar.gz",
+)  # fmt: skip
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -176,7 +179,14 @@ def read_rows(
     if not str(source):
         raise UserError(f"No {name} were given: set data.path to a JSONL file.")
     path = data_file(source)
-    if path.is_dir() or path.suffix == ".parquet":
+    name = path.name.lower()
+    if name.endswith(_OTHER_FORMATS) and not path.is_dir():
+        raise UserError(
+            f"{path}: {path.suffix} files are not read: give JSONL, JSON (either may be gzipped) "
+            "or parquet. The package datasets converts most others: "
+            "load_dataset(…)['train'].to_json('data.jsonl')."
+        )
+    if path.is_dir() or name.endswith(".parquet"):
         for index, row in enumerate(_open_data_set(path)):
             yield f"{path} row {index}", row
         return
@@ -242,12 +252,12 @@ def _lines(path: str | Path) -> Iterator[bytes]:
 
 
 def _open(path: str | Path) -> gzip.GzipFile | BufferedReader:
-    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+    return gzip.open(path, "rb") if str(path).lower().endswith(".gz") else open(path, "rb")
 
 
 def _is_json_array(path: Path) -> bool:
     """By name and content: a file of one object a line is often called .json as well."""
-    if not path.name.endswith((".json", ".json.gz")):
+    if not path.name.lower().endswith((".json", ".json.gz")):
         return False
     return next((line for line in _lines(path) if line.strip()), b"").lstrip().startswith(b"[")
 

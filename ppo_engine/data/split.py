@@ -22,6 +22,19 @@ def prompt_groups(examples: Sequence[HasPrompt]) -> list[list[int]]:
     return list(groups.values())
 
 
+def overlap(training: Sequence[HasPrompt], held_out: Sequence[HasPrompt], name: str) -> list[str]:
+    """A warning where prompts of a file that is held out are trained on; `name` is its setting."""
+    trained_on, asked = (
+        {json.dumps(example.prompt) for example in examples if example.prompt}
+        for examples in (training, held_out)
+    )
+    shared = len(trained_on & asked)
+    return [
+        f"{shared} of the {len(asked)} prompts of {name} are also in the training data: metrics on "
+        "these are not held-out metrics."
+    ] * bool(shared)
+
+
 def split_by_prompt(
     examples: Sequence[Example], fraction: float, seed: int, name: str = "examples"
 ) -> tuple[list[Example], list[Example]]:

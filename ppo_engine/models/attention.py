@@ -108,15 +108,23 @@ def _in_rows(
     if softcap is None and sinks is None:
         weights: Tensor = _Softmax.apply(products, mask, scale)
     else:
-        z = products.float() * scale
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        z = z.masked_fill(~mask, -torch.inf)
-        if sinks is not None:
-            z = torch.cat((z, sinks.float()[None, :, None, None].expand(*z.shape[:-1], 1)), -1)
-        weights = z.softmax(-1)[..., :width].to(value.dtype)
+        weights = special_softmax(products, mask, scale, softcap, sinks)
     found = weights.reshape(rows, heads // groups, groups * width, width) @ value
     return found.view(rows, heads, width, -1).transpose(1, 2)
+
+
+def special_softmax(
+    products: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Weights `[rows, heads, …, tokens]` of masked and scaled `products`, in their dtype, with
+    logits that are capped and heads `[heads]` that may attend to nothing."""
+    z = products.float() * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        z = torch.cat((z, sinks.float()[None, :, None, None].expand(*z.shape[:-1], 1)), -1)
+    return z.softmax(-1)[..., : products.shape[-1]].to(products.dtype)
 
 
 class _Softmax(torch.autograd.Function):

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ppo_engine.errors import UserError
 from ppo_engine.models import probes
+from ppo_engine.models.windows import sliding_window
 from ppo_engine.pretrained import architecture
 
 _WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp", "mamba", "recurrent")
@@ -178,9 +179,7 @@ def _layers(model: PreTrainedModel) -> Iterable[nn.Module]:
 def _attention(config: Any, passed: list[bool]) -> tuple[Attention, ...]:
     """Of the layers of a model with this configuration of its text; of each, whether gradients go
     through it."""
-    sliding = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        sliding = None
+    sliding = sliding_window(config)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     of_layers = getattr(config, "per_layer_config", None) or [config] * len(kinds)
     found: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])

@@ -24,7 +24,7 @@ from ppo_engine.models.experts import BalanceLoss
 from ppo_engine.models.freezing import prepare_for_training, share_frozen_parameters
 from ppo_engine.models.output_head import find_output_head
 from ppo_engine.models.reader import Reader
-from ppo_engine.models.token_rows import TokenRows, pick
+from ppo_engine.models.token_rows import TokenRows
 from ppo_engine.models.work import passing
 from ppo_engine.pretrained import adapters, architecture, generation_config, loading, masters
 from ppo_engine.pretrained.storage import in_fp32
@@ -291,7 +291,7 @@ class LanguageModel:
         """What `states` gives, and the logits of the experts' routers, where they are recorded."""
         output = self.reader.read(rows, self.model if self._head is None else None)
         found = output.logits if self._head is None else output.last_hidden_state
-        return pick(found, rows.places), getattr(output, "router_logits", None)
+        return rows.wanted(found), getattr(output, "router_logits", None)
 
     @property
     def _output_layer(self) -> Any:

@@ -127,6 +127,4 @@ def probe_ids(model: Any) -> Tensor:
 def _read(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """The base model's last hidden states; its logits, where it gives no hidden states."""
     base = architecture.unwrap(model).base_model
-    output = base(**architecture.base_inputs(base, ids, mask))
-    found: Tensor = output.last_hidden_state if "last_hidden_state" in output else output.logits
-    return found
+    return architecture.states_of(base(**architecture.base_inputs(base, ids, mask)))

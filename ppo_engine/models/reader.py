@@ -29,10 +29,11 @@ from ppo_engine.models.work import counting, current_work, passing
 from ppo_engine.pretrained import architecture
 from ppo_engine.settings.schema import PPOSettings, RewardModelSettings, SFTSettings
 
+ENOUGH = {"cuda": 8192, "cpu": 2048}  # tokens, from which on a pass is no faster a token
+
 # Of what a text before another changes in it; the products of a pass round by its shape. Attention
 # that is wrong changes about as much.
 _OF_FP32, _ROUNDING = 0.05, 0.2
-_ENOUGH = {"cuda": 8192, "cpu": 2048}  # tokens, from which on a pass is no faster a token
 _FEWEST = 256
 _SHARE = 0.5  # of the free memory, for what a pass keeps for its gradients
 
@@ -134,7 +135,7 @@ def enough(config: Any, dtype: torch.dtype, device: torch.device, free: float) -
     """Tokens of a pass, of a model with this configuration, that keep its products busy and fit
     into the `free` bytes."""
     each = config.get_text_config().num_hidden_layers * numbers_kept(config) * dtype.itemsize
-    return max(_FEWEST, int(min(_ENOUGH[device.type], _SHARE * free / each)))
+    return max(_FEWEST, int(min(ENOUGH[device.type], _SHARE * free / each)))
 
 
 def _enough(model: Any) -> int:
@@ -198,7 +199,7 @@ def _can_pack(reader: Reader, model: Any) -> bool:
             rows = replace(rows, segments=_Watched([len(text) for text in texts], reader.device))
             watched.append(rows.segments)
         output = reader.read(rows)
-        found = output.last_hidden_state if "last_hidden_state" in output else output.logits
+        found = architecture.states_of(output)
         return [*found[0].float().split([len(text) for text in texts])]
 
     watched: list[Any] = []

@@ -85,7 +85,7 @@ class Bucket:
     def give(self, x: Tensor) -> Tensor:
         """The inverse of `take`."""
         x = x.flatten(0, 1)
-        return x if self._index is None else _Gather.apply(x, self._index)
+        return x if self._index is None else pick(x, self._index.real)
 
 
 class _Index(NamedTuple):
@@ -108,19 +108,24 @@ class _Spread(torch.autograd.Function):
         return grad.index_select(0, ctx.index.real), None
 
 
-class _Gather(torch.autograd.Function):
-    """The real tokens."""
+def pick(x: Tensor, places: Tensor) -> Tensor:
+    """`[n, …]`: those at `places`, each of them once, of `[t, …]`."""
+    found: Tensor = _Pick.apply(x, places)
+    return found
 
+
+class _Pick(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: _Index) -> Tensor:
-        ctx.index, ctx.count = index, len(x)
-        return x.index_select(0, index.real)
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.places, ctx.count = places, len(x)
+        return x.index_select(0, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Not added, as indexing would: no place comes twice.
         zeros = grad.new_zeros(ctx.count, *grad.shape[1:])
-        return zeros.index_copy_(0, ctx.index.real, grad), None
+        return zeros.index_copy_(0, ctx.places, grad), None
 
 
 def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppo_engine.models.segments import Segments
+from ppo_engine.models.segments import Segments, pick
 
 
 class Row(NamedTuple):
@@ -66,6 +66,10 @@ class TokenRows:
             return self.segments.positions
         return torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
 
+    def wanted(self, states: Tensor) -> Tensor:
+        """`[n, …]`: those at `places`, of the states `[B, L, …]` of all tokens."""
+        return pick(states.flatten(0, 1), self.places)
+
 
 def stack(rows: Sequence[Row], *, pad: int, device: torch.device, packed: bool) -> TokenRows:
     """The tensors of one forward pass over `rows`."""
@@ -90,25 +94,6 @@ def stack(rows: Sequence[Row], *, pad: int, device: torch.device, packed: bool) 
         texts=[row.ids for row in rows],
         segments=Segments(lengths, device) if packed else None,
     )
-
-
-def pick(states: Tensor, places: Tensor) -> Tensor:
-    """`[n, …]`: those at `places`, each of them once, of `[B, L, …]`."""
-    found: Tensor = _Pick.apply(states.flatten(0, 1), places)
-    return found
-
-
-class _Pick(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
-        ctx.places, ctx.count = places, len(states)
-        return states.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Not added, as indexing would: no place comes twice.
-        zeros = grad.new_zeros(ctx.count, *grad.shape[1:])
-        return zeros.index_copy(0, ctx.places, grad), None
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[list[list[int]], list[list[bool]]]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine.errors import UserError
 from ppo_engine.models import freezing
 from ppo_engine.models.reader import Reader
-from ppo_engine.models.token_rows import TokenRows, pick, scored, stack
+from ppo_engine.models.token_rows import TokenRows, scored, stack
 from ppo_engine.pretrained import adapters, architecture, loading, masters, storage
 from ppo_engine.pretrained.architecture import SCORE_HEADS
 from ppo_engine.pretrained.classifier import value_model_class
@@ -41,17 +41,15 @@ def load_value_model(
     *,
     device: torch.device,
     seed: int = 0,
-    require_head: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A sequence-classification model with one label from `path` (folder or name), in fp32, or as
     `options` (`loading.load_options`) say.
 
-    A checkpoint without a head (a causal language model) gets a new one, made from `seed`; with
-    `require_head` (a model that is to score without being trained) that is a UserError, as is a
-    checkpoint with another number of labels, or one from which no per-token values can be made.
+    A checkpoint without a head (a causal language model) gets a new one, made from `seed`. One with
+    another number of labels, or from which no per-token values can be made, is a UserError.
     """
-    model = read_value_model(path, seed=seed, require_head=require_head, options=options)
+    model = read_value_model(path, seed=seed, options=options)
     return ready_value_model(model, tokenizer, device)
 
 
@@ -62,7 +60,8 @@ def read_value_model(
     require_head: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """What `load_value_model` loads, for `ready_value_model`, which checks it."""
+    """What `load_value_model` loads, for `ready_value_model`, which checks it. With `require_head`
+    (a model that is to score without being trained), one without a head is a UserError."""
     path = loading.resolve(path)
     options = options or {"dtype": torch.float32}
     config = loading.load_model_config(path, trust=options.get("trust_remote_code", False))
@@ -190,7 +189,7 @@ def score_head(model: Any) -> nn.Linear:
 def read_values(model: Any, reader: Reader, rows: TokenRows) -> Tensor:
     """The value at each place of `rows` whose state is wanted: `[places]` fp32, differentiable. It
     has seen that token and those before it."""
-    hidden = pick(reader.read(rows).last_hidden_state, rows.places)
+    hidden = rows.wanted(reader.read(rows).last_hidden_state)
     # In fp32: bf16 has 8 bits, too few for scores whose differences are the signal.
     head = score_head(model)
     return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
@@ -202,14 +201,11 @@ def check_value_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     # With EOS, as responses end: a pooling that takes it for padding is detected.
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBE]
     rows = [[*text[: architecture.context_length(model) - 1], eos] for text in texts]
-    width = max(map(len, rows))
-    device = model.device
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
+    # Padded for both, so that in bf16 nothing but the head can differ.
+    padded = stack([scored(row) for row in rows], pad=pad, device=model.device, packed=False)
     with torch.no_grad():
-        own = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
-        # Padded as the model's own, so that in bf16 nothing but the head can differ.
-        padded = stack([scored(row) for row in rows], pad=pad, device=device, packed=False)
+        own = model(input_ids=padded.ids, attention_mask=padded.mask.long()).logits
+        own = own.squeeze(-1).float()
         ours = read_values(model, Reader(model), padded)
     # `own` has another shape where the model does not pool at the last token.
     if own.shape != ours.shape or not torch.allclose(own, ours, _PROBE_TOLERANCE, _PROBE_TOLERANCE):

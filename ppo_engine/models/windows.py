@@ -13,6 +13,13 @@ class Unsupported(Exception):
     """A model that cannot be run as others are, and why."""
 
 
+def sliding_window(text: Any) -> int | None:
+    """Tokens that the sliding layers see, by the configuration of a model's text."""
+    if getattr(text, "use_sliding_window", True) is False:
+        return None
+    return getattr(text, "sliding_window", None)
+
+
 @dataclass(frozen=True)
 class Windows:
     """How far back the layers of a model look, by their kind."""
@@ -28,10 +35,7 @@ class Windows:
         other = set(kinds) - {"full_attention", "sliding_attention"}
         if other:
             raise Unsupported(f"it has layers of the kind {min(other)!r}")
-        sliding = getattr(text, "sliding_window", None)
-        if getattr(text, "use_sliding_window", True) is False:
-            sliding = None
-        return cls(sliding, kinds)
+        return cls(sliding_window(text), kinds)
 
     def count(self, config: Any) -> int:
         """The layers that look back so far and no further."""

@@ -11,7 +11,6 @@ keeps its models by `engine.save(folder)`, and itself by `save_checkpoint` and `
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -363,9 +362,11 @@ class PPOEngine:
             )
         kl_coef = float(experience.kl_coef)  # once: it synchronizes with the GPU
         records: dict[str, list[Tensor]] = defaultdict(list)
+        tokens = experience.rollout.mask.sum(1).tolist()
+        entropies: list[tuple[Tensor, int]] = []  # of the first epoch, with its tokens
         named = partial(self._named, rollout=experience.rollout)
         with self.trunks.of(experience.rollout):
-            for _ in range(settings.epochs):
+            for epoch in range(settings.epochs):
                 order = torch.randperm(len(experience), generator=self.shuffle)
                 for rows in order.split(settings.mini_batch_size):
                     numbers = rows.tolist()
@@ -376,6 +377,9 @@ class PPOEngine:
                     if self.critic is not None:
                         with self.skips.left_out(named):
                             found |= self.critic.update(experience, numbers, settings, self.budget)
+                    entropy = found.pop("policy/entropy", None)
+                    if entropy is not None and epoch == 0:
+                        entropies.append((entropy, sum(tokens[number] for number in numbers)))
                     for name, value in found.items():
                         records[name].append(value)
         self.trunks.clear()
@@ -385,10 +389,9 @@ class PPOEngine:
         # Here, as the update may have measured the log-probs.
         metrics = objective_metrics(experience, settings.importance_cap) | metrics
         metrics |= self.skips.end_step()
-        entropies = records.pop("policy/entropy", [])
         if entropies and "objective/entropy" not in metrics:  # nothing else has measured it
-            mini_batches = math.ceil(len(experience) / settings.mini_batch_size)
-            metrics["objective/entropy"] = float(torch.stack(entropies[:mini_batches]).mean())
+            sums = torch.stack([entropy * count for entropy, count in entropies])
+            metrics["objective/entropy"] = float(sums.sum()) / sum(count for _, count in entropies)
         for name, values in records.items():
             over_steps = torch.stack(values)
             metrics[name] = float(over_steps.max() if name.endswith("max") else over_steps.mean())

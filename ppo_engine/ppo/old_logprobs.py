@@ -47,7 +47,8 @@ class OldLogprobs:
             logprobs, entropy = self._passes.of_policy(rollout)
         if self.are_samplers is None:
             mean, _ = logprob_difference(rollout, logprobs)
-            self.are_samplers = self._samples_all and float(mean) <= SAMPLERS_BOUND
+            samples_all = self._config.generation.samples_all
+            self.are_samplers = samples_all and float(mean) <= SAMPLERS_BOUND
         return Measured(logprobs, ref_logprobs, entropy)
 
     def _may_wait(self, rollout: Rollout) -> bool:
@@ -57,16 +58,10 @@ class OldLogprobs:
         return (
             ppo.old_logprobs == "auto"
             and ppo.importance_cap is None
-            and self._samples_all
+            and self._config.generation.samples_all
             and ppo.epochs == 1
             and len(rollout) <= ppo.mini_batch_size
             and not (ppo.uses_kl and ppo.kl_in == "reward")
             and ppo.adaptive_kl is None
             and ppo.critic_warmup_steps == 0
         )
-
-    @property
-    def _samples_all(self) -> bool:
-        """Whether tokens are drawn from the very distribution whose log-probs are trained."""
-        of = self._config.generation
-        return not (of.top_k or of.top_p < 1 or of.min_new_tokens)

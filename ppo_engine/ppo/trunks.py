@@ -24,7 +24,7 @@ from ppo_engine.models.reader import Reader
 from ppo_engine.models.token_rows import TokenRows, scored
 from ppo_engine.models.trunk import Kept, Level, Trunk
 from ppo_engine.models.work import counting
-from ppo_engine.pretrained.architecture import decoder_layers, unwrap
+from ppo_engine.pretrained.architecture import decoder_layers, states_of, unwrap
 
 
 class Role(Protocol):
@@ -177,7 +177,7 @@ def _read(role: Role, rows: TokenRows, *levels: Level) -> Tensor:
     try:
         reader.trunk = Trunk(_layers(role), levels)
         output = reader.read(rows)
-        found = output.last_hidden_state if "last_hidden_state" in output else output.logits
+        found = states_of(output)
         return found[rows.mask]
     finally:
         reader.trunk = None

@@ -121,6 +121,13 @@ def base_inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> d
     return inputs
 
 
+def states_of(output: Any) -> Tensor:
+    """The hidden states of the last layer that a base model has given; its logits, where it gives
+    no states."""
+    found: Tensor = output.last_hidden_state if "last_hidden_state" in output else output.logits
+    return found
+
+
 def takes_positions(base: nn.Module) -> bool:
     return "position_ids" in inspect.signature(base.forward).parameters
 

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from ppo_engine.models.attention import using
+from ppo_engine.models.attention import special_softmax, using
 from ppo_engine.models.windows import Unsupported
 from ppo_engine.pretrained import architecture
 
@@ -72,16 +71,9 @@ def attend_masked(query: Tensor, keys: Tensor, values: Tensor, how: How) -> Tens
             query, keys, values, attn_mask=how.mask, scale=how.scale, enable_gqa=grouped
         )
         return found.transpose(1, 2).contiguous()
-    z = (query @ keys.transpose(2, 3)).float() * how.scale
-    if how.softcap is not None:
-        z = how.softcap * torch.tanh(z / how.softcap)
-    z = z.masked_fill(~how.mask, -torch.inf)
-    if how.sinks is not None:
-        sinks = how.sinks.float()[None, :, None, None].expand(*z.shape[:-1], 1)
-        z = torch.cat((z, sinks), -1).softmax(-1)[..., :-1]
-    else:
-        z = z.softmax(-1)
-    return (z.to(values.dtype) @ values).transpose(1, 2).contiguous()
+    products = query @ keys.transpose(2, 3)
+    weights = special_softmax(products, how.mask, how.scale, how.softcap, how.sinks)
+    return (weights @ values).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION, _attend)

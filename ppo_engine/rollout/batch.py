@@ -90,11 +90,11 @@ class Rollout:
         """Where the policy's tokens of these responses stand in [B, T] flattened: `[tokens]`,
         response by response."""
         width = self.mask.shape[1]
-        found = [number * width + place for number in numbers for place in self._columns[number]]
+        found = [number * width + place for number in numbers for place in self._places[number]]
         return torch.tensor(found, dtype=torch.long, device=self.mask.device)
 
     @cached_property
-    def _columns(self) -> list[list[int]]:
+    def _places(self) -> list[list[int]]:
         """Of the policy's tokens of each response, on the host."""
         return [own.nonzero()[:, 0].tolist() for own in self.mask.cpu()]
 

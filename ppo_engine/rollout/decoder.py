@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from ppo_engine.models.experts import unrouted
 from ppo_engine.models.flop import Span
 from ppo_engine.models.fused import Fused
 from ppo_engine.models.language_model import LanguageModel
+from ppo_engine.models.reader import ENOUGH, Limit, plan
 from ppo_engine.models.windows import Unsupported, Windows
 from ppo_engine.models.work import current_work, passing
 from ppo_engine.pretrained import architecture
@@ -36,7 +37,6 @@ from ppo_kernels import sample, token_logprobs
 
 # Steps between two looks of the host at what was written. On a CPU they run when they are called.
 STEPS = {"cuda": 16, "cpu": 1}
-_PASS = {"cuda": 8192, "cpu": 2048}  # tokens that are read together
 # Bytes of slots that stay between rollouts, for the graphs that read them; more are needed by
 # what comes after a rollout, and are made anew in the time of a few steps.
 STAYING = 4 * 2**30
@@ -200,12 +200,8 @@ class Decoder:
 
     def read(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
         """Tokens that stand at the beginning of the slots, each with the slots they go to."""
-        for part in _passes(rows, lambda row: len(row[0]), _PASS[self.device.type]):
-            width = len(part[0][0])
-            ids = torch.tensor(
-                [[*tokens, *[tokens[-1]] * (width - len(tokens))] for tokens, _ in part],
-                device=self.device,
-            )
+        for part, ids in self._passes(rows):
+            width = ids.shape[1]
             places = torch.arange(width, device=self.device)[None].expand_as(ids)
             targets = [target for _, targets in part for target in targets]
             owners = [owner for owner, (_, targets) in enumerate(part) for _ in targets]
@@ -215,18 +211,23 @@ class Decoder:
 
     def read_more(self, rows: Sequence[tuple[Sequence[int], int, int]]) -> None:
         """Tokens that stand behind others: they, their slot, and how many tokens it has."""
-        for part in _passes(rows, lambda row: len(row[0]), _PASS[self.device.type]):
-            width = len(part[0][0])
-            ids = torch.tensor(
-                [[*tokens, *[tokens[-1]] * (width - len(tokens))] for tokens, *_ in part],
-                device=self.device,
-            )
+        for part, ids in self._passes(rows):
             _, slots, starts = zip(*part, strict=True)
             counts = [len(tokens) for tokens, *_ in part]
             access = MoreTokens(slots, starts, counts, self.device)
             spans = [Span(*span) for span in zip(starts, counts, strict=True)]
             self.count(spans, 0, read=ids.numel())
             self._read(ids, access.positions, access)
+
+    def _passes(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], Tensor]]:
+        """What is read together of `rows`, which begin with their tokens, and the tokens as one
+        tensor, padded on the right."""
+        limit = Limit(ENOUGH[self.device.type])
+        for places in plan([len(row[0]) for row in rows], limit, packed=False):
+            part = [rows[place] for place in places]
+            width = len(part[0][0])
+            ids = [[*tokens, *[tokens[-1]] * (width - len(tokens))] for tokens, *_ in part]
+            yield part, torch.tensor(ids, device=self.device)
 
     def seat(self, seats: Sequence[Seat]) -> None:
         """Let rows begin to write."""
@@ -346,16 +347,3 @@ def heads_of(model: Any, device: torch.device) -> list[Heads]:
             raise Unsupported("a layer of it keeps something else than keys and values")
         found.append(Heads(keys.shape[1], keys.shape[3], values.shape[3]))
     return found
-
-
-def _passes(rows: Sequence[_Row], length: Callable[[_Row], int], most: int) -> Iterator[list[_Row]]:
-    """The `rows`, longest first, in parts of at most `most` tokens, padding included; a row that is
-    longer is a part of its own."""
-    part: list[_Row] = []
-    for row in sorted(rows, key=length, reverse=True):
-        if part and (len(part) + 1) * length(part[0]) > most:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part

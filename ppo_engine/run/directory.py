@@ -74,6 +74,9 @@ _FREE_KEYS = {
 }
 
 
+_RUNS = Path("runs")  # where runs are that are given no folder
+
+
 class RunDirectory:
     """Creates the folder of a new run, or opens that of a run to resume, for one process at a time:
     until `close`, another is refused.
@@ -202,12 +205,14 @@ def check_output(path: str | Path, resume: bool = False, setting: str = "run.out
         settings_file(path)
         return
     if not str(path):
-        return
-    _check_free(folder, setting)
-    parent = next(p for p in (folder, *folder.parents) if p.exists())
+        folder = _RUNS
+    else:
+        _check_free(folder, setting)
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
+        choose = "" if str(path) else f" Choose a folder: {setting}."
         raise UserError(
-            f"Run folder {folder} cannot be written: {parent} is not a folder to write to."
+            f"Run folder {folder} cannot be written: {parent} is not a folder to write to.{choose}"
         )
 
 
@@ -273,7 +278,7 @@ def replacing(path: str | Path, mark: str, what: str) -> Iterator[Path]:
 
 def _default_path(command: str) -> Path:
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{command}-{started}"
+    return _RUNS / f"{command}-{started}"
 
 
 def _without_locks(path: Path) -> str:

@@ -14,7 +14,7 @@ from ppo_engine.run.directory import CHECKPOINTS, CONFIG, steps_in
 from ppo_engine.run.rollout_record import RolloutRecord, read_record, recorded_steps
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.files import as_dict, changed_settings, flatten, load_config
-from ppo_engine.settings.schema import PPOConfig, resolved
+from ppo_engine.settings.schema import PPOConfig, following, resolved
 
 # What makes other advantages of the same scores, log-probs and values.
 OF_ADVANTAGES = {
@@ -144,6 +144,11 @@ def as_taken(run: Path, record: RolloutRecord, overrides: Sequence[str] = ()) ->
         f"ppo.micro_batch_tokens={update.pass_tokens}",
         f"ppo.micro_batch_size={'null' if update.pass_rows is None else update.pass_rows}",
     ]
+    config = load_config(PPOConfig, str(run / CONFIG), taken)
+    if not overrides:
+        return config
+    # What the run's other settings came to follows the overrides again.
+    taken += [f"{key}=null" for key in following(config)]
     return load_config(PPOConfig, str(run / CONFIG), [*taken, *overrides])
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ppo_engine.data.rows import BadLines, read_jsonl
@@ -23,7 +22,8 @@ from ppo_engine.run.panels import PANELS, Panel
 
 _COLORS = ("#2a6fbb", "#d1602b", "#3b8f5a", "#8457a8", "#b08a1e", "#7a7a7a")
 _MANY_POINTS = 40  # more are drawn faintly, behind their running mean
-_PANEL_INCHES = (3.6, 2.6)
+_PANEL_INCHES = (3.6, 2.6)  # with what surrounds its axes
+_AROUND_INCHES = (0.9, 0.75)  # of a panel: what its ticks, labels and title take
 _GUIDE: dict[str, Any] = {"color": "#7a7a7a", "linewidth": 0.8, "linestyle": ":"}
 _ANTICIPATION = "value/anticipation_"
 _MFU = "mfu/"
@@ -51,9 +51,17 @@ def write_curves(run: str | Path, path: str | Path, title: str = "") -> None:
         raise UserError(f"{file} has no metrics to draw.")
     columns = min(4, math.ceil(len(panels) / 2))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(
-        figsize=(columns * _PANEL_INCHES[0], lines * _PANEL_INCHES[1] + 0.4),
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
+    # By hand: an engine of layouts draws all twice.
+    (wide, high), (beside, between) = _PANEL_INCHES, _AROUND_INCHES
+    width, height = columns * wide, lines * high + 0.5
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(
+        left=0.75 / width,
+        right=1 - 0.15 / width,
+        bottom=0.75 / height,
+        top=1 - 0.6 / height,
+        wspace=beside / (wide - beside),
+        hspace=between / (high - between),
     )
     figure.suptitle(title or file.parent.name, fontsize=12, fontweight="bold")
     figure.supxlabel(_FOOTER, fontsize=7.5, color=_GUIDE["color"])
@@ -230,7 +238,7 @@ def _over_steps(axes: Axes, rows: list[dict]) -> None:
 
 
 def _label(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, fontsize=9.5, loc="left")
+    axes.set_title(title, fontsize=9.5, loc="left", y=1.0)
     axes.set_ylabel(unit, fontsize=8)
 
 

@@ -38,6 +38,9 @@ def check_place(name: str, *, resume: bool) -> None:
             f"{partial} has rows of a command that failed: go on from there with --resume, or "
             "remove it."
         )
+    parent = path.absolute().parent
+    if parent.exists() and not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"{name} cannot be written: {parent} is not a folder to write to.")
 
 
 def _paths(name: str) -> tuple[Path, Path]:

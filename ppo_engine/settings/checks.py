@@ -4,6 +4,7 @@ what is wrong by itself."""
 from __future__ import annotations
 
 from ppo_engine.errors import UserError
+from ppo_engine.settings.files import as_dict
 from ppo_engine.settings.schema import (
     EvaluationConfig,
     GenerateConfig,
@@ -13,7 +14,9 @@ from ppo_engine.settings.schema import (
 
 
 def check_settings(config: PPOConfig) -> None:
-    """Raise a `UserError` for settings that contradict each other, or would have no effect."""
+    """Raise a `UserError` for settings that contradict each other, or would have no effect, or of
+    which config.yaml cannot tell."""
+    as_dict(config)
     _check_evaluation(config.evaluation)
     check_generation(config.generation)
     if config.share_base:
@@ -57,8 +60,7 @@ def check_settings(config: PPOConfig) -> None:
     if settings.adaptive_kl is not None and settings.kl_coef == 0:
         raise UserError("ppo.adaptive_kl scales ppo.kl_coef, which is 0: set it above 0.")
     if settings.old_logprobs == "sampler":
-        filters = config.generation
-        if filters.top_k or filters.top_p < 1 or filters.min_new_tokens:
+        if not config.generation.samples_all:
             raise UserError(
                 "ppo.old_logprobs=sampler needs tokens drawn from the whole distribution: leave "
                 "generation.top_k, top_p and min_new_tokens unset, or choose recompute."

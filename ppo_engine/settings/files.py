@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from ppo_engine.errors import UserError
 from ppo_engine.messages import nearest_path
@@ -23,6 +24,7 @@ from ppo_engine.settings.problems import (
     keys,
     refusal,
     section_kinds,
+    section_of,
     without_unknown,
 )
 from ppo_engine.settings.schema import COMMANDS
@@ -43,19 +45,19 @@ def load_config(
     """
     data = _read_file(file) if file is not None else {}
     _refuse_another_commands(cls, file, data)
+    known = keys(cls)
     problems: list[str] = []
     for override in overrides:
         try:
-            _set(data, *_parse_override(override))
+            _set(data, *_parse_override(override), known)
         except UserError as error:
             problems.append(str(error))
-    known = list(keys(cls))
-    data = without_unknown(cls, data, "", known, problems)
+    data = without_unknown(cls, data, "", [*known], problems)
     try:
         # Strict JSON refuses "yes" for a number, but takes 1 for 1.0 and a mapping for a section.
         config = TypeAdapter(cls).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        problems.extend(explain(error, known))
+        problems.extend(explain(error, [*known]))
     if problems:
         raise refusal(problems, f" in {file}" if file is not None else "")
     return config
@@ -66,8 +68,15 @@ def as_yaml(tree: Any) -> str:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Settings as nested dictionaries of values that JSON has."""
-    return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
+    """Settings as nested dictionaries of values that JSON has; a UserError where Python has given
+    another kind, such as a tensor among the arguments of a reward."""
+    try:
+        return cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
+    except PydanticSerializationError as error:
+        raise UserError(
+            f"A setting holds what config.yaml cannot: {error}. Give numbers, text, lists and "
+            "dictionaries: of a number of NumPy or a tensor, value.item() or value.tolist()."
+        ) from None
 
 
 def changed_settings(
@@ -128,7 +137,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers."""
+    """Quotes the strings that `_Loader` would read as numbers, or not as they are."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        # A "next line" that is not escaped is a line's end to YAML, and read as a space.
+        style = '"' if "\x85" in text else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
@@ -196,6 +213,12 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
             f"{override!r}: the value is not valid YAML: {_what(error)}. If it is text, quote it "
             f"for YAML too: {key}='\"…\"'"
         ) from error
+    try:
+        json.dumps([key, value], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{override!a}: not UTF-8 text. Type it anew, or rename the file that it names."
+        ) from None
     return key.strip().split("."), value
 
 
@@ -230,8 +253,13 @@ def _refuse_endless(data: Any) -> None:
             left += item.values() if isinstance(item, dict) else item
 
 
-def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set `value` at `path`; a section that is absent or null is created."""
+def _set(data: dict[str, Any], path: list[str], value: Any, kinds: Mapping[str, Any]) -> None:
+    """Set `value` at `path`; a section that is absent or null is created. Of a section, what
+    `value` does not name stays as it is."""
+    if value and isinstance(value, dict) and section_of(kinds.get(".".join(path))) is not None:
+        for name, inner in value.items():
+            _set(data, [*path, str(name)], inner, kinds)
+        return
     for name in path[:-1]:
         if not isinstance(data.get(name), dict):
             data[name] = {}

@@ -20,7 +20,10 @@ from ppo_engine.text.template import (
     Options,
     TemplateError,
     answer_after,
+    is_thinking,
+    leaves_out,
     opened_thought,
+    thought_of,
 )
 from ppo_engine.text.tokenizer import decoded, spelled
 
@@ -146,7 +149,7 @@ class Renderer:
             pair = written or self._apart(prompt, answer, self._text_prompt(prompt))
             parts = *pair, [self.tokenizer.eos_token_id]
         else:
-            parts = self._scored_chat(prompt, answer, options, written)
+            parts = self._scored_chat(prompt, answer, options, written, finished=finished)
         question, words, ending = parts
         response = [*words, *(ending if finished else ())][:max_tokens]
         room = max_tokens - len(response)
@@ -158,9 +161,12 @@ class Renderer:
         answer: str | Sequence[Message],
         options: Options | None,
         written: tuple[Sequence[int], Sequence[int]] | None,
+        *,
+        finished: bool,
     ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """Question, words and ending of a chat; all in one where the template writes the answer
-        otherwise than it asks for it."""
+        otherwise than it asks for it. An answer that is not `finished` and of which no template
+        makes a text, such as one cut off in its thought, is what was written."""
         turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         turns = [
             {**turn, "content": self.template.words(turn["content"])}
@@ -168,8 +174,17 @@ class Renderer:
             else turn
             for turn in turns
         ]
+        if not finished and is_thinking(turns[-1]["content"]):
+            return self._cut_off(prompt, turns, options, written)
         before = self.template.render(prompt, ask=True, options=options)
-        whole = self.template.render([*prompt, *turns], ask=False, options=options, sampled=True)
+        try:
+            whole = self.template.render(
+                [*prompt, *turns], ask=False, options=options, sampled=True
+            )
+        except TemplateError:
+            if finished:
+                raise
+            return self._cut_off(prompt, turns, options, written)
         # A call of a tool may end otherwise.
         ending = self._ending if whole.endswith(self.template.ending) else []
         whole = whole.removesuffix(self.template.ending)
@@ -179,6 +194,23 @@ class Renderer:
         if written is not None and self._spelled(*written) == shown:
             return *written, ending
         return *self._apart(before, shown), ending
+
+    def _cut_off(
+        self,
+        prompt: Sequence[Message],
+        turns: Sequence[Message],
+        options: Options | None,
+        written: tuple[Sequence[int], Sequence[int]] | None,
+    ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Question and words, where the last of `turns` stands behind what asks for it."""
+        *former, last = turns
+        before = self.template.render([*prompt, *former], ask=True, options=options)
+        opened = opened_thought(before)
+        words = last["content"].removeprefix(opened[0] if opened else self.template.opening)
+        if former:
+            return self._tokens(before + words), (), ()
+        same = written is not None and self._spelled(*written) == words
+        return *(written if written and same else self._apart(before, words)), ()
 
     def learned(
         self, prompt: Prompt, answer: str | Sequence[Message], options: Options | None = None
@@ -232,6 +264,8 @@ class Renderer:
                 "the model's chat template writes this answer otherwise than it asks for it, so "
                 "that it cannot be learned"
             )
+        if messages[-1].get("train", True) and leaves_out(answer, thought_of(messages[-1])):
+            raise TemplateError("the model's chat template leaves out the thought of this answer")
         question, words = self._apart(before, answer)
         # The answer may hold an end itself; the template's ending has the last ones.
         ends = [place for place, token in enumerate(words) if token in self.end_ids]

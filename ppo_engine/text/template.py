@@ -37,11 +37,13 @@ RESERVED = {
 }  # fmt: skip
 # Keys under which data sets and templates have what a model thought before it answered.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# `<think>` or `[THINK]` or `<|START_THINKING|>`, and what closes it.
-_OPENING = re.compile(
-    r"(?P<tag><(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
-    r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)\s*\Z"
+# `<think>` or `[THINK]` or `<|START_THINKING|>`, which `_closing` closes.
+_TAG = (
+    r"(?:<(?P<xml>[\w:-]*(?:think|thought|reason)[\w:-]*)>"
+    r"|\[(?P<square>THINK)\]|<\|START_THINKING\|>)"
 )
+_OPENING, _BEGINNING = re.compile(_TAG + r"\s*\Z"), re.compile(r"\s*" + _TAG)
+_OWN = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # a thought that begins an answer
 _ALWAYS_SEEN = {"role", "content", "train", "tool_calls", *THOUGHTS}  # or an error
 _FOR_PROGRAMS = {("tool", "name"), ("tool", "tool_call_id")}
 _DATE_CODES = "aAbBcdeFGHIjmMpSTuUVwWxXyY"  # of `strftime`
@@ -78,7 +80,8 @@ class ChatTemplate:
         """`lenient`: arguments that the template does not know are left out. Otherwise they are
         mistakes: a `UserError` here, a `TemplateError` in a row's options."""
         self.tokenizer = tokenizer
-        self._shows: dict[tuple[str, str], bool] = {}  # a role's keys
+        self._shows: dict[tuple[str, str], bool] = {}  # a role's keys, and what options hold
+        self._repeats: dict[str, bool] = {}  # by source: `_repeats_thoughts`
         self.date = date or datetime.date.today()
         self.lenient = lenient
         self.arguments = dict(arguments or {})
@@ -124,10 +127,17 @@ class ChatTemplate:
         """
         self.require()
         options = options or {}
+        text = self._unchecked(messages, ask, options)
+        self._check_tools(text, messages, options)
+        if not sampled:
+            self._check_words(text, messages, options)
+        return text
+
+    def _unchecked(self, messages: Sequence[Message], ask: bool, options: Options) -> str:
         # Templates are programs: a message that they did not expect fails in any way.
         try:
             with bounded():
-                text = self._render(messages, ask, options)
+                return self._render(messages, ask, options)
         except TemplateError:
             raise
         except UnboundedError as error:
@@ -135,15 +145,71 @@ class ChatTemplate:
         except Exception as error:
             detail = first_line(error) or type(error).__name__
             raise TemplateError("refused by the model's chat template", f" ({detail})") from error
-        _check_calls(text, messages, options)
-        if not sampled:
-            _check_words(text, messages)
-        return text
+
+    def _check_tools(self, text: str, messages: Sequence[Message], options: Options) -> None:
+        """Raise a TemplateError for tools, or calls of them, that the `text` leaves out."""
+        calls = [call for message in messages for call in message.get("tool_calls") or ()]
+        without = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
+        no_tools = {name: value for name, value in options.items() if name != "tools"}
+        for what, found, changed in (
+            ("tool calls", calls, (without, options)),
+            ("tools", options.get("tools") or (), (messages, no_tools)),
+        ):
+            names = [str(item.get("function", item).get("name", "")) for item in found]
+            lost = next((name for name in names if name not in text), None)
+            # A name may stand in the text for another reason, such as in the question.
+            if lost is None and names and not self._tells((what, ""), (messages, options), changed):
+                lost = names[0]
+            if lost is not None:
+                raise TemplateError(
+                    f"the model's chat template renders no {what}, so they would be lost",
+                    f" ({lost})",
+                )
+
+    def _check_words(self, text: str, messages: Sequence[Message], options: Options) -> None:
+        """The same for messages."""
+        for index, message in enumerate(messages):
+            # Templates may drop thoughts of former turns, and quote what a tool has answered.
+            said = _CLOSING.split(str(message["content"]))[-1]
+            longest = max(_WORDS.findall(said), key=len, default="")
+            other = {**message, "content": f"{message['content']} And more."}
+            changed = [*messages[:index], other, *messages[index + 1 :]]
+            role = message["role"]
+            # A word may stand there for another reason, such as in the name of a role.
+            if longest not in text or (
+                longest
+                and not self._tells((role, "content"), (messages, options), (changed, options))
+            ):
+                raise TemplateError(
+                    f"the model's chat template leaves out messages of the role {role!r}",
+                    f" (message {index})",
+                )
+
+    def _tells(
+        self,
+        what: tuple[str, str],
+        given: tuple[Sequence[Message], Options],
+        changed: tuple[Sequence[Message], Options],
+    ) -> bool:
+        """Whether the template makes another text of what is changed: of a key of the messages of
+        a role, say. Asked once of each."""
+        if what not in self._shows:
+            try:
+                text, other = (
+                    self._unchecked(x, False, options) for x, options in (given, changed)
+                )
+                self._shows[what] = text != other
+            except TemplateError:  # what it refuses, it looks at
+                self._shows[what] = True
+        return self._shows[what]
 
     def _render(self, messages: Sequence[Message], ask: bool, options: Options) -> str:
         source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
         _looked_at(source)  # or an UnboundedError
         arguments = self._known({**self.arguments, **options}, source)
+        apart = [_apart(message) for message in messages]
+        if apart != list(messages) and self._repeats_thoughts(source):
+            messages = apart
         prepared = [_prepared(message, source) for message in messages]
         dated = self._clock + source if "strftime_now" in source else source
         try:
@@ -153,6 +219,26 @@ class ChatTemplate:
         if len(text) > CHARACTERS:
             raise UnboundedError(f"writes {len(text):,} characters")
         return text
+
+    def _repeats_thoughts(self, source: str) -> bool:
+        """Whether a thought that begins an answer's content is written behind another, empty one:
+        the template knows thoughts by a key alone."""
+        if source not in self._repeats:
+            self._repeats[source] = False
+            inside = {"role": "assistant", "content": f"<think>\nHm.\n</think>\n\n{_ANSWER}"}
+            try:
+                counts = [
+                    self._apply([*_STOCK, _prepared(x, source)], False, source, {}).count(
+                        "</think>"
+                    )
+                    for x in (inside, _apart(inside))
+                ]
+            except UnboundedError:
+                raise
+            except Exception:  # templates are programs; what this one refuses is told elsewhere
+                return False
+            self._repeats[source] = counts[0] > counts[1] > 0
+        return self._repeats[source]
 
     def _refusal(self, error: UnboundedError) -> UserError:
         return UserError(
@@ -167,15 +253,13 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             for key in message.keys() - _ALWAYS_SEEN:
                 role = message["role"]
-                if (role, key) not in self._shows:
-                    bare = {name: value for name, value in message.items() if name != key}
-                    with_key, without = (
-                        self.render([*messages[:index], m, *messages[index + 1 :]], ask=False,
-                                    options=options)
-                        for m in (message, bare)
-                    )  # fmt: skip
-                    self._shows[role, key] = with_key != without
-                if not self._shows[role, key] and (role, key) not in _FOR_PROGRAMS:
+                if (role, key) in _FOR_PROGRAMS:
+                    continue
+                bare = {name: value for name, value in message.items() if name != key}
+                changed = [*messages[:index], bare, *messages[index + 1 :]]
+                if not self._tells(
+                    (role, key), (messages, options or {}), (changed, options or {})
+                ):
                     found.add(key)
         return found
 
@@ -225,7 +309,8 @@ class ChatTemplate:
 
     def words(self, sampled: str) -> str:
         """The words of a sampled answer, which has what the template writes before them, too."""
-        if self._lead.strip():
+        # Where it writes an empty thought, a sampled answer may have its own in that place.
+        if self._lead.strip() and not _CLOSING.search(self._lead):
             return sampled.rpartition(self._lead)[2]
         return sampled.removeprefix(self._lead)
 
@@ -266,14 +351,19 @@ class ChatTemplate:
 def opened_thought(text: str) -> tuple[str, str] | None:
     """`("<think>\\n", "</think>")` where `text` ends with a thought that is still open."""
     found = _OPENING.search(text)
-    if found is None:
-        return None
-    closing = (
-        f"</{found['xml']}>" if found["xml"]
-        else "[/THINK]" if found["square"]
-        else "<|END_THINKING|>"
-    )  # fmt: skip
-    return found[0], closing
+    return (found[0], _closing(found)) if found else None
+
+
+def is_thinking(answer: str) -> bool:
+    """Whether an answer begins with a thought and has been cut off in it."""
+    found = _BEGINNING.match(answer)
+    return found is not None and _closing(found) not in answer
+
+
+def _closing(opening: re.Match[str]) -> str:
+    if opening["xml"]:
+        return f"</{opening['xml']}>"
+    return "[/THINK]" if opening["square"] else "<|END_THINKING|>"
 
 
 def answer_after(message: Message, opened: tuple[str, str]) -> str:
@@ -295,6 +385,19 @@ def thought_of(message: Message) -> str:
     before, *rest = _CLOSING.split(str(message["content"]), maxsplit=1)
     inside = re.split(r"<think>|\[THINK\]|<\|START_THINKING\|>", before)[-1] if rest else ""
     return inside if thought is None else thought
+
+
+def leaves_out(answer: str, thought: str) -> bool:
+    """Whether the words of a `thought` do not stand in a rendered `answer`."""
+    return " ".join(_WORDS.findall(thought)) not in " ".join(_WORDS.findall(answer))
+
+
+def _apart(message: Message) -> Message:
+    """The message with a thought that its content begins with under a key of its own."""
+    found = _OWN.match(str(message["content"])) if message["role"] == "assistant" else None
+    if found is None or any(message.get(key) for key in THOUGHTS):
+        return message
+    return {**message, "content": message["content"][found.end() :], THOUGHTS[0]: found[1].strip()}
 
 
 def _prepared(message: Message, source: str) -> Message:
@@ -328,31 +431,6 @@ def _with_text_arguments(messages: list[Message]) -> list[Message]:
         else message
         for message in messages
     ]
-
-
-def _check_words(text: str, messages: Sequence[Message]) -> None:
-    """Raise a TemplateError for a message that the rendered `text` leaves out."""
-    for index, message in enumerate(messages):
-        # Templates may drop thoughts of former turns, and quote what a tool has answered.
-        said = _CLOSING.split(str(message["content"]))[-1]
-        if max(_WORDS.findall(said), key=len, default="") not in text:
-            raise TemplateError(
-                f"the model's chat template leaves out messages of the role {message['role']!r}",
-                f" (message {index})",
-            )
-
-
-def _check_calls(text: str, messages: Sequence[Message], options: Options) -> None:
-    """The same for tools and calls of tools."""
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    for what, found in (("tool calls", calls), ("tools", options.get("tools") or ())):
-        for item in found:
-            name = str(item.get("function", item).get("name", ""))
-            if name not in text:
-                raise TemplateError(
-                    f"the model's chat template renders no {what}, so they would be lost",
-                    f" ({name})",
-                )
 
 
 @functools.lru_cache

@@ -280,16 +280,6 @@ def hold_out(
     return training, [examples[index] for index in sorted(first[key] for key in chosen)]
 
 
-def overlap(training: Sequence[PromptExample], held_out: Sequence[PromptExample]) -> list[str]:
-    """A warning where prompts of an evaluation's own file are trained on."""
-    trained_on = {_key(example) for example in training}
-    shared = sum(_key(example) in trained_on for example in held_out)
-    return [
-        f"{shared} of the {len(held_out)} prompts of evaluation.path are also in the training "
-        "data: metrics on these are not held-out metrics."
-    ] * bool(shared)
-
-
 def _key(example: PromptExample) -> str:
     return json.dumps(example.prompt)
 

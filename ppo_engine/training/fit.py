@@ -18,7 +18,7 @@ from ppo_engine.models import precision
 from ppo_engine.models.reader import Reader
 from ppo_engine.pretrained import loading
 from ppo_engine.rewards.sources import configured_sources
-from ppo_engine.settings.schema import LoraConfig, PPOConfig, RewardModelConfig
+from ppo_engine.settings.schema import LoraConfig, PPOConfig, RewardModelConfig, with_value
 from ppo_engine.text.renderer import Renderer
 from ppo_engine.text.template import TemplateError
 from ppo_engine.training.forecast import Forecast, Lengths, forecast
@@ -54,17 +54,14 @@ def sample(rows: Sequence[Any]) -> list[Any]:
     return [*rows[:: -(-len(rows) // SAMPLED) or 1]]
 
 
-def prompt_lengths(
-    examples: Sequence[PromptExample], renderer: Renderer, most: int | None
-) -> Lengths | None:
-    """Of some prompts; longer ones than `most` are left out by a run. None where none is read."""
+def prompt_lengths(examples: Sequence[PromptExample], renderer: Renderer) -> Lengths | None:
+    """Of some prompts; None where none is read."""
     found = []
     for example in sample(examples):
         try:
             found.append(len(renderer.prompt(example.prompt, example.options)))
         except TemplateError:  # which reading the data tells
             continue
-    found = [length for length in found if most is None or length <= most]
     return Lengths(sum(found) / len(found), max(found)) if found else None
 
 
@@ -89,8 +86,8 @@ def settled(config: Any, lengths: Lengths | None, place: Place) -> Any:
     unset = [n for n in _trained(config) if getattr(config, n).gradient_checkpointing == "auto"]
     off, on = config, config
     for name in unset:
-        off = _with(off, f"{name}.gradient_checkpointing", False)
-        on = _with(on, f"{name}.gradient_checkpointing", True)
+        off = with_value(off, f"{name}.gradient_checkpointing", False)
+        on = with_value(on, f"{name}.gradient_checkpointing", True)
     if not unset or lengths is None or not getattr(config, _trained(config)[0]).path:
         return off
     try:
@@ -172,7 +169,7 @@ def changes(config: Any, lengths: Lengths, place: Place) -> list[Change]:
     """Settings that take less, each by itself, what helps most first."""
     now = forecast(config, lengths, place).peak.total
     found = []
-    for settings, changed in _candidates(config, place):
+    for settings, changed in _candidates(config):
         peak = forecast(changed, lengths, place).peak.total
         if now - peak > _WORTH_TRYING * now:
             found.append(Change(settings, peak))
@@ -192,7 +189,7 @@ def _verdict(config: Any, lengths: Lengths, place: Place, found: Forecast) -> li
     return lines if helping else [lines[0].partition(" What")[0] + " Take a smaller model."]
 
 
-def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
+def _candidates(config: Any) -> Iterator[tuple[str, Any]]:
     """Settings as they are written on a command line, and the configuration with them."""
     method, names = "ppo", _trained(config)
     if not isinstance(config, PPOConfig):
@@ -202,7 +199,7 @@ def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
     def each(key: str, value: Any, shown: str) -> tuple[str, Any]:
         changed = config
         for name in names:
-            changed = _with(changed, f"{name}.{key}", value)
+            changed = with_value(changed, f"{name}.{key}", value)
         return " ".join(f"{name}.{shown}" for name in names), changed
 
     if first.optimizer.moments == "float32":
@@ -216,14 +213,14 @@ def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
         # Adapters want a frozen base.
         adapted = each("trainable_layers", None, "")[1]
         for name in names:
-            adapted = _with(adapted, f"{name}.lora", LoraConfig())
+            adapted = with_value(adapted, f"{name}.lora", LoraConfig())
         yield " ".join(f"{name}.lora.rank=16" for name in names), adapted
     if first.gradient_checkpointing is not True:
         yield each("gradient_checkpointing", True, "gradient_checkpointing=true")
     tokens = getattr(config, method).micro_batch_tokens
     if tokens == "auto" or tokens > _PASS:
         settings = f"{method}.micro_batch_tokens"
-        yield f"{settings}={_PASS}", _with(config, settings, _PASS)
+        yield f"{settings}={_PASS}", with_value(config, settings, _PASS)
     if isinstance(config, PPOConfig):
         whole = any(source.path for source in configured_sources(config.reward))
         if len(names) > 1 and not whole and not config.share_base:
@@ -232,12 +229,12 @@ def _candidates(config: Any, place: Place) -> Iterator[tuple[str, Any]]:
             yield f"share_base=true policy.lora.rank={lora.rank}", shared
         if (config.generation.kv_cache_gib or _SLOTS + 1) > _SLOTS:
             settings = "generation.kv_cache_gib"
-            yield f"{settings}={_SLOTS:g}", _with(config, settings, _SLOTS)
+            yield f"{settings}={_SLOTS:g}", with_value(config, settings, _SLOTS)
         half = max(1, config.generation.max_new_tokens // 2)
         settings = "generation.max_new_tokens"
-        yield f"{settings}={half}", _with(config, settings, half)
+        yield f"{settings}={half}", with_value(config, settings, half)
     elif config.data.max_tokens > _PASS:
-        yield f"data.max_tokens={_PASS}", _with(config, "data.max_tokens", _PASS)
+        yield f"data.max_tokens={_PASS}", with_value(config, "data.max_tokens", _PASS)
 
 
 def _trained(config: Any) -> list[str]:
@@ -245,13 +242,6 @@ def _trained(config: Any) -> list[str]:
     if isinstance(config, PPOConfig):
         return ["policy", *(["critic"] if config.ppo.has_critic else [])]
     return ["model"]
-
-
-def _with(config: Any, key: str, value: Any) -> Any:
-    """The configuration with a value at a dotted key."""
-    name, _, rest = key.partition(".")
-    inner = _with(getattr(config, name), rest, value) if rest else value
-    return replace(config, **{name: inner})
 
 
 def _gib(size: float) -> str:

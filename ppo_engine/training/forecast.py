@@ -124,7 +124,7 @@ def _of_ppo(config: PPOConfig, lengths: Lengths, place: Place) -> Forecast:
     frozen = frozen_roles(config, policy, place)
     trained, roles = [policy], [policy, *frozen]
     if settings.has_critic:
-        trained.append(critic_role(config, policy, frozen, place))
+        trained.append(critic_role(config, policy, place))
         roles.append(trained[-1])
 
     new = config.generation.max_new_tokens

@@ -87,7 +87,7 @@ def frozen_roles(config: PPOConfig, policy: Role, place: Place) -> list[Role]:
     return found
 
 
-def critic_role(config: PPOConfig, policy: Role, frozen: list[Role], place: Place) -> Role:
+def critic_role(config: PPOConfig, policy: Role, place: Place) -> Role:
     """The critic: what it never trains is the policy's or the reward model's, whose weights it
     starts from."""
     if config.share_base:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,6 +24,7 @@ from ppo_engine.data.prompts import (
     prompts_from_sequence,
 )
 from ppo_engine.data.rows import SkippedLines
+from ppo_engine.data.split import overlap
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import peak_memory
 from ppo_engine.messages import counted
@@ -50,8 +50,9 @@ from ppo_engine.settings.files import as_dict, flatten, shown_settings
 from ppo_engine.settings.schema import PPOConfig, resolved, settings_of
 from ppo_engine.training import anatomy, fit
 from ppo_engine.training.batch_notes import batch_notes
-from ppo_engine.training.evaluation import Evaluator, hold_out, overlap
+from ppo_engine.training.evaluation import Evaluator, hold_out
 from ppo_engine.training.meter import Meter
+from ppo_engine.training.order import epoch_order
 from ppo_engine.training.recording import Recorder, discard_records
 from ppo_engine.training.samples import sample_rows, show_samples
 from ppo_engine.training.summary import logged_rows, size_of_ppo, tell_outcome
@@ -80,14 +81,17 @@ class PPOTrainer:
         `data.prompts.load_prompts` takes them; all else is as `PPOEngine` takes it. What is not
         given comes from `config`. Progress goes to `console`, by default the terminal."""
         config = settings_of(PPOConfig, config)
-        # The run's config.yaml names what is trained, however it was given.
+        # The run's config.yaml names what is trained, however it was given, and nothing where it
+        # was given as an object: a run is not to be resumed with another.
         given = loading.given_model(policy)
-        if isinstance(given, str) and given:
-            config = replace(config, policy=replace(config.policy, path=given))
+        if not (given is None or given == ""):
+            path = given if isinstance(given, str) else ""
+            config = replace(config, policy=replace(config.policy, path=path))
         if reward is not None:
             config = replace(config, reward=with_rewards(config.reward, reward))
-        if isinstance(prompts, str | Path):
-            config = replace(config, data=replace(config.data, path=str(prompts)))
+        if prompts is not None:
+            path = str(prompts) if isinstance(prompts, str | Path) else ""
+            config = replace(config, data=replace(config.data, path=path))
         self.config = config = dated(config)
         self.console = console
         check_trackers(config.run.trackers)
@@ -113,7 +117,7 @@ class PPOTrainer:
             )
         elif held_out:
             held_out = self._limited(held_out)
-            self.notes += overlap(self.examples, held_out)
+            self.notes += overlap(self.examples, held_out, "evaluation.path")
         for examples in filter(None, (self.examples, held_out)):
             self.engine.check_columns(column_names(examples))
             self.engine.rewards.check_prompts(examples)
@@ -125,7 +129,7 @@ class PPOTrainer:
                 several_turns=self.engine.environment is not None,
             )
         self.notes += batch_notes(config.ppo, len(self.examples))
-        lengths = fit.prompt_lengths(self.examples, self.engine.policy.renderer, None)
+        lengths = fit.prompt_lengths(self.examples, self.engine.policy.renderer)
         fitted = fit.settled(config, lengths, place)
         self.notes += fit.note(fitted, lengths, place)
         trained = {"policy": self.engine.policy, "critic": self.engine.critic}
@@ -203,13 +207,13 @@ class PPOTrainer:
         return TITLES[self.config.ppo.estimator]
 
     def batch(self, step: int) -> list[PromptExample]:
-        """The prompts of step 0, 1, …: each epoch is a fresh permutation, determined by the seed;
-        a batch that reaches the end of an epoch continues into the next."""
+        """The prompts of step 0, 1, …; a batch that reaches the end of an epoch goes on in the
+        next."""
         settings, total = self.config.ppo, len(self.examples)
         size = settings.rollout_batch_size // settings.group_size
         places = range(step * size, (step + 1) * size)
         orders = {
-            epoch: random.Random(f"{self.config.run.seed}/{epoch}").sample(range(total), total)
+            epoch: epoch_order(self.config.run.seed, epoch, total)
             for epoch in {place // total for place in places}
         }
         return [self.examples[orders[place // total][place % total]] for place in places]

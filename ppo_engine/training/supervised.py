@@ -8,7 +8,6 @@ A trainer says what an example is, what its loss is and what is measured on held
 from __future__ import annotations
 
 import math
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_engine.data.digest import describe_rows
 from ppo_engine.data.forms import text_note
 from ppo_engine.data.rows import SkippedLines
-from ppo_engine.data.split import split_by_prompt
+from ppo_engine.data.split import overlap, split_by_prompt
 from ppo_engine.errors import UserError, entry_point
 from ppo_engine.memory import peak_memory, release_freed_memory
 from ppo_engine.messages import counted
@@ -56,6 +55,7 @@ from ppo_engine.settings.schema import (
 from ppo_engine.training import fit
 from ppo_engine.training.batch_notes import few_steps_note
 from ppo_engine.training.meter import Meter
+from ppo_engine.training.order import epoch_order
 from ppo_engine.training.summary import logged_rows, trained_weights, where
 
 Row = TypeVar("Row", bound=Any)  # a row of the data, checked
@@ -82,13 +82,15 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         tokenizer: PreTrainedTokenizerBase | None,
         console: Console | None,
     ) -> None:
-        # The run's config.yaml names what is trained, and on what, however it was given.
+        # The run's config.yaml names what is trained, and on what, however it was given, and
+        # nothing where it was given as an object: a run is not to be resumed with another.
         given = loading.given_model(model)
-        if isinstance(given, str):
-            config = replace(cast(Any, config), model=replace(cast(Any, config.model), path=given))
-        if isinstance(source, str | Path):
-            data = replace(cast(Any, config.data), path=str(source))
-            config = replace(cast(Any, config), data=data)
+        if given is not None:
+            path = given if isinstance(given, str) else ""
+            config = replace(cast(Any, config), model=replace(cast(Any, config.model), path=path))
+        if source is not None:
+            path = str(source) if isinstance(source, str | Path) else ""
+            config = replace(cast(Any, config), data=replace(cast(Any, config.data), path=path))
         self.config = config = dated(config)
         self.console = console
         check_trackers(config.run.trackers)
@@ -292,10 +294,9 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         return metrics | self._meter.metrics(tokens, time.perf_counter() - started)
 
     def mini_batch(self, step: int) -> list[Example]:
-        """The examples of step 0, 1, …: each epoch is a fresh permutation, fixed by the seed."""
+        """The examples of step 0, 1, …; the last of an epoch may have fewer."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        seed = f"{self.config.run.seed}/{epoch}"
-        order = random.Random(seed).sample(range(len(self.training)), len(self.training))
+        order = epoch_order(self.config.run.seed, epoch, len(self.training))
         size = self.settings.batch_size
         return [self.training[i] for i in order[place * size : (place + 1) * size]]
 
@@ -342,6 +343,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
         else:
             held_out, of_held_out = self._read(data.eval_path)
             left_out += of_held_out
+            self.notes += overlap(rows, held_out, "data.eval_path")
         self.notes += left_out.notes(self.unit.capitalize())
         return rows, held_out
 

@@ -17,9 +17,9 @@ from ppo_engine.data.demonstrations import (
     encode_demonstrations,
     load_demonstrations,
 )
-from ppo_engine.data.rows import BadLineError
 from ppo_engine.errors import UserError
 from ppo_engine.text.renderer import Renderer
+from ppo_engine.text.template import TemplateError
 
 CHAT = tiny_tokenizer()
 TEXT = tiny_tokenizer(chat_template=False)
@@ -193,7 +193,7 @@ def test_templates_with_another_end_of_turn_or_none() -> None:
 
 def test_a_conversation_that_the_template_refuses() -> None:
     strict = with_template("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(BadLineError, match=r"refused .*roles must alternate"):
+    with pytest.raises(TemplateError, match=r"refused .*roles must alternate"):
         encode_demonstration(Renderer(strict), Demonstration([USER], [BLUE]))
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_files import USER, write
 from tiny import tiny_tokenizer
 
+from ppo_engine.data.demonstrations import load_demonstrations
+from ppo_engine.data.preferences import load_preferences
 from ppo_engine.data.prompts import load_prompts, prompts_from_sequence
 from ppo_engine.data.rows import read_jsonl
 from ppo_engine.errors import UserError
@@ -88,6 +92,40 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             load_prompts(tmp_path / f"{name}.jsonl.gz", tokenizer=TEXT)
 
 
+def test_other_formats_are_named_and_capitals_are_no_other_format(tmp_path: Path) -> None:
+    for name in ("data.csv", "data.JSONL.zst", "data.arrow"):
+        (tmp_path / name).write_text(GOOD)
+        suffix = Path(name).suffix
+        with pytest.raises(
+            UserError, match=rf"{suffix} files are not read: give JSONL, .* parquet"
+        ):
+            load_prompts(tmp_path / name, tokenizer=TEXT, on_bad_line="skip")
+    for name in ("a.JSONL.GZ", "b.JSON"):
+        text = write(tmp_path, GOOD, name="data.jsonl.gz").read_bytes()
+        (tmp_path / name).write_bytes(text if name.endswith("GZ") else f"[{GOOD}]".encode())
+        assert len(load_prompts(tmp_path / name, tokenizer=TEXT)[0]) == 1
+
+
+def test_values_of_numpy_and_missing_ones(tmp_path: Path) -> None:
+    """As a DataFrame's `to_dict("records")` has them, of a parquet file too."""
+    chat = np.array([USER, {"role": "assistant", "content": "Yes."}], dtype=object)
+    rows = [
+        {"messages": chat, "prompt": math.nan, "response": math.nan, "tools": np.array([])},
+        {"messages": np.float64("nan"), "prompt": "Hi", "response": "Yes.", "system": math.nan},
+    ]
+    examples, skipped = load_demonstrations(rows, tokenizer=tiny_tokenizer())
+    assert [e.response for e in examples] == [[{"role": "assistant", "content": "Yes."}], "Yes."]
+    assert not skipped.notes("Examples")
+    ranked = {"prompt": "Hi", "responses": np.array(["a", "b"]), "ranks": np.array([2, 1])}
+    [ranking], _ = load_preferences([ranked], tokenizer=TEXT)
+    assert [*ranking.responses] == ["b", "a"] or ranking.ranks == [2, 1]
+    # What a reward function is to read reaches it as it is.
+    [example], _ = prompts_from_sequence(
+        [{"prompt": "Hi", "k": np.float64("nan"), "v": np.zeros(2)}], tokenizer=TEXT
+    )
+    assert math.isnan(example.columns["k"]) and isinstance(example.columns["v"], np.ndarray)
+
+
 # Files that are one array
 
 
@@ -150,9 +188,10 @@ def test_parquet_and_saved_data_sets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the optional group `data` is not installed")
     rows = datasets.Dataset.from_list([{"prompt": "a", "k": 1}, {"prompt": "b", "k": 2}])
     rows.to_parquet(str(tmp_path / "data.parquet"))
+    rows.to_parquet(str(tmp_path / "DATA.PARQUET"))
     rows.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict(train=rows).save_to_disk(str(tmp_path / "splits"))
-    for source in ("data.parquet", "saved", "splits"):
+    for source in ("data.parquet", "DATA.PARQUET", "saved", "splits"):
         examples, _ = load_prompts(tmp_path / source, tokenizer=TEXT)
         assert [example.prompt for example in examples] == ["a", "b"]
         assert examples[1].columns == {"k": 2} and examples[1].place.endswith("row 1")

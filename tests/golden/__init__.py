@@ -14,7 +14,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ STEPS = 20
 RECORDS = Path(__file__).parent / "records"
 _CPU = Path("/proc/cpuinfo")  # Linux's
 _WIDER = ("avx512_bf16", "amx_tile")  # what `get_cpu_capability` does not tell apart
+_KINDS = {"ppo": PPOConfig, "grpo": GRPOConfig}
 _SUBJECTS = ("rain", "a chair", "the sea", "clocks", "bread", "a long road", "owls", "tea")
 
 Row = dict[str, Any]
@@ -40,8 +41,8 @@ def vowels(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def runs(folder: Path) -> dict[str, list[Row]]:
-    """Of `ppo` and `grpo` the metrics of each step, without times and memory, and at the end the
-    SHA-256 of the trained policy's weights."""
+    """Of `ppo` and `grpo`, in float32 and in bfloat16, the metrics of each step, without times and
+    memory, and at the end the SHA-256 of the trained policy's weights."""
     model = tiny_model_folder(folder)
     shared: dict[str, Any] = {
         "steps": STEPS,
@@ -56,14 +57,15 @@ def runs(folder: Path) -> dict[str, list[Row]]:
         "grpo": {"group_size": 4, **batches},
     }
     found = {}
-    for name, kind in (("ppo", PPOConfig), ("grpo", GRPOConfig)):
-        out = folder / name
-        run = {"output_dir": str(out), "dtype": "float32", "seed": 3, "deterministic": True}
+    for (name, kind), dtype in product(_KINDS.items(), ("float32", "bfloat16")):
+        out = folder / f"{name}-{dtype}"
+        run = {"output_dir": str(out), "dtype": dtype, "seed": 3, "deterministic": True}
         config = kind(ppo=settings[name], run=run, **shared)
         prompts = [f"Write about {subject}." for subject in _SUBJECTS]
         quiet = Console(file=io.StringIO())
         PPOTrainer(model, vowels, prompts, config=config, console=quiet).train()
-        found[name] = [*untimed(out / "metrics.jsonl"), {"weights": _digest(out / "policy")}]
+        rows = [*untimed(out / "metrics.jsonl"), {"weights": _digest(out / "policy")}]
+        found[f"{name}, {dtype}"] = rows
     return found
 
 
@@ -99,5 +101,5 @@ def save(file: Path, found: dict[str, list[Row]]) -> None:
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights(folder).items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
+        digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 from ppo_engine.models import reader as module
 from ppo_engine.models.reader import Limit, Reader, plan
-from ppo_engine.models.token_rows import Row, TokenRows, pick, predicting, scored, stack
+from ppo_engine.models.token_rows import Row, TokenRows, predicting, scored, stack
 from ppo_engine.pretrained.architecture import checkpoint_gradients
 from ppo_engine.settings.schema import PPOSettings
 
@@ -86,7 +86,7 @@ def test_the_tensors_of_packed_and_padded_rows():
         assert found.ids.flatten()[found.places].tolist() == [6, 7, 4]
         assert found.targets.tolist() == [7, 8, 0] and found.counts == [2, 0, 1]
         x = torch.randn(*found.ids.shape, 2, dtype=torch.double, requires_grad=True)
-        torch.autograd.gradcheck(lambda x, places=found.places: pick(x, places), x)
+        torch.autograd.gradcheck(lambda x, found=found: found.wanted(x), x)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def texts(lengths: list[int]) -> list[Row]:
 def states(reader: Reader, rows: list[Row]) -> torch.Tensor:
     part: TokenRows = reader.stack(rows)
     assert part.segments is not None
-    return pick(reader.read(part).last_hidden_state, part.places)
+    return part.wanted(reader.read(part).last_hidden_state)
 
 
 def assert_as_alone(reader: Reader, lengths: list[int]) -> None:

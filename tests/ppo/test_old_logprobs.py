@@ -58,6 +58,22 @@ def test_they_are_those_of_a_pass_to_rounding():
     assert measured == pytest.approx(entropy[rollout.mask].mean().item(), rel=1e-4)
 
 
+def test_the_entropy_of_an_update_is_of_tokens_not_of_mini_batches():
+    ends = tuple(range(60, 160))  # so that responses are of many lengths
+    engine = make_engine(
+        ppo={"old_logprobs": "sampler", "mini_batch_size": 3, "epochs": 2},
+        policy={"optimizer": {"learning_rate": 1e-9}},
+        generation={"stop": ends, "temperature": 0.02},
+    )
+    rollout = engine.generate(PROMPTS)
+    experience = engine.estimate_advantages(rollout, engine.score(rollout))
+    of_tokens = engine.compare_with_reference(rollout)[2]
+    measured = engine.update(experience)["objective/entropy"]
+    assert measured == pytest.approx(of_tokens[rollout.mask].mean().item(), rel=1e-4)
+    of_responses = of_tokens.sum(1) / rollout.mask.sum(1)
+    assert measured != pytest.approx(of_responses.mean().item(), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

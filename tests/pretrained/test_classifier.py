@@ -27,7 +27,7 @@ from ppo_engine import (
     value_model_class,
 )
 from ppo_engine.models.freezing import prepare_for_training
-from ppo_engine.models.value_model import load_value_model, score_head
+from ppo_engine.models.value_model import load_value_model, read_value_model, score_head
 from ppo_engine.pretrained.loading import save_model
 from ppo_engine.rewards.model import load_reward_model
 
@@ -63,7 +63,7 @@ def test_a_saved_model_loads_with_one_line(folder, tmp_path):
     saved = str(tmp_path / "saved")
     save_model(model, tiny_tokenizer(), saved)
     plain = value_model_class(saved).from_pretrained(saved)
-    again = load_value_model(saved, tiny_tokenizer(), device=CPU, seed=9, require_head=True)
+    again = load_value_model(saved, tiny_tokenizer(), device=CPU, seed=9)
     with torch.no_grad():
         own = plain(*ids_and_mask()).logits[:, 0]
     for found in (own, scores(again)):
@@ -72,7 +72,7 @@ def test_a_saved_model_loads_with_one_line(folder, tmp_path):
 
 def test_a_language_model_does_not_score(folder):
     with pytest.raises(UserError, match="no score head"):
-        load_value_model(folder, tiny_tokenizer(), device=CPU, require_head=True)
+        read_value_model(folder, require_head=True)
 
 
 @pytest.mark.parametrize("source", ["policy", "path"])

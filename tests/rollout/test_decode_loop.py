@@ -145,7 +145,7 @@ def sampled_otherwise(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[in
     for slots in (1, 3, 17):
         sampler = Sampler(policy)
         found[f"{slots} slots"] = tokens(write(sampler, rows, kv_cache_gib=1.01 * slots * each))
-    monkeypatch.setitem(decoder._PASS, "cpu", 40)
+    monkeypatch.setitem(decoder.ENOUGH, "cpu", 40)
     found["small prefill passes"] = tokens(write(Sampler(policy), rows))
     for steps in (4, 16):
         monkeypatch.setitem(decoder.STEPS, "cpu", steps)

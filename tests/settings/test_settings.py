@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ppo_engine.errors import UserError
@@ -16,6 +17,7 @@ from ppo_engine.settings.schema import (
     GenerateConfig,
     GenerationConfig,
     PPOConfig,
+    RewardConfig,
     RewardModelConfig,
     SFTConfig,
     resolved,
@@ -110,6 +112,30 @@ def test_optional_section_comes_and_goes(tmp_path: Path) -> None:
     assert load_config(PPOConfig, file, ["ppo.adaptive_kl=null"]).ppo.adaptive_kl is None
 
 
+def test_a_whole_section_keeps_what_it_does_not_name(tmp_path: Path) -> None:
+    file = write(tmp_path, "run: {seed: 4}\nppo: {kl_coef: 0.5, adaptive_kl: {target: 3}}")
+    given = ["run={device: cpu}", "ppo={epochs: 2, adaptive_kl: {horizon: 9}}"]
+    config = load_config(PPOConfig, file, given)
+    assert (config.run.seed, config.run.device) == (4, "cpu")
+    assert (config.ppo.kl_coef, config.ppo.epochs) == (0.5, 2)
+    assert config.ppo.adaptive_kl == AdaptiveKLConfig(target=3.0, horizon=9)
+    assert load_config(PPOConfig, None, ["ppo.adaptive_kl={}"]).ppo.adaptive_kl is not None
+    # What a dictionary holds that is no section is one value.
+    arguments = [f"reward.arguments={{{key}: 1}}" for key in "ab"]
+    assert load_config(PPOConfig, None, arguments).reward.arguments == {"b": 1}
+
+
+def test_text_that_is_no_unicode() -> None:
+    with pytest.raises(UserError, match=r"output_dir.*udce9.*: not UTF-8 text. Type it anew"):
+        load_config(PPOConfig, None, ['run.output_dir="caf\\udce9"'])
+
+
+def test_an_argument_that_no_file_can_hold() -> None:
+    config = PPOConfig(reward=RewardConfig(function="a.py:b", arguments={"scale": np.float32(2)}))
+    with pytest.raises(UserError, match=r"config\.yaml cannot: .*float32.*value\.item\(\)"):
+        check_settings(config)
+
+
 def test_section_with_every_line_commented_out(tmp_path: Path) -> None:
     assert load_config(PPOConfig, write(tmp_path, "ppo:\n  # kl_coef: 0.1\n")) == PPOConfig()
     assert load_config(PPOConfig, write(tmp_path, "")) == PPOConfig()
@@ -125,6 +151,7 @@ def test_section_with_every_line_commented_out(tmp_path: Path) -> None:
             "policy.optimizer.learning_rate=3e-7",
             "run.output_dir='1e-5'",  # text that looks like a number
             'data.path="a: b # ü \\u2028"',
+            'data.system_prompt="next\\u0085line"',
             "run.trackers=[wandb]",
             "reward.missing_eos_score=-1",
             "reward.sources=[{path: a}, {url: 'http://b', name: c}]",

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from templates import (
+    BY_KEY,
+    IN_CONTENT,
     TEMPLATES,
     appends_eos,
     chatml,
@@ -14,6 +16,7 @@ from templates import (
     gptoss,
     llama3,
     mistral,
+    opening,
     phi3,
     qwen3,
     r1,
@@ -256,6 +259,63 @@ def test_a_rewritten_chat_that_is_too_long_loses_its_start() -> None:
     renderer = Renderer(r1())
     ids = renderer.scored(CHAT, "<think>\nt</think>xyz", max_tokens=5)
     assert shown(renderer, ids).endswith("xyz<|end_of_sentence|>") and len(ids) == 5
+
+
+@pytest.mark.parametrize("thought", [IN_CONTENT, BY_KEY])
+def test_a_thought_that_the_prompt_has_opened(thought: str) -> None:
+    """It is scored and learned, once, however the template finds it."""
+    renderer = Renderer(opening(thought))
+    asked = renderer.prompt(CHAT)
+    wrote = renderer.tokenizer("hm\n</think>\n\nxyz")["input_ids"]
+    text = renderer.said(CHAT, asked, wrote)
+    assert text == "<think>\nhm\n</think>\n\nxyz"
+    whole = f"{ASKED}<think>\nhm\n</think>\n\nxyz{END}\n"
+    ids = renderer.scored(CHAT, text, max_tokens=999, written=(asked, wrote))
+    assert shown(renderer, ids) == whole and ids[: len(asked) + len(wrote)] == [*asked, *wrote]
+    assert shown(renderer, renderer.scored(CHAT, text, max_tokens=999)) == whole
+    bare = shown(renderer, renderer.scored(CHAT, "xyz", max_tokens=999))
+    assert bare == whole.replace("hm", "")
+    for message in (*says(text), *says("xyz", reasoning_content="hm")):
+        if thought == BY_KEY or "reasoning_content" not in message:
+            [found] = learned(renderer, CHAT, [message])
+            assert found == f"{ASKED}<think>\n[hm\n</think>\n\nxyz{END}]"
+
+
+@pytest.mark.parametrize("make", [opening, qwen3, gptoss])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_an_answer_that_is_cut_off_in_its_thought_is_scored_as_it_was_written(make, turns) -> None:
+    renderer = Renderer(make())
+    start = {opening: "", qwen3: "<think>\n", gptoss: "<|channel|>analysis<|message|>"}[make]
+    if make is gptoss:  # as the family's own does with what it did not write itself
+        source = str(renderer.tokenizer.chat_template)
+        refusal = "{% for m in messages if '<|channel|>' in m.content %}{{ raise_exception() }}"
+        renderer.tokenizer.chat_template = refusal + "{% endfor %}" + source
+    chat = [*CHAT, *says("xyz"), *CHAT] if turns == 2 else CHAT
+    asked = renderer.prompt(chat)
+    wrote = renderer.tokenizer(f"{start}hm and", add_special_tokens=False)["input_ids"]
+    text = renderer.said(chat, asked, wrote)
+    if turns == 2:
+        answer = [*chat[1:], {"role": "assistant", "content": text}]
+        assert renderer.scored(CHAT, answer, max_tokens=999, finished=False) == [*asked, *wrote]
+        return
+    for written in (None, (asked, wrote)):
+        ids = renderer.scored(CHAT, text, max_tokens=999, finished=False, written=written)
+        assert ids == [*asked, *wrote]
+    assert renderer.scored(CHAT, text, max_tokens=5, finished=False) == wrote[:5]
+    if make is gptoss:
+        with pytest.raises(TemplateError, match="refused"):
+            renderer.scored(CHAT, text, max_tokens=999)
+
+
+def test_a_thought_that_the_template_leaves_out_is_not_learned() -> None:
+    """Such as one that it shows beside calls of tools only."""
+    drops = chatml()
+    drops.chat_template = CHAT_TEMPLATE + "{% if messages[0].reasoning_content %}{% endif %}"
+    answer = says("xyz", reasoning_content="hm hm")
+    with pytest.raises(TemplateError, match="leaves out the thought of this answer"):
+        learned(Renderer(drops), CHAT, answer)
+    [found] = learned(Renderer(drops), CHAT, [{**answer[0], "train": False}, *CHAT, *says("x")])
+    assert found.endswith(f"[x{END}]")
 
 
 def test_an_answer_that_leaves_its_thought_open_is_not_learned() -> None:

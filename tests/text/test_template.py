@@ -83,6 +83,37 @@ def test_what_would_be_lost_is_an_error(make, messages, options, lost) -> None:
         ChatTemplate(make()).render(messages, ask=False, options=options)
 
 
+def lists_tools() -> Any:
+    """A template that shows tools, and no calls of them."""
+    tokenizer = chatml()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "messages", "options", "lost"),
+    [
+        (lists_tools, [USER, CALLS], {"tools": [TOOL]}, r"renders no tool calls, .* \(add\)"),
+        (lists_tools, [USER], {"tools": [TOOL]}, None),
+        # Each is left out, and its word stands in the text all the same.
+        (chatml, [{"role": "user", "content": "add?"}], {"tools": [TOOL]}, r"no tools, .* \(add\)"),
+        (chatml, [{"role": "user", "content": "add?"}, CALLS], {}, r"no tool calls, .* \(add\)"),
+        (qwen3, [{"role": "user", "content": "add?"}], {"tools": [TOOL]}, None),
+        (qwen3, [{"role": "user", "content": "add?"}, CALLS], {"tools": [TOOL]}, None),
+        (r1, [{"role": "developer", "content": "User"}, USER], {}, "the role 'developer'"),
+        (gemma, [USER, {"role": "assistant", "content": "model"}], {}, None),
+    ],
+)
+def test_what_is_shown_is_not_told_by_chance(make, messages, options, lost) -> None:
+    template = ChatTemplate(make())
+    for _ in range(2):  # what was seen once is remembered
+        if lost is None:
+            template.render(messages, ask=False, options=options)
+            continue
+        with pytest.raises(TemplateError, match=lost):
+            template.render(messages, ask=False, options=options)
+
+
 def test_former_thoughts_may_go_and_sampled_words_too() -> None:
     chat = [USER, {"role": "assistant", "content": "<think>hm</think>a"}, USER]
     assert "hm" not in ChatTemplate(qwen3()).render(chat, ask=True)

@@ -138,4 +138,6 @@ def test_notes_name_a_column_once_for_both_files(model: str, tmp_path: Path) -> 
     held_out = write(tmp_path, *rows, {"prompt": "Hi"})
     made = sft(model, rows, tiny_tokenizer(), eval_path=str(held_out), on_bad_line="skip")
     assert noted(made, UNREAD) == [f"Examples: {UNREAD}: 'k' (4 rows)."]
+    [shared] = noted(made, "in the training data")
+    assert shared.startswith("1 of the 1 prompts of data.eval_path are also in the training data")
     assert noted(made, "Examples: 1 skipped")

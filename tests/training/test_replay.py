@@ -273,6 +273,17 @@ def test_other_settings(run: Path, override: str, moved: str, stays: str) -> Non
     assert "differ." in told and " = " in told
 
 
+def test_what_follows_from_other_settings_follows(run: Path) -> None:
+    """It is not left at what it was in the run, though config.yaml has that."""
+    plan, *_ = again(run, 3, "ppo.kl_in=loss")
+    assert plan.now.ppo.kl_estimator != "k1"
+    assert [line.partition(":")[0] for line in plan.changes] == ["ppo.kl_estimator", "ppo.kl_in"]
+    plan, *_ = again(run, 3, "policy.optimizer.beta1=0.1", "ppo.reduction=sum")
+    assert [line.partition(":")[0] for line in plan.changes] == [
+        "policy.optimizer.beta1", "ppo.reduction",
+    ]  # fmt: skip
+
+
 def test_it_is_the_update_of_a_run_with_these_settings(model: str, tmp_path: Path) -> None:
     """The first step of one, whose responses do not depend on them."""
     other = {"clip_range": 0.01, "lam": 0.3, "epochs": 2, "kl_coef": 0.7}

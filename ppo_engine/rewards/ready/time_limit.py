@@ -12,8 +12,8 @@ LONGEST = 1.0  # seconds for a response
 
 
 @contextmanager
-def time_limit(seconds: float = LONGEST) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer; no limit outside the main thread."""
+def time_limit() -> Iterator[None]:
+    """Raises TimeoutError in what takes longer than `LONGEST`; no limit outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -22,7 +22,7 @@ def time_limit(seconds: float = LONGEST) -> Iterator[None]:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST)
     try:
         yield
     finally:

@@ -23,7 +23,13 @@ from ppo_engine.settings.schema.data import (
     PreferenceDataConfig,
     PromptDataConfig,
 )
-from ppo_engine.settings.schema.derived import LEARNING_RATES, derived, resolved
+from ppo_engine.settings.schema.derived import (
+    LEARNING_RATES,
+    derived,
+    following,
+    resolved,
+    with_value,
+)
 from ppo_engine.settings.schema.models import (
     LoraConfig,
     ModelConfig,
@@ -71,6 +77,8 @@ __all__ = [
     "SFTSettings",
     "ScoringConfig",
     "derived",
+    "following",
     "resolved",
     "settings_of",
+    "with_value",
 ]

@@ -3,7 +3,6 @@ that they go on following when the others change, and a value from where a run b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar
@@ -29,6 +28,16 @@ _REDUCTIONS = {"grpo": "sequence_mean", "dr_grpo": "sum"}  # of the others: toke
 
 def derived(config: Any) -> dict[str, Any]:
     """What a command's unset settings come to, by their dotted keys."""
+    return {key: value for key, value in _followed(config).items() if _at(config, key) is None}
+
+
+def following(config: Any) -> list[str]:
+    """The dotted keys of what is set to no other value than it would come to anyway."""
+    return [key for key, value in _followed(config).items() if _at(config, key) == value]
+
+
+def _followed(config: Any) -> dict[str, Any]:
+    """What follows from other settings where it is not set, by dotted keys."""
     values: dict[str, Any] = {}
     match config:
         case PPOConfig():
@@ -45,13 +54,13 @@ def derived(config: Any) -> dict[str, Any]:
         full, lora, _ = LEARNING_RATES[use]
         adapted = getattr(config, section).lora or values.get(f"{section}.lora")
         values[f"{section}.optimizer.learning_rate"] = full if adapted is None else lora
-    return {key: value for key, value in values.items() if _at(config, key.split(".")) is None}
+    return values
 
 
 def resolved(config: Config) -> Config:
     """A command's settings with every unset one at what it comes to."""
     for key, value in derived(config).items():
-        config = _with(config, key.split("."), value)
+        config = with_value(config, key, value)
     return config
 
 
@@ -71,11 +80,12 @@ def _of_critic(config: PPOConfig) -> dict[str, Any]:
     return {name: value for name, value in of_policy.items() if value is not None}
 
 
-def _at(section: Any, names: Sequence[str]) -> Any:
-    return reduce(getattr, names, section)
+def _at(section: Any, key: str) -> Any:
+    return reduce(getattr, key.split("."), section)
 
 
-def _with(section: Any, names: Sequence[str], value: Any) -> Any:
-    """`section` with another value at the key whose parts are `names`."""
-    name, *rest = names
-    return replace(section, **{name: _with(getattr(section, name), rest, value) if rest else value})
+def with_value(section: Any, key: str, value: Any) -> Any:
+    """`section` with another value at a dotted key."""
+    name, _, rest = key.partition(".")
+    inner = with_value(getattr(section, name), rest, value) if rest else value
+    return replace(section, **{name: inner})

@@ -44,6 +44,11 @@ class GenerationConfig:
     """GiB for keys and values while responses are sampled; rows that do not fit wait for others to
     end. null: half of the memory that is free."""
 
+    @property
+    def samples_all(self) -> bool:
+        """Whether tokens are drawn from the very distribution whose log-probs are trained."""
+        return not (self.top_k or self.top_p < 1 or self.min_new_tokens)
+
 
 @settings
 class EnvironmentConfig:
