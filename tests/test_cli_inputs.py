@@ -239,6 +239,12 @@ def test_a_run_from_an_object_is_not_resumed_with_another_model(
     resume = ["ppo", "run.resume=true", "--output-dir", "run", "steps=2"]
     assert cli.main([*resume, *command("P R")]) == 2
     assert "run was trained from a model that was given to Python" in capsys.readouterr().err
+    # One from the command line may have had the demo's, with a file of settings that names none.
+    text = Path("run/config.yaml").read_text()
+    Path("run/config.yaml").write_text(text.replace("  path: ''", f"  path: {model}", 1))
+    Path("mine.yaml").write_text("steps: 2")
+    assert cli.main([*resume, "--config", "mine.yaml", *command("P R")]) == 2
+    assert "policy.path: " in capsys.readouterr().err
 
 
 def test_the_default_folder_is_looked_at_before_any_work() -> None:

@@ -42,11 +42,16 @@ def with_model(config: Config) -> Config:
     section = getattr(config, name)
     if section if isinstance(section, str) else section.path:
         return config
-    if not isinstance(config, GenerateConfig) and config.run.resume:
-        raise UserError(
-            f"{config.run.output_dir} was trained from a model that was given to Python as an "
-            "object: only the program that made it can resume the run."
-        )
+    if isinstance(config, PPOConfig | SFTConfig | RewardModelConfig) and config.run.resume:
+        from ppo_engine.run.directory import settings_file
+        from ppo_engine.settings.files import load_config
+
+        recorded = load_config(type(config), str(settings_file(config.run.output_dir)))
+        if not getattr(recorded, name).path:
+            raise UserError(
+                f"{config.run.output_dir} was trained from a model that was given to Python as an "
+                "object: only the program that made it can resume the run."
+            )
     from ppo_engine.demo.model import model_path
 
     path = model_path()
@@ -233,7 +238,9 @@ def _check_run(config: PPOConfig | SFTConfig | RewardModelConfig) -> None:
     check_trackers(config.run.trackers)
     device = choose_device(config.run.device)
     check_offload(config.run.offload, device)
-    sections = ("policy", "critic") if isinstance(config, PPOConfig) else ("model",)
+    sections = ["policy"] if isinstance(config, PPOConfig) else ["model"]
+    if isinstance(config, PPOConfig) and config.ppo.has_critic:
+        sections.append("critic")
     for name in sections:
         load_options(getattr(config, name), device, choose_dtype(config.run.dtype, device))
 

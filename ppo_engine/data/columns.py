@@ -18,7 +18,10 @@ class Columns:
     def __init__(self, row: Any) -> None:
         if not isinstance(row, Mapping):
             raise BadLineError("a row must be a dictionary", f", not {kind(row)}")
-        self.row = {key: _plain(value) for key, value in row.items()}
+        try:
+            self.row = {key: _plain(value) for key, value in row.items()}
+        except RecursionError:
+            raise BadLineError("nested too deeply") from None
         self.taken: set[str] = set()
 
     def find(self, names: Sequence[str]) -> str | None:

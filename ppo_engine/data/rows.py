@@ -180,9 +180,10 @@ def read_rows(
         raise UserError(f"No {name} were given: set data.path to a JSONL file.")
     path = data_file(source)
     name = path.name.lower()
-    if name.endswith(_OTHER_FORMATS) and not path.is_dir():
+    other = next((ending for ending in _OTHER_FORMATS if name.endswith(ending)), None)
+    if other is not None and not path.is_dir():
         raise UserError(
-            f"{path}: {path.suffix} files are not read: give JSONL, JSON (either may be gzipped) "
+            f"{path}: {other} files are not read: give JSONL, JSON (either may be gzipped) "
             "or parquet. The package datasets converts most others: "
             "load_dataset(…)['train'].to_json('data.jsonl')."
         )

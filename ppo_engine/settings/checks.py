@@ -4,7 +4,6 @@ what is wrong by itself."""
 from __future__ import annotations
 
 from ppo_engine.errors import UserError
-from ppo_engine.settings.files import as_dict
 from ppo_engine.settings.schema import (
     EvaluationConfig,
     GenerateConfig,
@@ -14,9 +13,7 @@ from ppo_engine.settings.schema import (
 
 
 def check_settings(config: PPOConfig) -> None:
-    """Raise a `UserError` for settings that contradict each other, or would have no effect, or of
-    which config.yaml cannot tell."""
-    as_dict(config)
+    """Raise a `UserError` for settings that contradict each other, or would have no effect."""
     _check_evaluation(config.evaluation)
     check_generation(config.generation)
     if config.share_base:

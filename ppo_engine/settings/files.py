@@ -256,15 +256,20 @@ def _refuse_endless(data: Any) -> None:
 def _set(data: dict[str, Any], path: list[str], value: Any, kinds: Mapping[str, Any]) -> None:
     """Set `value` at `path`; a section that is absent or null is created. Of a section, what
     `value` does not name stays as it is."""
-    if value and isinstance(value, dict) and section_of(kinds.get(".".join(path))) is not None:
+    if isinstance(value, dict) and section_of(kinds.get(".".join(path))) is not None:
+        _section(data, path)
         for name, inner in value.items():
             _set(data, [*path, str(name)], inner, kinds)
         return
-    for name in path[:-1]:
+    _section(data, path[:-1])[path[-1]] = value
+
+
+def _section(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    for name in path:
         if not isinstance(data.get(name), dict):
             data[name] = {}
         data = data[name]
-    data[path[-1]] = value
+    return data
 
 
 def _place(file: str, error: yaml.YAMLError) -> str:

@@ -204,7 +204,8 @@ class Renderer:
     ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """Question and words, where the last of `turns` stands behind what asks for it."""
         *former, last = turns
-        before = self.template.render([*prompt, *former], ask=True, options=options)
+        asked = [*prompt, *former]
+        before = self.template.render(asked, ask=True, options=options, sampled=True)
         opened = opened_thought(before)
         words = last["content"].removeprefix(opened[0] if opened else self.template.opening)
         if former:

@@ -26,6 +26,7 @@ from ppo_engine.text.prompt import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_Given = tuple[Sequence[Message], "Options"]
 Options = Mapping[str, Any]  # what a row hands to the template: `tools`, and arguments of its own
 
 _ANSWER = "An answer whose words every template leaves as they are."
@@ -80,7 +81,8 @@ class ChatTemplate:
         """`lenient`: arguments that the template does not know are left out. Otherwise they are
         mistakes: a `UserError` here, a `TemplateError` in a row's options."""
         self.tokenizer = tokenizer
-        self._shows: dict[tuple[str, str], bool] = {}  # a role's keys, and what options hold
+        self._shows: dict[tuple[str, str], bool] = {}  # a role's keys
+        self._seen: set[tuple[Any, ...]] = set()  # the kinds of messages and tools that it renders
         self._repeats: dict[str, bool] = {}  # by source: `_repeats_thoughts`
         self.date = date or datetime.date.today()
         self.lenient = lenient
@@ -158,7 +160,8 @@ class ChatTemplate:
             names = [str(item.get("function", item).get("name", "")) for item in found]
             lost = next((name for name in names if name not in text), None)
             # A name may stand in the text for another reason, such as in the question.
-            if lost is None and names and not self._tells((what, ""), (messages, options), changed):
+            kind = what, messages[0]["role"] if messages else ""
+            if lost is None and names and not self._sees(kind, (messages, options), changed):
                 lost = names[0]
             if lost is not None:
                 raise TemplateError(
@@ -173,35 +176,31 @@ class ChatTemplate:
             said = _CLOSING.split(str(message["content"]))[-1]
             longest = max(_WORDS.findall(said), key=len, default="")
             other = {**message, "content": f"{message['content']} And more."}
-            changed = [*messages[:index], other, *messages[index + 1 :]]
-            role = message["role"]
+            changed = [*messages[:index], other, *messages[index + 1 :]], options
+            role, calls = message["role"], bool(message.get("tool_calls"))
+            kind = role, calls, index == 0, index == len(messages) - 1
             # A word may stand there for another reason, such as in the name of a role.
             if longest not in text or (
-                longest
-                and not self._tells((role, "content"), (messages, options), (changed, options))
+                longest and not self._sees(kind, (messages, options), changed)
             ):
                 raise TemplateError(
                     f"the model's chat template leaves out messages of the role {role!r}",
                     f" (message {index})",
                 )
 
-    def _tells(
-        self,
-        what: tuple[str, str],
-        given: tuple[Sequence[Message], Options],
-        changed: tuple[Sequence[Message], Options],
-    ) -> bool:
-        """Whether the template makes another text of what is changed: of a key of the messages of
-        a role, say. Asked once of each."""
-        if what not in self._shows:
-            try:
-                text, other = (
-                    self._unchecked(x, False, options) for x, options in (given, changed)
-                )
-                self._shows[what] = text != other
-            except TemplateError:  # what it refuses, it looks at
-                self._shows[what] = True
-        return self._shows[what]
+    def _sees(self, kind: tuple[Any, ...], given: _Given, changed: _Given) -> bool:
+        """Whether what is changed, of this kind, is rendered. One kind is asked for until it has
+        been seen once: what is left out may depend on more than the kind."""
+        if kind not in self._seen and self._tells_apart(given, changed):
+            self._seen.add(kind)
+        return kind in self._seen
+
+    def _tells_apart(self, given: _Given, changed: _Given) -> bool:
+        try:
+            text, other = (self._unchecked(x, False, options) for x, options in (given, changed))
+        except TemplateError:  # what it refuses, it looks at
+            return True
+        return text != other
 
     def _render(self, messages: Sequence[Message], ask: bool, options: Options) -> str:
         source = str(self.tokenizer.get_chat_template(tools=options.get("tools")))
@@ -256,10 +255,12 @@ class ChatTemplate:
                 if (role, key) in _FOR_PROGRAMS:
                     continue
                 bare = {name: value for name, value in message.items() if name != key}
-                changed = [*messages[:index], bare, *messages[index + 1 :]]
-                if not self._tells(
-                    (role, key), (messages, options or {}), (changed, options or {})
-                ):
+                if (role, key) not in self._shows:
+                    changed = [*messages[:index], bare, *messages[index + 1 :]]
+                    self._shows[role, key] = self._tells_apart(
+                        (messages, options or {}), (changed, options or {})
+                    )
+                if not self._shows[role, key]:
                     found.add(key)
         return found
 

@@ -93,6 +93,7 @@ class PPOTrainer:
             path = str(prompts) if isinstance(prompts, str | Path) else ""
             config = replace(config, data=replace(config.data, path=path))
         self.config = config = dated(config)
+        as_dict(config)  # or a UserError: it will be written down
         self.console = console
         check_trackers(config.run.trackers)
         check_settings(config)

@@ -92,6 +92,7 @@ class SupervisedTrainer(ABC, Generic[Row, Example]):
             path = str(source) if isinstance(source, str | Path) else ""
             config = replace(cast(Any, config), data=replace(cast(Any, config.data), path=path))
         self.config = config = dated(config)
+        as_dict(config)  # or a UserError: it will be written down
         self.console = console
         check_trackers(config.run.trackers)
         if config.run.offload:

@@ -93,17 +93,22 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_other_formats_are_named_and_capitals_are_no_other_format(tmp_path: Path) -> None:
-    for name in ("data.csv", "data.JSONL.zst", "data.arrow"):
+    for name, ending in (("a.csv", ".csv"), ("a.JSONL.zst", ".zst"), ("b.tar.gz", ".tar.gz")):
         (tmp_path / name).write_text(GOOD)
-        suffix = Path(name).suffix
-        with pytest.raises(
-            UserError, match=rf"{suffix} files are not read: give JSONL, .* parquet"
-        ):
+        with pytest.raises(UserError, match=rf": {ending} files are not read: give JSONL, .*quet"):
             load_prompts(tmp_path / name, tokenizer=TEXT, on_bad_line="skip")
     for name in ("a.JSONL.GZ", "b.JSON"):
         text = write(tmp_path, GOOD, name="data.jsonl.gz").read_bytes()
         (tmp_path / name).write_bytes(text if name.endswith("GZ") else f"[{GOOD}]".encode())
         assert len(load_prompts(tmp_path / name, tokenizer=TEXT)[0]) == 1
+
+
+def test_a_row_nested_too_deeply_is_skipped(tmp_path: Path) -> None:
+    nested = f'{{"prompt": "Hi", "k": {"[" * 900}{"]" * 900}}}'
+    examples, skipped = load_prompts(
+        write(tmp_path, GOOD, nested), tokenizer=TEXT, on_bad_line="skip"
+    )
+    assert len(examples) == 1 and "nested too deeply" in str(skipped)
 
 
 def test_values_of_numpy_and_missing_ones(tmp_path: Path) -> None:
@@ -117,8 +122,9 @@ def test_values_of_numpy_and_missing_ones(tmp_path: Path) -> None:
     assert [e.response for e in examples] == [[{"role": "assistant", "content": "Yes."}], "Yes."]
     assert not skipped.notes("Examples")
     ranked = {"prompt": "Hi", "responses": np.array(["a", "b"]), "ranks": np.array([2, 1])}
+    plain = {"prompt": "Hi", "responses": ["a", "b"], "ranks": [2, 1]}
     [ranking], _ = load_preferences([ranked], tokenizer=TEXT)
-    assert [*ranking.responses] == ["b", "a"] or ranking.ranks == [2, 1]
+    assert ranking == load_preferences([plain], tokenizer=TEXT)[0][0]
     # What a reward function is to read reaches it as it is.
     [example], _ = prompts_from_sequence(
         [{"prompt": "Hi", "k": np.float64("nan"), "v": np.zeros(2)}], tokenizer=TEXT

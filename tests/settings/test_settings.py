@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_engine import PPOTrainer
 from ppo_engine.errors import UserError
 from ppo_engine.settings.checks import check_settings
 from ppo_engine.settings.describe import dump_config
@@ -120,6 +121,8 @@ def test_a_whole_section_keeps_what_it_does_not_name(tmp_path: Path) -> None:
     assert (config.ppo.kl_coef, config.ppo.epochs) == (0.5, 2)
     assert config.ppo.adaptive_kl == AdaptiveKLConfig(target=3.0, horizon=9)
     assert load_config(PPOConfig, None, ["ppo.adaptive_kl={}"]).ppo.adaptive_kl is not None
+    empty = load_config(PPOConfig, file, ["ppo.adaptive_kl={}", "run={}"])
+    assert empty == load_config(PPOConfig, file)
     # What a dictionary holds that is no section is one value.
     arguments = [f"reward.arguments={{{key}: 1}}" for key in "ab"]
     assert load_config(PPOConfig, None, arguments).reward.arguments == {"b": 1}
@@ -133,7 +136,7 @@ def test_text_that_is_no_unicode() -> None:
 def test_an_argument_that_no_file_can_hold() -> None:
     config = PPOConfig(reward=RewardConfig(function="a.py:b", arguments={"scale": np.float32(2)}))
     with pytest.raises(UserError, match=r"config\.yaml cannot: .*float32.*value\.item\(\)"):
-        check_settings(config)
+        PPOTrainer("./gone", config=config)  # before the model is looked for
 
 
 def test_section_with_every_line_commented_out(tmp_path: Path) -> None:

@@ -114,6 +114,24 @@ def test_what_is_shown_is_not_told_by_chance(make, messages, options, lost) -> N
             template.render(messages, ask=False, options=options)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_one_message_loses_is_not_said_of_others(first: int) -> None:
+    """Whichever comes first: some templates drop the words beside a call."""
+    tokenizer = chatml()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{% else %}{{ m.content }}{% endfor %}{% endfor %}"
+    )
+    template, asked = ChatTemplate(tokenizer), {"role": "user", "content": "really?"}
+    for number in (first, 1 - first, first):
+        if number:
+            template.render([asked, {"role": "assistant", "content": "really"}], ask=False)
+            continue
+        with pytest.raises(TemplateError, match="role 'assistant'"):
+            template.render([asked, {**CALLS, "content": "really"}], ask=False)
+    assert template.ending == ""
+
+
 def test_former_thoughts_may_go_and_sampled_words_too() -> None:
     chat = [USER, {"role": "assistant", "content": "<think>hm</think>a"}, USER]
     assert "hm" not in ChatTemplate(qwen3()).render(chat, ask=True)
