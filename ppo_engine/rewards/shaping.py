@@ -59,7 +59,7 @@ class ScoreNormalizer:
         self.responses = responses
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
-    def __call__(self, scores: Tensor, *, learn: bool) -> Tensor:
+    def __call__(self, scores: Tensor, *, learn: bool = True) -> Tensor:
         """Normalized scores, shaped like `scores`; an evaluation does not `learn` from them."""
         if learn and self.count < self.responses:
             self._add(scores.double())

@@ -69,7 +69,7 @@ def test_the_length_penalty_is_of_what_the_policy_wrote():
     heard = torch.zeros_like(said.mask)
     heard[0, 1:4] = True
     said = replace(said, mask=said.mask & ~heard, environment_mask=heard)
-    shaped = shape_scores(torch.zeros(2), said, RewardConfig(length_penalty=1.0), None)
+    shaped = shape_scores(torch.zeros(2), said, RewardConfig(length_penalty=1.0), None, learn=True)
     assert shaped.tolist() == [-3.0, -4.0]
 
 
@@ -97,6 +97,7 @@ def test_scores_are_shaped_in_the_documented_order(settings, expected):
         rollout([1, 5, 3], [True, False, True]),
         config,
         normalizer,
+        learn=True,
     )
     assert shaped.dtype == torch.float32
     assert shaped.tolist() == pytest.approx(expected, abs=1e-4)
