@@ -129,12 +129,15 @@ def special_softmax(
 
 class _Softmax(torch.autograd.Function):
     """Of masked and scaled products, in float32; kept as it is returned, in their dtype, in which
-    the next product keeps it as well."""
+    the next product keeps it as well. A text at a time: what is made in between for all of them
+    would leave holes between what the layers keep, which together take as much again."""
 
     @staticmethod
     def forward(ctx: Any, products: Tensor, mask: Tensor, scale: float) -> Tensor:
-        z = (products.float() * scale).masked_fill_(~mask, -torch.inf)
-        weights = z.softmax(-1).to(products.dtype)
+        weights = torch.empty_like(products)
+        for x, found in zip(products, weights, strict=True):
+            z = (x.float() * scale).masked_fill_(~mask, -torch.inf)
+            found.copy_(z.softmax(-1))
         ctx.save_for_backward(weights)
         ctx.scale = scale
         return weights
@@ -143,8 +146,13 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        found = torch.ops.aten._softmax_backward_data(grad.float(), kept.float(), -1, torch.float32)
-        return found.mul_(ctx.scale).to(kept.dtype), None, None
+        found = torch.empty_like(kept)
+        for x, of_weights, weights in zip(found, grad, kept, strict=True):
+            z = torch.ops.aten._softmax_backward_data(
+                of_weights.float(), weights.float(), -1, torch.float32
+            )
+            x.copy_(z.mul_(ctx.scale))
+        return found, None, None
 
 
 def _mask(width: int, window: int | None, device: torch.device) -> Tensor:
