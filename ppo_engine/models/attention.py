@@ -130,7 +130,7 @@ def special_softmax(
 class _Softmax(torch.autograd.Function):
     """Of masked and scaled products, in float32; kept as it is returned, in their dtype, in which
     the next product keeps it as well. A text at a time: what is made in between for all of them
-    would leave holes between what the layers keep, which together take as much again."""
+    would leave holes between what the layers keep."""
 
     @staticmethod
     def forward(ctx: Any, products: Tensor, mask: Tensor, scale: float) -> Tensor:
