@@ -143,6 +143,7 @@ def test_a_template_that_makes_another_number_of_examples_is_another_order(
     template = Path(model) / "chat_template.jinja"
     first = "{% if loop.last or message['role'] != 'assistant' %}"
     shown = template.read_text().replace("<|im_start|>{{ message", first + "<|im_start|>{{ message")
-    template.write_text(shown.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor"))
+    bare = "<|im_end|>\n{% else %}{{ message['content'] }}{% endif %}{% endfor"
+    template.write_text(shown.replace("<|im_end|>\n{% endfor", bare))
     with pytest.raises(UserError, match=r"examples made of the training rows: \d then, \d now"):
         sft(model, tmp_path, data, None, resume=True).train()
