@@ -23,6 +23,7 @@
 #include "bindings/sample.h"
 #include "bindings/swiglu.h"
 #include "cpu/isa.h"
+#include "memory/torch_memory.h"
 
 namespace py = pybind11;
 
@@ -56,4 +57,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("multiplies_bf16", &ppo::multiplies_bf16);
   m.def("pack_weight", &ppo::pack_weight, release_gil());
   m.def("packed_linear", &ppo::packed_linear, release_gil());
+  m.def("keep_large_tensors", &ppo::keep_large_tensors);
+  m.def("release_large_tensors", &ppo::release_large_tensors, release_gil());
 }

@@ -41,6 +41,7 @@ _COST = {
     "cpp": "ops on the CPU run in plain PyTorch, several times slower and with more memory",
     "triton": "ops on a GPU run in plain PyTorch",
 }
+_PIECES = "cost: training on the CPU is slower, and takes up to 60 % more memory"
 _TOLERANCE = 1e-4  # absolute and relative, fp32 against fp32
 
 
@@ -95,6 +96,11 @@ def _machine(report: Report) -> None:
     report.line("info", "CPU", f"{torch.backends.cpu.get_cpu_capability()}, {threads}")
     compute = precision.choose_dtype("auto", torch.device("cpu"))
     report.line("info", "CPU compute", f"{str(compute).removeprefix('torch.')} by default")
+    why_not = "no compiled kernels" if dispatch.cpu is None else dispatch.cpu.keep_large_tensors()
+    if why_not:
+        report.line("missing", "CPU memory", f"large tensors are malloc's: {why_not}; {_PIECES}")
+    else:
+        report.line("ok", "CPU memory", "large tensors have a heap of their own in all commands")
     if not torch.cuda.is_available():
         report.line("info", "GPU", "none that torch can use")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -16,27 +16,45 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # Linux's, of this process. "5" lowers its peak to what it has now (proc(5)).
 _STATUS, _CLEAR, _LOWER_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
+_in_one_heap = False
 _before: dict[str, float] = {}  # by device: the peak of all times before `begin_peak`
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what torch frees, for the whole process.
+    """Have this process keep, on a CPU, the memory that torch frees, and use it again; for the
+    whole process, from now on.
 
     By default, glibc gives every block of 32 MiB or more back to the system. The next tensor of
     that size comes page by page, each with a fault that takes several times as long as writing the
-    page. On a GPU, torch keeps freed memory itself. Returns False, and changes nothing, with
-    another C library.
+    page. And what glibc keeps comes to lie in pieces that fit no tensor: so those of 128 KiB and
+    more get a heap of their own, where the kernels are compiled (csrc/memory/torch_memory.h). On a
+    GPU, torch keeps freed memory itself. Returns False, and changes nothing, with another C
+    library.
     """
+    global _in_one_heap
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    from ppo_kernels import dispatch  # imported here, as `--help` needs no torch
+
+    _in_one_heap = dispatch.cpu is not None and not dispatch.cpu.keep_large_tensors()
+    return kept
+
+
+def in_one_heap() -> bool:
+    """Whether `keep_freed_memory` has given large tensors a heap of their own."""
+    return _in_one_heap
 
 
 def release_freed_memory() -> None:
-    """Give the system what malloc has kept of freed memory, wherever it lies, as after models have
+    """Give the system what has been kept of freed memory, wherever it lies, as after models have
     been loaded in float32; does nothing with another C library than glibc."""
+    if _in_one_heap:
+        from ppo_kernels import dispatch
+
+        dispatch.cpu.release_large_tensors()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

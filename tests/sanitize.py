@@ -1,5 +1,5 @@
 """`make sanitize`: the op tests and some of the fuzz on kernels built with AddressSanitizer and
-UBSan, on each instruction set, and the thread pool under ThreadSanitizer.
+UBSan, on each instruction set, and the thread pool and the heap under ThreadSanitizer.
 
 The sanitized build has a folder of its own, build/sanitize. Before its silence is believed, faults
 are planted that must be reported: a kernel writes past the end of an output, reads a number at an
@@ -86,14 +86,16 @@ def library(name: str) -> str:
 
 
 def races() -> None:
-    """The thread pool alone: torch is not instrumented for ThreadSanitizer."""
-    say("the thread pool under ThreadSanitizer")
-    program = str(BUILD / "races")
-    sources = [str(ROOT / "tests" / "races.cpp"), str(ROOT / "csrc" / "cpu" / "threads.cpp")]
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT}/csrc/cpu"]
-    run([COMPILER, *flags, *sources, "-o", program], dict(os.environ))
-    must_report(("data race", "races.cpp"), [program, "plant"], dict(os.environ))
-    run([program], dict(os.environ))
+    """The thread pool and the heap alone: torch is not instrumented for ThreadSanitizer."""
+    say("the thread pool and the heap under ThreadSanitizer")
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
+    for name, source in (("races", "cpu/threads.cpp"), ("heap_check", "memory/heap.cpp")):
+        program, tested = str(BUILD / name), ROOT / "csrc" / source
+        sources = [f"-I{tested.parent}", str(ROOT / "tests" / f"{name}.cpp"), str(tested)]
+        run([COMPILER, *flags, *sources, "-o", program], dict(os.environ))
+        if name == "races":
+            must_report(("data race", "races.cpp"), [program, "plant"], dict(os.environ))
+        run([program], dict(os.environ))
 
 
 def must_report(words: tuple[str, str], command: list[str], environment: dict[str, str]) -> None:

@@ -332,7 +332,7 @@ def test_what_is_not_there_is_told_before_torch_is_loaded(
         raise AssertionError("torch would be imported here")
 
     for module in ("commands", "inputs"):
-        monkeypatch.setattr(f"ppo_engine.cli.{module}.quiet_libraries", loaded)
+        monkeypatch.setattr(f"ppo_engine.cli.{module}.set_up_libraries", loaded)
     assert cli.main(line.split()) == 2
     assert message in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from ppo_engine.cli.libraries import quiet_libraries
+from ppo_engine.cli.libraries import set_up_libraries
 from ppo_engine.cli.overrides import Flag, load, overrides_of, reward_overrides
 from ppo_engine.errors import UserError
 
@@ -27,7 +27,7 @@ def demo(options: argparse.Namespace, rest: list[str]) -> None:
         overrides.insert(0, f"algorithm={options.algorithm}")
     config = load(DemoConfig, options, overrides)
     if config is not None:
-        quiet_libraries()
+        set_up_libraries()
         from ppo_engine.demo import run_demo
 
         run_demo(config)
@@ -74,7 +74,7 @@ def ppo(options: argparse.Namespace, rest: list[str]) -> None:
     config = load(GRPOConfig if grpo else PPOConfig, options, overrides, check)
     if config is None:
         return
-    quiet_libraries()
+    set_up_libraries()
     from ppo_engine.cli.inputs import with_model
     from ppo_engine.training.ppo import PPOTrainer
 
@@ -101,7 +101,7 @@ def generate(options: argparse.Namespace, rest: list[str]) -> None:
     config = load(GenerateConfig, options, overrides, check_generate)
     if config is None:
         return
-    quiet_libraries()
+    set_up_libraries()
     from ppo_engine.cli.inputs import with_model
     from ppo_engine.generate import generate as write_responses
 
@@ -173,7 +173,7 @@ def inspect(options: argparse.Namespace, rest: list[str]) -> None:
     if not config.data.path:
         raise UserError("No data were given: --data FILE.jsonl, or data.path=FILE.")
     check_there(config)
-    quiet_libraries()
+    set_up_libraries()
     from ppo_engine.demo.model import model_path
     from ppo_engine.inspection.page import inspect as show_rows
 
@@ -188,7 +188,7 @@ def replay(options: argparse.Namespace, rest: list[str]) -> None:
     from ppo_engine.run.replayable import plan_replay
 
     plan = plan_replay(Path(options.folder).expanduser(), options.step, rest)
-    quiet_libraries()
+    set_up_libraries()
     from ppo_engine.training.replay import replay as take_again
 
     take_again(plan)
@@ -215,7 +215,7 @@ def _load_supervised(cls: Any, options: argparse.Namespace, rest: list[str]) -> 
     config = load(cls, options, overrides_of(options, rest))
     if config is None:
         return None
-    quiet_libraries()
+    set_up_libraries()
     from ppo_engine.cli.inputs import with_model
 
     return with_model(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ppo_engine.cli.given import check_given
-from ppo_engine.cli.libraries import quiet_libraries
+from ppo_engine.cli.libraries import set_up_libraries
 from ppo_engine.errors import UserError
 from ppo_engine.rewards.sources import configured_sources
 from ppo_engine.settings.schema import (
@@ -70,16 +70,16 @@ def check_inputs(config: Any) -> list[str]:
     data. Nothing is written."""
     check_given(config)
     if isinstance(config, PPOConfig):
-        quiet_libraries()
+        set_up_libraries()
         return _check_ppo(with_model(config))
     if isinstance(config, GenerateConfig):
-        quiet_libraries()
+        set_up_libraries()
         return _check_generate(with_model(config))
     if isinstance(config, SFTConfig | RewardModelConfig):
-        quiet_libraries()
+        set_up_libraries()
         return _check_supervised(with_model(config))
     if isinstance(config, DemoConfig) and config.model:
-        quiet_libraries()
+        set_up_libraries()
         from ppo_engine.pretrained import loading
 
         loading.load_model_config(loading.resolve(config.model))

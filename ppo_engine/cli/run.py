@@ -13,7 +13,6 @@ from typing import TextIO
 from ppo_engine.cli.parser import make_parser
 from ppo_engine.cli.unknown import meant
 from ppo_engine.errors import DEBUG_VARIABLE, MachineError, Stopped, UserError, write_traceback
-from ppo_engine.memory import keep_freed_memory
 from ppo_engine.messages import first_line
 from ppo_engine.run.interrupts import name_of
 
@@ -33,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unknown argument {wrong[0]!r}.{near} Settings are written key=value, such as "
             "run.seed=1."
         )
-    keep_freed_memory()
     try:
         return int(options.run(options, rest) or 0)
     except UserError as error:

@@ -3,8 +3,9 @@ any weight is loaded.
 
 A phase is told as it is once optimizers have their moments, from the second step on. On a CPU the
 process keeps what it has freed, as a command does (`memory.keep_freed_memory`), so that loading,
-after which it is given back, leaves fp32 copies behind until its end. Every response is taken to be
-as long as it may be.
+after which it is given back, leaves fp32 copies behind until its end; whether large tensors have a
+heap of their own, or malloc's room, is `Place.heap`. Every response is taken to be as long as it
+may be.
 
 Not counted: held-out prompts beyond a step's, a reward function, what families that are sampled by
 `generate` keep, and whether a reward model's frozen layers are the policy's, which only weights
@@ -43,10 +44,12 @@ from ppo_engine.training.forecast_roles import (
 )
 from ppo_kernels import can_pack
 
-# What one pass, and several of a mini-batch, take of a CPU's memory beside what the largest has, as
-# malloc's room is in pieces: between those of one stand the gradients of another. Measured
-# (docs/choosing.md).
+# Measured on a CPU (docs/choosing.md). What one pass, and several of a mini-batch, take beside what
+# the largest has, as malloc's room is in pieces: between those of one stand the gradients of
+# another. And with a heap for large tensors, where the gradients of a mini-batch's only pass take
+# the room of what it keeps, as that is freed, but for a part.
 _IN_PIECES, _IN_PIECES_OF_SEVERAL = 0.2, 0.75
+_IN_HEAP, _BESIDE_KEPT = 0.05, 1 / 3
 
 _OFFLOADED = {"reference": "reference", "reward": "reward model"}  # as `run.offload` calls them
 
@@ -181,9 +184,9 @@ def _loading(roles: list[Role], place: Place, away: Collection[str] = ()) -> Pha
 
 
 def _left_behind(load: Phase, generate: Phase, held: Mapping[str, float], place: Place) -> float:
-    """On a CPU: pages of what `generate` has freed. What comes after it takes as readily the room
+    """Of malloc: pages of what `generate` has freed. What comes after it takes as readily the room
     of what was freed and given back after loading, as far as there is some."""
-    if place.device.type != "cpu":
+    if place.device.type != "cpu" or place.heap:
         return 0.0
     before = sum(held.values())
     return min(generate.total - before, max(0.0, load.total - before))
@@ -216,14 +219,21 @@ def _texts(
 
 def _pass(role: Role, texts: Texts, place: Place) -> dict[str, float]:
     """Of a pass that makes gradients."""
-    of = role.of
+    of, gradients = role.of, role.of.gradients
     kept = of.kept(texts, place.device)
-    in_pieces = _IN_PIECES_OF_SEVERAL if texts.passes > 1 else _IN_PIECES
+    logits = of.losses(texts, place.device, gradients=True) if of.has_output else 0.0
+    in_pieces = 0.0
+    if place.heap:
+        in_pieces = _IN_HEAP
+        if texts.passes == 1:
+            gradients -= (1 - _BESIDE_KEPT) * min(gradients, kept + logits)
+    elif place.device.type == "cpu":
+        in_pieces = _IN_PIECES_OF_SEVERAL if texts.passes > 1 else _IN_PIECES
     return {
-        f"gradients of the {role.name}": of.gradients,
+        f"gradients of the {role.name}": gradients,
         "a pass": kept,
-        "room in pieces": in_pieces * kept if place.device.type == "cpu" else 0.0,
-        "logits": of.losses(texts, place.device, gradients=True) if of.has_output else 0.0,
+        "room in pieces": in_pieces * kept,
+        "logits": logits,
     }
 
 

@@ -24,6 +24,7 @@ class Place(NamedTuple):
     dtype: torch.dtype
     free: float  # what could be allocated
     used: float = 0.0  # by this process
+    heap: bool = False  # of large tensors (`memory.keep_freed_memory`)
 
     @property
     def room(self) -> float:

@@ -1,0 +1,15 @@
+// Where torch's tensors on a CPU come from.
+#pragma once
+
+#include <string>
+
+namespace ppo {
+
+// From now on, in the whole process, torch's tensors of 128 KiB and more are blocks of one `Heap`,
+// which keeps what is freed. Returns why that cannot be, or nothing.
+std::string keep_large_tensors();
+
+// Gives the system the memory of those that have been freed.
+void release_large_tensors();
+
+}  // namespace ppo
