@@ -58,5 +58,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pack_weight", &ppo::pack_weight, release_gil());
   m.def("packed_linear", &ppo::packed_linear, release_gil());
   m.def("keep_large_tensors", &ppo::keep_large_tensors);
+  m.def("is_in_heap", &ppo::is_in_heap);
   m.def("release_large_tensors", &ppo::release_large_tensors, release_gil());
 }

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 import ppo_kernels
 from ppo_engine.errors import UserError
+from ppo_engine.memory import keep_freed_memory, why_no_heap
 from ppo_engine.models import precision
 from ppo_kernels import dispatch
 
@@ -41,7 +42,7 @@ _COST = {
     "cpp": "ops on the CPU run in plain PyTorch, several times slower and with more memory",
     "triton": "ops on a GPU run in plain PyTorch",
 }
-_PIECES = "cost: training on the CPU is slower, and takes up to 60 % more memory"
+_PIECES = "cost: with glibc's malloc, training takes up to 60 % more memory, and longer"
 _TOLERANCE = 1e-4  # absolute and relative, fp32 against fp32
 
 
@@ -96,11 +97,13 @@ def _machine(report: Report) -> None:
     report.line("info", "CPU", f"{torch.backends.cpu.get_cpu_capability()}, {threads}")
     compute = precision.choose_dtype("auto", torch.device("cpu"))
     report.line("info", "CPU compute", f"{str(compute).removeprefix('torch.')} by default")
-    why_not = "no compiled kernels" if dispatch.cpu is None else dispatch.cpu.keep_large_tensors()
-    if why_not:
-        report.line("missing", "CPU memory", f"large tensors are malloc's: {why_not}; {_PIECES}")
+    keep_freed_memory()
+    if why_no_heap():
+        report.line(
+            "missing", "CPU memory", f"no heap for large tensors: {why_no_heap()}; {_PIECES}"
+        )
     else:
-        report.line("ok", "CPU memory", "large tensors have a heap of their own in all commands")
+        report.line("ok", "CPU memory", "large tensors have a heap of their own")
     if not torch.cuda.is_available():
         report.line("info", "GPU", "none that torch can use")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

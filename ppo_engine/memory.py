@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # Linux's, of this process. "5" lowers its peak to what it has now (proc(5)).
 _STATUS, _CLEAR, _LOWER_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
-_in_one_heap = False
+_why_no_heap = "keep_freed_memory was not called"
 _before: dict[str, float] = {}  # by device: the peak of all times before `begin_peak`
 
 
@@ -31,27 +31,40 @@ def keep_freed_memory() -> bool:
     GPU, torch keeps freed memory itself. Returns False, and changes nothing, with another C
     library.
     """
-    global _in_one_heap
+    global _why_no_heap
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
     kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
-    from ppo_kernels import dispatch  # imported here, as `--help` needs no torch
-
-    _in_one_heap = dispatch.cpu is not None and not dispatch.cpu.keep_large_tensors()
+    _why_no_heap = _give_heap()
     return kept
 
 
-def in_one_heap() -> bool:
-    """Whether `keep_freed_memory` has given large tensors a heap of their own."""
-    return _in_one_heap
+def _give_heap() -> str:
+    """Why large tensors do not come from a heap of their own; or they do, from now on."""
+    import torch  # imported here, as `--help` needs no torch
+
+    from ppo_kernels import dispatch
+
+    if dispatch.cpu is None:
+        return "the kernels are not compiled"
+    why_not = str(dispatch.cpu.keep_large_tensors())
+    if not why_not and not dispatch.cpu.is_in_heap(torch.empty(2**20).data_ptr()):
+        return "torch takes them from elsewhere (THP_MEM_ALLOC_ENABLE, or an allocator of its own)"
+    return why_not
+
+
+def why_no_heap() -> str:
+    """Why large tensors have no heap of their own; nothing where `keep_freed_memory` gave them
+    one."""
+    return _why_no_heap
 
 
 def release_freed_memory() -> None:
     """Give the system what has been kept of freed memory, wherever it lies, as after models have
-    been loaded in float32; does nothing with another C library than glibc."""
-    if _in_one_heap:
+    been loaded in float32; nothing where glibc does not keep it."""
+    if not _why_no_heap:
         from ppo_kernels import dispatch
 
         dispatch.cpu.release_large_tensors()

@@ -1,6 +1,6 @@
 // Random blocks from csrc/memory/heap.h, by two threads at once: each keeps what was written into it
-// until it is freed, and in the end the whole is one again. With an argument, it writes past the end
-// of a block, which must be told (tests/test_heap.py).
+// until it is freed, and in the end the whole is one again. With an argument, blocks in use are
+// overwritten, which must be told (tests/test_heap.py).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -53,7 +53,11 @@ void use(unsigned seed, bool wrong) {
       heap.give(blocks.back().words);
       blocks.pop_back();
     }
-    if (wrong && step == 2000) blocks[0].words[blocks[0].count + ppo::Heap::kAlignment / 8] ^= 1;
+    if (wrong && step == 2000) {
+      for (const Block& block : blocks) {
+        if (block.count > 0) block.words[0] ^= 1;
+      }
+    }
   }
   for (const Block& block : blocks) {
     block.check();
@@ -80,5 +84,13 @@ int main(int argc, char**) {
   static_cast<char*>(half)[0] = 1;
   heap.release();
   require(static_cast<char*>(half)[0] == 1, "what is in use was given to the system");
+
+  ppo::Heap closed;
+  require(closed.open(kWhole), "no addresses");
+  void* const used = closed.take(kWhole / 4);
+  closed.close();
+  require(closed.owns(used) && closed.take(kWhole / 4) == nullptr, "not closed");
+  closed.give(used);
+  require(closed.take(kWhole / 4) == used, "what was used is no longer there");
   return 0;
 }

@@ -27,6 +27,8 @@ class Heap {
 
   // Gives the system the pages of what is free; the addresses stay.
   void release();
+  // Gives it the addresses that have never been used. Those count where they are limited (RLIMIT_AS).
+  void close();
 
   // Held while the process forks: the child's copy has to be whole.
   std::mutex mutex;
@@ -35,7 +37,7 @@ class Heap {
   using Free = std::map<char*, size_t>;
   struct Used {
     size_t bytes;
-    Free::node_type node;  // of it among the free ones, once it is one of them
+    Free::node_type node;  // for when it is free again
   };
 
   bool make_writable(char* end);

@@ -15,10 +15,10 @@
 
 #include "heap.h"
 
-// torch has one function that allocates the memory of tensors, in its lowest library, c10, and no
-// way to replace it but a C++ class of its headers, whose layout is another in each version. So the
-// two functions of the C library that it calls are replaced where c10 keeps their addresses, in its
-// global offset table, as tools that trace memory do (System V ABI, "Global Offset Table").
+// torch allocates the memory of all tensors in one function of its lowest library, c10. To replace
+// that takes a C++ class of torch's headers, whose layout differs between versions. So the two
+// functions of the C library that it calls are replaced where c10 keeps their addresses, in its global
+// offset table, as tools that trace memory do (System V ABI, "Global Offset Table").
 namespace ppo {
 namespace {
 
@@ -48,6 +48,8 @@ constexpr unsigned kSlots[] = {R_AARCH64_JUMP_SLOT, R_AARCH64_GLOB_DAT};
 #else
 constexpr unsigned kSlots[] = {0, 0};  // no relocation is of this type
 #endif
+
+const auto page_size = uintptr_t(sysconf(_SC_PAGESIZE));
 
 struct Library {  // one that is loaded
   uintptr_t base = 0;
@@ -96,31 +98,37 @@ int find_c10(dl_phdr_info* info, size_t, void* found) {
     if (header.p_type == PT_DYNAMIC) {
       library.dynamic = reinterpret_cast<const ElfW(Dyn)*>(begin);
     } else if (header.p_type == PT_GNU_RELRO) {
-      library.read_only = begin;
-      library.read_only_end = begin + header.p_memsz;
+      library.read_only = begin / page_size * page_size;
+      library.read_only_end = (begin + header.p_memsz) / page_size * page_size;
     }
   }
   return 1;
 }
 
-// Whether the function is the C library's, or, as long as it was never called, c10's own way to it.
-// Those of other allocators and of tools that watch memory are not ours to replace.
-bool is_of_c_library(const void* function, const Library& c10) {
-  Dl_info of{}, libc{};
-  if (dladdr(function, &of) == 0 || dladdr(reinterpret_cast<void*>(&getpid), &libc) == 0) {
-    return false;
-  }
-  return of.dli_fbase == libc.dli_fbase || of.dli_fbase == reinterpret_cast<void*>(c10.base);
+// Where the library begins that this address is in; null where it is in none.
+const void* library_at(const void* address) {
+  Dl_info found{};
+  return dladdr(address, &found) == 0 ? nullptr : found.dli_fbase;
+}
+
+// Whether the function is not the C library's: another allocator's, or of a tool that watches memory.
+// Before its first call a slot leads to a stub of c10's own; and to one of the executable, which only
+// says that it uses the function too, where that was linked for fixed addresses.
+bool is_of_others(void* function, const Library& c10, const void* libc) {
+  Dl_info found{};
+  ElfW(Sym)* symbol = nullptr;
+  if (dladdr1(function, &found, reinterpret_cast<void**>(&symbol), RTLD_DL_SYMENT) == 0) return true;
+  if (found.dli_fbase == libc || found.dli_fbase == library_at(c10.dynamic)) return false;
+  return symbol == nullptr || symbol->st_shndx != SHN_UNDEF;
 }
 
 bool put(void** slot, void* function, const Library& library) {
-  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
   const auto place = reinterpret_cast<uintptr_t>(slot);
-  void* const first = reinterpret_cast<void*>(place - place % page);
-  if (mprotect(first, page, PROT_READ | PROT_WRITE) != 0) return false;
+  void* const page = reinterpret_cast<void*>(place / page_size * page_size);
+  if (mprotect(page, page_size, PROT_READ | PROT_WRITE) != 0) return false;
   __atomic_store_n(slot, function, __ATOMIC_RELEASE);
   if (place >= library.read_only && place < library.read_only_end) {
-    mprotect(first, page, PROT_READ);
+    mprotect(page, page_size, PROT_READ);
   }
   return true;
 }
@@ -128,16 +136,22 @@ bool put(void** slot, void* function, const Library& library) {
 std::string install() {
   Library c10;
   if (dl_iterate_phdr(find_c10, &c10) == 0 || c10.dynamic == nullptr) return "torch has no libc10.so";
+  void* const glibc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
+  if (glibc == nullptr) return "the C library is not glibc";
+  const void* const libc = library_at(dlsym(glibc, "posix_memalign"));
   int allocating = 0, freeing = 0, others = 0;
   const auto look = [&](int& count) {
-    return [&](void** slot) { ++(is_of_c_library(*slot, c10) ? count : others); };
+    return [&, libc](void** slot) {
+      ++count;
+      others += is_of_others(*slot, c10, libc);
+    };
   };
   c10.slots_of("posix_memalign", look(allocating));
   c10.slots_of("free", look(freeing));
+  if (allocating == 0 || freeing == 0) return "this build of torch brings its own allocator";
   if (others > 0) return "another allocator, or a tool, allocates torch's memory";
-  if (allocating == 0 || freeing == 0) return "torch's libc10.so does not call posix_memalign";
   // More than it will ever have, as room comes in pieces.
-  const size_t machine = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  const size_t machine = size_t(sysconf(_SC_PHYS_PAGES)) * page_size;
   auto* const made = new Heap;
   if (!made->open(2 * machine)) {
     delete made;
@@ -145,7 +159,10 @@ std::string install() {
   }
   heap = made;
   pthread_atfork([] { heap->mutex.lock(); }, [] { heap->mutex.unlock(); },
-                 [] { heap->mutex.unlock(); });
+                 [] {
+                   heap->mutex.unlock();
+                   heap->close();  // a child may limit its addresses, as those do that run programs
+                 });
   // `free` first: nothing comes from the heap before it goes back there.
   bool all = true;
   const auto replace = [&](auto* function) {
@@ -165,6 +182,10 @@ std::string keep_large_tensors() {
   return why_not;
 }
 
+bool is_in_heap(uintptr_t address) {
+  return heap != nullptr && heap->owns(reinterpret_cast<void*>(address));
+}
+
 void release_large_tensors() {
   if (heap != nullptr) heap->release();
 }
@@ -176,6 +197,7 @@ void release_large_tensors() {
 namespace ppo {
 
 std::string keep_large_tensors() { return "for Linux only"; }
+bool is_in_heap(uintptr_t) { return false; }
 void release_large_tensors() {}
 
 }  // namespace ppo

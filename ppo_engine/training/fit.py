@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ppo_engine.data.demonstrations import EncodedExample
 from ppo_engine.data.encoded_rankings import EncodedRanking
 from ppo_engine.data.prompts import PromptExample
-from ppo_engine.memory import free_memory, in_one_heap, used_memory
+from ppo_engine.memory import free_memory, used_memory, why_no_heap
 from ppo_engine.messages import first_line
 from ppo_engine.models import precision
 from ppo_engine.models.reader import Reader
@@ -46,7 +46,7 @@ def place_of(config: Any) -> Place:
             importlib.import_module("peft")  # its 70 MB are there in any case
     device = precision.choose_device(config.run.device)
     dtype = precision.choose_dtype(config.run.dtype, device)
-    heap = device.type == "cpu" and in_one_heap()
+    heap = device.type == "cpu" and not why_no_heap()
     return Place(device, dtype, free_memory(device), used_memory(device), heap)
 
 

@@ -4,8 +4,8 @@ any weight is loaded.
 A phase is told as it is once optimizers have their moments, from the second step on. On a CPU the
 process keeps what it has freed, as a command does (`memory.keep_freed_memory`), so that loading,
 after which it is given back, leaves fp32 copies behind until its end; whether large tensors have a
-heap of their own, or malloc's room, is `Place.heap`. Every response is taken to be as long as it
-may be.
+heap of their own, or malloc's room, is `Place.heap`. Pages that a phase has left there, and that a
+later one does not need, are not counted. Every response is taken to be as long as it may be.
 
 Not counted: held-out prompts beyond a step's, a reward function, what families that are sampled by
 `generate` keep, and whether a reward model's frozen layers are the policy's, which only weights
