@@ -42,7 +42,7 @@ _COST = {
     "cpp": "ops on the CPU run in plain PyTorch, several times slower and with more memory",
     "triton": "ops on a GPU run in plain PyTorch",
 }
-_PIECES = "cost: with glibc's malloc, training takes up to 60 % more memory, and longer"
+_PIECES = "cost: with glibc's malloc, training takes up to 60 % more memory"
 _TOLERANCE = 1e-4  # absolute and relative, fp32 against fp32
 
 
