@@ -17,8 +17,9 @@ ppo::Heap heap;
 
 void require(bool holds, const char* what) {
   if (holds) return;
-  std::printf("%s\n", what);
-  std::exit(1);
+  std::puts(what);
+  std::fflush(stdout);
+  std::_Exit(1);  // the other thread is at work: nothing it uses may be destroyed
 }
 
 struct Block {
